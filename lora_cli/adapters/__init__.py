@@ -1,0 +1,1 @@
+"""Low-rank adapters: the layer, where it is attached, how it starts, and the file it is shipped in."""

@@ -1,0 +1,197 @@
+"""Which layers to adapt: from what the recipe says, by the structure of the model, without a list per architecture."""
+
+from __future__ import annotations
+
+import difflib
+import re
+from collections import Counter
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from lora_cli.adapters.projections import output_parts
+from lora_cli.base.linear import features, is_linear
+from lora_cli.errors import LoraError
+
+
+@dataclass(frozen=True)
+class Target:
+    """One layer to adapt: its module name, rank and alpha, and where B may differ from zero."""
+
+    name: str
+    rank: int
+    alpha: float
+    output_mask: Tensor | None = None  # (out_features, rank)
+
+
+def find_targets(
+    model: Any,
+    target_modules: str | Sequence[str] = "attention",
+    *,
+    rank: int,
+    alpha: float,
+    projections: Sequence[str] = ("q", "k", "v", "o"),
+    exclude_modules: Sequence[str] = (),
+    layers: Sequence[int] | None = None,
+    rank_pattern: dict[str, int] | None = None,
+    alpha_pattern: dict[str, float] | None = None,
+) -> list[Target]:
+    """The layers that a recipe's `adapter` section names, in the model's order.
+
+    Raises LoraError, listing the linear layers that exist, when a name, pattern or layer index matches nothing or a
+    rank is larger than its layer.
+    """
+    linear = linear_layers(model)
+    names = _select(model, linear, target_modules)
+    for pattern in exclude_modules:
+        hit = _require(pattern, names, "exclude_modules", linear)
+        names = [name for name in names if name not in hit]
+    if layers is not None:
+        names = _in_layers(names, layers, block_lists(model))
+    if not names:
+        raise LoraError(
+            "no layer is left to adapt",
+            details=[_listing(linear)],
+            fix="loosen adapter.exclude_modules or adapter.layers",
+        )
+    targets = {name: Target(name, rank, alpha) for name in names}
+    for pattern, value in (rank_pattern or {}).items():
+        targets |= {n: replace(targets[n], rank=value) for n in _require(pattern, names, "rank_pattern", linear)}
+    for pattern, value in (alpha_pattern or {}).items():
+        targets |= {n: replace(targets[n], alpha=value) for n in _require(pattern, names, "alpha_pattern", linear)}
+    if set(projections) != {"q", "k", "v", "o"}:
+        targets = _only_projections(model, targets, projections)
+    for target in targets.values():
+        smallest = min(features(linear[target.name]))
+        if target.rank > smallest:
+            raise LoraError(
+                f"rank {target.rank} is above the size of {target.name}, whose weight has rank {smallest} at most",
+                fix=f"set adapter.rank to {smallest} or less, or give this layer its own in adapter.rank_pattern",
+            )
+    return list(targets.values())
+
+
+def linear_layers(model: Any) -> dict[str, nn.Module]:
+    """Every layer an adapter can wrap, by name, but for the output head (which shares weights with the embeddings)."""
+    head = model.get_output_embeddings()
+    return {name: module for name, module in model.named_modules() if is_linear(module) and module is not head}
+
+
+def block_lists(model: nn.Module) -> list[str]:
+    """Names of the lists of transformer blocks, such as `model.layers`: repeated modules of one class that hold linears."""
+    found = []
+    for name, module in model.named_modules():
+        inside_another = any(name.startswith(f"{outer}.") for outer in found)
+        if isinstance(module, nn.ModuleList) and len(module) and not inside_another:
+            holds_linear = any(is_linear(inner) for inner in module[0].modules() if inner is not module[0])
+            if holds_linear:
+                found.append(name)
+    return found
+
+
+def _select(model: Any, linear: dict[str, nn.Module], target_modules: str | Sequence[str]) -> list[str]:
+    if target_modules == "all-linear":
+        names = [name for name in linear if any(name.startswith(f"{blocks}.") for blocks in block_lists(model))]
+    elif target_modules == "attention":
+        names = _attention_layers(model, linear)
+    elif isinstance(target_modules, str):
+        names = _require(target_modules, list(linear), "target_modules", linear)
+    else:
+        hit = {name for pattern in target_modules for name in _require(pattern, list(linear), "target_modules", linear)}
+        names = [name for name in linear if name in hit]
+    if not names:
+        raise LoraError(
+            f"adapter.target_modules: {target_modules} matched no layer",
+            details=[_listing(linear)],
+            fix="name some of them in adapter.target_modules, or write target_modules: all-linear",
+        )
+    return names
+
+
+def _attention_layers(model: nn.Module, linear: dict[str, nn.Module]) -> list[str]:
+    """Linear layers inside a module that is an attention by its class, in a transformer block.
+
+    In transformers every softmax attention is a class named …Attention…; the modules around it (norms, MLP) are not.
+    Attributes differ by architecture (`attn`, `self_attention`, `self_attn`), class names do not.
+    """
+    attentions = [name for name, module in model.named_modules() if "attention" in type(module).__name__.lower()]
+    blocks = block_lists(model)
+    return [
+        name
+        for name in linear
+        if any(name.startswith(f"{attention}.") for attention in attentions)
+        and any(name.startswith(f"{outer}.") for outer in blocks)
+    ]
+
+
+def matches(pattern: str, name: str) -> bool:
+    """Whether a full module name is meant by a name, a last part of a name, or a regular expression."""
+    return name == pattern or name.endswith(f".{pattern}") or bool(re.fullmatch(pattern, name))
+
+
+def _require(pattern: str, names: list[str], key: str, linear: dict[str, nn.Module]) -> list[str]:
+    try:
+        hit = [name for name in names if matches(pattern, name)]
+    except re.error as error:
+        raise LoraError(f"adapter.{key}: {pattern!r} is not a valid regular expression: {error}") from None
+    if not hit:
+        near = difflib.get_close_matches(pattern, {name.rsplit(".", 1)[-1] for name in names}, n=1)
+        raise LoraError(
+            f"adapter.{key}: {pattern} matched no layer",
+            details=[_listing(linear)],
+            fix=f"did you mean {near[0]}?" if near else "choose from that list, or write target_modules: all-linear",
+        )
+    return hit
+
+
+def _listing(linear: dict[str, nn.Module]) -> str:
+    counts = Counter(name.rsplit(".", 1)[-1] for name in linear)
+    return "linear layers here: " + ", ".join(f"{name} (×{count})" for name, count in counts.items())
+
+
+def _in_layers(names: list[str], layers: Sequence[int], blocks: list[str]) -> list[str]:
+    def index(name: str) -> int | None:
+        for outer in blocks:
+            if name.startswith(f"{outer}."):
+                return int(name[len(outer) + 1 :].split(".", 1)[0])
+        return None
+
+    present = sorted({at for name in names if (at := index(name)) is not None})
+    depth = max(present, default=-1) + 1
+    wanted = {at + depth if at < 0 else at for at in layers}
+    absent = sorted(wanted - set(present))
+    if absent:
+        raise LoraError(
+            f"adapter.layers: no adapted layer in block {absent[0]}",
+            fix=f"blocks with such layers: {present[0]} to {present[-1]}"
+            if present
+            else "no targeted layer is inside a block",
+        )
+    return [name for name in names if index(name) in wanted]
+
+
+def _only_projections(model: Any, targets: dict[str, Target], projections: Sequence[str]) -> dict[str, Target]:
+    """Targets confined to some of q, k, v, o. A fused layer gets one adapter of full rank per part that is kept.
+
+    Such a layer's B is block-structured, as in loralib's MergedLinear: with q and v kept, columns 0..r-1 feed only q
+    and r..2r-1 only v. Rank and alpha grow with the number of parts, so the scaling is what it was.
+    """
+    parts = output_parts(model, list(targets))
+    kept: dict[str, Target] = {}
+    for name, target in targets.items():
+        rows = {part: parts[name] == part for part in dict.fromkeys(parts[name])}
+        wanted = [part for part in rows if part in projections]
+        if not wanted:
+            continue
+        if len(rows) == 1:
+            kept[name] = target
+            continue
+        blocks = [torch.tensor(rows[part]).unsqueeze(1).expand(-1, target.rank) for part in wanted]
+        grown = len(wanted)
+        kept[name] = Target(name, target.rank * grown, target.alpha * grown, torch.cat(blocks, 1))
+    if not kept:
+        raise LoraError(f"adapter.projections: {list(projections)} matched no layer", details=[", ".join(targets)])
+    return kept

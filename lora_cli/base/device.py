@@ -1,0 +1,77 @@
+"""What this machine offers: device, compute dtype, memory. The one place that asks."""
+
+from __future__ import annotations
+
+import resource
+import sys
+
+import torch
+from accelerate import PartialState
+
+from lora_cli.errors import LoraError
+
+DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}
+
+
+def pick_device(request: str) -> torch.device:
+    """The device to run on: `auto` is what accelerate finds (one GPU per process, else the CPU).
+
+    Raises LoraError when the requested kind of device is absent.
+    """
+    available = {
+        "cpu": True,
+        "cuda": torch.cuda.is_available(),
+        "mps": torch.backends.mps.is_available(),
+        "xpu": hasattr(torch, "xpu") and torch.xpu.is_available(),
+    }
+    if request != "auto" and not available[request]:
+        present = ", ".join(kind for kind, here in available.items() if here)
+        raise LoraError(
+            f"device: {request} was asked for, but torch {torch.__version__} finds none",
+            fix=f"write device: auto (devices here: {present}), or install a torch build and driver for {request}",
+        )
+    return PartialState(cpu=request == "cpu").device
+
+
+def pick_dtype(request: str, device: torch.device) -> tuple[torch.dtype, str]:
+    """Compute dtype and the reason for it, to be said aloud.
+
+    bf16 needs no loss scaling, so it comes first where the device computes in it; older GPUs get fp16; a CPU without
+    bf16 instructions gets fp32, because emulated bf16 is slower there than fp32.
+    """
+    if request != "auto":
+        if device.type == "cuda" and request == "bf16" and not torch.cuda.is_bf16_supported(including_emulation=False):
+            raise LoraError(
+                f"dtype: bf16 was asked for, but {torch.cuda.get_device_name(device)} does not have it",
+                fix="write dtype: auto",
+            )
+        return DTYPES[request], "as the recipe says"
+    if device.type == "cuda":
+        if torch.cuda.is_bf16_supported(including_emulation=False):
+            return torch.bfloat16, "the GPU has bf16"
+        return torch.float16, "the GPU has no bf16: fp16 with loss scaling"
+    if device.type == "cpu":
+        if torch.cpu._is_avx512_bf16_supported() or torch.cpu._is_amx_tile_supported():
+            return torch.bfloat16, "the CPU has bf16 instructions"
+        return torch.float32, "the CPU has no bf16 instructions"
+    return torch.bfloat16, f"default on {device.type}"
+
+
+def reset_peak_memory(device: torch.device) -> None:
+    if device.type == "cuda":
+        torch.cuda.reset_peak_memory_stats(device)
+
+
+def peak_memory_bytes(device: torch.device) -> int:
+    """Most memory held so far: allocated by torch on a GPU, resident in the process on a CPU."""
+    if device.type == "cuda":
+        return torch.cuda.max_memory_allocated(device)
+    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    return peak if sys.platform == "darwin" else peak * 1024  # Linux counts KiB
+
+
+def describe_device(device: torch.device) -> str:
+    if device.type == "cuda":
+        total = torch.cuda.get_device_properties(device).total_memory
+        return f"{torch.cuda.get_device_name(device)} ({total / 2**30:.0f} GiB)"
+    return f"{device.type} ({torch.get_num_threads()} threads)" if device.type == "cpu" else device.type

@@ -1,0 +1,51 @@
+"""One view of every linear layer a base model may hold, however its weight is stored."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor, nn
+from transformers.pytorch_utils import Conv1D
+
+
+def is_linear(module: nn.Module) -> bool:
+    """Whether an adapter can wrap this layer: Linear, bitsandbytes 4-bit or 8-bit (both subclass it), or Conv1D."""
+    return isinstance(module, (nn.Linear, Conv1D))
+
+
+def features(layer: nn.Module) -> tuple[int, int]:
+    """(in_features, out_features)."""
+    if isinstance(layer, Conv1D):
+        return layer.nx, layer.nf
+    return layer.in_features, layer.out_features  # type: ignore[return-value]
+
+
+def stored_transposed(layer: nn.Module) -> bool:
+    """Whether the checkpoint stores this layer's weight as (in, out), GPT-2's way; also once it is quantized."""
+    return isinstance(layer, Conv1D) or getattr(layer, "source_cls", None) is Conv1D
+
+
+def dense_weight(layer: nn.Module) -> Tensor:
+    """The weight that this layer multiplies by, dequantized if need be: (out_features, in_features)."""
+    weight = layer.weight
+    assert isinstance(weight, Tensor)
+    if type(layer).__name__ == "Linear4bit":
+        from bitsandbytes.functional import dequantize_4bit
+
+        return dequantize_4bit(weight.data, weight.quant_state)  # type: ignore[attr-defined]
+    if type(layer).__name__ == "Linear8bitLt":
+        state = layer.state
+        int8, row_scale = (state.CB, state.SCB) if state.CB is not None else (weight.CB, weight.SCB)  # type: ignore
+        return int8.float() * (row_scale.float() / 127.0).unsqueeze(1)  # type: ignore[union-attr]
+    return weight.data.T if isinstance(layer, Conv1D) else weight.data
+
+
+def quantized_bytes(model: nn.Module) -> int:
+    """Bytes held by all parameters and buffers of the model, quantization scales included."""
+    total = 0
+    for tensor in [*model.parameters(), *model.buffers()]:
+        total += tensor.numel() * tensor.element_size()
+        state = getattr(tensor, "quant_state", None)
+        for part in (state, getattr(state, "state2", None)):
+            scales = getattr(part, "absmax", None)
+            total += scales.numel() * scales.element_size() if isinstance(scales, torch.Tensor) else 0
+    return total

@@ -1,0 +1,190 @@
+"""Loading the frozen base model and its tokenizer."""
+
+from __future__ import annotations
+
+import logging
+import warnings
+from typing import Any
+
+import torch
+from torch import nn
+from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, PreTrainedTokenizerBase
+from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING
+
+from lora_cli.base.attention import attention_implementation
+from lora_cli.base.source import BaseSource
+from lora_cli.errors import LoraError
+
+
+def load_model(
+    source: BaseSource,
+    *,
+    quantization: str,
+    dtype: torch.dtype,
+    device: torch.device,
+    double_quantization: bool = True,
+    trust_remote_code: bool = False,
+) -> Any:
+    """The base model, frozen, in eval mode, each shard quantized as it is read.
+
+    What is not quantized (embeddings, norms, lm_head) is held in `dtype`. No parameter requires a gradient.
+    Raises LoraError for an architecture that is no causal LM, or weights that do not fit the architecture.
+    """
+    config = _config(source, trust_remote_code)
+    settings = _quantization_settings(source, quantization, dtype, double_quantization)
+    try:
+        model, info = AutoModelForCausalLM.from_pretrained(
+            source.folder,
+            config=config,
+            dtype=dtype,
+            device_map={"": device},
+            quantization_config=settings,
+            attn_implementation=attention_implementation(config),
+            use_safetensors=True,
+            trust_remote_code=trust_remote_code,
+            local_files_only=True,
+            output_loading_info=True,
+        )
+    except torch.OutOfMemoryError:
+        raise LoraError(
+            f"{source.name} does not fit into the memory of {device}",
+            fix="use quantization: nf4, or a smaller base model",
+        ) from None
+    except (OSError, ValueError, RuntimeError, KeyError) as error:
+        raise LoraError(f"the base model cannot be loaded: {_first_line(error)}", where=str(source.folder)) from error
+    _require_all_weights(source, info)
+    for parameter in model.parameters():
+        parameter.requires_grad_(False)
+    _keep_trainable_on_cpu(model)
+    model.config.use_cache = False
+    return model.eval()
+
+
+def load_tokenizer(source: BaseSource, *, trust_remote_code: bool = False) -> PreTrainedTokenizerBase:
+    """The model's tokenizer. Raises LoraError if it has none, is no fast tokenizer, or has no end token."""
+    try:
+        tokenizer = AutoTokenizer.from_pretrained(
+            source.folder, trust_remote_code=trust_remote_code, local_files_only=True
+        )
+    except Exception as error:  # tokenizers raises bare Exceptions for damaged files
+        raise LoraError(
+            f"the tokenizer cannot be loaded: {_first_line(error)}",
+            where=str(source.folder),
+            fix="the folder needs tokenizer.json and tokenizer_config.json",
+        ) from error
+    if not tokenizer.is_fast:
+        raise LoraError(
+            "the tokenizer gives no character offsets (it is not a fast tokenizer)", where=str(source.folder)
+        )
+    if tokenizer.eos_token_id is None:
+        raise LoraError(
+            "the tokenizer has no end token, so the model could not learn where to stop",
+            where=str(source.folder),
+            fix="set eos_token in tokenizer_config.json",
+        )
+    return tokenizer
+
+
+def quiet_libraries() -> None:
+    """Silence progress bars and notices of the libraries below; what matters is said by this program."""
+    from transformers.utils import logging as transformers_logging
+
+    transformers_logging.set_verbosity_error()
+    transformers_logging.disable_progress_bar()
+    for name in ("accelerate", "bitsandbytes", "torch", "datasets", "huggingface_hub"):
+        logging.getLogger(name).setLevel(logging.ERROR)
+    warnings.filterwarnings("ignore", module=r"bitsandbytes|transformers|accelerate|torch")
+
+
+def _config(source: BaseSource, trust_remote_code: bool) -> Any:
+    if source.config.get("auto_map") and not trust_remote_code and source.config.get("model_type") is None:
+        raise LoraError(
+            f"{source.name} is defined by Python code of its own",
+            fix="read that code, then write trust_remote_code: true",
+        )
+    try:
+        config = AutoConfig.from_pretrained(source.folder, trust_remote_code=trust_remote_code, local_files_only=True)
+    except (OSError, ValueError, KeyError) as error:
+        kind = source.config.get("model_type")
+        raise LoraError(
+            f"model type {kind!r} is not known to the installed transformers: {_first_line(error)}",
+            where=str(source.folder / "config.json"),
+            fix="upgrade transformers; if the model ships its own code, read it and write trust_remote_code: true",
+        ) from None
+    remote = trust_remote_code and "AutoModelForCausalLM" in (getattr(config, "auto_map", None) or {})
+    if type(config) not in MODEL_FOR_CAUSAL_LM_MAPPING and not remote:
+        named = ", ".join(source.config.get("architectures") or [config.model_type])
+        raise LoraError(
+            f"{source.name} ({named}) is not a causal language model",
+            fix="choose a decoder-only model such as Llama, Qwen, Mistral or GPT-2",
+        )
+    _without_dropout(config)
+    return config
+
+
+def _without_dropout(config: Any) -> None:
+    """The frozen path never drops: a recipe with dropout 0 then is deterministic, also for GPT-2's built-in 0.1."""
+    for key, value in vars(config).items():
+        if "drop" in key and isinstance(value, float):
+            setattr(config, key, 0.0)
+        elif hasattr(value, "model_type"):  # a configuration inside a configuration, such as MPT's attention
+            _without_dropout(value)
+
+
+def _quantization_settings(source: BaseSource, quantization: str, dtype: torch.dtype, double: bool) -> Any:
+    """Settings for transformers, or nothing when the checkpoint is to be read as it is."""
+    stored = source.config.get("quantization_config")
+    if stored is not None:
+        kind = (
+            "nf4"
+            if stored.get("load_in_4bit")
+            else "int8"
+            if stored.get("load_in_8bit")
+            else stored.get("quant_method")
+        )
+        if kind != quantization:
+            raise LoraError(
+                f"the checkpoint is already quantized ({kind}), but the recipe says quantization: {quantization}",
+                where=str(source.folder),
+                fix=f"write quantization: {kind}" if kind in ("nf4", "int8") else "use the unquantized model",
+            )
+        return None
+    if quantization == "none":
+        return None
+    from transformers import BitsAndBytesConfig
+
+    if quantization == "int8":
+        return BitsAndBytesConfig(load_in_8bit=True)
+    return BitsAndBytesConfig(
+        load_in_4bit=True,
+        bnb_4bit_quant_type="nf4",
+        bnb_4bit_use_double_quant=double,
+        bnb_4bit_compute_dtype=dtype,
+    )
+
+
+def _require_all_weights(source: BaseSource, info: Any) -> None:
+    missing = sorted(info["missing_keys"])
+    mismatched = sorted(str(key) for key in info["mismatched_keys"])
+    if missing or mismatched:
+        raise LoraError(
+            f"the weights do not fill the model: {len(missing)} tensors missing, {len(mismatched)} of another shape",
+            where=str(source.folder),
+            details=(missing + mismatched)[:5],
+            fix="the checkpoint and config.json do not belong together, or the download is incomplete",
+        )
+
+
+def _keep_trainable_on_cpu(model: nn.Module) -> None:
+    """Stop bitsandbytes 0.50 from repacking 4-bit weights for CPU inference.
+
+    On CPUs with avx512_bf16 a no-grad forward in eval mode repacks a Linear4bit for good, after which training
+    forwards return no input gradient, with only a warning: evaluating would silently ruin the training after it.
+    """
+    for module in model.modules():
+        if hasattr(module, "support_avx512bf16_for_cpu"):
+            module.support_avx512bf16_for_cpu = False  # type: ignore[assignment]
+
+
+def _first_line(error: BaseException) -> str:
+    return (str(error).strip() or type(error).__name__).splitlines()[0][:300]

@@ -1,0 +1,105 @@
+"""Finding a base model: a local folder, or a hub repository brought to one."""
+
+from __future__ import annotations
+
+import json
+from dataclasses import dataclass
+from functools import cached_property
+from pathlib import Path
+from typing import Any
+
+from lora_cli.base.weight_files import fingerprint, weight_files
+from lora_cli.errors import LoraError
+
+# Configuration, tokenizer and safetensors; no pickles, no copies in other formats. Code comes only when it may run.
+_WANTED = ["*.json", "*.safetensors", "*.txt", "*.model", "*.jinja", "tokenizer*"]
+_UNWANTED = ["original/*", "onnx/*", "openvino/*", "*.bin", "*.pth", "*.gguf"]
+
+
+@dataclass(frozen=True)
+class BaseSource:
+    """Where a base model is. name: as the user wrote it. revision: the exact commit if it came from a hub."""
+
+    name: str
+    folder: Path
+    revision: str | None = None
+
+    @cached_property
+    def fingerprint(self) -> str:
+        return fingerprint(self.folder)
+
+    @cached_property
+    def config(self) -> dict[str, Any]:
+        return json.loads((self.folder / "config.json").read_text(encoding="utf-8"))
+
+
+def find_base(name: str, revision: str | None = None, *, trust_remote_code: bool = False) -> BaseSource:
+    """The folder of a base model; a hub id is downloaded once into the Hugging Face cache.
+
+    Raises LoraError when there is no such model, no network, no access, or nothing in it that can be loaded.
+    """
+    folder = Path(name)
+    if folder.is_dir():
+        if revision is not None:
+            raise LoraError(
+                f"revision {revision} is for hub models, but {name} is a local folder", fix="remove revision"
+            )
+        source = BaseSource(name, folder.resolve())
+    elif name.startswith((".", "/", "~")) or name.count("/") > 1:
+        raise LoraError(
+            "no such model folder",
+            where=name,
+            fix="check the path, or use a hub id such as HuggingFaceTB/SmolLM2-135M-Instruct",
+        )
+    else:
+        source = _download(name, revision, trust_remote_code)
+    _check_folder(source)
+    return source
+
+
+def _check_folder(source: BaseSource) -> None:
+    config = source.folder / "config.json"
+    if not config.is_file():
+        raise LoraError(
+            "the model folder has no config.json",
+            where=str(source.folder),
+            fix="name the folder that holds config.json and the weights",
+        )
+    try:
+        if not isinstance(source.config, dict):
+            raise ValueError
+    except (ValueError, UnicodeDecodeError):
+        raise LoraError("config.json is not valid JSON", where=str(config), fix="download it again") from None
+    weight_files(source.folder)
+
+
+def _download(name: str, revision: str | None, trust_remote_code: bool) -> BaseSource:
+    from huggingface_hub import errors as hub
+    from huggingface_hub import snapshot_download
+
+    wanted = [*_WANTED, "*.py"] if trust_remote_code else _WANTED
+    try:
+        path = snapshot_download(name, revision=revision, allow_patterns=wanted, ignore_patterns=_UNWANTED)
+    except hub.HFValidationError:
+        raise LoraError(
+            f"{name} is neither a folder here nor a hub id", fix="write owner/name, or a path to a model folder"
+        ) from None
+    except hub.GatedRepoError:
+        raise LoraError(
+            f"{name} is gated: its owner wants you to accept terms first",
+            fix=f"accept them on the model's page, then run `hf auth login` or set HF_TOKEN ({name})",
+        ) from None
+    except hub.RevisionNotFoundError:
+        raise LoraError(f"{name} has no revision {revision}", fix="check base model and revision") from None
+    except hub.RepositoryNotFoundError:
+        raise LoraError(
+            f"the hub has no model {name} that you may read",
+            fix="check the spelling; for a private model run `hf auth login` or set HF_TOKEN; for a local folder check the path",
+        ) from None
+    except (hub.LocalEntryNotFoundError, hub.OfflineModeIsEnabled, hub.HfHubHTTPError, OSError) as error:
+        raise LoraError(
+            f"{name} is not in the local cache and the hub cannot be reached ({type(error).__name__})",
+            fix="connect to the network once, or give the path of a local model folder",
+        ) from None
+    folder = Path(path)
+    return BaseSource(name, folder, revision=folder.name)

@@ -1,0 +1,279 @@
+"""The `lora` command: parse, call, print. Heavy libraries are imported inside the commands, so --help is instant."""
+
+from __future__ import annotations
+
+import json
+import os
+import sys
+from pathlib import Path
+from typing import Annotated, Any, Literal
+
+import typer
+
+from lora_cli import __version__
+from lora_cli.errors import LoraError
+
+app = typer.Typer(
+    help="Fine-tune a causal language model with LoRA or QLoRA from one YAML recipe.",
+    no_args_is_help=True,
+    add_completion=False,
+    pretty_exceptions_enable=False,
+)
+
+Json = Annotated[bool, typer.Option("--json", help="Print one JSON document on stdout and nothing else there.")]
+Device = Annotated[Literal["auto", "cpu", "cuda", "mps", "xpu"], typer.Option(help="Where to compute.")]
+Dtype = Annotated[Literal["auto", "bf16", "fp16", "fp32"], typer.Option(help="Compute dtype.")]
+Quantization = Annotated[
+    Literal["nf4", "int8", "none"] | None, typer.Option(help="How to hold the base. Default: as it was trained.")
+]
+RemoteCode = Annotated[
+    bool, typer.Option("--trust-remote-code", help="Run Python code that the model's repository ships.")
+]
+
+
+def _version(show: bool) -> None:
+    if show:
+        print(f"lora {__version__}")
+        raise typer.Exit
+
+
+@app.callback()
+def _root(
+    version: Annotated[
+        bool, typer.Option("--version", callback=_version, is_eager=True, help="Print the version.")
+    ] = False,
+) -> None:
+    pass
+
+
+@app.command()
+def init(
+    schema: Annotated[bool, typer.Option("--schema", help="Print the JSON Schema of a recipe, for editors.")] = False,
+) -> None:
+    """Print the JSON Schema of a recipe."""
+    if not schema:
+        raise LoraError(
+            "nothing to print", fix="lora init --schema > recipe.schema.json; example recipes are in configs/"
+        )
+    from lora_cli.recipe_file import json_schema
+
+    print(json_schema())
+
+
+@app.command()
+def train(
+    recipe: Annotated[Path, typer.Argument(help="The YAML recipe.", show_default=False)],
+    overrides: Annotated[
+        list[str] | None, typer.Option("--set", help="Override a setting: key.path=value. Repeatable.")
+    ] = None,
+    resume: Annotated[bool, typer.Option("--resume", help="Continue the run from its newest checkpoint.")] = False,
+    as_json: Json = False,
+) -> None:
+    """Train an adapter as a recipe says."""
+    from lora_cli.recipe_file import load_recipe
+
+    loaded = load_recipe(recipe, overrides)
+    console = _console()
+    with console.status("loading libraries"):
+        from lora_cli.base.load import quiet_libraries
+        from lora_cli.training.loop import train as run
+    quiet_libraries()
+    report = run(loaded, console, resume=resume)
+    if as_json:
+        print(json.dumps(report))
+
+
+@app.command("eval")
+def evaluate(
+    run: Annotated[Path | None, typer.Argument(help="A run folder.", show_default=False)] = None,
+    model: Annotated[str | None, typer.Option("--model", help="Hub id or folder of a base or merged model.")] = None,
+    adapter: Annotated[Path | None, typer.Option("--adapter", help="Adapter folder to compare with its base.")] = None,
+    data: Annotated[Path | None, typer.Option("--data", help="Data file to evaluate on.")] = None,
+    stride: Annotated[
+        int | None, typer.Option(help="Tokens a window moves on long text. Default: half a window.")
+    ] = None,
+    max_seq_len: Annotated[int | None, typer.Option(help="Window in tokens. Default: the run's, or 1024.")] = None,
+    quantization: Quantization = None,
+    dtype: Dtype = "auto",
+    device: Device = "auto",
+    trust_remote_code: RemoteCode = False,
+    as_json: Json = False,
+) -> None:
+    """Loss, perplexity and bits per byte of base and adapter on the same tokens."""
+    if run is not None and any(option is not None for option in (model, adapter, quantization, max_seq_len)):
+        raise LoraError(
+            "a run folder brings its own model, adapter and settings", fix="give either RUN or --model and --adapter"
+        )
+    if run is None and (data is None or (model is None and adapter is None)):
+        raise LoraError(
+            "nothing to evaluate", fix="lora eval RUN, or lora eval --model MODEL [--adapter ADAPTER] --data FILE"
+        )
+    evaluation = _heavy("lora_cli.evaluation.evaluate")
+    if run is not None:
+        scores = evaluation.evaluate_run(run, data, stride=stride, device=None if device == "auto" else device)
+    else:
+        scores = evaluation.evaluate_model(
+            model,
+            adapter,
+            data,
+            max_seq_len=max_seq_len,
+            stride=stride,
+            quantization=quantization,
+            dtype=dtype,
+            device=device,
+            trust_remote_code=trust_remote_code,
+        )
+    if as_json:
+        print(json.dumps({name: score.as_dict() for name, score in scores.items()}))
+    else:
+        _print_scores(scores)
+
+
+@app.command()
+def merge(
+    source: Annotated[
+        Path, typer.Argument(help="A run folder or an adapter folder (ours or PEFT's).", show_default=False)
+    ],
+    output: Annotated[Path, typer.Option("--output", help="Folder to write the merged model to.", show_default=False)],
+    base: Annotated[str | None, typer.Option("--base", help="Base model. Default: the one the adapter names.")] = None,
+    dtype: Annotated[Literal["bf16", "fp16", "fp32"], typer.Option(help="Dtype of the written weights.")] = "bf16",
+    onto: Annotated[
+        Literal["trained", "original"],
+        typer.Option(help="Add the update to the weights as trained on, or to the original ones."),
+    ] = "trained",
+    trust_remote_code: RemoteCode = False,
+    as_json: Json = False,
+) -> None:
+    """Fuse base and adapter into an ordinary model folder, and measure that it is the same model."""
+    report = _heavy("lora_cli.merging.merge").merge(
+        source, output, base=base, dtype=dtype, onto=onto, trust_remote_code=trust_remote_code
+    )
+    if as_json:
+        print(json.dumps(report.as_dict()))
+        return
+    console = _console()
+    console.print(
+        f"merged {report.layers} layers onto the {report.onto} weights, in {report.dtype}: {report.output}",
+        highlight=False,
+    )
+    console.print(
+        f"compared with base + adapter on {report.tokens_compared} tokens: KL {report.kl:.2g} nats a token "
+        f"(the adapter itself changes {report.adapter_effect:.2g}), same likeliest token at {report.top1_agreement:.1%}",
+        highlight=False,
+    )
+
+
+@app.command()
+def generate(
+    prompt: Annotated[
+        str | None, typer.Argument(help="The prompt; - or nothing reads it from stdin.", show_default=False)
+    ] = None,
+    run: Annotated[Path | None, typer.Option("--run", help="Run folder whose base and adapter to use.")] = None,
+    model: Annotated[
+        str | None, typer.Option("--model", help="Hub id or folder of the model. Default: the adapter's base.")
+    ] = None,
+    adapter: Annotated[Path | None, typer.Option("--adapter", help="Adapter folder or run folder.")] = None,
+    no_adapter: Annotated[bool, typer.Option("--no-adapter", help="Use the base alone, to compare.")] = False,
+    chat: Annotated[
+        bool, typer.Option("--chat", help="Treat the prompt as a user turn; without a prompt, hold a conversation.")
+    ] = False,
+    system: Annotated[str | None, typer.Option("--system", help="System message, with --chat.")] = None,
+    max_new_tokens: Annotated[int, typer.Option(min=1)] = 256,
+    temperature: Annotated[float, typer.Option(min=0.0, help="0 is greedy.")] = 0.0,
+    top_p: Annotated[float, typer.Option(min=0.0, max=1.0)] = 1.0,
+    top_k: Annotated[int, typer.Option(min=0, help="0 is all.")] = 0,
+    repetition_penalty: Annotated[float, typer.Option(min=0.01)] = 1.0,
+    seed: Annotated[int, typer.Option(min=0)] = 0,
+    quantization: Quantization = None,
+    dtype: Dtype = "auto",
+    device: Device = "auto",
+    trust_remote_code: RemoteCode = False,
+    as_json: Json = False,
+) -> None:
+    """Complete a prompt, or chat, with a base model or an adapter on it."""
+    if run is not None and adapter is not None:
+        raise LoraError("--run and --adapter both name an adapter", fix="give one of them")
+    if system is not None and not chat:
+        raise LoraError("--system is for --chat", fix="add --chat")
+    adapter = adapter or run
+    if model is None and adapter is None:
+        raise LoraError("which model?", fix="give --model, --adapter or --run")
+    _heavy("lora_cli.evaluation.talk").talk(
+        prompt if prompt not in (None, "-") else None,
+        model=model,
+        adapter=adapter,
+        use_adapter=not no_adapter,
+        chat=chat,
+        system=system,
+        quantization=quantization,
+        dtype=dtype,
+        device=device,
+        trust_remote_code=trust_remote_code,
+        seed=seed,
+        as_json=as_json,
+        sampling={
+            "max_new_tokens": max_new_tokens,
+            "temperature": temperature,
+            "top_p": top_p,
+            "top_k": top_k,
+            "repetition_penalty": repetition_penalty,
+        },
+    )
+
+
+def main() -> None:
+    """Entry point: a LoraError becomes its message and exit code, Ctrl+C becomes 130."""
+    os.environ.setdefault("HF_HUB_DISABLE_TELEMETRY", "1")
+    os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
+    try:
+        app()
+    except LoraError as error:
+        print(error.render(), file=sys.stderr)
+        sys.exit(error.exit_code)
+    except KeyboardInterrupt:
+        print("stopped", file=sys.stderr)
+        sys.exit(130)
+    except BrokenPipeError:
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        sys.exit(1)
+
+
+def _console() -> Any:
+    from rich.console import Console
+
+    return Console(stderr=True)
+
+
+def _heavy(module: str) -> Any:
+    """Import a module that imports torch, saying so meanwhile."""
+    import importlib
+
+    with _console().status("loading libraries"):
+        loaded = importlib.import_module(module)
+        importlib.import_module("lora_cli.base.load").quiet_libraries()
+    return loaded
+
+
+def _print_scores(scores: dict[str, Any]) -> None:
+    from rich.console import Console
+    from rich.table import Table
+
+    table = Table(
+        "", "loss", "perplexity", "bits per byte", "target tokens", box=None, pad_edge=False, header_style="bold"
+    )
+    for column in table.columns[1:]:
+        column.justify = "right"
+    for name, score in scores.items():
+        table.add_row(
+            name,
+            f"{score.loss:.4f}",
+            f"{score.perplexity:.3f}",
+            f"{score.bits_per_byte:.4f}",
+            f"{score.target_tokens:,}",
+        )
+    Console().print(table)
+    if "adapter" in scores:
+        change = 1 - scores["adapter"].perplexity / scores["base"].perplexity
+        Console().print(
+            f"perplexity {abs(change):.1%} {'lower' if change >= 0 else 'higher'} with the adapter", highlight=False
+        )

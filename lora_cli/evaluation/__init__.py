@@ -1,0 +1,1 @@
+"""Measuring and using a model: the loss, perplexity, the packing check, generation."""

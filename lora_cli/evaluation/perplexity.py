@@ -1,0 +1,57 @@
+"""Loss and perplexity, weighted by target tokens: they do not depend on batch size, order or padding."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Sequence
+from dataclasses import asdict, dataclass
+from typing import Any
+
+import torch
+
+from lora_cli.data.batches import MicroBatch, similar_length_batches
+from lora_cli.data.examples import Example
+from lora_cli.evaluation.loss import summed_loss
+
+
+@dataclass(frozen=True)
+class Score:
+    """loss: nats per target token. perplexity: exp of it. bits_per_byte: bits over the UTF-8 bytes of the targets."""
+
+    loss: float
+    perplexity: float
+    bits_per_byte: float
+    target_tokens: int
+
+    def as_dict(self) -> dict[str, float | int]:
+        return asdict(self)
+
+
+def mean_loss(
+    model: Any, examples: Sequence[Example], collate: Callable[[list[Example]], MicroBatch], max_tokens: int
+) -> tuple[float, int]:
+    """(nats per target token, target tokens). Leaves training mode and random state as they were."""
+    training = model.training
+    model.eval()
+    total, count = 0.0, 0
+    try:
+        with torch.no_grad():
+            for batch in similar_length_batches([len(example.ids) for example in examples], max_tokens):
+                micro_batch = collate([examples[index] for index in batch])
+                total += summed_loss(model, micro_batch).double().item()
+                count += len(micro_batch.targets)
+    finally:
+        model.train(training)
+    return total / count, count
+
+
+def score(
+    model: Any,
+    examples: Sequence[Example],
+    collate: Callable[[list[Example]], MicroBatch],
+    max_tokens: int,
+    text_bytes: int,
+) -> Score:
+    loss, count = mean_loss(model, examples, collate, max_tokens)
+    bits = loss * count / math.log(2)
+    return Score(loss, math.exp(min(loss, 700)), bits / text_bytes if text_bytes else math.inf, count)

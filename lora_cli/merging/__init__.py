@@ -1,0 +1,1 @@
+"""Base + adapter → an ordinary model folder, and the proof that it is the same model."""

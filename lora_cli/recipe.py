@@ -1,0 +1,217 @@
+"""The recipe: every setting of a run, declared once.
+
+The reference table in the docs, the JSON Schema and all error messages are generated from these fields.
+"""
+
+from __future__ import annotations
+
+import re
+from typing import Annotated, Any, Literal
+
+from pydantic import BaseModel, BeforeValidator, ConfigDict, Field
+
+_NUMBER = re.compile(r"[+-]?(\d+\.?\d*|\.\d+)([eE][+-]?\d+)?")
+
+
+def _number_from_text(value: Any) -> Any:
+    """PyYAML reads `1e-4` as text (YAML 1.1 wants `1.0e-4`); a person means the number."""
+    return float(value) if isinstance(value, str) and _NUMBER.fullmatch(value) else value
+
+
+Number = Annotated[float, BeforeValidator(_number_from_text)]
+
+
+class Section(BaseModel):
+    model_config = ConfigDict(extra="forbid", frozen=True, strict=True, allow_inf_nan=False)
+
+
+class AdapterRecipe(Section):
+    rank: int = Field(16, ge=1, description="Rank r of the update B @ A of each adapted layer.")
+    alpha: Number = Field(
+        32.0, gt=0, description="Strength of the update: it is scaled by alpha / rank (Hu et al. 2021, section 4.1)."
+    )
+    dropout: Number = Field(
+        0.0, ge=0, lt=1, description="Probability of dropping an input of the LoRA path; the frozen path never drops."
+    )
+    target_modules: str | list[str] = Field(
+        "attention",
+        description="Layers to adapt: `attention` (found by structure), `all-linear`, a list of module names or last "
+        "parts of names, or one regular expression for full module names.",
+    )
+    projections: list[Literal["q", "k", "v", "o"]] = Field(
+        ["q", "k", "v", "o"],
+        min_length=1,
+        description="With `target_modules: attention`: which projections to adapt. Works inside fused layers too; the "
+        "LoRA paper adapts [q, v].",
+    )
+    exclude_modules: list[str] = Field(
+        [], description="Module names, last parts of names or regular expressions to leave out."
+    )
+    layers: list[int] | None = Field(
+        None,
+        min_length=1,
+        description="Indices of the transformer blocks to adapt; negative ones count from the end. Nothing: all.",
+    )
+    rank_pattern: dict[str, Annotated[int, Field(ge=1)]] = Field(
+        {}, description="Another rank for some modules: name, last part of a name, or regular expression → rank."
+    )
+    alpha_pattern: dict[str, Annotated[Number, Field(gt=0)]] = Field(
+        {}, description="Another alpha for some modules: name, last part of a name, or regular expression → alpha."
+    )
+    init: Literal["kaiming", "gaussian"] = Field(
+        "kaiming",
+        description="How A starts (B is zero): Kaiming-uniform as in PEFT and loralib, or Gaussian with deviation 1 / rank.",
+    )
+
+
+class DataRecipe(Section):
+    train: str = Field(description="Training data: a .jsonl, .json, .csv, .parquet or .txt file.")
+    validation: Annotated[Number, Field(gt=0, lt=1)] | str | None = Field(
+        None,
+        description="Held-out data: a file, or the fraction of the training rows to hold out (chosen by the seed).",
+    )
+    format: Literal["auto", "text", "completion", "chat"] = Field(
+        "auto",
+        description="How to read a row: `text`, `completion` (prompt, completion), `chat` (messages); auto goes by the columns.",
+    )
+    max_seq_len: int = Field(1024, ge=2, description="Longest example in tokens, and the length of a packed row.")
+    packing: bool = Field(
+        True, description="Lay several examples on one row, each seeing only itself. Off: one example a row, padded."
+    )
+    too_long: Literal["error", "drop", "truncate", "split"] = Field(
+        "error", description="What happens to an example above max_seq_len; `split` is for text only."
+    )
+
+
+class TrainRecipe(Section):
+    epochs: Number = Field(1.0, gt=0, description="Passes over the training data; a fraction is allowed.")
+    max_steps: int | None = Field(None, ge=1, description="Stop after this many steps even if epochs remain.")
+    micro_batch_size: int = Field(4, ge=1, description="Rows per forward: examples, or packed rows of max_seq_len.")
+    gradient_accumulation_steps: int = Field(
+        4,
+        ge=1,
+        description="Micro-batches per optimizer step over all processes; the result does not depend on how many there are.",
+    )
+    learning_rate: Number = Field(
+        2e-4, gt=0, description="Peak learning rate; 2e-4 is what QLoRA used up to 13B (Dettmers et al. 2023, table 9)."
+    )
+    schedule: Literal["cosine", "linear", "constant"] = Field("cosine", description="Learning rate after the warm-up.")
+    warmup_ratio: Number = Field(
+        0.03,
+        ge=0,
+        lt=1,
+        description="Share of all steps during which the rate rises from 0 (Dettmers et al. 2023, appendix B).",
+    )
+    min_learning_rate_ratio: Number = Field(
+        0.0, ge=0, le=1, description="Where cosine and linear end, as a share of the peak rate."
+    )
+    optimizer: Literal["adamw", "adamw_8bit", "paged_adamw", "paged_adamw_8bit"] = Field(
+        "adamw",
+        description="AdamW of torch; or of bitsandbytes with 8-bit states, or with states that page to host memory.",
+    )
+    weight_decay: Number = Field(0.0, ge=0, description="Decoupled weight decay of A and B.")
+    beta1: Number = Field(0.9, ge=0, lt=1, description="Adam's decay of the mean of gradients.")
+    beta2: Number = Field(0.999, ge=0, lt=1, description="Adam's decay of the mean of squared gradients.")
+    max_grad_norm: Number = Field(
+        0.3, gt=0, description="Gradients are scaled down to this L2 norm (0.3: Dettmers et al. 2023, appendix B)."
+    )
+    gradient_checkpointing: bool = Field(
+        False,
+        description="Recompute activations in the backward pass: less memory, about a third more time, same result.",
+    )
+    seed: int = Field(
+        0, ge=0, lt=2**32, description="Seed of the initial A, the order of rows, the hold-out and dropout."
+    )
+    eval_every: int | None = Field(
+        None,
+        ge=1,
+        description="Steps between evaluations on the validation data. Nothing: only before and after training.",
+    )
+    checkpoint_every: int | None = Field(
+        None, ge=1, description="Steps between resumable checkpoints. Nothing: only at the end or when interrupted."
+    )
+    keep_checkpoints: int = Field(2, ge=1, description="How many of the newest checkpoints to keep.")
+
+
+class Recipe(Section):
+    """One run of `lora train`."""
+
+    base_model: str = Field(description="Hub id, or a local folder with config.json and safetensors weights.")
+    revision: str | None = Field(None, description="Hub branch, tag or commit of the base model. Nothing: main.")
+    trust_remote_code: bool = Field(False, description="Run Python code that the model's repository ships.")
+    quantization: Literal["nf4", "int8", "none"] = Field(
+        "nf4",
+        description="How the frozen base is held: 4-bit NF4 (Dettmers et al. 2023, section 3), 8-bit, or as it is.",
+    )
+    double_quantization: bool = Field(
+        True,
+        description="NF4 only: quantize the scales as well, 0.37 bits a weight less (Dettmers et al. 2023, section 3).",
+    )
+    dtype: Literal["auto", "bf16", "fp16", "fp32"] = Field(
+        "auto", description="Compute dtype, and storage of what is not quantized; auto: bf16 where the device has it."
+    )
+    device: Literal["auto", "cpu", "cuda", "mps", "xpu"] = Field(
+        "auto", description="Where to train; auto: what accelerate finds."
+    )
+    adapter: AdapterRecipe = Field(AdapterRecipe(), description="The LoRA adapter.")
+    data: DataRecipe = Field(description="Training and validation data.")
+    train: TrainRecipe = Field(TrainRecipe(), description="The training run.")
+    trackers: list[Literal["tensorboard", "wandb", "trackio", "mlflow"]] = Field(
+        [], description="Experiment trackers to report to, beside metrics.jsonl."
+    )
+    output: str = Field(description="The run folder; it must not hold another run.")
+
+
+PATHS = ("data.train", "data.validation", "output", "base_model")  # base_model only where such a folder exists
+
+
+def contradictions(recipe: Recipe) -> list[tuple[str, str, str]]:
+    """Settings that are fine alone and wrong together: (key, what, fix) each."""
+    found: list[tuple[str, str, str]] = []
+
+    def refuse(when: bool, key: str, what: str, fix: str) -> None:
+        if when:
+            found.append((key, what, fix))
+
+    adapter, data, train = recipe.adapter, recipe.data, recipe.train
+    refuse(
+        "projections" in adapter.model_fields_set and adapter.target_modules != "attention",
+        "adapter.projections",
+        "projections belong to target_modules: attention, but target_modules names other layers",
+        "remove projections, or write target_modules: attention",
+    )
+    refuse(
+        "double_quantization" in recipe.model_fields_set
+        and recipe.double_quantization
+        and recipe.quantization != "nf4",
+        "double_quantization",
+        f"double_quantization is for nf4, but quantization is {recipe.quantization}",
+        "remove double_quantization, or write quantization: nf4",
+    )
+    refuse(
+        recipe.dtype == "fp16" and recipe.device == "cpu",
+        "dtype",
+        "fp16 is for GPUs, but device is cpu",
+        "write dtype: auto, or another device",
+    )
+    refuse(
+        train.eval_every is not None and data.validation is None,
+        "train.eval_every",
+        "eval_every is set, but there is no validation data to evaluate on",
+        "set data.validation to a file or a fraction such as 0.05, or remove eval_every",
+    )
+    refuse(
+        data.validation is not None and data.validation == data.train,
+        "data.validation",
+        "validation and training data are the same file",
+        "name another file, or a fraction such as 0.05",
+    )
+    refuse(
+        "min_learning_rate_ratio" in train.model_fields_set
+        and train.min_learning_rate_ratio > 0
+        and train.schedule == "constant",
+        "train.min_learning_rate_ratio",
+        "a constant schedule has no lower end",
+        "remove min_learning_rate_ratio, or choose schedule: cosine or linear",
+    )
+    return found

@@ -1,0 +1,367 @@
+"""The training loop: recipe in, adapter out."""
+
+from __future__ import annotations
+
+import hashlib
+import math
+import signal
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import torch
+from accelerate import Accelerator
+from accelerate.utils import set_seed
+from rich.console import Console
+
+from lora_cli.adapters.attach import adapter_parameters, is_inert
+from lora_cli.adapters.file import save_adapter
+from lora_cli.base.device import describe_device, peak_memory_bytes, reset_peak_memory
+from lora_cli.errors import CheckFailed, Interrupted, LoraError
+from lora_cli.evaluation.loss import summed_loss
+from lora_cli.evaluation.perplexity import mean_loss
+from lora_cli.files import human_bytes, write_json, written_whole
+from lora_cli.recipe import Recipe
+from lora_cli.training.checkpoint import load_checkpoint, prune_checkpoints, save_checkpoint
+from lora_cli.training.optimizer import learning_rate, make_optimizer
+from lora_cli.training.progress import Progress
+from lora_cli.training.run_folder import RunFolder, environment_of
+from lora_cli.training.session import Session, open_session
+from lora_cli.training.trackers import open_trackers
+
+
+@dataclass
+class State:
+    """What a checkpoint carries beside adapter and optimizer."""
+
+    step: int = 0
+    base_validation_loss: float | None = None
+    best_validation_loss: float | None = None
+    best_step: int | None = None
+    last_validation_loss: float | None = None
+    first_loss: float | None = None
+    last_loss: float | None = None
+    tokens: int = 0
+    target_tokens: int = 0
+    seconds: float = 0.0
+    peak_memory_bytes: int = 0
+    loss_scale: dict[str, Any] = field(default_factory=dict)
+
+
+def train(recipe: Recipe, console: Console, *, resume: bool = False) -> dict[str, Any]:
+    """Run a recipe to its end; returns the report that is also written to report.json.
+
+    Raises Interrupted after Ctrl+C or SIGTERM, with a checkpoint written; CheckFailed when the loss is not finite or
+    nothing was learned.
+    """
+    folder = RunFolder(Path(recipe.output))
+    folder.refuse_if_taken(recipe, resume)
+    accelerator = _accelerator(recipe)
+    console.quiet = not accelerator.is_main_process
+    session = open_session(recipe, console)
+    environment = environment_of(describe_device(session.device), str(session.dtype)) | {
+        "processes": accelerator.num_processes,
+        "base_revision": session.source.revision,
+        "base_fingerprint": session.source.fingerprint,
+        "data_fingerprint": session.data.fingerprint,
+        "data_files": session.data.files,
+    }
+    if resume:
+        folder.require_same(environment)
+    elif accelerator.is_main_process:
+        folder.begin(recipe, environment)
+    accelerator.wait_for_everyone()
+    return _Run(session, folder, accelerator, console).to_the_end(resume)
+
+
+def _accelerator(recipe: Recipe) -> Accelerator:
+    # fp16 needs loss scaling, which accelerate brings with its fp16 mode. For bf16 the frozen weights already are
+    # bf16 and the layers cast A and B: no autocast, so no copies of what need not be copied.
+    from lora_cli.base.device import pick_device, pick_dtype
+
+    dtype, _ = pick_dtype(recipe.dtype, pick_device(recipe.device))
+    accelerator = Accelerator(
+        mixed_precision="fp16" if dtype == torch.float16 else "no",
+        cpu=recipe.device == "cpu",
+        log_with=list(recipe.trackers) or None,
+        project_dir=recipe.output if recipe.trackers else None,
+    )
+    if accelerator.num_processes > recipe.train.gradient_accumulation_steps:
+        raise LoraError(
+            f"{accelerator.num_processes} processes share a step of {recipe.train.gradient_accumulation_steps} micro-batches",
+            fix="raise train.gradient_accumulation_steps to the number of processes or more",
+        )
+    return accelerator
+
+
+class _Run:
+    """One run from its first or resumed step to its last."""
+
+    def __init__(self, session: Session, folder: RunFolder, accelerator: Accelerator, console: Console):
+        self.session, self.folder, self.accelerator, self.console = session, folder, accelerator, console
+        self.recipe = session.recipe.train
+        self.model = session.model
+        self.parameters = adapter_parameters(self.model)
+        self.optimizer = accelerator.prepare(make_optimizer(self.recipe, self.parameters))
+        self.state = State()
+        self.stop_requested = False
+
+    def to_the_end(self, resume: bool) -> dict[str, Any]:
+        if resume:
+            self._resume()
+        first = self.state.step + 1
+        progress = Progress(self.console, self.session.total_steps, first)
+        with (
+            open_trackers(self.accelerator, self.session.recipe, progress.say) as track,
+            progress,
+            self._stop_signals(),
+        ):
+            if first == 1:
+                self._evaluate_base(progress)
+            reset_peak_memory(self.session.device)
+            for step in range(first, self.session.total_steps + 1):
+                self._one_step(step, progress, track)
+                if self.stop_requested:
+                    self._interrupt(step)
+        return self._finish()
+
+    def _one_step(self, step: int, progress: Progress, track: Any) -> None:
+        started = time.monotonic()
+        line = self._optimize(step)
+        line["seconds"] = time.monotonic() - started
+        line["tokens_per_second"] = line["tokens"] / line["seconds"]
+        line["peak_memory_bytes"] = peak_memory_bytes(self.session.device)
+        state = self.state
+        state.step, state.last_loss = step, line["loss"]
+        state.first_loss = line["loss"] if state.first_loss is None else state.first_loss
+        state.tokens += line["tokens"]
+        state.target_tokens += line["target_tokens"]
+        state.seconds += line["seconds"]
+        state.peak_memory_bytes = max(state.peak_memory_bytes, line["peak_memory_bytes"])
+        last = step == self.session.total_steps
+        if self.session.data.validation and (last or (self.recipe.eval_every and step % self.recipe.eval_every == 0)):
+            progress.doing("evaluating")
+            line["validation_loss"] = self._evaluate(step)
+        if self.accelerator.is_main_process:
+            self.folder.append_metrics(line)
+        track(line, step)
+        if last or (self.recipe.checkpoint_every and step % self.recipe.checkpoint_every == 0):
+            self._checkpoint()
+        progress.step(line)
+
+    def _optimize(self, step: int) -> dict[str, Any]:
+        """One optimizer step over all its micro-batches, on all processes; the line for metrics.jsonl."""
+        batches = self.session.order.step(step)
+        examples = self.session.data.train
+        targets = sum(examples[index].targets for batch in batches for index in batch)
+        rate = learning_rate(self.recipe, step, self.session.total_steps)
+        for group in self.optimizer.param_groups:
+            group["lr"] = rate
+        self.model.train()
+        total = torch.zeros((), dtype=torch.float64)
+        for at in range(self.accelerator.process_index, len(batches), self.accelerator.num_processes):
+            _seed_dropout(self.recipe.seed, step, at)
+            micro_batch = self.session.collate([examples[index] for index in batches[at]])
+            with self.accelerator.autocast():
+                loss = summed_loss(self.model, micro_batch)
+            self.accelerator.backward(loss / targets)
+            total += loss.detach().double().cpu()
+        mean = self._sum_over_processes(total).item() / targets
+        if not math.isfinite(mean):
+            raise self._not_finite(f"the loss is {mean}", step)
+        self._add_gradients()
+        norm = float(self.accelerator.clip_grad_norm_(self.parameters, self.recipe.max_grad_norm))
+        if not math.isfinite(norm) and self.accelerator.scaler is None:  # fp16 overflows now and then; its scaler skips
+            raise self._not_finite(f"the gradient norm is {norm}", step)
+        self.optimizer.step()
+        self.optimizer.zero_grad()
+        tokens = sum(len(examples[index].ids) for batch in batches for index in batch)
+        return {
+            "step": step,
+            "loss": mean,
+            "learning_rate": rate,
+            "grad_norm": norm,
+            "target_tokens": targets,
+            "tokens": tokens,
+        }
+
+    def _add_gradients(self) -> None:
+        """Sum the adapter's gradients over processes: all that they need to tell each other in a step."""
+        if self.accelerator.num_processes == 1:
+            return
+        for parameter in self.parameters:
+            gradient = parameter.grad if parameter.grad is not None else torch.zeros_like(parameter)
+            parameter.grad = self._sum_over_processes(gradient)
+
+    def _sum_over_processes(self, value: torch.Tensor) -> torch.Tensor:
+        return (
+            self.accelerator.reduce(value.to(self.session.device), "sum")
+            if self.accelerator.num_processes > 1
+            else value
+        )  # type: ignore[return-value]
+
+    # ── evaluation and what is kept ─────────────────────────────────────────────────────────────────────────────
+
+    def _evaluate_base(self, progress: Progress) -> None:
+        """With B = 0 the model is its base: what the run has to beat."""
+        if not self.session.data.validation:
+            return
+        progress.doing("evaluating the base model")
+        self.state.base_validation_loss = loss = self._validation_loss()
+        progress.say(f"base model: validation loss {loss:.4f} (perplexity {math.exp(min(loss, 80)):.2f})")
+
+    def _evaluate(self, step: int) -> float:
+        loss = self._validation_loss()
+        self.state.last_validation_loss = loss
+        if self.state.best_validation_loss is None or loss < self.state.best_validation_loss:
+            self.state.best_validation_loss, self.state.best_step = loss, step
+            self._save_adapter(self.folder.adapter)
+        return loss
+
+    def _validation_loss(self) -> float:
+        longest = max(len(example.ids) for example in self.session.data.validation)
+        budget = max(longest, self.recipe.micro_batch_size * self.session.recipe.data.max_seq_len)
+        with self.accelerator.autocast():
+            return mean_loss(self.model, self.session.data.validation, self.session.collate, budget)[0]
+
+    def _save_adapter(self, place: Path) -> None:
+        if not self.accelerator.is_main_process:
+            return
+        recipe = self.session.recipe
+        with written_whole(place) as temporary:
+            save_adapter(
+                self.model,
+                temporary,
+                self.session.source,
+                quantization=recipe.quantization,
+                double_quantization=recipe.double_quantization,
+            )
+
+    def _checkpoint(self) -> None:
+        if self.accelerator.is_main_process:
+            if self.accelerator.scaler is not None:
+                self.state.loss_scale = self.accelerator.scaler.state_dict()
+            place = self.folder.checkpoints / f"step_{self.state.step:06d}"
+            save_checkpoint(place, self.model, self.optimizer, vars(self.state))
+            prune_checkpoints(self.folder.checkpoints, self.recipe.keep_checkpoints)
+        self.accelerator.wait_for_everyone()
+
+    def _resume(self) -> None:
+        newest = self.folder.newest_checkpoint()
+        if newest is not None:
+            saved = load_checkpoint(newest, self.model, self.optimizer)
+            self.state = State(**{name: saved[name] for name in vars(State())})
+            if self.accelerator.scaler is not None and self.state.loss_scale:
+                self.accelerator.scaler.load_state_dict(self.state.loss_scale)
+        if self.accelerator.is_main_process:
+            self.folder.forget_metrics_after(self.state.step)
+        if self.state.step >= self.session.total_steps:
+            raise LoraError(
+                "this run is finished",
+                where=str(self.folder.path),
+                fix="its adapter is in adapter/; start a new run to train more",
+            )
+        self.console.print(f"resuming after step {self.state.step} of {self.session.total_steps}", highlight=False)
+
+    # ── how a run ends ──────────────────────────────────────────────────────────────────────────────────────────
+
+    @contextmanager
+    def _stop_signals(self) -> Iterator[None]:
+        """First Ctrl+C or SIGTERM: stop after this step. Second: stop at once."""
+
+        def request(signum: int, _frame: Any) -> None:
+            if self.stop_requested:
+                raise KeyboardInterrupt
+            self.stop_requested = True
+            self.console.print(
+                f"{signal.Signals(signum).name}: finishing this step, then writing a checkpoint", highlight=False
+            )
+
+        before = {sig: signal.signal(sig, request) for sig in (signal.SIGINT, signal.SIGTERM)}
+        try:
+            yield
+        finally:
+            for sig, handler in before.items():
+                signal.signal(sig, handler)
+
+    def _interrupt(self, step: int) -> None:
+        if step == self.session.total_steps:
+            return
+        self._checkpoint()
+        raise Interrupted(
+            f"stopped after step {step} of {self.session.total_steps}; a checkpoint is written",
+            where=str(self.folder.path),
+            fix=f"continue with: lora train {self.folder.recipe} --resume",
+        )
+
+    def _not_finite(self, what: str, step: int) -> CheckFailed:
+        newest = self.folder.newest_checkpoint()
+        return CheckFailed(
+            f"{what} at step {step}: training has diverged and was stopped",
+            where=str(self.folder.path),
+            details=[f"last checkpoint: {newest.name if newest else 'none'}; the adapter of this step was not saved"],
+            fix="lower train.learning_rate, raise train.warmup_ratio, or look for broken rows in the data",
+        )
+
+    def _finish(self) -> dict[str, Any]:
+        state, session = self.state, self.session
+        if session.data.validation:
+            self._save_adapter(self.folder.last_adapter)
+        else:
+            self._save_adapter(self.folder.adapter)
+        report = {
+            "steps": state.step,
+            "first_loss": state.first_loss,
+            "last_loss": state.last_loss,
+            "base_validation_loss": state.base_validation_loss,
+            "best_validation_loss": state.best_validation_loss,
+            "best_step": state.best_step,
+            "last_validation_loss": state.last_validation_loss,
+            "tokens": state.tokens,
+            "target_tokens": state.target_tokens,
+            "seconds": round(state.seconds, 3),
+            "tokens_per_second": round(state.tokens / state.seconds, 1),
+            "peak_memory_bytes": state.peak_memory_bytes,
+            "adapted_layers": len(session.layers),
+            "trained_parameters": sum(parameter.numel() for parameter in self.parameters),
+            "learned": not is_inert(self.model),
+            "adapter": str(self.folder.adapter),
+        }
+        if self.accelerator.is_main_process:
+            write_json(self.folder.report, report)
+        self.accelerator.wait_for_everyone()
+        if not report["learned"]:
+            raise CheckFailed(
+                "this run learned nothing: every B of the adapter is still zero",
+                where=str(self.folder.path),
+                fix="raise train.learning_rate; with one step and a warm-up the rate may have been too small to count",
+            )
+        self._say_result(report)
+        return report
+
+    def _say_result(self, report: dict[str, Any]) -> None:
+        def say(text: str) -> None:
+            self.console.print(text, highlight=False, markup=False, soft_wrap=True)
+
+        if report["best_validation_loss"] is not None:
+            before, after = report["base_validation_loss"], report["best_validation_loss"]
+            change = 1 - math.exp(after - before)
+            say(
+                f"validation perplexity {math.exp(min(before, 80)):.2f} → {math.exp(min(after, 80)):.2f} "
+                f"({abs(change):.0%} {'lower' if change >= 0 else 'higher'}; best at step {report['best_step']})"
+            )
+        minutes, seconds = divmod(round(report["seconds"]), 60)
+        say(
+            f"{report['steps']} steps in {minutes}:{seconds:02d}, {report['tokens_per_second']:,.0f} tokens/s, "
+            f"peak memory {human_bytes(report['peak_memory_bytes'])}"
+        )
+        say(f"adapter in {report['adapter']}")
+
+
+def _seed_dropout(seed: int, step: int, micro_batch: int) -> None:
+    """Dropout is a function of seed, step and micro-batch: resuming and other process counts draw the same."""
+    digest = hashlib.sha256(f"{seed}/{step}/{micro_batch}".encode()).digest()
+    set_seed(int.from_bytes(digest[:4], "little"))

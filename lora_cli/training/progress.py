@@ -1,0 +1,97 @@
+"""What a person sees while it runs: a live display on a terminal, plain lines elsewhere. All of it on stderr."""
+
+from __future__ import annotations
+
+import math
+import time
+from typing import Any
+
+from rich.console import Console
+from rich.live import Live
+from rich.table import Table
+from rich.text import Text
+
+from lora_cli.files import human_bytes
+
+_PLAIN_EVERY_SECONDS = 5.0
+_WIDTH = 30
+
+
+class Progress:
+    """Shows steps as they end. Use as a context manager around the loop."""
+
+    def __init__(self, console: Console, total_steps: int, first_step: int):
+        self.console, self.total, self.first = console, total_steps, first_step
+        self.started = time.monotonic()
+        self.last_plain = -math.inf
+        self.line: dict[str, Any] = {}
+        self.validation: tuple[int, float] | None = None
+        self.activity = ""
+        self.live = (
+            Live(get_renderable=self._render, console=console, refresh_per_second=4, transient=True)
+            if console.is_terminal
+            else None
+        )
+
+    def __enter__(self) -> Progress:
+        if self.live:
+            self.live.start()
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        if self.live:
+            self.live.stop()
+
+    def say(self, text: str) -> None:
+        self.console.print(text, highlight=False, markup=False, soft_wrap=True)
+
+    def doing(self, activity: str) -> None:
+        """Name what keeps the loop from its next step, such as an evaluation."""
+        self.activity = activity
+
+    def step(self, line: dict[str, Any]) -> None:
+        self.line, self.activity = line, ""
+        validation = line.get("validation_loss")
+        if validation is not None:
+            self.validation = (line["step"], validation)
+        now = time.monotonic()
+        noteworthy = validation is not None or line["step"] in (self.first, self.total)
+        if self.live is None and (noteworthy or now - self.last_plain > _PLAIN_EVERY_SECONDS):
+            self.last_plain = now
+            self.say(self._plain())
+        elif self.live is not None and validation is not None:
+            self.say(self._plain())
+
+    def _plain(self) -> str:
+        line = self.line
+        parts = [
+            f"step {line['step']}/{self.total}",
+            f"loss {line['loss']:.4f}",
+            f"{line['tokens_per_second']:,.0f} tokens/s",
+            human_bytes(line["peak_memory_bytes"]),
+            f"{self._remaining()} left",
+        ]
+        if "validation_loss" in line:
+            parts.insert(
+                2,
+                f"validation {line['validation_loss']:.4f} (perplexity {math.exp(min(line['validation_loss'], 80)):.2f})",
+            )
+        return "  ".join(parts)
+
+    def _remaining(self) -> str:
+        done = self.line["step"] - self.first + 1
+        seconds = (time.monotonic() - self.started) / max(1, done) * (self.total - self.line["step"])
+        return f"{int(seconds // 60)}:{int(seconds % 60):02d}"
+
+    def _render(self) -> Table | Text:
+        if not self.line:
+            return Text(f"  {self.activity or 'first step'} …")
+        filled = round(_WIDTH * self.line["step"] / self.total)
+        grid = Table.grid(padding=(0, 2))
+        grid.add_row(Text("━" * filled, "green") + Text("━" * (_WIDTH - filled), "dim"), self._plain())
+        if self.validation:
+            at, loss = self.validation
+            grid.add_row("", f"validation loss {loss:.4f} at step {at}")
+        if self.activity:
+            grid.add_row("", Text(f"{self.activity} …", "dim"))
+        return grid

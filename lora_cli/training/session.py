@@ -1,0 +1,126 @@
+"""Everything a run needs before its first step: data, model, adapter, order. Cheap checks come before dear ones."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import torch
+from rich.console import Console
+from transformers import PreTrainedTokenizerBase
+
+from lora_cli.adapters.attach import adapter_parameters, attach
+from lora_cli.adapters.layer import LoRALinear
+from lora_cli.adapters.targets import find_targets
+from lora_cli.base.device import describe_device, pick_device, pick_dtype
+from lora_cli.base.linear import quantized_bytes
+from lora_cli.base.load import load_model, load_tokenizer
+from lora_cli.base.source import BaseSource, find_base
+from lora_cli.data.batches import Order, collate, order_rows
+from lora_cli.data.prepare import PreparedData, prepare
+from lora_cli.errors import LoraError
+from lora_cli.evaluation.packing_check import require_no_leak
+from lora_cli.files import human_bytes, require_space
+from lora_cli.recipe import Recipe
+
+Collate = Any  # (examples) -> MicroBatch
+
+
+@dataclass(frozen=True)
+class Session:
+    recipe: Recipe
+    source: BaseSource
+    tokenizer: PreTrainedTokenizerBase
+    data: PreparedData
+    model: Any
+    layers: dict[str, LoRALinear]
+    order: Order
+    device: torch.device
+    dtype: torch.dtype
+    collate: Collate
+    total_steps: int
+
+
+def open_session(recipe: Recipe, console: Console) -> Session:
+    """Data first (seconds), then the model (minutes). Says what was derived from the recipe as it goes."""
+    say = partial(console.print, highlight=False, markup=False, soft_wrap=True)
+    device = pick_device(recipe.device)
+    dtype, reason = pick_dtype(recipe.dtype, device)
+    source = find_base(recipe.base_model, recipe.revision, trust_remote_code=recipe.trust_remote_code)
+    tokenizer = load_tokenizer(source, trust_remote_code=recipe.trust_remote_code)
+    data = prepare(recipe.data, tokenizer, recipe.train.seed)
+    order = _order(recipe, data)
+    total = order.total_steps(recipe.train.epochs, recipe.train.max_steps)
+    _say_data(say, recipe, data, order, total)
+    say(f"model    {recipe.base_model}, {recipe.quantization}, on {describe_device(device)}")
+    model = load_model(
+        source,
+        quantization=recipe.quantization,
+        dtype=dtype,
+        device=device,
+        double_quantization=recipe.double_quantization,
+        trust_remote_code=recipe.trust_remote_code,
+    )
+    if model.config.vocab_size < max(max(example.ids) for example in data.train) + 1:
+        raise LoraError(
+            "the tokenizer has tokens that the model does not",
+            where=str(source.folder),
+            fix="use the model's own tokenizer",
+        )
+    if recipe.data.packing:
+        require_no_leak(model, device)
+    layers = attach_from_recipe(model, recipe)
+    if recipe.train.gradient_checkpointing:
+        model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
+    say(
+        f"         compute in {str(dtype).removeprefix('torch.')} ({reason}), {human_bytes(quantized_bytes(model))} held"
+    )
+    trained = sum(parameter.numel() for parameter in adapter_parameters(model))
+    say(f"adapter  {len(layers)} layers, {trained:,} trained parameters")
+    require_space(Path(recipe.output), disk_needed(recipe, trained), "the run (adapter and checkpoints)")
+    lay_out = partial(collate, packed=recipe.data.packing, pad_id=tokenizer.eos_token_id, device=device)
+    return Session(recipe, source, tokenizer, data, model, layers, order, device, dtype, lay_out, total)
+
+
+def attach_from_recipe(model: Any, recipe: Recipe) -> dict[str, LoRALinear]:
+    adapter = recipe.adapter
+    targets = find_targets(
+        model,
+        adapter.target_modules,
+        rank=adapter.rank,
+        alpha=adapter.alpha,
+        projections=adapter.projections,
+        exclude_modules=adapter.exclude_modules,
+        layers=adapter.layers,
+        rank_pattern=adapter.rank_pattern,
+        alpha_pattern=adapter.alpha_pattern,
+    )
+    return attach(model, targets, dropout=adapter.dropout, init=adapter.init, seed=recipe.train.seed)
+
+
+def disk_needed(recipe: Recipe, trained_parameters: int) -> int:
+    """Bytes a run writes at most: fp32 adapters (best, last, one being written) and checkpoints with two moments."""
+    adapters = 3 * 4 * trained_parameters
+    checkpoints = (recipe.train.keep_checkpoints + 1) * 3 * 4 * trained_parameters
+    return adapters + checkpoints + 10_000_000
+
+
+def _order(recipe: Recipe, data: PreparedData) -> Order:
+    lengths = [len(example.ids) for example in data.train]
+    rows = order_rows(lengths, packing=recipe.data.packing, max_seq_len=recipe.data.max_seq_len)
+    return Order(rows, recipe.train.micro_batch_size, recipe.train.gradient_accumulation_steps, recipe.train.seed)
+
+
+def _say_data(say: Any, recipe: Recipe, data: PreparedData, order: Order, total: int) -> None:
+    tokens = sum(len(example.ids) for example in data.train)
+    targets = sum(example.targets for example in data.train)
+    packed = f", packed into {len(order.rows):,} rows of {recipe.data.max_seq_len}" if recipe.data.packing else ""
+    say(f"data     {len(data.train):,} {data.format} examples{packed}; {len(data.validation):,} for validation")
+    say(f"         {tokens:,} tokens, {targets:,} trained ({targets / tokens:.0%})")
+    if data.too_long:
+        say(f"         {data.too_long} rows above {recipe.data.max_seq_len} tokens: {recipe.data.too_long}")
+    epochs = total / order.steps_per_epoch
+    per_step = tokens / order.steps_per_epoch
+    say(f"steps    {total:,} ({epochs:.2f} epochs), about {per_step:,.0f} tokens a step")
