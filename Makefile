@@ -7,8 +7,8 @@ PYTHON ?= python3
 SHELL := bash
 STAMP := .venv/.installed
 
-# What the tests run by default, about two minutes on a CPU; `.venv/bin/pytest` alone runs every tier.
-DEFAULT_TIER := not slow and not gpu and not real_model
+# What the tests run by default, real-model tests among them; `.venv/bin/pytest` alone runs every tier.
+DEFAULT_TIER := not slow and not gpu
 
 # .venv can be kept when its python runs and is new enough, and when it was made for this folder:
 # after a move its scripts and the editable install still point at the old place.

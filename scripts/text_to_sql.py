@@ -31,20 +31,7 @@ ROWS_PER_TABLE = 12
 JOIN_SHARE = 0.75  # of the draws about a database of two tables; one database in six has two
 TRIES = 1_000  # draws before a database counts as asked out
 PROGRESS_INTERVAL, PROGRESS_CALLS = 1_000, 1_000  # a query may take a million steps of SQLite's machine
-SAFE_FUNCTIONS = {
-    "abs",
-    "avg",
-    "count",
-    "length",
-    "like",
-    "lower",
-    "max",
-    "min",
-    "round",
-    "sum",
-    "total",
-    "upper",
-}
+SAFE_FUNCTIONS = {"abs", "avg", "count", "length", "like", "lower", "max", "min", "round", "sum", "total", "upper"}
 
 # Values that columns draw from: a table's first column takes twelve different ones, any other column four.
 ADJECTIVES = ("Blue", "Broken", "Golden", "Hidden", "Last", "Lost", "Red", "Silent")
@@ -250,12 +237,7 @@ COMPARISONS = {
 }
 INCLUSIVE = {">=": ("at least",), "<=": ("at most",)}
 EXTREMES = {"DESC": ("highest", "most", "latest"), "ASC": ("lowest", "fewest", "earliest")}
-AGGREGATES = {
-    "MAX": ("highest", "maximum"),
-    "MIN": ("lowest", "minimum"),
-    "AVG": ("average",),
-    "SUM": ("total",),
-}
+AGGREGATES = {"MAX": ("highest", "maximum"), "MIN": ("lowest", "minimum"), "AVG": ("average",), "SUM": ("total",)}
 
 
 def quote(value: Any) -> str:
@@ -378,10 +360,7 @@ def ask_extreme(rng: random.Random, table: Table) -> Question:
     wanted, limit = rng.choice([table.label, table.label, *table.texts]), rng.choice([1, 1, 1, 2, 3, 5])
     end = extreme(column, direction)
     if limit == 1:
-        long, short = (
-            f"What is the {wanted.words} of the {table.noun} with {end}?",
-            f"Which {table.noun} has {end}?",
-        )
+        long, short = (f"What is the {wanted.words} of the {table.noun} with {end}?", f"Which {table.noun} has {end}?")
     else:
         long = f"List the {plural(wanted.words)} of the {limit} {table.name} with {end}."
         short = f"Which {limit} {table.name} have {end}?"
@@ -405,11 +384,7 @@ def ask_groups(rng: random.Random, table: Table) -> Question:
     group = rng.choice(table.texts)
     if rng.random() < 0.55:
         function = "COUNT(*)"
-        wordings = [
-            "How many {} are there for each {}?",
-            "Count the {} per {}.",
-            "Show the number of {} for each {}.",
-        ]
+        wordings = ["How many {} are there for each {}?", "Count the {} per {}.", "Show the number of {} for each {}."]
         question = rng.choice(wordings).format(table.name, group.words)
     else:
         words, function = aggregate(rng, table)
@@ -451,10 +426,7 @@ def ask_join(rng: random.Random, parent: Table, child: Table) -> Question:
         question, selected = rng.choice(COUNTING).format(rows), "COUNT(*)"
     else:
         wanted = rng.choice([child.label, child.label, *child.numbers])
-        question, selected = (
-            rng.choice(LISTING).format(plural(wanted.words), rows),
-            f"{child.name}.{wanted.name}",
-        )
+        question, selected = (rng.choice(LISTING).format(plural(wanted.words), rows), f"{child.name}.{wanted.name}")
     joined = f"{child.name} JOIN {parent.name} ON {child.name}.{parent.noun}_id = {parent.name}.id"
     return question, f"SELECT {selected} FROM {joined} WHERE {parent.name}.{column.name} = {quote(value)}"
 
@@ -572,10 +544,7 @@ def main() -> int:
     parser.add_argument("--seed", type=int, default=0, help="draws other questions from the same databases")
     arguments = parser.parse_args()
     arguments.output.mkdir(parents=True, exist_ok=True)
-    for name, count, held_out in (
-        ("train", arguments.train, False),
-        ("validation", arguments.validation, True),
-    ):
+    for name, count, held_out in (("train", arguments.train, False), ("validation", arguments.validation, True)):
         try:
             rows = make_rows(count, arguments.seed, held_out)
         except ValueError as problem:

@@ -56,14 +56,7 @@ def tiny_gpt2_config() -> Any:
     from transformers import GPT2Config
 
     return GPT2Config(
-        vocab_size=512,
-        n_positions=256,
-        n_embd=64,
-        n_layer=2,
-        n_head=4,
-        bos_token_id=0,
-        eos_token_id=0,
-        pad_token_id=0,
+        vocab_size=512, n_positions=256, n_embd=64, n_layer=2, n_head=4, bos_token_id=0, eos_token_id=0, pad_token_id=0
     )
 
 

@@ -76,34 +76,14 @@ def test_held_out_databases_are_new_words():
 
 def test_every_kind_and_database_occurs(training):
     completions = "\n".join(row["completion"] for row in training)
-    for part in (
-        "JOIN",
-        "GROUP BY",
-        "DISTINCT",
-        "BETWEEN",
-        "LIKE",
-        "IN (",
-        "!=",
-        "AVG(",
-        "SUM(",
-        "DESC LIMIT",
-    ):
+    for part in ("JOIN", "GROUP BY", "DISTINCT", "BETWEEN", "LIKE", "IN (", "!=", "AVG(", "SUM(", "DESC LIMIT"):
         assert part in completions
     assert {row["database"] for row in training} == set(text_to_sql.tables(held_out=False))
 
 
 def test_same_seed_same_bytes(tmp_path, monkeypatch):
     for folder, seed in (("first", "5"), ("again", "5"), ("other", "6")):
-        arguments = [
-            "--output",
-            str(tmp_path / folder),
-            "--train",
-            "96",
-            "--validation",
-            "24",
-            "--seed",
-            seed,
-        ]
+        arguments = ["--output", str(tmp_path / folder), "--train", "96", "--validation", "24", "--seed", seed]
         monkeypatch.setattr(sys, "argv", ["text_to_sql.py", *arguments])
         assert text_to_sql.main() == 0
     for name, count in (("train.jsonl", 96), ("validation.jsonl", 24)):
@@ -116,10 +96,7 @@ def test_same_seed_same_bytes(tmp_path, monkeypatch):
 
 
 def test_database_is_the_same_at_every_call():
-    with (
-        closing(text_to_sql.database("sailing")) as first,
-        closing(text_to_sql.database("sailing")) as second,
-    ):
+    with closing(text_to_sql.database("sailing")) as first, closing(text_to_sql.database("sailing")) as second:
         assert list(first.iterdump()) == list(second.iterdump())
     with pytest.raises(ValueError, match="no database 'atlantis'; there are airport"):
         text_to_sql.database("atlantis")
@@ -143,11 +120,7 @@ def test_other_results_score_zero():
     ordered = {**SINGERS, "completion": " SELECT name FROM singers ORDER BY debut"}
     assert text_to_sql.execution_accuracy([SINGERS], ["SELECT name FROM singers ORDER BY name"]) == 1.0
     assert text_to_sql.execution_accuracy([ordered], ["SELECT name FROM singers ORDER BY debut DESC"]) == 0.0
-    for wrong in (
-        "SELECT id FROM singers",
-        "SELECT name FROM singers LIMIT 11",
-        "SELECT name, id FROM singers",
-    ):
+    for wrong in ("SELECT id FROM singers", "SELECT name FROM singers LIMIT 11", "SELECT name, id FROM singers"):
         assert text_to_sql.execution_accuracy([SINGERS], [wrong]) == 0.0
     assert text_to_sql.execution_accuracy([SINGERS, SINGERS], ["SELECT name FROM singers", ""]) == 0.5
 

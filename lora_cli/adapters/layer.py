@@ -27,12 +27,7 @@ class LoRALinear(nn.Module):
     """
 
     def __init__(
-        self,
-        base_layer: nn.Module,
-        rank: int,
-        alpha: float,
-        dropout: float = 0.0,
-        output_mask: Tensor | None = None,
+        self, base_layer: nn.Module, rank: int, alpha: float, dropout: float = 0.0, output_mask: Tensor | None = None
     ):
         super().__init__()
         in_features, out_features = features(base_layer)

@@ -132,9 +132,9 @@ def _write(opened: Opened, place: Path, dtype: str, trust_remote_code: bool) -> 
     model, target = opened.model, {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}[dtype]
     with torch.no_grad():
         _fuse(model, target)
-        model.to(target)
     if getattr(model, "hf_quantizer", None) is not None:
         model.hf_quantizer.remove_quantization_config(model)
+    model.to(target)
     # The configuration as the base ships it: loading changed what concerns this program alone.
     model.config = AutoConfig.from_pretrained(
         opened.source.folder, trust_remote_code=trust_remote_code, local_files_only=True

@@ -14,11 +14,7 @@ from lora_cli.recipe import TrainRecipe
 
 def make_optimizer(recipe: TrainRecipe, parameters: Sequence[nn.Parameter]) -> Any:
     """AdamW over the adapter alone (Loshchilov & Hutter 2019, arXiv:1711.05101), with states as the recipe says."""
-    options = {
-        "lr": recipe.learning_rate,
-        "betas": (recipe.beta1, recipe.beta2),
-        "weight_decay": recipe.weight_decay,
-    }
+    options = {"lr": recipe.learning_rate, "betas": (recipe.beta1, recipe.beta2), "weight_decay": recipe.weight_decay}
     if recipe.optimizer == "adamw":
         return torch.optim.AdamW(parameters, **options)
     import bitsandbytes as bnb

