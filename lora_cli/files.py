@@ -74,6 +74,10 @@ def disk_errors(path: Path) -> Iterator[None]:
                 where=str(path),
                 fix="choose another output folder, or change its permissions",
             ) from error
+        if error.errno in (errno.ENOTDIR, errno.EEXIST):
+            raise LoraError(
+                "a file stands where a folder is needed", where=str(path), fix="choose another output"
+            ) from error
         raise
     except Exception as error:  # safetensors wraps OSError in an exception of its own
         if "No space left" in str(error):

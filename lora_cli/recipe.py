@@ -10,12 +10,12 @@ from typing import Annotated, Any, Literal
 
 from pydantic import BaseModel, BeforeValidator, ConfigDict, Field
 
-_NUMBER = re.compile(r"[+-]?(\d+\.?\d*|\.\d+)([eE][+-]?\d+)?")
+NUMBER = re.compile(r"[+-]?(\d+\.?\d*|\.\d+)([eE][+-]?\d+)?")
 
 
 def _number_from_text(value: Any) -> Any:
     """PyYAML reads `1e-4` as text (YAML 1.1 wants `1.0e-4`); a person means the number."""
-    return float(value) if isinstance(value, str) and _NUMBER.fullmatch(value) else value
+    return float(value) if isinstance(value, str) and NUMBER.fullmatch(value) else value
 
 
 Number = Annotated[float, BeforeValidator(_number_from_text)]
@@ -60,19 +60,21 @@ class AdapterRecipe(Section):
     )
     init: Literal["kaiming", "gaussian"] = Field(
         "kaiming",
-        description="How A starts (B is zero): Kaiming-uniform as in PEFT and loralib, or Gaussian with deviation 1 / rank.",
+        description="How A starts (B is zero): Kaiming-uniform as in PEFT and loralib, or Gaussian with deviation "
+        "1 / rank.",
     )
 
 
 class DataRecipe(Section):
-    train: str = Field(description="Training data: a .jsonl, .json, .csv, .parquet or .txt file.")
+    train: str = Field(min_length=1, description="Training data: a .jsonl, .json, .csv, .parquet or .txt file.")
     validation: Annotated[Number, Field(gt=0, lt=1)] | str | None = Field(
         None,
         description="Held-out data: a file, or the fraction of the training rows to hold out (chosen by the seed).",
     )
     format: Literal["auto", "text", "completion", "chat"] = Field(
         "auto",
-        description="How to read a row: `text`, `completion` (prompt, completion), `chat` (messages); auto goes by the columns.",
+        description="How to read a row: `text`, `completion` (prompt, completion), `chat` (messages); auto goes by the "
+        "columns.",
     )
     max_seq_len: int = Field(1024, ge=2, description="Longest example in tokens, and the length of a packed row.")
     packing: bool = Field(
@@ -90,7 +92,8 @@ class TrainRecipe(Section):
     gradient_accumulation_steps: int = Field(
         4,
         ge=1,
-        description="Micro-batches per optimizer step over all processes; the result does not depend on how many there are.",
+        description="Micro-batches per optimizer step over all processes; the result does not depend on how many there "
+        "are.",
     )
     learning_rate: Number = Field(
         2e-4, gt=0, description="Peak learning rate; 2e-4 is what QLoRA used up to 13B (Dettmers et al. 2023, table 9)."
@@ -136,7 +139,9 @@ class TrainRecipe(Section):
 class Recipe(Section):
     """One run of `lora train`."""
 
-    base_model: str = Field(description="Hub id, or a local folder with config.json and safetensors weights.")
+    base_model: str = Field(
+        min_length=1, description="Hub id, or a local folder with config.json and safetensors weights."
+    )
     revision: str | None = Field(None, description="Hub branch, tag or commit of the base model. Nothing: main.")
     trust_remote_code: bool = Field(False, description="Run Python code that the model's repository ships.")
     quantization: Literal["nf4", "int8", "none"] = Field(
@@ -159,7 +164,7 @@ class Recipe(Section):
     trackers: list[Literal["tensorboard", "wandb", "trackio", "mlflow"]] = Field(
         [], description="Experiment trackers to report to, beside metrics.jsonl."
     )
-    output: str = Field(description="The run folder; it must not hold another run.")
+    output: str = Field(min_length=1, description="The run folder; it must not hold another run.")
 
 
 PATHS = ("data.train", "data.validation", "output", "base_model")  # base_model only where such a folder exists

@@ -5,10 +5,12 @@ Every problem of a file is found before any is reported, each with its line and 
 
 from __future__ import annotations
 
+import copy
 import difflib
 import json
 import os
 import re
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -16,7 +18,7 @@ import yaml
 from pydantic import BaseModel, ValidationError
 
 from lora_cli.errors import LoraError, RecipeErrors
-from lora_cli.recipe import PATHS, Recipe, contradictions
+from lora_cli.recipe import NUMBER, PATHS, Recipe, contradictions
 
 KeyPath = tuple[str, ...]
 Positions = dict[KeyPath, str]  # where a key stands, such as "run.yaml:3:5" or "--set train.seed"
@@ -27,8 +29,7 @@ def load_recipe(path: Path, overrides: list[str] | None = None) -> Recipe:
 
     Raises RecipeErrors with every problem: syntax, unknown or mistyped keys, wrong values, contradictions.
     """
-    values, positions = _read_yaml(path)
-    problems: list[LoraError] = []
+    values, positions, problems = _read_yaml(path)
     overridden: set[KeyPath] = set()
     for override in overrides or []:
         try:
@@ -45,7 +46,7 @@ def load_recipe(path: Path, overrides: list[str] | None = None) -> Recipe:
     recipe, found = _validate(values, positions, str(path))
     problems += found
     if problems or recipe is None:
-        raise problems[0] if len(problems) == 1 else RecipeErrors(problems)
+        raise problems[0] if len(problems) == 1 else RecipeErrors(sorted(problems, key=_place))
     return recipe
 
 
@@ -55,7 +56,13 @@ def write_recipe(recipe: Recipe, path: Path) -> None:
 
 
 def dump_recipe(recipe: Recipe) -> str:
-    return yaml.safe_dump(recipe_values(recipe), sort_keys=False, allow_unicode=True)
+    values = recipe_values(recipe)
+    for key_text in PATHS:
+        *sections, name = key_text.split(".")
+        section = values[sections[0]] if sections else values
+        if isinstance(section[name], str):
+            section[name] = section[name].replace("$", "$$")
+    return yaml.safe_dump(values, sort_keys=False, allow_unicode=True)
 
 
 def recipe_values(recipe: Recipe) -> dict[str, Any]:
@@ -63,7 +70,7 @@ def recipe_values(recipe: Recipe) -> dict[str, Any]:
     values = recipe.model_dump(mode="json")
     if recipe.adapter.target_modules != "attention":
         del values["adapter"]["projections"]
-    if recipe.quantization != "nf4":
+    if recipe.quantization != "nf4" and recipe.double_quantization:
         del values["double_quantization"]
     return values
 
@@ -98,7 +105,8 @@ def _leaves(values: dict[str, Any], at: KeyPath = ()) -> list[tuple[KeyPath, Any
 # ── YAML with positions ─────────────────────────────────────────────────────────────────────────────────────────
 
 
-def _read_yaml(path: Path) -> tuple[dict[str, Any], Positions]:
+def _read_yaml(path: Path) -> tuple[dict[str, Any], Positions, list[LoraError]]:
+    """Values, where each key stands, and keys that stand twice. Raises LoraError for what cannot be read at all."""
     if path.is_dir():
         raise LoraError("this is a folder, not a recipe", where=str(path), fix="name the YAML file")
     try:
@@ -106,27 +114,37 @@ def _read_yaml(path: Path) -> tuple[dict[str, Any], Positions]:
     except FileNotFoundError:
         raise LoraError("no such recipe", where=str(path), fix=_nearby_file(path)) from None
     except UnicodeDecodeError as error:
-        raise LoraError(f"not UTF-8 text (byte {error.start})", where=str(path), fix="save it as UTF-8") from None
+        line = error.object[: error.start].count(b"\n") + 1
+        raise LoraError("not UTF-8 text", where=f"{path}:{line}", fix="save it as UTF-8") from None
     except OSError as error:
         raise LoraError(f"cannot be read: {error.strerror}", where=str(path)) from None
-    loader = yaml.SafeLoader(text)
     try:
+        loader = yaml.SafeLoader(text)
         node = loader.get_single_node()
         if node is None:
             raise LoraError("the recipe is empty", where=str(path), fix="start from one of configs/*.yaml")
         if not isinstance(node, yaml.MappingNode):
-            raise LoraError("a recipe is a mapping of keys to values", where=str(path))
+            raise LoraError(
+                "a recipe is a mapping of keys to values", where=str(path), fix="start from one of configs/*.yaml"
+            )
         positions: Positions = {}
-        _locate(node, (), str(path), positions)
-        return loader.construct_document(node), positions
+        twice = _locate(node, (), str(path), positions)
+        return loader.construct_document(node), positions, twice
     except yaml.MarkedYAMLError as error:
         mark = error.problem_mark
         where = f"{path}:{mark.line + 1}:{mark.column + 1}" if mark else str(path)
         raise LoraError(
             f"not valid YAML: {error.problem}", where=where, fix="check indentation, colons and quotes"
         ) from None
-    except (yaml.YAMLError, RecursionError, ValueError) as error:
-        raise LoraError(f"not valid YAML: {error}", where=str(path)) from None
+    except yaml.reader.ReaderError as error:
+        line = text[: error.position].count("\n") + 1
+        raise LoraError(
+            f"not valid YAML: character {error.character:#06x} is not allowed", where=f"{path}:{line}", fix="remove it"
+        ) from None
+    except RecursionError:
+        raise LoraError("an alias (*name) stands inside its own anchor (&name)", where=str(path)) from None
+    except ValueError as error:  # a value that looks like a date, and is none
+        raise LoraError(f"not valid YAML: {error}", where=str(path), fix="put the value in quotes") from None
 
 
 def _nearby_file(path: Path) -> str:
@@ -136,25 +154,43 @@ def _nearby_file(path: Path) -> str:
     return f"did you mean {folder / near[0]}?" if near else "check the path; configs/ holds examples"
 
 
-def _locate(node: yaml.MappingNode, at: KeyPath, file: str, positions: Positions) -> None:
+def _locate(node: yaml.MappingNode, at: KeyPath, file: str, positions: Positions) -> list[LoraError]:
+    """Fills `positions`; returns an error for every key that stands twice."""
+    twice = []
     for key_node, value_node in node.value:
         mark = key_node.start_mark
         where = f"{file}:{mark.line + 1}:{mark.column + 1}"
         if not isinstance(key_node, yaml.ScalarNode):
             raise LoraError("a key must be a plain word", where=where)
+        if key_node.tag != "tag:yaml.org,2002:merge":
+            key_node.tag = "tag:yaml.org,2002:str"  # a key is its text, also where YAML reads a number, yes or null
         key = (*at, key_node.value)
         if key in positions:
-            raise LoraError(
-                f"the key {'.'.join(key)} stands twice",
-                where=where,
-                fix=f"remove one; the other is at {positions[key]}",
-            )
-        positions[key] = where
+            fix = f"remove one; the other is at {positions[key]}"
+            twice.append(LoraError(f"the key {'.'.join(key)} stands twice", where=where, fix=fix))
+        positions.setdefault(key, where)
         if isinstance(value_node, yaml.MappingNode):
-            _locate(value_node, key, file, positions)
+            twice += _locate(value_node, key, file, positions)
+    return twice
+
+
+def _where(key: KeyPath, positions: Positions, file: str) -> str:
+    """Where a key stands; one that is missing is missing from its section."""
+    inside = (where for known, where in positions.items() if known[: len(key)] == key)
+    around = (positions[key[:end]] for end in range(len(key) - 1, 0, -1) if key[:end] in positions)
+    return positions.get(key) or next(inside, None) or next(around, file)
+
+
+def _place(problem: LoraError) -> tuple[int, int]:
+    """To sort by line and column; then comes what concerns the whole file, then the command line."""
+    found = re.search(r":(\d+)(?::(\d+))?$", problem.where or "")
+    return (int(found[1]), int(found[2] or 0)) if found else (sys.maxsize, "--set" in str(problem))
 
 
 # ── overrides and paths ─────────────────────────────────────────────────────────────────────────────────────────
+
+
+_VARIABLE = re.compile(r"\$(?:(\w+)|\{(\w+)\}|\$)")  # $NAME, ${NAME}; $$ is a dollar sign
 
 
 def _apply_override(values: dict[str, Any], override: str) -> KeyPath:
@@ -166,7 +202,7 @@ def _apply_override(values: dict[str, Any], override: str) -> KeyPath:
         )
     try:
         value = yaml.safe_load(text)
-    except yaml.YAMLError:
+    except (yaml.YAMLError, ValueError, RecursionError):
         raise LoraError(f"--set {override}: the value is not valid YAML", fix="quote it") from None
     at = values
     for part in key[:-1]:
@@ -188,19 +224,14 @@ def _resolve_path(values: dict[str, Any], key: KeyPath, base: Path, positions: P
     value = section.get(key[-1]) if isinstance(section, dict) else None
     if not isinstance(value, str) or not value:
         return []
-    if key == ("data", "validation") and re.fullmatch(r"[\d.eE+-]+", value):
+    if key == ("data", "validation") and NUMBER.fullmatch(value):
         return []
-    expanded = os.path.expanduser(os.path.expandvars(value))
-    unset = re.search(r"\$\{?(\w+)\}?", expanded)
+    unset = [name for found in _VARIABLE.finditer(value) if (name := found[1] or found[2]) and name not in os.environ]
     if unset:
-        where = positions.get(key, file)
-        return [
-            LoraError(
-                f"{'.'.join(key)}: the environment variable {unset[1]} is not set",
-                where=where,
-                fix=f"export {unset[1]}=…",
-            )
-        ]
+        what = f"{'.'.join(key)}: the environment variable {unset[0]} is not set"
+        fix = f"export {unset[0]}=…, or write $$ for a dollar sign"
+        return [LoraError(what, where=_where(key, positions, file), fix=fix)]
+    expanded = _VARIABLE.sub(lambda found: os.environ.get(found[1] or found[2] or "", "$"), os.path.expanduser(value))
     path = base / expanded
     is_path = key != ("base_model",) or path.exists() or expanded.startswith((".", "/", "~")) or expanded != value
     section[key[-1]] = os.path.normpath(path) if is_path else expanded
@@ -222,22 +253,21 @@ def _validate(values: dict[str, Any], positions: Positions, file: str) -> tuple[
         recipe = _without(values, by_key)  # what is right can still contradict itself
     if recipe is not None:
         for key_text, what, fix in contradictions(recipe):
-            where = positions.get(tuple(key_text.split(".")), file)
+            where = _where(tuple(key_text.split(".")), positions, file)
             problems.append(LoraError(f"{key_text}: {what}", where=where, fix=fix))
     return recipe, problems
 
 
 def _known_part(loc: KeyPath, values: Any) -> KeyPath:
     """The part of a pydantic location that names a key: union members and list indices are cut off."""
-    key: list[str] = []
-    model: type[BaseModel] | None = Recipe
-    for part in loc:
-        key.append(part)
-        field = model.model_fields.get(part) if model else None
-        model = _section_of(field.annotation) if field else None
-        if model is None:
+    end = 0
+    while end < len(loc) and isinstance(values, dict):
+        if loc[end] not in values:  # a missing key is named too
+            end += _field(loc[: end + 1]) is not None
             break
-    return tuple(key)
+        values = values[loc[end]]
+        end += 1
+    return loc[:end]
 
 
 def _section_of(annotation: Any) -> type[BaseModel] | None:
@@ -245,7 +275,7 @@ def _section_of(annotation: Any) -> type[BaseModel] | None:
 
 
 def _without(values: dict[str, Any], keys: Any) -> Recipe | None:
-    pruned = {name: dict(value) if isinstance(value, dict) else value for name, value in values.items()}
+    pruned = copy.deepcopy(values)
     for key in keys:
         section: Any = pruned
         for part in key[:-1]:
@@ -261,7 +291,7 @@ def _without(values: dict[str, Any], keys: Any) -> Recipe | None:
 
 
 def _problem(key: KeyPath, found: list[Any], values: dict[str, Any], positions: Positions, file: str) -> LoraError:
-    name, where, kind = ".".join(key), positions.get(key, file), found[0]["type"]
+    name, where, kind = ".".join(key), _where(key, positions, file), found[0]["type"]
     if kind == "extra_forbidden":
         return LoraError(f"unknown key {name}", where=where, fix=_suggest(key))
     if kind == "missing":
@@ -270,7 +300,10 @@ def _problem(key: KeyPath, found: list[Any], values: dict[str, Any], positions: 
     for part in key if len(found) > 1 else ():  # several members of a union refused: show the whole value
         values = values.get(part, {}) if isinstance(values, dict) else {}
         value = values
-    shown = json.dumps(value, ensure_ascii=False, default=str)
+    try:
+        shown = json.dumps(value, ensure_ascii=False, default=str)
+    except (ValueError, RecursionError):  # a list that holds itself, by a YAML alias
+        shown = str(value)
     wanted = " or ".join(dict.fromkeys(_wanted(error) for error in found))
     return LoraError(f"{name} is {shown}, but must be {wanted}", where=where, fix=_describe(key) or None)
 
@@ -289,17 +322,19 @@ def _wanted(error: Any) -> str:
         "none_required": "nothing",
         "finite_number": "a finite number",
         "too_short": "not empty",
+        "string_too_short": "not empty",
     }
     bounds = {
-        "greater_than": "above",
-        "greater_than_equal": "at least",
-        "less_than": "below",
-        "less_than_equal": "at most",
+        "greater_than": ("above", "gt"),
+        "greater_than_equal": ("at least", "ge"),
+        "less_than": ("below", "lt"),
+        "less_than_equal": ("at most", "le"),
     }
     if kind in named:
         return named[kind]
     if kind in bounds:
-        return f"{bounds[kind]} {context[{'greater_than': 'gt', 'greater_than_equal': 'ge', 'less_than': 'lt', 'less_than_equal': 'le'}[kind]]}"
+        word, name = bounds[kind]
+        return f"{word} {context[name]}"
     if kind == "literal_error":
         return f"one of {context['expected']}"
     return error["msg"][0].lower() + error["msg"][1:]
@@ -315,7 +350,7 @@ def _field(key: KeyPath) -> Any:
 
 
 def _describe(key: KeyPath) -> str:
-    field = _field(key)
+    field = _field(key) or _field(key[:-1])
     return f"{key[-1]}: {field.description}" if field and field.description else ""
 
 

@@ -28,7 +28,7 @@ from pathlib import Path
 from typing import Any
 
 ROWS_PER_TABLE = 12
-JOIN_SHARE = 0.75  # of the draws about a database of two tables; one database in six has two
+JOIN_SHARE = 0.4  # of the draws about a database of two tables; one database in six has two
 TRIES = 1_000  # draws before a database counts as asked out
 PROGRESS_INTERVAL, PROGRESS_CALLS = 1_000, 1_000  # a query may take a million steps of SQLite's machine
 SAFE_FUNCTIONS = {"abs", "avg", "count", "length", "like", "lower", "max", "min", "round", "sum", "total", "upper"}

@@ -133,5 +133,3 @@ def randomize_adapter(model: Any, seed: int = 0, scale: float = 0.1) -> None:
         for layer in lora_layers(model).values():
             for parameter in (layer.lora_A, layer.lora_B):
                 parameter.copy_(torch.randn(parameter.shape, generator=generator) * scale)
-
-

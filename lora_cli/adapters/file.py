@@ -24,6 +24,7 @@ from lora_cli.adapters.layer import LoRALinear, lora_layers
 from lora_cli.adapters.targets import Target, linear_layers, matches
 from lora_cli.base.linear import features, is_linear, stored_transposed
 from lora_cli.base.source import BaseSource
+from lora_cli.base.weight_files import order_metadata
 from lora_cli.errors import LoraError
 
 TENSORS, CONFIG = "adapter_model.safetensors", "adapter_config.json"
@@ -74,6 +75,7 @@ def save_adapter(model: Any, folder: Path, base: BaseSource, *, quantization: st
         "double_quantization": str(double_quantization).lower(),
     }
     save_file(tensors, folder / TENSORS, metadata)
+    order_metadata(folder / TENSORS)
     config = _peft_config(model, layers, base)
     (folder / CONFIG).write_text(json.dumps(config, indent=2) + "\n", encoding="utf-8")
 
@@ -129,7 +131,7 @@ def read_adapter(folder: Path) -> AdapterFile:
     try:
         with safe_open(path, "pt") as stored:
             metadata = stored.metadata() or {}
-            flat = {key: stored.get_tensor(key) for key in stored.keys()}
+            flat = {key: stored.get_tensor(key) for key in stored.keys()}  # noqa: SIM118 - it has keys, but is no dict
     except (SafetensorError, OSError, ValueError) as error:
         raise LoraError(
             f"damaged or incomplete adapter file: {error}",
@@ -168,7 +170,8 @@ def attach_adapter(model: Any, adapter: AdapterFile, base: BaseSource) -> dict[s
     problems = _misfits(modules, adapter) + _unfilled(model, adapter)
     if problems:
         raise LoraError(
-            f"the adapter (of {adapter.base_model or 'an unnamed base'}) does not fit {base.name}: {len(problems)} layers differ",
+            f"the adapter (of {adapter.base_model or 'an unnamed base'}) does not fit {base.name}: "
+            f"{len(problems)} layers differ",
             where=str(adapter.folder),
             details=problems[:6],
             fix="use the base model that it was trained on",
@@ -231,7 +234,7 @@ def _alpha(config: dict[str, Any], name: str, rank: int, path: Path) -> float:
     )
     if not isinstance(alpha, (int, float)) or isinstance(alpha, bool):
         raise LoraError(f"lora_alpha is {alpha!r}, not a number", where=str(path.parent / CONFIG))
-    # Rank-stabilized LoRA scales by alpha / √rank (Kalajdzievski 2023, arXiv:2312.03732); as an alpha of ours: alpha · √rank.
+    # Rank-stabilized LoRA scales by alpha / √rank (Kalajdzievski 2023, arXiv:2312.03732); ours is then alpha · √rank
     return alpha * math.sqrt(rank) if config.get("use_rslora") else float(alpha)
 
 

@@ -75,12 +75,12 @@ def _probe(model: Any, attention: nn.Module, layer: nn.Module, name: str) -> np.
         return leaf[0]
 
     def keep_result(_module: nn.Module, _inputs: Any, output: Any) -> None:
-        result.append(output[0] if isinstance(output, tuple) else output)
+        result.append(output[0] if isinstance(output, (tuple, list)) else output)
         raise _Probed
 
     hooks = [layer.register_forward_hook(replace_output), attention.register_forward_hook(keep_result)]
     tokens = torch.tensor([[1, 2]], device=next(model.parameters()).device)
-    # The plain kernel: for one visible token its softmax gradient is zero exactly, the fused ones leave a rounding error.
+    # The plain kernel: for one visible token its softmax gradient is exactly zero; the fused ones leave some rounding
     with torch.enable_grad(), sdpa_kernel(SDPBackend.MATH):
         try:
             model(input_ids=tokens)
@@ -100,9 +100,11 @@ def _probe(model: Any, attention: nn.Module, layer: nn.Module, name: str) -> np.
         return (gradient.reshape(2, y)[layer_token] != 0).cpu().numpy()
 
     first, back, last = depends(0, 0), depends(1, 0), depends(1, 1)
-    if first.all() and last.all() and not back.any():
-        return np.full(y, "o")  # acts on each token alone, after attention has mixed them
-    parts = np.where(first, "v", np.where(back, "k", np.where(last, "q", "?")))
+    (slope,) = torch.autograd.grad(result[0].sum(), leaf[0], create_graph=True)
+    if first.all() and last.all() and not back.any() and not slope.requires_grad:
+        return np.full(y, "o")  # linear, on each token alone, after attention has mixed them
+    # With attention sinks (gpt-oss) out[0] depends on q and k too: then q is found to be none of these, and refused.
+    parts = np.select([first & back, back, last & ~first], ["v", "k", "q"], "?")
     if (parts == "?").any():
         raise LoraError(
             f"adapter.projections: {int((parts == '?').sum())} outputs of {name} are neither q, k, v nor o",

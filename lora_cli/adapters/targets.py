@@ -62,14 +62,16 @@ def find_targets(
         targets |= {n: replace(targets[n], rank=value) for n in _require(pattern, names, "rank_pattern", linear)}
     for pattern, value in (alpha_pattern or {}).items():
         targets |= {n: replace(targets[n], alpha=value) for n in _require(pattern, names, "alpha_pattern", linear)}
+    asked = targets
     if set(projections) != {"q", "k", "v", "o"}:
         targets = _only_projections(model, targets, projections)
-    for target in targets.values():
+    for target in (asked[name] for name in targets):  # what is joined in a fused layer may add up to more
         smallest = min(features(linear[target.name]))
         if target.rank > smallest:
             raise LoraError(
                 f"rank {target.rank} is above the size of {target.name}, whose weight has rank {smallest} at most",
-                fix=f"set adapter.rank to {smallest} or less, or give this layer its own in adapter.rank_pattern",
+                fix=f"set adapter.rank to {smallest} or less, give this layer its own in adapter.rank_pattern, or "
+                "leave it out with adapter.exclude_modules",
             )
     return list(targets.values())
 
@@ -81,7 +83,7 @@ def linear_layers(model: Any) -> dict[str, nn.Module]:
 
 
 def block_lists(model: nn.Module) -> list[str]:
-    """Names of the lists of transformer blocks, such as `model.layers`: repeated modules of one class that hold linears."""
+    """Names of the lists of transformer blocks, such as `model.layers`: lists of modules that hold linear layers."""
     found = []
     for name, module in model.named_modules():
         inside_another = any(name.startswith(f"{outer}.") for outer in found)
@@ -136,7 +138,11 @@ def _require(pattern: str, names: list[str], key: str, linear: dict[str, nn.Modu
     try:
         hit = [name for name in names if matches(pattern, name)]
     except re.error as error:
-        raise LoraError(f"adapter.{key}: {pattern!r} is not a valid regular expression: {error}") from None
+        raise LoraError(
+            f"adapter.{key}: {pattern!r} is not a valid regular expression: {error}",
+            details=[_listing(linear)],
+            fix="mend it, or name layers from that list",
+        ) from None
     if not hit:
         near = difflib.get_close_matches(pattern, {name.rsplit(".", 1)[-1] for name in names}, n=1)
         raise LoraError(
@@ -161,8 +167,8 @@ def _in_layers(names: list[str], layers: Sequence[int], blocks: list[str]) -> li
 
     present = sorted({at for name in names if (at := index(name)) is not None})
     depth = max(present, default=-1) + 1
-    wanted = {at + depth if at < 0 else at for at in layers}
-    absent = sorted(wanted - set(present))
+    wanted = {at: at + depth if at < 0 else at for at in layers}
+    absent = [at for at in layers if wanted[at] not in present]
     if absent:
         raise LoraError(
             f"adapter.layers: no adapted layer in block {absent[0]}",
@@ -170,7 +176,7 @@ def _in_layers(names: list[str], layers: Sequence[int], blocks: list[str]) -> li
             if present
             else "no targeted layer is inside a block",
         )
-    return [name for name in names if index(name) in wanted]
+    return [name for name in names if index(name) in wanted.values()]
 
 
 def _only_projections(model: Any, targets: dict[str, Target], projections: Sequence[str]) -> dict[str, Target]:

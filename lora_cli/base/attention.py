@@ -64,8 +64,10 @@ def per_example_attention(
     **kwargs: Any,
 ) -> tuple[Tensor, None]:
     """Attention within each example; returns (batch, tokens, heads, head_dim), as transformers wants it."""
-    if cu_seq_lens_q is None:
+    if cu_seq_lens_q is None or (attention_mask is not None and not _is_window(attention_mask)):
         return sdpa_attention_forward(module, query, key, value, attention_mask, dropout, scaling, **kwargs)
+    if attention_mask is not None:
+        sliding_window = int(attention_mask[0, 0, 0, 0])
     grouped = query.shape[1] != key.shape[1]
     lengths = cu_seq_lens_q.diff().tolist()
     outputs = []
@@ -90,22 +92,30 @@ def _mask(
     attention_mask: Tensor | None = None,
     allow_is_causal_skip: bool = True,
     use_vmap: bool = False,
+    local_size: int | None = None,
     **kwargs: Any,
 ) -> Tensor | None:
     """No mask for a packed row, whose block mask would be quadratic in all of its tokens; else the one of SDPA.
 
     transformers marks packed rows by forbidding the causal shortcut without a mask overlay (which would set use_vmap).
+    Some architectures tell a sliding window (local_size) to the mask alone, such as Qwen2-MoE: the mask of a packed row
+    then is that number, expanded to the shape of a mask without its memory.
     """
     if attention_mask is None and q_length == kv_length and not allow_is_causal_skip and not use_vmap:
-        return None
+        return None if local_size is None else torch.tensor(local_size).expand(1, 1, q_length, kv_length)
     return sdpa_mask(
         q_length=q_length,
         kv_length=kv_length,
         attention_mask=attention_mask,
         allow_is_causal_skip=allow_is_causal_skip,
         use_vmap=use_vmap,
+        local_size=local_size,
         **kwargs,
     )
+
+
+def _is_window(mask: Tensor) -> bool:
+    return mask.dtype == torch.long
 
 
 AttentionInterface.register(PER_EXAMPLE, per_example_attention)

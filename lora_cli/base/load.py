@@ -44,6 +44,7 @@ def load_model(
             trust_remote_code=trust_remote_code,
             local_files_only=True,
             output_loading_info=True,
+            ignore_mismatched_sizes=True,  # refused below, with the names
         )
     except torch.OutOfMemoryError:
         raise LoraError(
@@ -51,7 +52,11 @@ def load_model(
             fix="use quantization: nf4, or a smaller base model",
         ) from None
     except (OSError, ValueError, RuntimeError, KeyError) as error:
-        raise LoraError(f"the base model cannot be loaded: {_first_line(error)}", where=str(source.folder)) from error
+        raise LoraError(
+            f"the base model cannot be loaded: {_first_line(error)}",
+            where=str(source.folder),
+            fix="check config.json, or download the model again",
+        ) from error
     _require_all_weights(source, info)
     for parameter in model.parameters():
         parameter.requires_grad_(False)
@@ -83,6 +88,13 @@ def load_tokenizer(source: BaseSource, *, trust_remote_code: bool = False) -> Pr
             fix="set eos_token in tokenizer_config.json",
         )
     return tokenizer
+
+
+def checkpoint_activations(model: Any) -> None:
+    """Recompute each block's activations in the backward pass instead of keeping them."""
+    # transformers 5.22 renamed it, and warns of the old name
+    enable = getattr(model, "activation_checkpointing_enable", None) or model.gradient_checkpointing_enable
+    enable({"use_reentrant": False})
 
 
 def quiet_libraries() -> None:

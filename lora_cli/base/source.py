@@ -8,7 +8,7 @@ from functools import cached_property
 from pathlib import Path
 from typing import Any
 
-from lora_cli.base.weight_files import fingerprint, weight_files
+from lora_cli.base.weight_files import fingerprint, stored_tensors
 from lora_cli.errors import LoraError
 
 # Configuration, tokenizer and safetensors; no pickles, no copies in other formats. Code comes only when it may run.
@@ -70,7 +70,7 @@ def _check_folder(source: BaseSource) -> None:
             raise ValueError
     except (ValueError, UnicodeDecodeError):
         raise LoraError("config.json is not valid JSON", where=str(config), fix="download it again") from None
-    weight_files(source.folder)
+    stored_tensors(source.folder)
 
 
 def _download(name: str, revision: str | None, trust_remote_code: bool) -> BaseSource:
@@ -94,7 +94,7 @@ def _download(name: str, revision: str | None, trust_remote_code: bool) -> BaseS
     except hub.RepositoryNotFoundError:
         raise LoraError(
             f"the hub has no model {name} that you may read",
-            fix="check the spelling; for a private model run `hf auth login` or set HF_TOKEN; for a local folder check the path",
+            fix="check the spelling; for a private model run `hf auth login` or set HF_TOKEN; for a folder, its path",
         ) from None
     except (hub.LocalEntryNotFoundError, hub.OfflineModeIsEnabled, hub.HfHubHTTPError, OSError) as error:
         raise LoraError(

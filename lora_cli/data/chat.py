@@ -34,7 +34,7 @@ def encode_chat(messages: Any, tokenizer: PreTrainedTokenizerBase, where: str) -
         inside = [at for at, (first, last) in enumerate(offsets) if last > start and first < end]
         if not inside or ids[inside[-1]] not in special:
             raise LoraError(
-                "the chat template ends an assistant turn without a special token, so the model would not learn to stop",
+                "the chat template ends an assistant turn without a special token: the model would not learn to stop",
                 where=where,
                 fix="use a model whose chat template ends turns with a stop token",
             )
@@ -77,7 +77,7 @@ def _assistant_spans(
         upto = render(turns[: at + 1], tokenizer, where)
         if not (upto.startswith(before) and whole.startswith(upto)):
             raise LoraError(
-                f"turn {at + 1} cannot be told apart: the chat template renders it differently inside a longer conversation",
+                f"turn {at + 1} cannot be told apart: the template renders it differently in a longer conversation",
                 where=where,
                 fix="give each assistant turn a row of its own, with the turns before it",
             )

@@ -32,15 +32,16 @@ FORMATS = {"text": ("text",), "completion": ("prompt", "completion"), "chat": ("
 
 def detect_format(rows: list[Row], wanted: str = "auto") -> str:
     """The format of a data file, by its columns. Raises LoraError if none or more than one fits."""
-    columns = set(rows[0].values)
+    columns = {name for row in rows for name in row.values}
     if wanted != "auto":
         return wanted
     fitting = [name for name, needed in FORMATS.items() if columns.issuperset(needed)]
     if len(fitting) == 1:
         return fitting[0]
     known = "; ".join(f"{name}: {', '.join(needed)}" for name, needed in FORMATS.items())
+    how_many = "more than one format" if fitting else "no format"
     raise LoraError(
-        f"the columns {', '.join(sorted(columns))} fit {'more than one format' if fitting else 'no format'}",
+        f"the columns {', '.join(sorted(columns)) or '(none)'} fit {how_many}",
         where=rows[0].where,
         details=[f"formats and their columns: {known}"],
         fix=f"write data.format: {fitting[0]}, or remove a column" if fitting else "rename the columns",
@@ -95,10 +96,11 @@ def fit_length(
         elif too_long == "truncate":
             cut = Example(example.source, example.ids[:max_seq_len], example.trained[:max_seq_len])
             if not cut.targets:
+                first = example.trained.index(True, 1) + 1
                 raise LoraError(
                     "no target tokens are left after truncation",
                     where=example.source,
-                    fix=f"raise data.max_seq_len above {example.trained.index(True) + 1}, or choose data.too_long: drop",
+                    fix=f"raise data.max_seq_len to {first} or more, or choose data.too_long: drop",
                 )
             fitting.append(cut)
     if not fitting:
@@ -144,11 +146,9 @@ def target_bytes(examples: Iterable[Example], tokenizer: PreTrainedTokenizerBase
 def _column(row: Row, name: str) -> Any:
     value = row.values.get(name)
     if value is None:
-        raise LoraError(
-            f"the row has no {name}",
-            where=row.where,
-            fix=f"add it, or remove the row; its columns: {', '.join(k for k, v in row.values.items() if v is not None)}",
-        )
+        present = ", ".join(name for name, value in row.values.items() if value is not None)
+        fix = f"add it, or remove the row; its columns: {present or 'none'}"
+        raise LoraError(f"the row has no {name}", where=row.where, fix=fix)
     return value
 
 

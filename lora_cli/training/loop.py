@@ -19,7 +19,7 @@ from rich.console import Console
 
 from lora_cli.adapters.attach import adapter_parameters, is_inert
 from lora_cli.adapters.file import save_adapter
-from lora_cli.base.device import describe_device, peak_memory_bytes, reset_peak_memory
+from lora_cli.base.device import describe_device, peak_memory_bytes, pick_device, pick_dtype, reset_peak_memory
 from lora_cli.errors import CheckFailed, Interrupted, LoraError
 from lora_cli.evaluation.loss import summed_loss
 from lora_cli.evaluation.perplexity import mean_loss
@@ -30,7 +30,7 @@ from lora_cli.training.optimizer import learning_rate, make_optimizer
 from lora_cli.training.progress import Progress
 from lora_cli.training.run_folder import RunFolder, environment_of
 from lora_cli.training.session import Session, open_session
-from lora_cli.training.trackers import open_trackers
+from lora_cli.training.trackers import open_trackers, require_trackers
 
 
 @dataclass
@@ -60,7 +60,7 @@ def train(recipe: Recipe, console: Console, *, resume: bool = False) -> dict[str
     folder = RunFolder(Path(recipe.output))
     folder.refuse_if_taken(recipe, resume)
     accelerator = _accelerator(recipe)
-    console.quiet = not accelerator.is_main_process
+    console.quiet |= not accelerator.is_main_process
     session = open_session(recipe, console)
     environment = environment_of(describe_device(session.device), str(session.dtype)) | {
         "processes": accelerator.num_processes,
@@ -78,10 +78,9 @@ def train(recipe: Recipe, console: Console, *, resume: bool = False) -> dict[str
 
 
 def _accelerator(recipe: Recipe) -> Accelerator:
+    require_trackers(recipe.trackers)
     # fp16 needs loss scaling, which accelerate brings with its fp16 mode. For bf16 the frozen weights already are
     # bf16 and the layers cast A and B: no autocast, so no copies of what need not be copied.
-    from lora_cli.base.device import pick_device, pick_dtype
-
     dtype, _ = pick_dtype(recipe.dtype, pick_device(recipe.device))
     accelerator = Accelerator(
         mixed_precision="fp16" if dtype == torch.float16 else "no",
@@ -215,6 +214,8 @@ class _Run:
 
     def _evaluate(self, step: int) -> float:
         loss = self._validation_loss()
+        if not math.isfinite(loss):
+            raise self._not_finite(f"the validation loss is {loss}", step)
         self.state.last_validation_loss = loss
         if self.state.best_validation_loss is None or loss < self.state.best_validation_loss:
             self.state.best_validation_loss, self.state.best_step = loss, step

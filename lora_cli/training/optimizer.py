@@ -19,12 +19,11 @@ def make_optimizer(recipe: TrainRecipe, parameters: Sequence[nn.Parameter]) -> A
         return torch.optim.AdamW(parameters, **options)
     import bitsandbytes as bnb
 
-    kind = {
-        "adamw_8bit": bnb.optim.AdamW8bit,
-        "paged_adamw": bnb.optim.PagedAdamW32bit,
-        "paged_adamw_8bit": bnb.optim.PagedAdamW8bit,
-    }[recipe.optimizer]
-    return kind(parameters, **options)
+    # Paging moves states between GPU and host memory; on a CPU they are in host memory already.
+    paged = recipe.optimizer.startswith("paged") and parameters[0].device.type != "cpu"
+    if recipe.optimizer.endswith("8bit"):
+        return (bnb.optim.PagedAdamW8bit if paged else bnb.optim.AdamW8bit)(parameters, **options)
+    return (bnb.optim.PagedAdamW32bit if paged else bnb.optim.AdamW32bit)(parameters, **options)
 
 
 def learning_rate(recipe: TrainRecipe, step: int, total_steps: int) -> float:

@@ -16,7 +16,7 @@ from lora_cli.adapters.layer import LoRALinear
 from lora_cli.adapters.targets import find_targets
 from lora_cli.base.device import describe_device, pick_device, pick_dtype
 from lora_cli.base.linear import quantized_bytes
-from lora_cli.base.load import load_model, load_tokenizer
+from lora_cli.base.load import checkpoint_activations, load_model, load_tokenizer
 from lora_cli.base.source import BaseSource, find_base
 from lora_cli.data.batches import Order, collate, order_rows
 from lora_cli.data.prepare import PreparedData, prepare
@@ -63,25 +63,51 @@ def open_session(recipe: Recipe, console: Console) -> Session:
         double_quantization=recipe.double_quantization,
         trust_remote_code=recipe.trust_remote_code,
     )
-    if model.config.vocab_size < max(max(example.ids) for example in data.train) + 1:
-        raise LoraError(
-            "the tokenizer has tokens that the model does not",
-            where=str(source.folder),
-            fix="use the model's own tokenizer",
-        )
-    if recipe.data.packing:
-        require_no_leak(model, device)
+    _require_fit(data, model.config, source)
+    side_by_side = _layout(model, recipe, device, say)
     layers = attach_from_recipe(model, recipe)
     if recipe.train.gradient_checkpointing:
-        model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
+        checkpoint_activations(model)
     say(
         f"         compute in {str(dtype).removeprefix('torch.')} ({reason}), {human_bytes(quantized_bytes(model))} held"
     )
     trained = sum(parameter.numel() for parameter in adapter_parameters(model))
     say(f"adapter  {len(layers)} layers, {trained:,} trained parameters")
     require_space(Path(recipe.output), disk_needed(recipe, trained), "the run (adapter and checkpoints)")
-    lay_out = partial(collate, packed=recipe.data.packing, pad_id=tokenizer.eos_token_id, device=device)
+    lay_out = partial(collate, packed=side_by_side, pad_id=tokenizer.eos_token_id, device=device)
     return Session(recipe, source, tokenizer, data, model, layers, order, device, dtype, lay_out, total)
+
+
+def _require_fit(data: PreparedData, config: Any, source: BaseSource) -> None:
+    """Raises LoraError for an example that the model has no embeddings or no positions for."""
+    examples = [*data.train, *data.validation]
+    if max(max(example.ids) for example in examples) >= config.vocab_size:
+        raise LoraError(
+            "the tokenizer has tokens that the model does not",
+            where=str(source.folder),
+            fix="use the model's own tokenizer",
+        )
+    longest = max(examples, key=lambda example: len(example.ids))
+    positions = getattr(config, "max_position_embeddings", None)
+    if positions and len(longest.ids) > positions:
+        raise LoraError(
+            f"{len(longest.ids)} tokens, but {source.name} sees {positions} at most",
+            where=longest.source,
+            fix=f"write data.max_seq_len: {positions}, with data.too_long: drop, truncate or split",
+        )
+
+
+def _layout(model: Any, recipe: Recipe, device: torch.device, say: Any) -> bool:
+    """Whether examples lie side by side on one row, which needs no padding: tried on the model before it is trusted."""
+    try:
+        require_no_leak(model, device)
+    except LoraError as error:
+        if recipe.data.packing:
+            raise
+        say(f"rows     padded, because {error.what}")
+        return False
+    say("rows     examples side by side without padding; each sees only itself (tried on this model)")
+    return True
 
 
 def attach_from_recipe(model: Any, recipe: Recipe) -> dict[str, LoRALinear]:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import importlib.util
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any
 
@@ -15,7 +15,7 @@ from lora_cli.recipe import Recipe
 Track = Callable[[dict[str, Any], int], None]
 
 
-def require_trackers(names: list[str]) -> None:
+def require_trackers(names: Sequence[str]) -> None:
     """Raises LoraError for a tracker whose package is not installed."""
     for name in names:
         if importlib.util.find_spec(name) is None and not (

@@ -1,0 +1,156 @@
+"""E6: evaluation does not depend on batch size, order or packing; and it is what transformers computes."""
+
+from __future__ import annotations
+
+import json
+import math
+import subprocess
+import sys
+from functools import partial
+
+import pytest
+import torch
+from conftest import randomize_adapter, write_rows
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from transformers import AutoModelForCausalLM, AutoTokenizer
+
+from lora_cli.adapters.attach import attach
+from lora_cli.adapters.targets import find_targets
+from lora_cli.base.load import load_model, load_tokenizer
+from lora_cli.base.source import find_base
+from lora_cli.data.batches import collate
+from lora_cli.data.examples import Example, windows
+from lora_cli.data.prepare import prepare
+from lora_cli.data.sources import read_rows
+from lora_cli.errors import LoraError
+from lora_cli.evaluation.evaluate import evaluate_model, evaluate_run
+from lora_cli.evaluation.perplexity import mean_loss
+from lora_cli.recipe import DataRecipe
+
+CPU = torch.device("cpu")
+
+
+@pytest.fixture
+def adapted(tiny_llama):
+    model = load_model(find_base(str(tiny_llama)), quantization="none", dtype=torch.float32, device=CPU)
+    attach(model, find_targets(model, rank=4, alpha=8))
+    randomize_adapter(model)
+    return model
+
+
+def test_loss_does_not_depend_on_batch_size_order_or_packing(adapted, tokenizer, sums):
+    examples = prepare(DataRecipe(train=str(sums)), tokenizer, seed=0).train
+    reference, count = mean_loss(adapted, examples, partial(collate, packed=False, pad_id=0, device=CPU), 1)
+    assert count == sum(example.targets for example in examples)
+    for packed, budget, order in [(False, 10_000, 1), (False, 100, -1), (True, 64, 1), (True, 10_000, -1)]:
+        lay_out = partial(collate, packed=packed, pad_id=0, device=CPU)
+        loss, same = mean_loss(adapted, examples[::order], lay_out, budget)
+        assert loss == pytest.approx(reference, abs=1e-6)
+        assert same == count
+
+
+def test_loss_is_what_transformers_computes_with_labels(adapted, tokenizer, sums):
+    examples = prepare(DataRecipe(train=str(sums)), tokenizer, seed=0).train
+    total = 0.0
+    for example in examples:
+        labels = torch.tensor([[token if on else -100 for token, on in zip(example.ids, example.trained, strict=True)]])
+        with torch.no_grad():
+            total += adapted(torch.tensor([example.ids]), labels=labels).loss.item() * example.targets
+    expected = total / sum(example.targets for example in examples)
+    loss, _ = mean_loss(adapted, examples, partial(collate, packed=False, pad_id=0, device=CPU), 4096)
+    assert loss == pytest.approx(expected, abs=1e-6)
+
+
+def test_sliding_window_perplexity_is_the_one_of_a_plain_loop(tiny_llama, tmp_path):
+    text = "the quick brown fox jumps over the lazy dog and counts to ten " * 12
+    (tmp_path / "long.txt").write_text(text)
+    scores = evaluate_model(str(tiny_llama), None, tmp_path / "long.txt", max_seq_len=64, stride=16, dtype="fp32")
+    tokenizer = AutoTokenizer.from_pretrained(tiny_llama)
+    model = AutoModelForCausalLM.from_pretrained(tiny_llama, dtype=torch.float32)
+    ids = [*tokenizer(text)["input_ids"], tokenizer.eos_token_id]
+    nats, done = 0.0, 1  # the first token has nothing before it
+    while done < len(ids):
+        end = 64 if done == 1 else min(done + 16, len(ids))
+        start = max(0, end - 64)
+        with torch.no_grad():
+            logp = model(torch.tensor([ids[start:end]])).logits[0].log_softmax(-1)
+        nats -= sum(logp[at - 1 - start, ids[at]].item() for at in range(done, end))
+        done = end
+    expected = nats / (len(ids) - 1)
+    base = scores["base"]
+    assert base.target_tokens == len(ids) - 1
+    assert base.loss == pytest.approx(expected, abs=1e-5)
+    assert base.perplexity == pytest.approx(math.exp(expected), rel=1e-5)
+    first = len(tokenizer.decode(ids[:1]).encode())
+    assert base.bits_per_byte == pytest.approx(nats / math.log(2) / (len(text.encode()) - first), rel=1e-5)
+    assert set(scores) == {"base"}
+
+
+@settings(deadline=None, max_examples=60)
+@given(st.integers(2, 200), st.integers(2, 40), st.integers(1, 40))
+def test_windows_make_every_token_a_target_once(size, length, stride):
+    example = Example("row", list(range(size)), [True] * size)
+    pieces = windows(example, length, stride)
+    targets = [token for piece in pieces for token, on in list(zip(piece.ids, piece.trained, strict=True))[1:] if on]
+    assert targets == list(range(1, size))
+    assert all(len(piece.ids) <= length for piece in pieces)
+
+
+def test_base_and_adapter_are_scored_on_the_same_tokens(run_recipe):
+    run, report = run_recipe(quantization="nf4", data={"validation": 0.25}, train={"max_steps": 6})
+    scores = evaluate_run(run, None)
+    assert scores["base"].target_tokens == scores["adapter"].target_tokens
+    assert scores["base"].loss == pytest.approx(report["base_validation_loss"], abs=1e-5)
+    assert scores["adapter"].loss == pytest.approx(report["best_validation_loss"], abs=1e-5)
+
+
+def test_json_has_the_documented_keys(run_recipe, tmp_path):
+    run, _ = run_recipe(data={"validation": 0.25})
+    command = [sys.executable, "-m", "lora_cli", "eval", str(run), "--json"]
+    done = subprocess.run(command, capture_output=True, text=True, timeout=100, check=True)
+    printed = json.loads(done.stdout)  # one document and nothing else
+    assert set(printed) == {"base", "adapter"}
+    assert set(printed["base"]) == {"loss", "perplexity", "bits_per_byte", "target_tokens"}
+
+
+def test_bits_per_byte_counts_the_bytes_of_completions(tiny_llama, tmp_path):
+    data = write_rows(tmp_path / "rows.jsonl", [{"prompt": "größe?", "completion": "drei Äpfel"}])
+    score = evaluate_model(str(tiny_llama), None, data, dtype="fp32")["base"]
+    assert score.bits_per_byte == pytest.approx(
+        score.loss * score.target_tokens / math.log(2) / len("drei Äpfel".encode())
+    )
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        ({"stride": 64, "max_seq_len": 64}, "--stride 64 must be between 1 and 63"),
+        ({"max_seq_len": 5000}, "above what the model can see"),
+    ],
+)
+def test_windows_that_cannot_be_are_refused(tiny_llama, sums, arguments, message):
+    with pytest.raises(LoraError, match=message):
+        evaluate_model(str(tiny_llama), None, sums, **arguments)
+
+
+def test_run_without_validation_data_asks_for_a_file(run_recipe, sums):
+    run, _ = run_recipe()
+    with pytest.raises(LoraError, match="no validation data"):
+        evaluate_run(run, None)
+    assert evaluate_run(run, sums)["adapter"].target_tokens == sum(
+        example.targets
+        for example in prepare(DataRecipe(train=str(sums)), load_tokenizer(find_base(str(run_base(run)))), 0).train
+    )
+
+
+def run_base(run) -> str:
+    import yaml
+
+    return yaml.safe_load((run / "recipe.yaml").read_text())["base_model"]
+
+
+def test_reading_leaves_no_cache_behind(sums, tmp_path, monkeypatch):
+    monkeypatch.setenv("HF_DATASETS_CACHE", str(tmp_path / "cache"))
+    assert len(read_rows(sums)) == 24
+    assert not (tmp_path / "cache").exists()

@@ -1,0 +1,325 @@
+"""No key of the recipe is inert: for each, a change of its value changes something that can be observed.
+
+The table below holds, for every key: settings that both runs share, the value that changes, and what is looked at.
+A key of the schema that is not in the table, or in the list of those with a test of their own, fails the first test.
+"""
+
+from __future__ import annotations
+
+import importlib.util
+import json
+import shutil
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+import yaml
+from conftest import quiet_console, write_rows
+from safetensors.torch import load_file
+
+from lora_cli.adapters.layer import LoRALinear
+from lora_cli.errors import LoraError
+from lora_cli.recipe_file import all_keys, load_recipe
+from lora_cli.training.loop import train
+from lora_cli.training.run_folder import read_metrics
+
+Observe = Callable[[Path], Any]
+
+
+# ── what can be looked at in a run folder ───────────────────────────────────────────────────────────────────────
+
+
+def losses(run: Path) -> Any:
+    return [line["loss"] for line in read_metrics(run / "metrics.jsonl")]
+
+
+def first_loss(run: Path) -> Any:
+    """Before anything was learned: it shows the base model and the data, and nothing of the optimizer."""
+    return losses(run)[0]
+
+
+def tensors(run: Path) -> Any:
+    stored = load_file(run / "adapter" / "adapter_model.safetensors")
+    return {name: tensor.tolist() for name, tensor in sorted(stored.items())}
+
+
+def shapes(run: Path) -> Any:
+    return {name: tensor.shape for name, tensor in load_file(run / "adapter" / "adapter_model.safetensors").items()}
+
+
+def adapter_config(run: Path) -> Any:
+    return json.loads((run / "adapter" / "adapter_config.json").read_text())
+
+
+def steps(run: Path) -> Any:
+    return len(losses(run))
+
+
+def tokens_per_step(run: Path) -> Any:
+    return [line["tokens"] for line in read_metrics(run / "metrics.jsonl")]
+
+
+def learning_rates(run: Path) -> Any:
+    return [line["learning_rate"] for line in read_metrics(run / "metrics.jsonl")]
+
+
+def evaluations(run: Path) -> Any:
+    return [line["step"] for line in read_metrics(run / "metrics.jsonl") if "validation_loss" in line]
+
+
+def checkpoints(run: Path) -> Any:
+    return sorted(path.name for path in (run / "checkpoints").iterdir())
+
+
+def data_files(run: Path) -> Any:
+    return json.loads((run / "environment.json").read_text())["data_files"]
+
+
+def optimizer_state(run: Path) -> Any:
+    (newest,) = (run / "checkpoints").iterdir()
+    return {name: str(tensor.dtype) for name, tensor in load_file(newest / "optimizer.safetensors").items()}
+
+
+# ── the table ───────────────────────────────────────────────────────────────────────────────────────────────────
+
+
+@dataclass(frozen=True)
+class Case:
+    """`key` is set to `value` in one of two runs. shared: settings of both, as {"train.max_steps": 3}.
+
+    without: the value in the other run, where that is not the default. folder in a value: FOLDER of the fixtures.
+    """
+
+    key: str
+    value: Any
+    look: Observe
+    shared: dict[str, Any] = field(default_factory=dict)
+    without: Any = None
+
+
+VALIDATION = {"data.validation": 0.25}
+NF4 = {"quantization": "nf4"}
+FOUR_STEPS = {"train.max_steps": 4}
+SMALL_STEPS = {"train.gradient_accumulation_steps": 1, "train.micro_batch_size": 2, "train.max_steps": 99}
+ONE_STEP_AN_EPOCH = {"train.micro_batch_size": 99, "data.packing": False}
+SOME_TOO_LONG = ONE_STEP_AN_EPOCH | {"data.max_seq_len": 30}
+LARGE = {"adapter.rank": 64, "adapter.projections": ["q", "o"]}  # bitsandbytes keeps small tensors in 32 bits
+
+CASES = [
+    Case("base_model", "{gpt2}", first_loss, {"adapter.layers": [0]}),
+    Case("quantization", "nf4", first_loss),
+    Case("quantization", "int8", first_loss),
+    Case("double_quantization", False, first_loss, NF4),
+    Case("dtype", "bf16", first_loss),
+    Case("adapter.rank", 2, shapes),
+    Case("adapter.alpha", 1, losses),
+    Case("adapter.alpha", 1, adapter_config),
+    Case("adapter.dropout", 0.5, losses),
+    Case("adapter.target_modules", "all-linear", shapes),
+    Case("adapter.target_modules", ["q_proj"], shapes),
+    Case("adapter.target_modules", r".*\.0\..*mlp.*", shapes),
+    Case("adapter.projections", ["q", "v"], shapes),
+    Case("adapter.exclude_modules", ["k_proj"], shapes),
+    Case("adapter.layers", [-1], shapes),
+    Case("adapter.rank_pattern", {"v_proj": 2}, shapes),
+    Case("adapter.alpha_pattern", {"v_proj": 1}, losses),
+    Case("adapter.init", "gaussian", tensors),
+    Case("data.train", "{other}", first_loss),
+    Case("data.train", "{other}", data_files),
+    Case("data.validation", 0.5, evaluations),
+    Case("data.validation", "{other}", data_files, {}, 0.5),
+    Case("data.format", "text", first_loss, {"data.train": "{both}"}, "completion"),
+    Case("data.max_seq_len", 40, tokens_per_step),
+    Case("data.packing", False, tokens_per_step),
+    Case("data.too_long", "truncate", tokens_per_step, SOME_TOO_LONG, "drop"),
+    Case("data.too_long", "split", tokens_per_step, SOME_TOO_LONG | {"data.train": "{text}"}, "drop"),
+    Case("train.epochs", 2, steps, ONE_STEP_AN_EPOCH, 1),
+    Case("train.epochs", 0.5, steps, SMALL_STEPS, 1),
+    Case("train.max_steps", 1, steps),
+    Case("train.micro_batch_size", 1, tokens_per_step),
+    Case("train.gradient_accumulation_steps", 1, tokens_per_step),
+    Case("train.learning_rate", 0.02, losses),
+    Case("train.schedule", "linear", learning_rates, FOUR_STEPS),
+    Case("train.schedule", "constant", losses, FOUR_STEPS),
+    Case("train.warmup_ratio", 0.9, losses),
+    Case("train.min_learning_rate_ratio", 1.0, tensors),
+    Case("train.optimizer", "adamw_8bit", optimizer_state, LARGE),
+    Case("train.optimizer", "paged_adamw", optimizer_state),
+    Case("train.optimizer", "paged_adamw_8bit", optimizer_state, LARGE),
+    Case("train.weight_decay", 0.5, losses),
+    Case("train.beta1", 0.1, tensors),
+    Case("train.beta2", 0.1, tensors),
+    Case("train.max_grad_norm", 1e-8, losses),
+    Case("train.seed", 1, losses),
+    Case("train.eval_every", 1, evaluations, VALIDATION),
+    Case("train.checkpoint_every", 1, checkpoints),
+    Case("train.keep_checkpoints", 1, checkpoints, FOUR_STEPS | {"train.checkpoint_every": 1}),
+    Case("output", "{folder}/elsewhere", lambda run: run.name),
+]
+TESTED_BELOW = {
+    "revision": "test_revision",
+    "trust_remote_code": "test_trust_remote_code",
+    "device": "test_device",
+    "train.gradient_checkpointing": "test_gradient_checkpointing",
+    "trackers": "test_trackers",
+}
+
+
+def test_every_key_has_a_case():
+    keys = {".".join(path) for path in all_keys()}
+    covered = {case.key for case in CASES} | set(TESTED_BELOW)
+    assert sorted(keys - covered) == [], "these keys need a case: what do they change?"
+    assert sorted(covered - keys) == [], "these keys are no longer in the recipe"
+    assert [name for name in TESTED_BELOW.values() if name not in globals()] == []
+
+
+# ── running the cases ───────────────────────────────────────────────────────────────────────────────────────────
+
+
+class Runs:
+    """Trains tiny recipes, each once: runs with equal settings share a run folder."""
+
+    def __init__(self, folder: Path, models: dict[str, Path]):
+        self.folder, self.done = folder, {}
+        rows = [
+            (f"What is {a} plus {b}?{' Think.' * (a % 3)}\n", f"{a} plus {b} is {a + b}.")
+            for a in range(4)
+            for b in range(3)
+        ]
+        completions = [{"prompt": prompt, "completion": completion} for prompt, completion in rows]
+        files = {
+            "sums": completions,
+            "other": [{"prompt": row["completion"], "completion": row["prompt"]} for row in completions[:8]],
+            "text": [{"text": prompt + completion} for prompt, completion in rows],
+            "both": [row | {"text": row["prompt"]} for row in completions],
+        }
+        self.names = {name: str(write_rows(folder / f"{name}.jsonl", rows)) for name, rows in files.items()}
+        self.names |= {name: str(path) for name, path in models.items()} | {"folder": str(folder)}
+
+    def __call__(self, changes: dict[str, Any]) -> Path:
+        wanted = json.dumps(changes, sort_keys=True)
+        if wanted not in self.done:
+            self.done[wanted] = self._train(changes)
+        return self.done[wanted]
+
+    def _train(self, changes: dict[str, Any]) -> Path:
+        values: dict[str, Any] = {
+            "base_model": self.names["llama"],
+            "quantization": "none",
+            "dtype": "fp32",
+            "adapter": {"rank": 4, "alpha": 8},
+            "data": {"train": self.names["sums"], "max_seq_len": 64},
+            "train": {"max_steps": 3, "epochs": 10, "micro_batch_size": 2, "gradient_accumulation_steps": 2}
+            | {"learning_rate": 0.01, "warmup_ratio": 0.0},
+            "output": str(self.folder / f"run{len(self.done)}"),
+        }
+        for key, value in changes.items():
+            *section, name = key.split(".")
+            (values[section[0]] if section else values)[name] = self._filled(value)
+        path = self.folder / "recipe.yaml"
+        path.write_text(yaml.safe_dump(values), encoding="utf-8")
+        recipe = load_recipe(path)
+        train(recipe, quiet_console())
+        return Path(recipe.output)
+
+    def _filled(self, value: Any) -> Any:
+        return value.format_map(self.names) if isinstance(value, str) and value.startswith("{") else value
+
+
+@pytest.fixture(scope="module")
+def runs(tmp_path_factory: pytest.TempPathFactory, tiny_llama: Path, tiny_gpt2: Path) -> Runs:
+    return Runs(tmp_path_factory.mktemp("runs"), {"llama": tiny_llama, "gpt2": tiny_gpt2})
+
+
+@pytest.mark.parametrize("case", CASES, ids=lambda case: f"{case.key}={case.value}-{case.look.__name__}")
+def test_key_changes_what_is_observed(case: Case, runs: Runs):
+    other = case.shared if case.without is None else case.shared | {case.key: case.without}
+    assert case.look(runs(case.shared | {case.key: case.value})) != case.look(runs(other))
+
+
+def test_equal_recipes_look_equal(runs: Runs, tmp_path: Path):
+    """Or else a difference above would prove nothing."""
+    settings = {"data.validation": 0.25, "train.checkpoint_every": 4, "adapter.dropout": 0.5}
+    one, two = runs(settings), runs(settings | {"output": f"{tmp_path}/again/{runs(settings).name}"})
+    assert one != two
+    for look in {case.look for case in CASES}:
+        assert look(one) == look(two), look.__name__
+
+
+# ── keys that take a test of their own ──────────────────────────────────────────────────────────────────────────
+
+
+def environment(run: Path) -> dict[str, Any]:
+    return json.loads((run / "environment.json").read_text())
+
+
+def test_revision(runs: Runs, monkeypatch: pytest.MonkeyPatch):
+    asked: list[str | None] = []
+
+    def snapshot_download(name: str, *, revision: str | None, **_: Any) -> str:
+        asked.append(revision)
+        return runs.names["llama"]
+
+    monkeypatch.setattr("huggingface_hub.snapshot_download", snapshot_download)
+    runs({"base_model": "owner/name"})
+    run = runs({"base_model": "owner/name", "revision": "v1"})
+    assert asked == [None, "v1"]
+    assert environment(run)["base_revision"] == Path(runs.names["llama"]).name  # the commit, not the branch
+    with pytest.raises(LoraError, match="revision v1 is for hub models"):
+        runs({"revision": "v1"})
+
+
+def test_trust_remote_code(runs: Runs, tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    own = tmp_path / "own"
+    shutil.copytree(runs.names["llama"], own)
+    config = json.loads((own / "config.json").read_text())
+    auto_map = {"AutoConfig": "own.OwnConfig", "AutoModelForCausalLM": "own.OwnModel"}
+    (own / "config.json").write_text(json.dumps(config | {"model_type": "own", "auto_map": auto_map}))
+    (own / "own.py").write_text(
+        "from transformers import LlamaConfig, LlamaForCausalLM\n"
+        "class OwnConfig(LlamaConfig):\n    model_type = 'own'\n"
+        "class OwnModel(LlamaForCausalLM):\n    config_class = OwnConfig\n"
+    )
+    monkeypatch.setattr("transformers.dynamic_module_utils.HF_MODULES_CACHE", str(tmp_path / "modules"))
+    monkeypatch.syspath_prepend(tmp_path)
+    with pytest.raises(LoraError, match=r"trust_remote_code: true"):
+        runs({"base_model": str(own)})
+    run = runs({"base_model": str(own), "trust_remote_code": True})
+    assert losses(run) == pytest.approx(losses(runs({})), rel=1e-5)  # the same model, but attention through a mask
+
+
+def test_device(runs: Runs):
+    assert environment(runs({"device": "cpu"}))["device"].startswith("cpu")
+    absent = "mps" if torch.cuda.is_available() else "cuda"
+    with pytest.raises(LoraError, match=f"device: {absent} was asked for"):
+        runs({"device": absent})
+
+
+def test_gradient_checkpointing(runs: Runs, monkeypatch: pytest.MonkeyPatch):
+    """Same result, but what lies inside a block is computed a second time in the backward pass."""
+    forward, calls = LoRALinear.forward, []
+
+    def counted(self: LoRALinear, x: torch.Tensor) -> torch.Tensor:
+        calls.append(torch.is_grad_enabled())
+        return forward(self, x)
+
+    monkeypatch.setattr(LoRALinear, "forward", counted)
+    settings = {"data.packing": False, "train.seed": 5}
+    plain = runs(settings)
+    once = len(calls)
+    checkpointed = runs(settings | {"train.gradient_checkpointing": True})
+    assert len(calls) - once == 2 * once
+    assert losses(checkpointed) == losses(plain)
+    assert tensors(checkpointed) == tensors(plain)
+
+
+def test_trackers(runs: Runs):
+    if importlib.util.find_spec("tensorboard") is None:
+        with pytest.raises(LoraError, match="tensorboard is not installed"):
+            runs({"trackers": ["tensorboard"]})
+        return
+    assert list(runs({}).rglob("events.out.*")) == []
+    assert list(runs({"trackers": ["tensorboard"]}).rglob("events.out.*")) != []

@@ -1,0 +1,563 @@
+"""The recipe file: what is read, what is refused, and what the message says about it."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from tempfile import TemporaryDirectory
+from typing import Any
+
+import pytest
+import yaml
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from lora_cli.errors import LoraError, RecipeErrors
+from lora_cli.recipe import Recipe, contradictions
+from lora_cli.recipe_file import all_keys, differences, dump_recipe, json_schema, load_recipe, write_recipe
+
+ROOT = Path(__file__).parents[1]
+GOOD = "base_model: owner/name\ndata: {train: rows.jsonl}\noutput: run\n"  # three lines: what is added begins on line 4
+
+
+@pytest.fixture
+def load(tmp_path: Path) -> Any:
+    """Loads a recipe from its text."""
+
+    def from_text(text: str | bytes, *overrides: str) -> Recipe:
+        path = tmp_path / "recipe.yaml"
+        path.write_bytes(text if isinstance(text, bytes) else text.encode())
+        return load_recipe(path, list(overrides))
+
+    return from_text
+
+
+@pytest.fixture
+def problem(load: Any, tmp_path: Path) -> Any:
+    """The message of the one LoraError that a recipe's text gives, with the recipe's path shortened to its name."""
+
+    def of(text: str | bytes, *overrides: str) -> str:
+        with pytest.raises(LoraError) as caught:
+            load(text, *overrides)
+        assert caught.value.exit_code == 2
+        return str(caught.value).replace(f"{tmp_path}/", "")
+
+    return of
+
+
+# ── keys ────────────────────────────────────────────────────────────────────────────────────────────────────────
+
+
+@pytest.mark.parametrize(
+    ("added", "where", "unknown", "suggestion"),
+    [
+        ("quantisation: nf4\n", "4:1", "quantisation", "did you mean quantization?"),
+        ("train:\n  lerning_rate: 1\n", "5:3", "train.lerning_rate", "did you mean train.learning_rate?"),
+        ("train: {seed: 1, eval_evry: 2}\n", "4:18", "train.eval_evry", "did you mean train.eval_every?"),
+        ("learning_rate: 1e-4\n", "4:1", "learning_rate", "did you mean train.learning_rate?"),
+        ("train: {rank: 8}\n", "4:9", "train.rank", "did you mean adapter.rank?"),
+        ("frobnicate: 1\n", "4:1", "frobnicate", "known keys here: base_model, revision, "),
+        ("adapter: {colour: red}\n", "4:11", "adapter.colour", "known keys here: rank, alpha, "),
+        ("1: x\n", "4:1", "1", "known keys here: "),
+        ("yes: x\n", "4:1", "yes", "known keys here: "),
+        ("~: x\n", "4:1", "~", "known keys here: "),
+    ],
+)
+def test_unknown_key(problem: Any, added: str, where: str, unknown: str, suggestion: str):
+    assert problem(GOOD + added).startswith(f"error: recipe.yaml:{where}: unknown key {unknown}\n  fix: {suggestion}")
+
+
+def test_all_problems_come_at_once_in_the_order_of_the_file(load: Any):
+    text = (
+        "output: run\n"
+        "train:\n"
+        "  optimizer: sgd\n"
+        "  epochs: true\n"
+        "  sede: 1\n"
+        "data: {validation: 3, max_seq_len: one}\n"
+        "quantization: none\n"
+        "double_quantization: true\n"
+        "output: run2\n"
+        "learning_rate: 3\n"
+    )
+    with pytest.raises(RecipeErrors) as caught:
+        load(text, "trackers=[nobody]", "train.seed")
+    places = [(p.where or "").rsplit("recipe.yaml", 1)[-1] for p in caught.value.problems]
+    assert places == [
+        ":3:3",
+        ":4:3",
+        ":5:3",
+        ":6:1",
+        ":6:8",
+        ":6:23",
+        ":8:1",
+        ":9:1",
+        ":10:1",
+        "",
+        "",
+        "--set trackers",
+    ]
+    said = [problem.what.split(",")[0] for problem in caught.value.problems]
+    assert said == [
+        'train.optimizer is "sgd"',
+        "train.epochs is true",
+        "unknown key train.sede",
+        "data.train is missing",
+        "data.validation is 3",
+        'data.max_seq_len is "one"',
+        "double_quantization: double_quantization is for nf4",
+        "the key output stands twice",
+        "unknown key learning_rate",
+        "base_model is missing",
+        "--set train.seed is not of the form key.path=value",
+        'trackers is "nobody"',
+    ]
+    assert str(caught.value) == "\n".join(str(problem) for problem in caught.value.problems)
+
+
+def test_missing_keys_are_described(problem: Any):
+    message = problem("output: run\ndata: {}\nbase_model: a/b\n")
+    assert message == (
+        "error: recipe.yaml:2:1: data.train is missing\n"
+        "  fix: add it: train: Training data: a .jsonl, .json, .csv, .parquet or .txt file."
+    )
+
+
+@pytest.mark.parametrize(
+    ("added", "where", "key"), [("output: b\n", "4:1", "output"), ("train: {seed: 1, seed: 2}\n", "4:18", "train.seed")]
+)
+def test_a_key_that_stands_twice_names_both_places(problem: Any, added: str, where: str, key: str):
+    message = problem(GOOD + added)
+    assert message.startswith(
+        f"error: recipe.yaml:{where}: the key {key} stands twice\n  fix: remove one; the other is at "
+    )
+    assert message.endswith({"output": "recipe.yaml:3:1", "train.seed": "recipe.yaml:4:9"}[key])
+
+
+def test_a_merge_key_brings_settings_in(load: Any):
+    text = "base_model: a/b\noutput: run\nadapter: &small {rank: 4}\ndata: {train: x.jsonl}\n"
+    shared = text.replace("{rank: 4}", "{rank: 4, alpha: 3}") + "train: {seed: 1}\n"
+    assert load(shared).adapter.alpha == 3
+    merged = load(text.replace("adapter: &small {rank: 4}", "adapter:\n  <<: {rank: 4}\n  alpha: 3"))
+    assert (merged.adapter.rank, merged.adapter.alpha) == (4, 3)
+
+
+# ── values ──────────────────────────────────────────────────────────────────────────────────────────────────────
+
+
+@pytest.mark.parametrize(
+    ("added", "says"),
+    [
+        ("adapter: {rank: four}\n", '4:11: adapter.rank is "four", but must be a whole number'),
+        ("adapter: {rank: 4.0}\n", "adapter.rank is 4.0, but must be a whole number"),
+        ("adapter: {rank: 0}\n", "adapter.rank is 0, but must be at least 1"),
+        ("adapter: {dropout: 1}\n", "adapter.dropout is 1, but must be below 1"),
+        ("adapter: {alpha: 0}\n", "adapter.alpha is 0, but must be above 0"),
+        ("adapter: {layers: [1, x]}\n", 'adapter.layers is "x", but must be a whole number'),
+        ("adapter: {layers: []}\n", "adapter.layers is [], but must be not empty"),
+        ("adapter: {target_modules: 3}\n", "adapter.target_modules is 3, but must be text or a list"),
+        ("adapter: {rank_pattern: {q_proj: 0}}\n", "4:26: adapter.rank_pattern.q_proj is 0, but must be at least 1"),
+        ("train: {learning_rate: fast}\n", 'train.learning_rate is "fast", but must be a number'),
+        ("train: {learning_rate: .inf}\n", "train.learning_rate is Infinity, but must be a finite number"),
+        ("train: {learning_rate: .nan}\n", "train.learning_rate is NaN, but must be a finite number"),
+        ("train: {min_learning_rate_ratio: 2}\n", "train.min_learning_rate_ratio is 2, but must be at most 1"),
+        ("train: {seed: 1e3}\n", 'train.seed is "1e3", but must be a whole number'),
+        ("train: {gradient_checkpointing: 1}\n", "train.gradient_checkpointing is 1, but must be true or false"),
+        ("train: {optimizer: sgd}\n", "train.optimizer is \"sgd\", but must be one of 'adamw', 'adamw_8bit', "),
+        ("train:\n", "train is null, but must be a section with keys of its own"),
+        ("train: [1]\n", "train is [1], but must be a section with keys of its own"),
+        ("revision: 123456\n", "revision is 123456, but must be text"),
+        ("revision: 2024-01-01\n", 'revision is "2024-01-01", but must be text'),
+        ("trackers: tensorboard\n", 'trackers is "tensorboard", but must be a list'),
+        ("trackers: &own [*own]\n", "trackers is [[...]], but must be one of "),
+    ],
+)
+def test_a_wrong_value_says_what_was_found_and_what_is_allowed(problem: Any, added: str, says: str):
+    message = problem(GOOD + added)
+    assert says in message
+    assert message.startswith("error: recipe.yaml:4:")
+    assert added.startswith(("train:\n", "train: [")) or "\n  fix: " in message
+
+
+@pytest.mark.parametrize("key", ["base_model", "output"])
+def test_empty_text_is_no_name(problem: Any, key: str):
+    text = GOOD.replace("owner/name" if key == "base_model" else "run", '""')
+    assert f'{key} is "", but must be not empty' in problem(text)
+
+
+@pytest.mark.parametrize("written", ["1e-4", "1E-4", "0.0001", "1.0e-4", "+1e-4", "'1e-4'"])
+def test_a_number_may_be_written_with_an_exponent(load: Any, written: str):
+    assert load(GOOD + f"train: {{learning_rate: {written}}}\n").train.learning_rate == 1e-4
+
+
+def test_validation_is_a_fraction_or_a_file(load: Any, problem: Any, tmp_path: Path):
+    def validation(written: str) -> Any:
+        return load(GOOD.replace("rows.jsonl", f"rows.jsonl, validation: {written}")).data.validation
+
+    assert validation("1e-2") == 0.01
+    assert validation("0.5") == 0.5
+    assert validation("held.jsonl") == str(tmp_path / "held.jsonl")
+    assert validation("5-6") == str(tmp_path / "5-6")
+    assert validation("null") is None
+    message = problem(GOOD.replace("rows.jsonl", "rows.jsonl, validation: 1.5"))
+    assert "2:27: data.validation is 1.5, but must be below 1 or text" in message
+
+
+@pytest.mark.parametrize(
+    ("settings", "key", "fix"),
+    [
+        (
+            "adapter: {target_modules: all-linear, projections: [q]}",
+            "adapter.projections",
+            "remove projections, or write target_modules: attention",
+        ),
+        (
+            "{quantization: int8, double_quantization: true}",
+            "double_quantization",
+            "remove double_quantization, or write quantization: nf4",
+        ),
+        ("{dtype: fp16, device: cpu}", "dtype", "write dtype: auto, or another device"),
+        ("train: {eval_every: 5}", "train.eval_every", "set data.validation to a file or a fraction"),
+        ("data: {train: rows.jsonl, validation: ./rows.jsonl}", "data.validation", "name another file, or a fraction"),
+        (
+            "train: {schedule: constant, min_learning_rate_ratio: 0.1}",
+            "train.min_learning_rate_ratio",
+            "remove min_learning_rate_ratio, or choose schedule: cosine or linear",
+        ),
+    ],
+)
+def test_contradictions(problem: Any, settings: str, key: str, fix: str):
+    values = yaml.safe_load(GOOD) | yaml.safe_load(settings)
+    message = problem(yaml.safe_dump(values))
+    assert f": {key}: " in message
+    assert message.startswith("error: recipe.yaml:")
+    assert f"\n  fix: {fix}" in message
+
+
+def test_every_contradiction_is_tested():
+    cases = next(mark for mark in test_contradictions.pytestmark if mark.name == "parametrize").args[1]  # type: ignore
+    source = (ROOT / "lora_cli" / "recipe.py").read_text(encoding="utf-8").partition("def contradictions")[2]
+    assert source.count("    refuse(\n") == len(cases)
+
+
+def test_a_contradiction_made_by_an_override_is_found(problem: Any):
+    text = GOOD + "adapter: {projections: [q, v]}\n"
+    assert problem(text, "adapter.target_modules=all-linear").startswith("error: recipe.yaml:4:11: adapter.projections")
+    assert "error: --set train.eval_every: train.eval_every: eval_every is set" in problem(GOOD, "train.eval_every=3")
+
+
+# ── the file ────────────────────────────────────────────────────────────────────────────────────────────────────
+
+
+@pytest.mark.parametrize(
+    ("text", "says"),
+    [
+        ("", "recipe.yaml: the recipe is empty"),
+        ("# only a comment\n", "recipe.yaml: the recipe is empty"),
+        ("hello", "recipe.yaml: a recipe is a mapping of keys to values"),
+        ("- a\n- b\n", "recipe.yaml: a recipe is a mapping of keys to values"),
+        (GOOD + "train:\n\tseed: 1\n", "recipe.yaml:5:1: not valid YAML: found character"),
+        (GOOD + "train: {seed: 1\n", "recipe.yaml:5:1: not valid YAML: expected ',' or '}'"),
+        (GOOD + "---\nseed: 1\n", "recipe.yaml:4:1: not valid YAML: but found another document"),
+        (GOOD + "train: *gone\n", "recipe.yaml:4:8: not valid YAML: found undefined alias"),
+        (GOOD + "[1]: 2\n", "recipe.yaml:4:1: a key must be a plain word"),
+        (GOOD + "x: \x01\n", "recipe.yaml:4: not valid YAML: character 0x0001 is not allowed"),
+        (GOOD + "adapter: &own {x: *own}\n", "recipe.yaml: an alias (*name) stands inside its own anchor"),
+        (GOOD + "revision: 2024-99-99\n", "recipe.yaml: not valid YAML: month must be in 1..12"),
+        (GOOD.encode() + b"# caf\xe9\n", "recipe.yaml:4: not UTF-8 text"),
+    ],
+)
+def test_what_is_no_recipe(problem: Any, text: str | bytes, says: str):
+    assert problem(text).startswith(f"error: {says}")
+
+
+@pytest.mark.parametrize("tag", ["!!python/object/apply:os.mkdir [made]", "!!python/name:os.system", "!own 3"])
+def test_tags_build_no_objects(problem: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, tag: str):
+    monkeypatch.chdir(tmp_path)
+    assert "recipe.yaml:4:11: not valid YAML: could not determine a constructor" in problem(GOOD + f"revision: {tag}\n")
+    assert "the value is not valid YAML" in problem(GOOD, f"revision={tag}")
+    assert not (tmp_path / "made").exists()
+
+
+def test_a_byte_order_mark_is_no_key(load: Any):
+    assert load("\ufeff" + GOOD).base_model == "owner/name"
+
+
+def test_a_recipe_that_is_not_there(tmp_path: Path):
+    (tmp_path / "small.yaml").touch()
+    with pytest.raises(LoraError, match=r"no such recipe\n  fix: did you mean .*small\.yaml\?"):
+        load_recipe(tmp_path / "smal.yaml")
+    with pytest.raises(LoraError, match="this is a folder, not a recipe"):
+        load_recipe(tmp_path)
+
+
+# ── overrides ───────────────────────────────────────────────────────────────────────────────────────────────────
+
+
+def test_overrides_are_yaml_and_reach_into_sections(load: Any):
+    recipe = load(
+        GOOD + "train: {seed: 1}\n",
+        "train.seed=3",
+        "train.learning_rate=1e-3",
+        "train.gradient_checkpointing=yes",
+        "adapter.layers=[0, -1]",  # a section that the file does not have
+        "adapter.rank_pattern.q_proj=3",
+        "data.validation=null",
+        "revision= v1 ",
+        "train.epochs=2",
+        "train.epochs=3",  # the last one counts
+    )
+    assert (recipe.train.seed, recipe.train.learning_rate, recipe.train.epochs) == (3, 1e-3, 3.0)
+    assert recipe.train.gradient_checkpointing is True
+    assert (recipe.adapter.layers, recipe.adapter.rank_pattern) == ([0, -1], {"q_proj": 3})
+    assert (recipe.data.validation, recipe.revision) == (None, "v1")
+
+
+@pytest.mark.parametrize(
+    ("override", "says"),
+    [
+        ("train.sede=3", "--set train.sede: unknown key train.sede\n  fix: did you mean train.seed?"),
+        ("seed=3", "--set seed: unknown key seed\n  fix: did you mean train.seed?"),
+        ("trian.seed=3", "--set trian.seed: unknown key trian\n  fix: did you mean train?"),
+        ("train.seed=x", '--set train.seed: train.seed is "x", but must be a whole number'),
+        ("train.seed", "--set train.seed is not of the form key.path=value"),
+        ("=3", "--set =3 is not of the form key.path=value"),
+        ("train..seed=3", "--set train..seed=3 is not of the form key.path=value"),
+        ("base_model.x=3", "--set base_model.x=3: base_model is not a section"),
+        ("adapter.layers=[1", "--set adapter.layers=[1: the value is not valid YAML"),
+        ("revision=2024-99-99", "--set revision=2024-99-99: the value is not valid YAML"),
+        ("train=", "--set train: train is null, but must be a section"),
+    ],
+)
+def test_a_wrong_override_is_named(problem: Any, override: str, says: str):
+    message = problem(GOOD, override)
+    assert message.startswith(f"error: {says}")
+    assert "\n  fix: " in message
+
+
+# ── paths ───────────────────────────────────────────────────────────────────────────────────────────────────────
+
+
+def test_paths_start_at_the_recipe_and_those_of_overrides_here(load: Any, tmp_path: Path, monkeypatch: Any):
+    here = tmp_path / "here"
+    here.mkdir()
+    monkeypatch.chdir(here)
+    text = GOOD.replace("rows.jsonl", "../rows.jsonl, validation: sub/held.jsonl")
+    recipe = load(text)
+    assert recipe.data.train == str(tmp_path.parent / "rows.jsonl")
+    assert recipe.data.validation == str(tmp_path / "sub" / "held.jsonl")
+    assert recipe.output == str(tmp_path / "run")
+    recipe = load(text, "output=other", "data.train=rows.jsonl")
+    assert (recipe.output, recipe.data.train) == (str(here / "other"), str(here / "rows.jsonl"))
+    assert recipe.data.validation == str(tmp_path / "sub" / "held.jsonl")
+
+
+def test_home_and_environment_variables_in_paths(load: Any, problem: Any, tmp_path: Path, monkeypatch: Any):
+    monkeypatch.setenv("HOME", "/home/somebody")
+    monkeypatch.setenv("RUNS", "/somewhere")
+    monkeypatch.setenv("WEIRD", "pay$day")
+    monkeypatch.delenv("NOWHERE", raising=False)
+
+    def output(written: str) -> str:
+        return load(GOOD.replace("output: run", f"output: {written}")).output
+
+    assert output("~/runs") == "/home/somebody/runs"
+    assert output("$RUNS/a") == output("${RUNS}/a") == "/somewhere/a"
+    assert output("x${WEIRD}") == str(tmp_path / "xpay$day")  # what a variable holds is not expanded again
+    assert output("cost$$5") == str(tmp_path / "cost$5")
+    message = problem(GOOD.replace("output: run", "output: $NOWHERE/a"))
+    assert message.startswith("error: recipe.yaml:3:1: output: the environment variable NOWHERE is not set\n  fix: ")
+    assert "--set data.train: data.train: the environment variable NOWHERE" in problem(GOOD, "data.train=${NOWHERE}")
+
+
+def test_the_base_model_is_a_path_only_where_it_looks_like_one(load: Any, tmp_path: Path):
+    (tmp_path / "models" / "mine").mkdir(parents=True)
+
+    def base(written: str) -> str:
+        return load(GOOD.replace("owner/name", written)).base_model
+
+    assert base("owner/name") == "owner/name"
+    assert base("gpt2") == "gpt2"
+    assert base("models/mine") == str(tmp_path / "models" / "mine")
+    assert base("./absent") == str(tmp_path / "absent")
+    assert base("../absent") == str(tmp_path.parent / "absent")
+    assert base("/absent") == "/absent"
+
+
+# ── writing ─────────────────────────────────────────────────────────────────────────────────────────────────────
+
+_names = st.text("abc_ äß$.#:'\"-01", min_size=1, max_size=12).map(lambda name: f"x{name}x".replace("$", "$$"))
+_positive = st.floats(1e-8, 1e8)
+_share = st.floats(0, 0.99)
+_counts = st.integers(1, 10**6)
+_modules = st.text("abcq_.*()", min_size=1, max_size=8)
+VALUES: dict[str, st.SearchStrategy[Any]] = {
+    "base_model": st.sampled_from(["gpt2", "owner/name", "./here", "/models/x y"]),
+    "revision": st.sampled_from([None, "main", "1e5", "v1.0", "123456"]),
+    "adapter.rank": _counts,
+    "adapter.alpha": _positive,
+    "adapter.dropout": _share,
+    "adapter.target_modules": st.sampled_from(["attention", "all-linear"]) | st.lists(_modules, max_size=3) | _modules,
+    "adapter.exclude_modules": st.lists(_modules, max_size=2),
+    "adapter.layers": st.none() | st.lists(st.integers(-9, 9), min_size=1, max_size=3),
+    "adapter.rank_pattern": st.dictionaries(_modules, _counts, max_size=2),
+    "adapter.alpha_pattern": st.dictionaries(_modules, _positive, max_size=2),
+    "data.train": _names,
+    "data.validation": st.none() | st.floats(0.01, 0.99) | _names.map(lambda name: f"{name}.jsonl"),
+    "data.max_seq_len": st.integers(2, 10**6),
+    "train.epochs": _positive | _counts,
+    "train.max_steps": st.none() | _counts,
+    "train.learning_rate": _positive,
+    "train.warmup_ratio": _share,
+    "train.min_learning_rate_ratio": _share,
+    "train.weight_decay": st.floats(0, 1),
+    "train.beta1": _share,
+    "train.beta2": _share,
+    "train.max_grad_norm": _positive,
+    "train.seed": st.integers(0, 2**32 - 1),
+    "train.eval_every": st.none() | _counts,
+    "train.checkpoint_every": st.none() | _counts,
+    "output": _names,
+}
+SCHEMA: dict[str, Any] = json.loads(json_schema())
+
+
+def property_of(key: str) -> dict[str, Any]:
+    section, _, name = key.rpartition(".")
+    holder = SCHEMA["$defs"][f"{section.title()}Recipe"] if section else SCHEMA
+    return holder["properties"][name]
+
+
+def strategy_of(key: str) -> st.SearchStrategy[Any]:
+    """From the table above, or, for choices and switches, from the schema."""
+    if key in VALUES:
+        return VALUES[key]
+    field = property_of(key)
+    if field["type"] == "array":
+        return st.lists(st.sampled_from(field["items"]["enum"]), min_size=field.get("minItems", 0), max_size=3)
+    if field["type"] == "boolean":
+        return st.booleans()
+    return st.integers(1, 99) if field["type"] == "integer" else st.sampled_from(field["enum"])
+
+
+@st.composite
+def recipes(draw: Any) -> dict[str, Any]:
+    """Values as a person may write them: the required keys, and some of the others."""
+    values: dict[str, Any] = {}
+    for path in all_keys():
+        key = ".".join(path)
+        if key in ("base_model", "data.train", "output") or draw(st.booleans()):
+            section = values.setdefault(path[0], {}) if len(path) == 2 else values
+            section[path[-1]] = draw(strategy_of(key))
+    adapter, train = values.get("adapter", {}), values.get("train", {})  # less what would contradict itself
+    if adapter.get("target_modules", "attention") != "attention":
+        adapter.pop("projections", None)
+    if values.get("quantization") in ("int8", "none") and values.get("double_quantization"):
+        del values["double_quantization"]
+    if values.get("device") == "cpu":
+        values.pop("dtype", None)
+    if values["data"].get("validation") is None:
+        train.pop("eval_every", None)
+    if train.get("schedule") == "constant":
+        train.pop("min_learning_rate_ratio", None)
+    return values
+
+
+@settings(max_examples=60, deadline=None)
+@given(values=recipes())
+def test_a_resolved_recipe_reads_back_equal(values: dict[str, Any]):
+    with TemporaryDirectory() as folder:
+        written = Path(folder) / "recipe.yaml"
+        written.write_text(yaml.safe_dump(values, allow_unicode=True), encoding="utf-8")
+        recipe = load_recipe(written)
+        resolved = Path(folder) / "elsewhere" / "recipe.yaml"
+        resolved.parent.mkdir()
+        write_recipe(recipe, resolved)
+        again = load_recipe(resolved)
+    assert again == recipe
+    assert differences(recipe, again) == []
+    assert dump_recipe(again) == dump_recipe(recipe)
+
+
+def test_a_switched_off_double_quantization_survives(load: Any, tmp_path: Path):
+    recipe = load(GOOD + "quantization: none\ndouble_quantization: false\n")
+    write_recipe(recipe, tmp_path / "resolved.yaml")
+    assert load_recipe(tmp_path / "resolved.yaml") == recipe
+
+
+def test_the_resolved_recipe_holds_every_setting(load: Any):
+    resolved = yaml.safe_load(dump_recipe(load(GOOD)))
+    for path in all_keys():
+        assert path[-1] in (resolved[path[0]] if len(path) == 2 else resolved), path
+
+
+def test_differences_name_each_setting(load: Any):
+    old, new = load(GOOD), load(GOOD, "train.seed=1", "adapter.rank_pattern.q=2", "data.validation=0.5")
+    assert sorted(differences(old, new)) == [
+        "adapter.rank_pattern: {} → {'q': 2}",
+        "data.validation: None → 0.5",
+        "train.seed: 0 → 1",
+    ]
+
+
+# ── the schema ──────────────────────────────────────────────────────────────────────────────────────────────────
+
+
+def test_the_schema_describes_every_key_and_forbids_others():
+    sections = [SCHEMA, *SCHEMA["$defs"].values()]
+    assert [section["additionalProperties"] for section in sections] == [False] * 4
+    for section in sections:
+        for name, field in section["properties"].items():
+            assert field.get("description", "").endswith((".", ")")), name
+    assert SCHEMA["required"] == ["base_model", "data", "output"]
+    assert property_of("train.learning_rate")["type"] == "number"
+
+
+def misfits(value: Any, schema: dict[str, Any]) -> list[str]:
+    """What a JSON Schema validator would say, for the parts of JSON Schema that this schema uses."""
+    if "$ref" in schema:
+        return misfits(value, SCHEMA["$defs"][schema["$ref"].rsplit("/", 1)[-1]])
+    if "anyOf" in schema:
+        found = [misfits(value, option) for option in schema["anyOf"]]
+        return [] if [] in found else [f"{value!r} fits none of {len(found)}"]
+    kinds = {"object": dict, "array": list, "string": str, "boolean": bool, "integer": int, "null": type(None)}
+    wanted = kinds.get(schema["type"], (int, float))
+    if not isinstance(value, wanted) or (isinstance(value, bool) and schema["type"] != "boolean"):
+        return [f"{value!r} is no {schema['type']}"]
+    if "enum" in schema and value not in schema["enum"]:
+        return [f"{value!r} is not in {schema['enum']}"]
+    if isinstance(value, list):
+        return [problem for item in value for problem in misfits(item, schema["items"])]
+    if not isinstance(value, dict) or "properties" not in schema:
+        return []
+    unknown = [f"unknown {key}" for key in value if key not in schema["properties"]]
+    missing = [f"missing {key}" for key in schema.get("required", []) if key not in value]
+    known = [item for key, item in value.items() if key in schema["properties"]]
+    fields = [schema["properties"][key] for key in value if key in schema["properties"]]
+    return unknown + missing + [p for v, f in zip(known, fields, strict=True) for p in misfits(v, f)]
+
+
+def test_the_schema_accepts_a_good_recipe_and_rejects_a_wrong_one(load: Any):
+    assert misfits(yaml.safe_load(dump_recipe(load(GOOD))), SCHEMA) == []
+    bad = yaml.safe_load(GOOD) | {"frobnicate": 1, "train": {"sede": 1, "epochs": "two", "optimizer": "sgd"}}
+    assert [problem.split(" is ")[0] for problem in misfits(bad, SCHEMA)] == [
+        "unknown frobnicate",
+        "unknown sede",
+        "'two'",
+        "'sgd'",
+    ]
+
+
+def test_few_settings_each_with_a_meaning():
+    keys = all_keys()
+    assert 20 < len(keys) <= 60
+    assert len(set(keys)) == len(keys)
+    for path in keys:
+        assert len(property_of(".".join(path))["description"]) > 20, path
+
+
+@pytest.mark.parametrize("path", sorted((ROOT / "configs").glob("*.yaml")), ids=lambda path: path.name)
+def test_every_recipe_that_ships_loads_and_fits_the_schema(path: Path):
+    recipe = load_recipe(path)
+    assert contradictions(recipe) == []
+    assert misfits(yaml.safe_load(dump_recipe(recipe)), SCHEMA) == []
