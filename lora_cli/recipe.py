@@ -158,9 +158,11 @@ class Recipe(Section):
     device: Literal["auto", "cpu", "cuda", "mps", "xpu"] = Field(
         "auto", description="Where to train; auto: what accelerate finds."
     )
-    adapter: AdapterRecipe = Field(AdapterRecipe(), description="The LoRA adapter.")
+    adapter: AdapterRecipe = Field(
+        default_factory=lambda: AdapterRecipe.model_validate({}), description="The LoRA adapter."
+    )
     data: DataRecipe = Field(description="Training and validation data.")
-    train: TrainRecipe = Field(TrainRecipe(), description="The training run.")
+    train: TrainRecipe = Field(default_factory=lambda: TrainRecipe.model_validate({}), description="The training run.")
     trackers: list[Literal["tensorboard", "wandb", "trackio", "mlflow"]] = Field(
         [], description="Experiment trackers to report to, beside metrics.jsonl."
     )

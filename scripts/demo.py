@@ -1,4 +1,4 @@
-"""The whole job on a real model, as `make demo` runs it: prepare, measure, train in 4-bit, measure again, merge, answer.
+"""The whole job on a real model, as `make demo` runs it: prepare, measure, train in 4-bit, measure again, merge.
 
     python scripts/demo.py
 

@@ -1,6 +1,6 @@
 """Writes docs/recipe.md, the table of all settings, from the schema.
 
-    python scripts/recipe_reference.py
+python scripts/recipe_reference.py
 """
 
 from __future__ import annotations
@@ -12,11 +12,11 @@ from lora_cli.recipe import AdapterRecipe, DataRecipe, Recipe, TrainRecipe
 
 HEAD = """# The recipe
 
-One YAML file. Made from the schema by `python scripts/recipe_reference.py`; `lora init --schema` prints the same as JSON
-Schema for editors. Unknown keys are refused. `--set key.path=value` overrides a setting from the command line.
+One YAML file. Made from the schema by `python scripts/recipe_reference.py`; `lora init --schema` prints the same as
+JSON Schema for editors. Unknown keys are refused. `--set key.path=value` overrides a setting from the command line.
 
-Relative paths start at the recipe's folder (those given with `--set`: at the current one). `~` and environment variables
-are expanded in paths. Numbers such as `1e-4` are numbers.
+Relative paths start at the recipe's folder (those given with `--set`: at the current one). `~` and environment
+variables are expanded in paths; `$$` is a dollar sign. Numbers such as `1e-4` are numbers.
 """
 
 

@@ -40,7 +40,14 @@ _PLAIN = {
     "alora_invocation_tokens": None,
     "layer_replication": None,
     "megatron_config": None,
+    "use_qalora": False,
+    "use_bdlora": None,
+    "arrow_config": None,
+    "kasa_config": None,
+    "monteclora_config": None,
 }
+# Starts of PEFT that also change the base's weights; the adapter means nothing on the base as it was.
+_CHANGED_BASE = ("pissa", "olora", "corda", "loftq", "lora_ga")
 
 
 @dataclass(frozen=True)
@@ -207,6 +214,9 @@ def _read_config(folder: Path) -> dict[str, Any]:
     lost = [
         f"{key}: {config[key]}" for key, plain in _PLAIN.items() if config.get(key, plain) not in (plain, None, [], {})
     ]
+    start = config.get("init_lora_weights")
+    if isinstance(start, str) and start.lower().startswith(_CHANGED_BASE):
+        lost.append(f"init_lora_weights: {start}, which changes the base model's weights")
     if lost:
         raise LoraError("the adapter uses what this program cannot compute", where=str(path), details=lost)
     return config
@@ -216,7 +226,7 @@ def _by_module(flat: dict[str, Tensor], path: Path) -> dict[str, dict[str, Tenso
     tensors: dict[str, dict[str, Tensor]] = {}
     for key, tensor in flat.items():
         found = _KEY.fullmatch(key)
-        if found is None or tensor.ndim != 2:  # noqa: PLR2004 - a matrix
+        if found is None or tensor.ndim != 2:
             raise LoraError(f"{key} {tuple(tensor.shape)} is not the A or B of a linear layer", where=str(path))
         tensors.setdefault(found[1], {})[found[2]] = tensor
     if not tensors:

@@ -30,7 +30,7 @@ def pick_device(request: str) -> torch.device:
             f"device: {request} was asked for, but torch {torch.__version__} finds none",
             fix=f"write device: auto (devices here: {present}), or install a torch build and driver for {request}",
         )
-    return PartialState(cpu=request == "cpu").device
+    return PartialState(cpu=request == "cpu").device  # type: ignore[return-value]
 
 
 def pick_dtype(request: str, device: torch.device) -> tuple[torch.dtype, str]:

@@ -8,8 +8,15 @@ from transformers.pytorch_utils import Conv1D
 
 
 def is_linear(module: nn.Module) -> bool:
-    """Whether an adapter can wrap this layer: Linear, bitsandbytes 4-bit or 8-bit (both subclass it), or Conv1D."""
-    return isinstance(module, (nn.Linear, Conv1D))
+    """Whether an adapter can wrap this layer: Linear, bitsandbytes 4-bit or 8-bit (both subclass it), or Conv1D.
+
+    A subclass with a forward of its own computes something else: the routers of Llama 4 and Phi-3.5-MoE return tuples.
+    """
+    if isinstance(module, Conv1D):
+        return True
+    kind = type(module)
+    known = kind.__module__.startswith("bitsandbytes.") or kind.__name__ == "FalconLinear"
+    return isinstance(module, nn.Linear) and (known or kind.forward is nn.Linear.forward)
 
 
 def features(layer: nn.Module) -> tuple[int, int]:

@@ -33,7 +33,7 @@ def load_model(
     config = _config(source, trust_remote_code)
     settings = _quantization_settings(source, quantization, dtype, double_quantization)
     try:
-        model, info = AutoModelForCausalLM.from_pretrained(
+        loaded: Any = AutoModelForCausalLM.from_pretrained(
             source.folder,
             config=config,
             dtype=dtype,
@@ -57,6 +57,7 @@ def load_model(
             where=str(source.folder),
             fix="check config.json, or download the model again",
         ) from error
+    model, info = loaded
     _require_all_weights(source, info)
     for parameter in model.parameters():
         parameter.requires_grad_(False)

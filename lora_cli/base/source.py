@@ -10,9 +10,11 @@ from typing import Any
 
 from lora_cli.base.weight_files import fingerprint, stored_tensors
 from lora_cli.errors import LoraError
+from lora_cli.files import disk_errors
 
 # Configuration, tokenizer and safetensors; no pickles, no copies in other formats. Code comes only when it may run.
 _WANTED = ["*.json", "*.safetensors", "*.txt", "*.model", "*.jinja", "tokenizer*"]
+_NO_ACCESS = (401, 403)  # HTTP: unauthorized, forbidden
 _UNWANTED = ["original/*", "onnx/*", "openvino/*", "*.bin", "*.pth", "*.gguf"]
 
 
@@ -74,12 +76,13 @@ def _check_folder(source: BaseSource) -> None:
 
 
 def _download(name: str, revision: str | None, trust_remote_code: bool) -> BaseSource:
+    from huggingface_hub import constants, snapshot_download
     from huggingface_hub import errors as hub
-    from huggingface_hub import snapshot_download
 
     wanted = [*_WANTED, "*.py"] if trust_remote_code else _WANTED
     try:
-        path = snapshot_download(name, revision=revision, allow_patterns=wanted, ignore_patterns=_UNWANTED)
+        with disk_errors(Path(constants.HF_HUB_CACHE)):
+            path = snapshot_download(name, revision=revision, allow_patterns=wanted, ignore_patterns=_UNWANTED)
     except hub.HFValidationError:
         raise LoraError(
             f"{name} is neither a folder here nor a hub id", fix="write owner/name, or a path to a model folder"
@@ -91,15 +94,18 @@ def _download(name: str, revision: str | None, trust_remote_code: bool) -> BaseS
         ) from None
     except hub.RevisionNotFoundError:
         raise LoraError(f"{name} has no revision {revision}", fix="check base model and revision") from None
-    except hub.RepositoryNotFoundError:
+    except (hub.HTTPError, OSError) as error:  # HTTPError: that of httpx or httpx2, by the version of huggingface_hub
+        cause = error.__cause__ or error  # "not in the cache" hides why there was no answer
+        status = getattr(getattr(cause, "response", None), "status_code", None)
+        if isinstance(error, hub.RepositoryNotFoundError) or status in _NO_ACCESS:
+            raise LoraError(
+                f"the hub has no model {name} that you may read",
+                fix="check the spelling; for a private model run `hf auth login` or set HF_TOKEN; or name a folder",
+            ) from None
+        reason = (str(cause).strip() or type(cause).__name__).splitlines()[0]
         raise LoraError(
-            f"the hub has no model {name} that you may read",
-            fix="check the spelling; for a private model run `hf auth login` or set HF_TOKEN; for a folder, its path",
-        ) from None
-    except (hub.LocalEntryNotFoundError, hub.OfflineModeIsEnabled, hub.HfHubHTTPError, OSError) as error:
-        raise LoraError(
-            f"{name} is not in the local cache and the hub cannot be reached ({type(error).__name__})",
-            fix="connect to the network once, or give the path of a local model folder",
+            f"{name} is not in the local cache and cannot be downloaded: {reason}",
+            fix="connect to the network and try again (what has arrived is kept), or give the path of a model folder",
         ) from None
     folder = Path(path)
     return BaseSource(name, folder, revision=folder.name)

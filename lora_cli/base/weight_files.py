@@ -59,7 +59,7 @@ def read_header(file: Path) -> tuple[dict[str, StoredTensor], dict[str, str]]:
 
 
 def order_metadata(file: Path) -> None:
-    """Sort the metadata of a file just written: the library writes it in random order, and equal runs give equal bytes."""
+    """Sort the metadata of a file just written: the library orders it at random, and equal runs give equal bytes."""
     with file.open("r+b") as stream:
         (length,) = struct.unpack("<Q", stream.read(8))
         header = json.loads(stream.read(length))

@@ -137,7 +137,7 @@ def target_bytes(examples: Iterable[Example], tokenizer: PreTrainedTokenizerBase
             if trained:
                 run.append(token)
             elif run:
-                text = tokenizer.decode(run, skip_special_tokens=True, clean_up_tokenization_spaces=False)
+                text: Any = tokenizer.decode(run, skip_special_tokens=True, clean_up_tokenization_spaces=False)
                 total += len(text.encode())
                 run = []
     return total
@@ -187,7 +187,8 @@ def _completion(row: Row, tokenizer: PreTrainedTokenizerBase) -> Example:
 
 
 def _ended(ids: list[int], tokenizer: PreTrainedTokenizerBase) -> list[int]:
-    return ids if ids and ids[-1] == tokenizer.eos_token_id else [*ids, tokenizer.eos_token_id]
+    end: Any = tokenizer.eos_token_id
+    return ids if ids and ids[-1] == end else [*ids, end]
 
 
 def _unended(ids: list[int], tokenizer: PreTrainedTokenizerBase) -> list[int]:

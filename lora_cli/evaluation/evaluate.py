@@ -76,9 +76,9 @@ def evaluate_model(
 
 def compare(opened: Opened, examples: list[Example], text_bytes: int) -> dict[str, Score]:
     """`base`, and `adapter` if there is one, on the same examples."""
-    pad_id = opened.tokenizer.eos_token_id
+    pad_id: Any = opened.tokenizer.eos_token_id
     lay_out = partial(collate, packed=False, pad_id=pad_id, device=opened.device)
-    budget = max(4096, max(len(example.ids) for example in examples))
+    budget = max(4096, *(len(example.ids) for example in examples))
     measure = partial(score, opened.model, examples, lay_out, budget, text_bytes)
     with adapters_disabled(opened.model):
         scores = {"base": measure()}

@@ -34,7 +34,8 @@ def generation_config(
     """temperature 0 is greedy. Stops at the end tokens of the model and of the tokenizer."""
     own = getattr(model, "generation_config", None)
     ends = getattr(own, "eos_token_id", None)
-    stops = {*(ends if isinstance(ends, list) else [ends]), tokenizer.eos_token_id} - {None}
+    own_end: Any = tokenizer.eos_token_id
+    stops = {*(ends if isinstance(ends, list) else [ends]), own_end} - {None}
     sampling = {"temperature": temperature, "top_p": top_p, "top_k": top_k} if temperature > 0 else {}
     return GenerationConfig(
         max_new_tokens=max_new_tokens,

@@ -139,8 +139,7 @@ def _write(opened: Opened, place: Path, dtype: str, trust_remote_code: bool) -> 
     model.config = AutoConfig.from_pretrained(
         opened.source.folder, trust_remote_code=trust_remote_code, local_files_only=True
     )
-    if hasattr(model.config, "quantization_config"):
-        del model.config.quantization_config
+    vars(model.config).pop("quantization_config", None)
     model.config.dtype = target
     model.save_pretrained(place)
     opened.tokenizer.save_pretrained(place)

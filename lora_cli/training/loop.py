@@ -90,7 +90,7 @@ def _accelerator(recipe: Recipe) -> Accelerator:
     )
     if accelerator.num_processes > recipe.train.gradient_accumulation_steps:
         raise LoraError(
-            f"{accelerator.num_processes} processes share a step of {recipe.train.gradient_accumulation_steps} micro-batches",
+            f"{accelerator.num_processes} processes, but {recipe.train.gradient_accumulation_steps} micro-batches a step",
             fix="raise train.gradient_accumulation_steps to the number of processes or more",
         )
     return accelerator
@@ -172,7 +172,7 @@ class _Run:
         if not math.isfinite(mean):
             raise self._not_finite(f"the loss is {mean}", step)
         self._add_gradients()
-        norm = float(self.accelerator.clip_grad_norm_(self.parameters, self.recipe.max_grad_norm))
+        norm = float(self.accelerator.clip_grad_norm_(self.parameters, self.recipe.max_grad_norm))  # type: ignore[arg-type]
         if not math.isfinite(norm) and self.accelerator.scaler is None:  # fp16 overflows now and then; its scaler skips
             raise self._not_finite(f"the gradient norm is {norm}", step)
         self.optimizer.step()

@@ -72,10 +72,8 @@ class Progress:
             f"{self._remaining()} left",
         ]
         if "validation_loss" in line:
-            parts.insert(
-                2,
-                f"validation {line['validation_loss']:.4f} (perplexity {math.exp(min(line['validation_loss'], 80)):.2f})",
-            )
+            loss = line["validation_loss"]
+            parts.insert(2, f"validation {loss:.4f} (perplexity {math.exp(min(loss, 80)):.2f})")
         return "  ".join(parts)
 
     def _remaining(self) -> str:

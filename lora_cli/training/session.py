@@ -64,17 +64,17 @@ def open_session(recipe: Recipe, console: Console) -> Session:
         trust_remote_code=recipe.trust_remote_code,
     )
     _require_fit(data, model.config, source)
-    side_by_side = _layout(model, recipe, device, say)
     layers = attach_from_recipe(model, recipe)
     if recipe.train.gradient_checkpointing:
         checkpoint_activations(model)
-    say(
-        f"         compute in {str(dtype).removeprefix('torch.')} ({reason}), {human_bytes(quantized_bytes(model))} held"
-    )
+    held = human_bytes(quantized_bytes(model))
+    say(f"         compute in {str(dtype).removeprefix('torch.')} ({reason}), {held} held")
+    side_by_side = _layout(model, recipe, device, say)
     trained = sum(parameter.numel() for parameter in adapter_parameters(model))
     say(f"adapter  {len(layers)} layers, {trained:,} trained parameters")
     require_space(Path(recipe.output), disk_needed(recipe, trained), "the run (adapter and checkpoints)")
-    lay_out = partial(collate, packed=side_by_side, pad_id=tokenizer.eos_token_id, device=device)
+    pad_id: Any = tokenizer.eos_token_id
+    lay_out = partial(collate, packed=side_by_side, pad_id=pad_id, device=device)
     return Session(recipe, source, tokenizer, data, model, layers, order, device, dtype, lay_out, total)
 
 

@@ -1,0 +1,645 @@
+"""Every wrong input ends in one message: what happened, where, how to fix it. No traceback, nothing left behind."""
+
+from __future__ import annotations
+
+import errno
+import json
+import shutil
+import sys
+from collections import namedtuple
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from conftest import write_rows
+
+from lora_cli.cli import main
+
+
+@dataclass(frozen=True)
+class Said:
+    """What a command said. code: its exit code."""
+
+    code: int
+    text: str
+
+    @property
+    def error(self) -> str:
+        return self.text[self.text.index("error: ") :]
+
+
+@pytest.fixture
+def lora(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> Callable[..., Said]:
+    """Runs the command line in this process; an exception that main() does not turn into a message fails the test."""
+
+    def run(*words: Any) -> Said:
+        monkeypatch.setattr(sys, "argv", ["lora", *map(str, words)])
+        capsys.readouterr()
+        code = 0
+        try:
+            main()
+        except SystemExit as stopped:
+            code = int(stopped.code or 0)
+        printed = capsys.readouterr()
+        assert "Traceback" not in printed.err
+        assert printed.out == ""
+        return Said(code, printed.err)
+
+    return run
+
+
+@pytest.fixture
+def refused(lora: Callable[..., Said], recipe_file: Callable[..., Path], tmp_path: Path) -> Callable[..., str]:
+    """The message with which `lora train` refuses a recipe of these settings before it has written anything."""
+
+    def run(**settings: Any) -> str:
+        recipe = recipe_file(**settings)
+        before = sorted(tmp_path.rglob("*"))
+        said = lora("train", recipe)
+        assert said.code == 2, said.text
+        assert sorted(tmp_path.rglob("*")) == before, "something was written"
+        assert said.error.count("error: ") == 1
+        assert "\n  fix: " in said.error
+        return said.error
+
+    return run
+
+
+@pytest.fixture
+def model(tiny_gpt2: Path, tmp_path: Path) -> Callable[..., Path]:
+    """A copy of the tiny GPT-2 with some files replaced, or removed (None)."""
+
+    def make(files: dict[str, str | bytes | None], **config: Any) -> Path:
+        folder = tmp_path / "model"
+        shutil.copytree(tiny_gpt2, folder)
+        if config:
+            values = json.loads((folder / "config.json").read_text()) | config
+            (folder / "config.json").write_text(json.dumps(values))
+        for name, content in files.items():
+            if content is None:
+                (folder / name).unlink()
+            else:
+                (folder / name).write_bytes(content.encode() if isinstance(content, str) else content)
+        return folder
+
+    return make
+
+
+# ── the recipe (its details are in test_recipe.py) ──────────────────────────────────────────────────────────────
+
+
+def test_unknown_key(refused: Any):
+    message = refused(train={"lerning_rate": 1})
+    assert "unknown key train.lerning_rate\n  fix: did you mean train.learning_rate?" in message
+    assert "recipe.yaml:" in message
+
+
+def test_wrong_type(refused: Any):
+    assert 'adapter.rank is "four", but must be a whole number' in refused(adapter={"rank": "four"})
+
+
+def test_contradiction(refused: Any):
+    assert "train.eval_every: eval_every is set, but there is no validation data" in refused(train={"eval_every": 1})
+
+
+def test_several_problems(lora: Any, recipe_file: Any):
+    said = lora("train", recipe_file(adapter={"rank": 0}, train={"seed": -1}), "--set", "outptu=x")
+    assert (said.code, said.text.count("error: "), said.text.count("  fix: ")) == (2, 3, 3)
+
+
+def test_no_recipe(lora: Any, tmp_path: Path):
+    said = lora("train", tmp_path / "gone.yaml")
+    assert said.code == 2
+    assert said.text == f"error: {tmp_path}/gone.yaml: no such recipe\n  fix: check the path; configs/ holds examples\n"
+
+
+# ── data files ──────────────────────────────────────────────────────────────────────────────────────────────────
+
+
+def test_no_data_file(refused: Any, sums: Path, tmp_path: Path):
+    message = refused(data={"train": str(sums.with_name("sum.jsonl"))})
+    assert message == f"error: {tmp_path}/sum.jsonl: no such data file\n  fix: did you mean {sums}?\n"
+    assert "held.jsonl: no such data file" in refused(data={"validation": str(tmp_path / "held.jsonl")})
+    assert "this is a folder, not a data file" in refused(data={"train": str(tmp_path)})
+
+
+BROKEN_FILES = {
+    "empty.jsonl": (b"", "empty.jsonl: the data file is empty"),
+    "blank.jsonl": (b"\n \n", "blank.jsonl: the data file has no rows"),
+    "none.json": (b"[]", "none.json: the data file has no rows"),
+    "header.csv": (b"prompt,completion\n", "header.csv: the data file has no rows"),
+    "line.jsonl": (b'{"text": "a"}\n\n{"text": "b"\n', "line.jsonl:3:13: broken JSON: Expecting ',' delimiter"),
+    "cut.jsonl": (b'{"text": "a\xe2\x80\xa8b"}\n{"te', "cut.jsonl:2:2: broken JSON: Unterminated string"),  # U+2028
+    "two.jsonl": (b'{"text": "a"} {"text": "b"}\n', "two.jsonl:1:15: broken JSON: Extra data"),
+    "list.jsonl": (b'{"text": "a"}\n[1]\n', "list.jsonl:2: a row must be a JSON object, this is [1]"),
+    "null.jsonl": (b"null\n", "null.jsonl:1: a row must be a JSON object, this is null"),
+    "twice.jsonl": (b'{"text": "a", "text": "b"}\n', "twice.jsonl:1: broken JSON: the key 'text' stands twice"),
+    "half.jsonl": (b'{"text": "\\ud83d"}\n', "half.jsonl:1: broken JSON: 'utf-8' codec can't encode"),
+    "deep.jsonl": (b"[" * 99999, "deep.jsonl:1: broken JSON: maximum recursion depth"),
+    "comma.json": (b'[{"text": "a"},\n {"text": "b"]', "comma.json:2:14: broken JSON: Expecting ',' delimiter"),
+    "numbers.json": (b"[1, 2]", "numbers.json: row 1: a row must be a JSON object, this is 1"),
+    "quote.csv": (b'prompt,completion\na,b\n"c,d\n', "quote.csv:3: broken CSV: unexpected end of data"),
+    "wide.csv": (b"prompt,completion\na,b\nc,d,e\n", "wide.csv:3: broken CSV: 3 values, but the header has 2 columns"),
+    "narrow.csv": (b'prompt,completion\n"a\na",b\nc\n', "narrow.csv:4: broken CSV: 1 values, but the header has 2"),
+    "same.csv": (b"text,text\na,b\n", "same.csv:1: broken CSV: two columns have the same name"),
+    "short.parquet": (b"PAR1", "short.parquet: cannot be read as Parquet: "),
+    "noise.parquet": (b"PAR1 and then something else", "noise.parquet: cannot be read as Parquet: "),
+    "latin.txt": (b"ok\ncaf\xe9\n", "latin.txt:2: not UTF-8 text: byte 0xe9"),
+    "latin.jsonl": (b'{"text": "caf\xe9"}\n', "latin.jsonl:1: not UTF-8 text: byte 0xe9"),
+    "latin.csv": (b"text\ncaf\xe9\n", "latin.csv:2: not UTF-8 text: byte 0xe9"),
+    "rows.tsv": (b"a\tb\n", "rows.tsv: unknown kind of data file .tsv"),
+    "rows": (b"a\n", "rows: unknown kind of data file (no ending)"),
+}
+
+
+@pytest.mark.parametrize("name", BROKEN_FILES)
+def test_broken_data_file(refused: Any, tmp_path: Path, name: str):
+    content, says = BROKEN_FILES[name]
+    (tmp_path / name).write_bytes(content)
+    assert refused(data={"train": str(tmp_path / name)}).startswith(f"error: {tmp_path}/{says}")
+
+
+def test_parquet_that_was_cut_or_holds_no_rows(refused: Any, tmp_path: Path):
+    pyarrow = pytest.importorskip("pyarrow")
+    parquet = pytest.importorskip("pyarrow.parquet")
+    parquet.write_table(pyarrow.table({"text": ["a", "b"]}), tmp_path / "good.parquet")
+    (tmp_path / "cut.parquet").write_bytes((tmp_path / "good.parquet").read_bytes()[:-9])
+    assert "cut.parquet: cannot be read as Parquet: " in refused(data={"train": str(tmp_path / "cut.parquet")})
+    parquet.write_table(pyarrow.table({"text": pyarrow.array([], pyarrow.string())}), tmp_path / "none.parquet")
+    assert "none.parquet: the data file has no rows" in refused(data={"train": str(tmp_path / "none.parquet")})
+
+
+def test_values_stay_as_they_stand(tmp_path: Path):
+    """No guessing of types: a completion that looks like a number or a date is text."""
+    from lora_cli.data.sources import read_rows
+
+    (tmp_path / "a.csv").write_text('\ufeffprompt,completion\n1,"2"\n\nNA,null\n"a ""b""\nc",\n', encoding="utf-8")
+    assert [(row.number, *row.values.items()) for row in read_rows(tmp_path / "a.csv")] == [
+        (1, ("prompt", "1"), ("completion", "2")),
+        (2, ("prompt", "NA"), ("completion", "null")),
+        (3, ("prompt", 'a "b"\nc'), ("completion", "")),
+    ]
+    rows = [{"text": "2024-01-01T00:00:00"}, {"text": "a\u2028b"}, {"other": 1}]
+    (tmp_path / "a.jsonl").write_text("\ufeff" + "\n\n".join(json.dumps(row, ensure_ascii=False) for row in rows))
+    (tmp_path / "a.json").write_text(json.dumps(rows))
+    (tmp_path / "lines.json").write_text((tmp_path / "a.jsonl").read_text())
+    for name in ("a.jsonl", "a.json", "lines.json"):
+        assert [row.values for row in read_rows(tmp_path / name)] == rows
+
+
+# ── rows ────────────────────────────────────────────────────────────────────────────────────────────────────────
+
+SHORT = {"prompt": "one and one\n", "completion": "is two"}
+CHAT = [{"role": "user", "content": "one and one"}, {"role": "assistant", "content": "two"}]
+
+
+@pytest.fixture
+def rows(tmp_path: Path) -> Callable[..., dict[str, Any]]:
+    """Settings of a data section for these rows."""
+
+    def settings(*values: dict[str, Any], **data: Any) -> dict[str, Any]:
+        return {"train": str(write_rows(tmp_path / "rows.jsonl", list(values))), **data}
+
+    return settings
+
+
+@pytest.mark.parametrize(
+    ("row", "says"),
+    [
+        ({"prompt": "one"}, "row 2: the row has no completion\n  fix: add it, or remove the row; its columns: prompt"),
+        ({"prompt": "one", "completion": None}, "row 2: the row has no completion"),
+        ({}, "row 2: the row has no prompt\n  fix: add it, or remove the row; its columns: none"),
+        ({"prompt": "one", "completion": 2}, "row 2: completion is int, not text"),
+        ({"prompt": ["one"], "completion": "two"}, "row 2: prompt is list, not text"),
+        ({"prompt": "one", "completion": ""}, "row 2: no target tokens: nothing in this row would be trained"),
+    ],
+)
+def test_broken_row(refused: Any, rows: Any, row: dict[str, Any], says: str):
+    assert f"rows.jsonl: {says}" in refused(data=rows(SHORT, row, SHORT))
+
+
+def test_columns_that_fit_no_format_or_several(refused: Any, rows: Any):
+    message = refused(data=rows({"question": "a", "answer": "b"}))
+    assert (
+        "rows.jsonl: row 1: the columns answer, question fit no format\n  formats and their columns: text: " in message
+    )
+    message = refused(data=rows(SHORT | {"text": "a"}))
+    assert "the columns completion, prompt, text fit more than one format" in message
+    assert "fix: write data.format: text, or remove a column" in message
+    assert "row 1: the row has no messages" in refused(data=rows(SHORT, format="chat"))
+
+
+def test_text_without_words(refused: Any, rows: Any):
+    assert "row 2: no target tokens" in refused(data=rows({"text": "a"}, {"text": " \n"}))
+
+
+def test_a_row_that_is_too_long(refused: Any, rows: Any):
+    long = {"prompt": "one " * 40, "completion": "two"}
+    message = refused(data=rows(SHORT, long, max_seq_len=24))
+    assert "rows.jsonl: row 2: " in message
+    assert "tokens, but max_seq_len is 24\n  fix: raise data.max_seq_len, or choose data.too_long: " in message
+    message = refused(data=rows(long, SHORT, max_seq_len=16, too_long="truncate"))
+    assert "rows.jsonl: row 1: no target tokens are left after truncation" in message
+    assert "rows are longer than max_seq_len (4)" in refused(data=rows(SHORT, max_seq_len=4, too_long="drop"))
+    message = refused(data=rows(SHORT, max_seq_len=4, too_long="split"))
+    assert "row 1: too_long: split is for text; a conversation cannot be cut\n  fix: choose drop or truncate" in message
+
+
+def test_the_fix_for_truncation_is_enough_and_no_less_is(refused: Any, rows: Any, lora: Any, recipe_file: Any):
+    data = rows({"prompt": "one and one and one", "completion": "two"}, too_long="truncate")
+    message = refused(data=data | {"max_seq_len": 4})
+    enough = int(message.partition("max_seq_len to ")[2].partition(" or more")[0])
+    assert "no target tokens" in refused(data=data | {"max_seq_len": enough - 1})
+    assert lora("train", recipe_file(data=data | {"max_seq_len": enough}, train={"max_steps": 1})).code == 0
+
+
+@pytest.mark.parametrize(
+    ("too_long", "examples"), [("drop", 2), ("truncate", 3), ("split", 4)], ids=["drop", "truncate", "split"]
+)
+def test_what_becomes_of_long_rows_is_counted(lora: Any, recipe_file: Any, rows: Any, too_long: str, examples: int):
+    data = rows({"text": "one"}, {"text": "one two " * 3}, {"text": "two"}, max_seq_len=12, too_long=too_long)
+    said = lora("train", recipe_file(data=data, train={"max_steps": 1}))
+    assert said.code == 0
+    assert f"{examples} text examples" in said.text
+    assert f"1 rows above 12 tokens: {too_long}" in said.text
+
+
+def test_a_row_longer_than_the_model_can_see(refused: Any, rows: Any):
+    message = refused(data=rows(SHORT, {"prompt": "one " * 300, "completion": "two"}, max_seq_len=4096))
+    assert "rows.jsonl: row 2: " in message
+    assert "sees 256 at most\n  fix: write data.max_seq_len: 256, with data.too_long: " in message
+
+
+def test_a_held_out_fraction_of_no_rows(refused: Any, rows: Any):
+    message = refused(data=rows(SHORT, SHORT, SHORT, validation=0.01))
+    assert "rows.jsonl: validation: 0.01 of 3 rows is 0 rows" in message
+
+
+# ── conversations ───────────────────────────────────────────────────────────────────────────────────────────────
+
+
+@pytest.mark.parametrize(
+    ("messages", "says"),
+    [
+        ("hello", "messages is not a list of turns"),
+        ([], "messages is not a list of turns"),
+        (["hello"], "turn 1 of messages has no role or no content"),
+        ([{"role": "user"}], "turn 1 of messages has no role or no content"),
+        ([CHAT[0], {"role": "assistant", "content": None}], "turn 2 of messages has no role or no content"),
+        ([{"role": "user", "content": ["hello"]}], "turn 1 of messages has no role or no content"),
+        (CHAT[::-1], "the conversation begins with the assistant"),
+        (CHAT[:1], "no target tokens"),
+    ],
+)
+def test_malformed_messages(refused: Any, rows: Any, messages: Any, says: str):
+    assert f"rows.jsonl: row 2: {says}" in refused(data=rows({"messages": CHAT}, {"messages": messages}))
+
+
+@pytest.mark.parametrize(
+    ("template", "says"),
+    [
+        (None, "the model has no chat template, so messages cannot be rendered"),
+        ("{{ raise_exception('roles must alternate') }}", "refuses this conversation: roles must alternate"),
+        (
+            "{% for m in messages %}{{ m.role }}: {{ m.content }}\n{% endfor %}",
+            "ends an assistant turn without a special",
+        ),
+        (
+            "{% for m in messages %}{{ m.content }}{{ loop.length }}<|im_end|>{% endfor %}",
+            "turn 2 cannot be told apart",
+        ),
+        ("{% for m in messages %", "refuses this conversation: "),
+    ],
+    ids=["none", "refuses", "no stop token", "looks ahead", "broken"],
+)
+def test_chat_template(refused: Any, rows: Any, model: Any, template: str | None, says: str):
+    message = refused(base_model=str(model({"chat_template.jinja": template})), data=rows({"messages": CHAT}))
+    assert message.startswith("error: ")
+    assert "rows.jsonl: row 1: " in message
+    assert says in message
+
+
+# ── what to adapt ───────────────────────────────────────────────────────────────────────────────────────────────
+
+
+@pytest.mark.parametrize(
+    ("adapter", "says"),
+    [
+        ({"target_modules": ["c_atn"]}, "adapter.target_modules: c_atn matched no layer"),
+        ({"target_modules": ["c_attn", "q_proj"]}, "adapter.target_modules: q_proj matched no layer"),
+        (
+            {"target_modules": "(c_attn"},
+            "adapter.target_modules: '(c_attn' is not a valid regular expression: missing )",
+        ),
+        ({"exclude_modules": ["nothing"]}, "adapter.exclude_modules: nothing matched no layer"),
+        ({"exclude_modules": ["c_attn", "c_proj"]}, "no layer is left to adapt"),
+        ({"rank_pattern": {"nothing": 2}}, "adapter.rank_pattern: nothing matched no layer"),
+    ],
+)
+def test_layers_that_are_not_there(refused: Any, tiny_gpt2: Path, adapter: dict[str, Any], says: str):
+    message = refused(base_model=str(tiny_gpt2), adapter=adapter)
+    assert message.startswith(f"error: {says}")
+    assert "\n  linear layers here: c_attn (×2), c_proj (×4), c_fc (×2)\n" in message
+
+
+def test_blocks_that_are_not_there(refused: Any):
+    assert "adapter.layers: no adapted layer in block 7\n  fix: blocks with such layers: 0 to 1" in refused(
+        adapter={"layers": [0, 7]}
+    )
+    assert "adapter.layers: no adapted layer in block -3" in refused(adapter={"layers": [-3]})
+
+
+def test_rank_above_the_layer(refused: Any):
+    message = refused(adapter={"rank": 64, "projections": ["q", "v"]})
+    assert "rank 64 is above the size of model.layers.0.self_attn.v_proj, whose weight has rank 32 at most" in message
+    assert "fix: set adapter.rank to 32 or less" in message
+
+
+# ── the place to write to ───────────────────────────────────────────────────────────────────────────────────────
+
+
+def test_the_output_is_taken(refused: Any, lora: Any, recipe_file: Any, tmp_path: Path):
+    run = tmp_path / "run"
+    run.mkdir()
+    (run / "mine.txt").write_text("keep me")
+    assert f"error: {run}: the output folder already holds other files\n" in refused()
+    (run / "recipe.yaml").touch()
+    message = refused()
+    assert f"error: {run}: the output folder already holds another run\n" in message
+    assert "--resume" in message
+    assert (run / "mine.txt").read_text() == "keep me"
+    assert f"error: {run}/mine.txt: the output is a file, not a folder\n" in refused(output=str(run / "mine.txt"))
+    said = lora("train", recipe_file(output=str(run / "mine.txt" / "deeper")))
+    assert said.code == 2
+    assert f"error: {run}/mine.txt/deeper: a file stands where a folder is needed\n  fix: " in said.text
+    assert "there is no run to resume" in lora("train", recipe_file(output=str(tmp_path / "new")), "--resume").error
+
+
+def test_no_disk_space_at_the_start(refused: Any, monkeypatch: pytest.MonkeyPatch):
+    usage = namedtuple("usage", "total used free")
+    monkeypatch.setattr(shutil, "disk_usage", lambda _: usage(10**9, 10**9 - 5000, 5000))
+    message = refused()
+    assert "run: no disk space: the run (adapter and checkpoints) needs about 10 MiB, 5 KiB are free" in message
+
+
+def test_a_folder_that_may_not_be_written(refused: Any, monkeypatch: pytest.MonkeyPatch):
+    """The tests may run as root, who may write anywhere: the refusal is imitated."""
+    mkdir = Path.mkdir
+
+    def forbidden(path: Path, *args: Any, **options: Any) -> None:
+        if path.name == "run":
+            raise PermissionError(errno.EACCES, "Permission denied", str(path))
+        mkdir(path, *args, **options)
+
+    monkeypatch.setattr(Path, "mkdir", forbidden)
+    assert "run: this place cannot be written\n  fix: choose another output folder, or change its per" in refused()
+
+
+@pytest.mark.parametrize("wrapped", [False, True], ids=["OSError", "SafetensorError"])
+def test_the_disk_fills_while_a_checkpoint_is_written(
+    lora: Any, recipe_file: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, wrapped: bool
+):
+    """The checkpoint before stays whole, nothing of the new one remains, and the run can be resumed from there."""
+    from safetensors import SafetensorError
+
+    from lora_cli.training import checkpoint
+
+    save_file = checkpoint.save_file
+
+    def full(tensors: Any, path: Path) -> None:
+        save_file(tensors, path)
+        if "step_000002" in str(path) and path.name == "optimizer.safetensors":
+            path.write_bytes(path.read_bytes()[:100])
+            text = "No space left on device"
+            raise SafetensorError(f"I/O error: {text} (os error 28)") if wrapped else OSError(errno.ENOSPC, text)
+
+    monkeypatch.setattr(checkpoint, "save_file", full)
+    recipe = recipe_file(train={"checkpoint_every": 1, "max_steps": 3})
+    said = lora("train", recipe)
+    assert said.code == 2
+    assert "checkpoints/step_000002: no space left on the disk\n  fix: free some space; what was written" in said.error
+    names = sorted(path.name for path in (tmp_path / "run" / "checkpoints").rglob("*"))
+    assert names == ["adapter.safetensors", "optimizer.safetensors", "state.json", "step_000001"]
+    monkeypatch.setattr(checkpoint, "save_file", save_file)
+    assert lora("train", recipe, "--resume").code == 0
+    lines = (tmp_path / "run" / "metrics.jsonl").read_text().splitlines()
+    assert [json.loads(line)["step"] for line in lines] == [1, 2, 3]
+
+
+# ── base models ─────────────────────────────────────────────────────────────────────────────────────────────────
+
+
+@pytest.mark.parametrize(
+    ("files", "config", "says"),
+    [
+        ({"config.json": None}, {}, "model: the model folder has no config.json"),
+        ({"config.json": "{"}, {}, "model/config.json: config.json is not valid JSON"),
+        ({"config.json": "[]"}, {}, "model/config.json: config.json is not valid JSON"),
+        ({"config.json": b"\xff"}, {}, "model/config.json: config.json is not valid JSON"),
+        ({"config.json": "{}"}, {}, "model/config.json: model type None is not known to the installed transformers"),
+        ({}, {"model_type": "frob"}, "model/config.json: model type 'frob' is not known to the installed transformers"),
+        ({}, {"n_layer": 3}, "model: the weights do not fill the model: 12 tensors missing, 0 of another shape"),
+        ({}, {"n_embd": 32}, "model: the weights do not fill the model: 0 tensors missing, 28 of another shape"),
+        ({}, {"n_head": 5}, "model: the base model cannot be loaded: `embed_dim` must be divisible by num_heads"),
+        ({"model.safetensors": None}, {}, "model: the model folder holds no safetensors weights\n"),
+        (
+            {"model.safetensors": None, "pytorch_model.bin": b"pickled"},
+            {},
+            "model: the model folder holds no safetensors weights (only pytorch_model.bin)",
+        ),
+        ({"model.safetensors": b""}, {}, "model/model.safetensors: damaged or incomplete safetensors file: 0 bytes"),
+        ({"model.safetensors": b"x" * 500}, {}, "model/model.safetensors: damaged or incomplete safetensors file"),
+        (
+            {"model.safetensors": None, "model.safetensors.index.json": '{"weight_map": {"a": "part.safetensors"}}'},
+            {},
+            "model: 1 of 1 weight files are missing, the first is part.safetensors",
+        ),
+        (
+            {"model.safetensors": None, "model.safetensors.index.json": '{"weight_map": 3}'},
+            {},
+            "model/model.safetensors.index.json: the weight index is not readable",
+        ),
+        ({"tokenizer.json": None}, {}, "model: the tokenizer cannot be loaded: "),
+        ({"tokenizer.json": '{"a": 1}'}, {}, "model: the tokenizer cannot be loaded: "),
+    ],
+)
+def test_broken_model_folder(
+    refused: Any, model: Any, tmp_path: Path, files: dict[str, Any], config: dict[str, Any], says: str
+):
+    assert refused(base_model=str(model(files, **config))).startswith(f"error: {tmp_path}/{says}")
+
+
+def test_truncated_weights(refused: Any, model: Any, tiny_gpt2: Path):
+    whole = (tiny_gpt2 / "model.safetensors").read_bytes()
+    message = refused(base_model=str(model({"model.safetensors": whole[:-100]})))
+    assert f"incomplete safetensors file: {len(whole) - 100} bytes, but the header speaks of {len(whole)}" in message
+
+
+def test_a_model_that_is_no_causal_language_model(refused: Any, model: Any):
+    config = json.dumps({"model_type": "t5", "architectures": ["T5ForConditionalGeneration"], "vocab_size": 512})
+    message = refused(base_model=str(model({"config.json": config})))
+    assert "model (T5ForConditionalGeneration) is not a causal language model\n  fix: choose a decoder-only" in message
+
+
+def test_a_tokenizer_of_another_model(refused: Any, model: Any, tmp_path: Path):
+    from transformers import GPT2Config, GPT2LMHeadModel
+
+    folder = model({"model.safetensors": None})
+    GPT2LMHeadModel(GPT2Config(vocab_size=99, n_embd=8, n_layer=1, n_head=1)).save_pretrained(folder)
+    assert f"error: {folder}: the tokenizer has tokens that the model does not" in refused(base_model=str(folder))
+
+
+def test_a_quantized_checkpoint(refused: Any, model: Any):
+    message = refused(
+        base_model=str(model({}, quantization_config={"load_in_4bit": True, "quant_method": "bitsandbytes"}))
+    )
+    assert "the checkpoint is already quantized (nf4), but the recipe says quantization: none" in message
+    assert "fix: write quantization: nf4" in message
+
+
+def test_no_model_folder(refused: Any, tmp_path: Path, tiny_gpt2: Path):
+    assert f"error: {tmp_path}/gone: no such model folder\n" in refused(base_model=str(tmp_path / "gone"))
+    assert "revision v1 is for hub models" in refused(base_model=str(tiny_gpt2), revision="v1")
+
+
+def test_a_device_that_is_not_there(refused: Any):
+    kind = "mps" if torch.cuda.is_available() else "cuda"
+    message = refused(device=kind)
+    assert f"error: device: {kind} was asked for, but torch {torch.__version__} finds none" in message
+    assert "fix: write device: auto (devices here: cpu" in message
+
+
+def test_a_tracker_that_is_not_installed(refused: Any, monkeypatch: pytest.MonkeyPatch):
+    from lora_cli.training import trackers
+
+    monkeypatch.setattr(trackers.importlib.util, "find_spec", lambda name: None)
+    assert refused(trackers=["wandb"]) == (
+        "error: trackers: wandb is not installed\n  fix: pip install 'lora-cli[wandb]', or remove it from trackers\n"
+    )
+
+
+# ── adapters ────────────────────────────────────────────────────────────────────────────────────────────────────
+
+
+@pytest.fixture(scope="module")
+def trained(tmp_path_factory: pytest.TempPathFactory, tiny_llama: Path) -> Path:
+    """An adapter folder of the tiny Llama, after one step."""
+    from conftest import quiet_console
+
+    from lora_cli.recipe_file import load_recipe
+    from lora_cli.training.loop import train
+
+    folder = tmp_path_factory.mktemp("trained")
+    write_rows(folder / "rows.jsonl", [SHORT] * 4)
+    recipe = f"base_model: {tiny_llama}\ndata: {{train: rows.jsonl}}\noutput: run\n"
+    recipe += "quantization: none\ndtype: fp32\ntrain: {max_steps: 1, warmup_ratio: 0}\nadapter: {rank: 2}\n"
+    (folder / "recipe.yaml").write_text(recipe)
+    train(load_recipe(folder / "recipe.yaml"), quiet_console())
+    return folder / "run" / "adapter"
+
+
+@pytest.fixture
+def opening(lora: Any, trained: Path, tmp_path: Path) -> Callable[..., str]:
+    """The message with which `lora generate` refuses the trained adapter after some change to its folder."""
+
+    def run(change: Callable[[Path], Any] = lambda _: None, *options: Any) -> str:
+        adapter = tmp_path / "adapter"
+        shutil.copytree(trained, adapter)
+        change(adapter)
+        said = lora("generate", "Hello", "--adapter", adapter, "--max-new-tokens", 1, *options)
+        assert said.code == 2, said.text
+        assert said.error.count("error: ") == 1
+        return said.error
+
+    return run
+
+
+def test_an_adapter_of_another_base(opening: Any, tiny_llama: Path, tiny_gpt2: Path, tmp_path: Path):
+    message = opening(lambda _: None, "--model", tiny_gpt2)
+    assert message.startswith(f"error: {tmp_path}/adapter: the adapter was trained on another base model: ")
+    assert f"on {tiny_llama}, not on {tiny_gpt2}\n  fix: use the base model {tiny_llama}" in message
+
+
+def test_an_adapter_without_a_fingerprint_that_does_not_fit(opening: Any, tiny_llama: Path, tiny_gpt2: Path):
+    """As other programs write them: names and shapes then tell."""
+    from safetensors.torch import load_file, save_file
+
+    def strip(adapter: Path) -> None:
+        tensors = load_file(adapter / "adapter_model.safetensors")
+        save_file(tensors, adapter / "adapter_model.safetensors")
+
+    message = opening(strip, "--model", tiny_gpt2)
+    assert f"the adapter (of {tiny_llama}) does not fit {tiny_gpt2}: 8 layers differ\n" in message
+    assert "model.layers.0.self_attn.q_proj: A (2, 64), B (64, 2), but there is no such linear layer\n" in message
+    assert "fix: use the base model that it was trained on" in message
+
+
+def replace(name: str, change: Callable[[bytes], bytes]) -> Callable[[Path], Any]:
+    return lambda folder: (folder / name).write_bytes(change((folder / name).read_bytes()))
+
+
+@pytest.mark.parametrize(
+    ("change", "says"),
+    [
+        (replace("adapter_model.safetensors", lambda b: b[:-50]), "damaged or incomplete adapter file: "),
+        (replace("adapter_model.safetensors", lambda b: b""), "damaged or incomplete adapter file: "),
+        (replace("adapter_model.safetensors", lambda b: b[:8] + b"#" * 99 + b[107:]), "damaged or incomplete adapter"),
+        (lambda folder: (folder / "adapter_model.safetensors").unlink(), "has no adapter_model.safetensors"),
+        (lambda folder: (folder / "adapter_config.json").unlink(), "there is no adapter in this folder"),
+        (replace("adapter_config.json", lambda b: b[:-9]), "the adapter's configuration is not valid JSON"),
+        (replace("adapter_config.json", lambda b: b"[]"), "the adapter's configuration is not valid JSON"),
+        (replace("adapter_config.json", lambda b: b.replace(b'"LORA"', b'"IA3"')), "this is a IA3 adapter; only LORA"),
+        (
+            replace("adapter_config.json", lambda b: b.replace(b'"use_dora": false', b'"use_dora": true')),
+            "the adapter uses what this program cannot compute\n  use_dora: True",
+        ),
+    ],
+)
+def test_damaged_adapter(opening: Any, tmp_path: Path, change: Any, says: str):
+    message = opening(change)
+    assert message.startswith(f"error: {tmp_path}/adapter")
+    assert says in message
+
+
+def test_no_adapter_folder(lora: Any, tmp_path: Path):
+    said = lora("generate", "Hello", "--adapter", tmp_path / "gone")
+    assert said.code == 2
+    assert f"error: {tmp_path}/gone: no such folder\n  fix: " in said.error
+
+
+# ── checks that protect the result: exit code 3 ─────────────────────────────────────────────────────────────────
+
+
+def test_a_loss_that_is_not_finite_stops_the_run(lora: Any, recipe_file: Any, tmp_path: Path):
+    said = lora("train", recipe_file(train={"learning_rate": 1e30}))
+    assert said.code == 3
+    assert "at step 2: training has diverged and was stopped\n  last checkpoint: none" in said.error
+    assert "fix: lower train.learning_rate" in said.error
+    assert not (tmp_path / "run" / "adapter").exists()
+
+
+@pytest.mark.parametrize("part", ["loss", "validation loss"])
+def test_nan(lora: Any, recipe_file: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, part: str):
+    from lora_cli.training import loop
+
+    if part == "loss":
+        monkeypatch.setattr(loop, "summed_loss", lambda model, batch: torch.tensor(torch.nan, requires_grad=True))
+    else:
+        measured = iter([(1.0, 1), (torch.nan, 1)])  # of the base, and after the first step
+        monkeypatch.setattr(loop, "mean_loss", lambda *_: next(measured))
+    said = lora("train", recipe_file(data={"validation": 0.25}, train={"eval_every": 1}))
+    assert said.code == 3
+    assert f"run: the {part} is nan at step 1: training has diverged and was stopped" in said.error
+    assert not (tmp_path / "run" / "adapter").exists()
+
+
+def test_a_run_that_learned_nothing(lora: Any, recipe_file: Any, tmp_path: Path):
+    said = lora("train", recipe_file(train={"learning_rate": 1e-60}))
+    assert said.code == 3
+    assert (
+        f"error: {tmp_path}/run: this run learned nothing: every B of the adapter is still zero\n  fix: " in said.error
+    )
+    assert json.loads((tmp_path / "run" / "report.json").read_text())["learned"] is False
