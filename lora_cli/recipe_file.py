@@ -233,6 +233,10 @@ def _resolve_path(values: dict[str, Any], key: KeyPath, base: Path, positions: P
         return [LoraError(what, where=_where(key, positions, file), fix=fix)]
     expanded = _VARIABLE.sub(lambda found: os.environ.get(found[1] or found[2] or "", "$"), os.path.expanduser(value))
     path = base / expanded
+    if key == ("base_model",) and not path.exists() and Path(expanded).is_dir():
+        fix = f"write {os.path.relpath(expanded, base)}, or an absolute path"
+        what = f"base_model: {value} is a folder seen from here, but relative paths start at the recipe's folder"
+        return [LoraError(what, where=positions.get(key, file), fix=fix)]
     is_path = key != ("base_model",) or path.exists() or expanded.startswith((".", "/", "~")) or expanded != value
     section[key[-1]] = os.path.normpath(path) if is_path else expanded
     return []

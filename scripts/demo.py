@@ -54,8 +54,8 @@ def answers(rows: list[dict[str, str]], adapter: Path | None) -> list[str]:
     config = generation_config(opened.model, opened.tokenizer, max_new_tokens=48)
     found: list[str] = []
     with console.status("answering") as status:
-        for start in range(0, len(rows), 25):
-            prompts = [row["prompt"] for row in rows[start : start + 25]]
+        for start in range(0, len(rows), 50):
+            prompts = [row["prompt"] for row in rows[start : start + 50]]
             found += complete(opened.model, opened.tokenizer, prompts, config)
             status.update(f"answering: {len(found)} of {len(rows)}")
     return found

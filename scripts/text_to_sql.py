@@ -4,7 +4,7 @@ Every row asks one question about a small database and answers it with one SQL q
 use different databases, which share no table and no column apart from `id` and `name`: the score tells
 whether a model learned to write SQL, not whether it remembers tables.
 
-    python scripts/text_to_sql.py --output build/text-to-sql --train 1600 --validation 100 --seed 0
+    python scripts/text_to_sql.py --output build/text-to-sql --train 1200 --validation 100 --seed 0
 
 The same seed gives the same bytes. Wordings name the columns they mean, so that only one result is right.
 Every query is run while it is made, and one with an empty result is thrown away.
@@ -539,7 +539,7 @@ def main() -> int:
     """Parse the command line and write both files."""
     parser = argparse.ArgumentParser(description="Build the demo's text-to-SQL data.")
     parser.add_argument("--output", type=Path, default=Path("build/text-to-sql"), help="folder for both files")
-    parser.add_argument("--train", type=int, default=1600, help="rows about the training databases")
+    parser.add_argument("--train", type=int, default=1200, help="rows about the training databases")
     parser.add_argument("--validation", type=int, default=100, help="rows about the held-out databases")
     parser.add_argument("--seed", type=int, default=0, help="draws other questions from the same databases")
     arguments = parser.parse_args()

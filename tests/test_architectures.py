@@ -34,10 +34,10 @@ CPU = torch.device("cpu")
 WINDOW = 8  # tokens; some examples below are longer
 IDS = {"vocab_size": 512, "bos_token_id": 0, "eos_token_id": 0, "pad_token_id": 0}
 # Weights of deviation 0.2 ≈ 1/√width: attention is then far from uniform, so that a leak or a wrong mask shows.
-WIDE = IDS | {"initializer_range": 0.2, "num_hidden_layers": 2, "hidden_size": 32, "num_attention_heads": 4}
-FULL = WIDE | {"intermediate_size": 48, "max_position_embeddings": 128}  # keys and values for each head
-GROUPED = FULL | {"num_key_value_heads": 2}  # head_dim 8: q has 32 outputs, k and v have 16
-GPT = IDS | {"initializer_range": 0.2, "n_positions": 128, "n_embd": 32, "n_layer": 2, "n_head": 4}
+WIDE = IDS | {"initializer_range": 0.2, "num_hidden_layers": 2, "hidden_size": 64, "num_attention_heads": 4}
+FULL = WIDE | {"intermediate_size": 64, "max_position_embeddings": 128}  # keys and values for each head
+GROUPED = FULL | {"num_key_value_heads": 2}  # head_dim 16: q has 64 outputs, k and v have 32
+GPT = IDS | {"initializer_range": 0.2, "n_positions": 128, "n_embd": 64, "n_layer": 2, "n_head": 4}
 EXPERTS = {"num_experts_per_tok": 2, "moe_intermediate_size": 16}
 LATENT = {"num_key_value_heads": 4, "kv_lora_rank": 16, "qk_rope_head_dim": 4, "qk_nope_head_dim": 8, "v_head_dim": 8}
 DEEPSEEK = EXPERTS | LATENT | {"n_routed_experts": 4, "n_group": 1, "topk_group": 1, "n_shared_experts": 1}
@@ -45,7 +45,7 @@ DEEPSEEK = EXPERTS | LATENT | {"n_routed_experts": 4, "n_group": 1, "topk_group"
 SEPARATE = {f"self_attn.{part}_proj": part for part in "qkvo"}
 OUT_PROJ = {"self_attn.q_proj": "q", "self_attn.k_proj": "k", "self_attn.v_proj": "v", "self_attn.out_proj": "o"}
 GATED = "mlp.gate_proj mlp.up_proj mlp.down_proj"
-Q, K, V = "q" * 8, "k" * 8, "v" * 8  # the outputs of one head
+Q, K, V = "q" * 16, "k" * 16, "v" * 16  # the outputs of one head
 
 
 @dataclass(frozen=True)
@@ -73,7 +73,7 @@ ARCHITECTURES = {
     "llama": A(lambda: hf.LlamaConfig(**GROUPED), "model.layers", SEPARATE, GATED),
     "mistral": A(lambda: hf.MistralConfig(**GROUPED, sliding_window=WINDOW), "model.layers", SEPARATE, GATED),
     "qwen2": A(lambda: hf.Qwen2Config(**GROUPED), "model.layers", SEPARATE, GATED),
-    "qwen3": A(lambda: hf.Qwen3Config(**GROUPED, head_dim=8), "model.layers", SEPARATE, GATED),
+    "qwen3": A(lambda: hf.Qwen3Config(**GROUPED, head_dim=16), "model.layers", SEPARATE, GATED),
     "qwen2-moe": A(
         lambda: hf.Qwen2MoeConfig(
             **GROUPED, **EXPERTS, num_experts=4, shared_expert_intermediate_size=16,
@@ -83,10 +83,10 @@ ARCHITECTURES = {
         SEPARATE,
         "mlp.shared_expert.gate_proj mlp.shared_expert.up_proj mlp.shared_expert.down_proj mlp.shared_expert_gate",
     ),
-    "gemma": A(lambda: hf.GemmaConfig(**GROUPED, head_dim=8), "model.layers", SEPARATE, GATED),
+    "gemma": A(lambda: hf.GemmaConfig(**GROUPED, head_dim=16), "model.layers", SEPARATE, GATED),
     "gemma2": A(
         lambda: hf.Gemma2Config(
-            **GROUPED, head_dim=8, sliding_window=WINDOW, query_pre_attn_scalar=8,
+            **GROUPED, head_dim=16, sliding_window=WINDOW, query_pre_attn_scalar=16,
             attn_logit_softcapping=1.0, final_logit_softcapping=2.0,
         ),
         "model.layers",
@@ -95,7 +95,7 @@ ARCHITECTURES = {
     ),
     "gemma3": A(
         lambda: hf.Gemma3TextConfig(
-            **GROUPED, head_dim=8, sliding_window=WINDOW, query_pre_attn_scalar=8,
+            **GROUPED, head_dim=16, sliding_window=WINDOW, query_pre_attn_scalar=16,
             layer_types=["sliding_attention", "full_attention"],
         ),
         "model.layers",
@@ -136,7 +136,7 @@ ARCHITECTURES = {
     ),
     "gpt-neo": A(
         lambda: hf.GPTNeoConfig(
-            **IDS, initializer_range=0.2, hidden_size=32, num_layers=2, num_heads=4, max_position_embeddings=128,
+            **IDS, initializer_range=0.2, hidden_size=64, num_layers=2, num_heads=4, max_position_embeddings=128,
             attention_types=[[["global", "local"], 1]], window_size=WINDOW,
         ),
         "transformer.h",
@@ -157,10 +157,10 @@ ARCHITECTURES = {
         "mlp.fc_in mlp.fc_out",
     ),
     "opt": A(
-        lambda: hf.OPTConfig(**FULL, ffn_dim=48, init_std=0.2), "model.decoder.layers", OUT_PROJ, "fc1 fc2"
+        lambda: hf.OPTConfig(**FULL, ffn_dim=64, init_std=0.2), "model.decoder.layers", OUT_PROJ, "fc1 fc2"
     ),
     "opt-350m": A(  # has linear layers around the blocks, project_in and project_out
-        lambda: hf.OPTConfig(**FULL, ffn_dim=48, init_std=0.2, word_embed_proj_dim=16, do_layer_norm_before=False),
+        lambda: hf.OPTConfig(**FULL, ffn_dim=64, init_std=0.2, word_embed_proj_dim=16, do_layer_norm_before=False),
         "model.decoder.layers",
         OUT_PROJ,
         "fc1 fc2",
@@ -187,7 +187,7 @@ ARCHITECTURES = {
         packs=False,
     ),
     "bloom": A(  # ALiBi counts positions along the whole row
-        lambda: hf.BloomConfig(**IDS, initializer_range=0.2, hidden_size=32, n_layer=2, n_head=4),
+        lambda: hf.BloomConfig(**IDS, initializer_range=0.2, hidden_size=64, n_layer=2, n_head=4),
         "transformer.h",
         {"self_attention.query_key_value": 4 * (Q + K + V), "self_attention.dense": "o"},
         "mlp.dense_h_to_4h mlp.dense_4h_to_h",
@@ -195,7 +195,7 @@ ARCHITECTURES = {
     ),
     "mpt": A(
         lambda: hf.MptConfig(
-            **IDS, initializer_range=0.2, d_model=32, n_layers=2, n_heads=4, max_seq_len=128, expansion_ratio=2
+            **IDS, initializer_range=0.2, d_model=64, n_layers=2, n_heads=4, max_seq_len=128, expansion_ratio=2
         ),
         "transformer.blocks",
         {"attn.Wqkv": 4 * Q + 4 * K + 4 * V, "attn.out_proj": "o"},
@@ -237,7 +237,7 @@ ARCHITECTURES = {
     ),
     "llama4": A(  # attends within chunks
         lambda: hf.Llama4TextConfig(
-            **GROUPED, head_dim=8, attention_chunk_size=WINDOW, num_local_experts=2, intermediate_size_mlp=48,
+            **GROUPED, head_dim=16, attention_chunk_size=WINDOW, num_local_experts=2, intermediate_size_mlp=64,
             interleave_moe_layer_step=1, layer_types=["chunked_attention", "full_attention"], no_rope_layers=[1, 0],
         ),
         "model.layers",
@@ -245,7 +245,7 @@ ARCHITECTURES = {
         "feed_forward.shared_expert.gate_proj feed_forward.shared_expert.up_proj feed_forward.shared_expert.down_proj",
     ),
     "nemotron": A(  # its blocks do not tell attention where examples begin
-        lambda: hf.NemotronConfig(**GROUPED, head_dim=8),
+        lambda: hf.NemotronConfig(**GROUPED, head_dim=16),
         "model.layers",
         SEPARATE,
         "mlp.up_proj mlp.down_proj",
@@ -253,9 +253,9 @@ ARCHITECTURES = {
     ),
     "dbrx": A(
         lambda: hf.DbrxConfig(
-            **IDS, initializer_range=0.2, d_model=32, n_heads=4, n_layers=2, max_seq_len=128,
+            **IDS, initializer_range=0.2, d_model=64, n_heads=4, n_layers=2, max_seq_len=128,
             attn_config={"kv_n_heads": 2, "clip_qkv": 8.0, "rope_theta": 1e4},
-            ffn_config={"ffn_hidden_size": 48, "moe_num_experts": 4, "moe_top_k": 2},
+            ffn_config={"ffn_hidden_size": 64, "moe_num_experts": 4, "moe_top_k": 2},
         ),
         "transformer.blocks",
         {"norm_attn_norm.attn.Wqkv": 4 * Q + 2 * K + 2 * V, "norm_attn_norm.attn.out_proj": "o"},
@@ -270,8 +270,8 @@ ARCHITECTURES = {
     "deepseek-v3": A(  # the compressed keys and values count as v: they feed both
         lambda: hf.DeepseekV3Config(**FULL, **DEEPSEEK, q_lora_rank=16, first_k_dense_replace=0),
         "model.layers",
-        {"self_attn.q_a_proj": "q", "self_attn.q_b_proj": "q", "self_attn.kv_a_proj_with_mqa": 2 * V + "kkkk"}
-        | {"self_attn.kv_b_proj": 4 * (K + V), "self_attn.o_proj": "o"},
+        {"self_attn.q_a_proj": "q", "self_attn.q_b_proj": "q", "self_attn.kv_a_proj_with_mqa": V + "kkkk"}
+        | {"self_attn.kv_b_proj": 4 * (K[:8] + V[:8]), "self_attn.o_proj": "o"},
         "mlp.shared_experts.gate_proj mlp.shared_experts.up_proj mlp.shared_experts.down_proj",
     ),
 }  # fmt: skip
@@ -446,7 +446,7 @@ def test_projections_q_and_v_train_those_alone(name, load):
 def test_packed_equals_one_at_a_time(name, load):
     """E3, with examples longer than the sliding window where there is one."""
     model = load(name)
-    assert packing_difference(model, CPU) < 1e-4  # rounding gives 1e-6 here, a leak 1
+    assert packing_difference(model, CPU)[0] < 1e-4  # rounding gives 1e-6 here, a leak 1
     require_no_leak(model, CPU)
     adapted(model).train(not ARCHITECTURES[name].samples)
     rows = examples(20, 5, 13, 2)
@@ -465,7 +465,7 @@ def test_packed_equals_one_at_a_time(name, load):
 @pytest.mark.parametrize("name", [name for name in ARCHITECTURES if name not in PACKING])
 def test_packing_is_refused_where_examples_would_see_each_other(name, load):
     model = load(name)
-    assert packing_difference(model, CPU) > 1e-2
+    assert packing_difference(model, CPU)[0] > 1e-2
     with pytest.raises(LoraError, match="does not keep packed examples apart") as error:
         require_no_leak(model.train(), CPU)
     assert type(model).__name__ in str(error.value)
@@ -480,8 +480,8 @@ def test_packing_is_refused_where_a_state_runs_along_the_row(name, tmp_path, tok
     configs = {
         "lfm2": lambda kind: hf.Lfm2Config(**GROUPED, block_ff_dim=48, layer_types=kind),
         "qwen3-next": lambda kind: hf.Qwen3NextConfig(
-            **GROUPED, **EXPERTS, num_experts=4, shared_expert_intermediate_size=16, head_dim=8, layer_types=kind,
-            linear_num_value_heads=4, linear_num_key_heads=2, linear_key_head_dim=8, linear_value_head_dim=8,
+            **GROUPED, **EXPERTS, num_experts=4, shared_expert_intermediate_size=16, head_dim=16, layer_types=kind,
+            linear_num_value_heads=4, linear_num_key_heads=2, linear_key_head_dim=16, linear_value_head_dim=16,
         ),
     }  # fmt: skip
     folder = save_tiny(configs[name](kinds[name]), tmp_path / name, tokenizer=tokenizer)
@@ -495,7 +495,7 @@ def test_packing_is_refused_where_a_state_runs_along_the_row(name, tmp_path, tok
 
 def test_attention_with_sinks_is_adapted_whole_or_refused(tmp_path, tokenizer):
     """gpt-oss: the first token does not see only itself, so its parts cannot be told; they must not be guessed."""
-    config = hf.GptOssConfig(**GROUPED, head_dim=8, sliding_window=WINDOW, num_local_experts=4, num_experts_per_tok=2)
+    config = hf.GptOssConfig(**GROUPED, head_dim=16, sliding_window=WINDOW, num_local_experts=4, num_experts_per_tok=2)
     folder = save_tiny(config, tmp_path / "gpt-oss", tokenizer=tokenizer)
     model = load_model(find_base(str(folder)), quantization="none", dtype=torch.float32, device=CPU)
     assert len(find_targets(model, "attention", rank=1, alpha=1)) == 8

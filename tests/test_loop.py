@@ -173,8 +173,9 @@ def wait_for_steps(run: Path, steps: int, process: subprocess.Popen[str]) -> Non
 
 def test_killed_with_sigkill_then_resumed_is_the_uninterrupted_run(recipe_file, tmp_path):
     """E7 across processes. The straight run comes first, so that kill and resume have something to be compared with."""
-    straight = recipe_file("straight.yaml", **HARD, output=str(tmp_path / "straight"))
-    killed = recipe_file("killed.yaml", **HARD, output=str(tmp_path / "killed"))
+    settings = HARD | {"data": {"validation": 0.25}}
+    straight = recipe_file("straight.yaml", **settings, output=str(tmp_path / "straight"))
+    killed = recipe_file("killed.yaml", **settings, output=str(tmp_path / "killed"))
     whole = start(straight)
     assert whole.wait(timeout=200) == 0, whole.communicate()
     process = start(killed)

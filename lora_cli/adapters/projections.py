@@ -94,10 +94,14 @@ def _probe(model: Any, attention: nn.Module, layer: nn.Module, name: str) -> np.
     y = leaf[0].shape[-1]
 
     def depends(output_token: int, layer_token: int) -> np.ndarray:
+        """(out_features,) of bool. Along several random directions: along one, bf16 sums can cancel to zero."""
         out = result[0].reshape(2, -1)[output_token].float()
-        weights = torch.randn(out.shape, generator=torch.Generator().manual_seed(1)).to(out)
-        (gradient,) = torch.autograd.grad((out * weights).sum(), leaf[0], retain_graph=True)
-        return (gradient.reshape(2, y)[layer_token] != 0).cpu().numpy()
+        found = np.zeros(y, dtype=bool)
+        for _ in range(4):
+            direction = torch.randn(out.shape, generator=generator).to(out)
+            (gradient,) = torch.autograd.grad((out * direction).sum(), leaf[0], retain_graph=True)
+            found |= (gradient.reshape(2, y)[layer_token] != 0).cpu().numpy()
+        return found
 
     first, back, last = depends(0, 0), depends(1, 0), depends(1, 1)
     (slope,) = torch.autograd.grad(result[0].sum(), leaf[0], create_graph=True)

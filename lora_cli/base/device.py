@@ -30,7 +30,8 @@ def pick_device(request: str) -> torch.device:
             f"device: {request} was asked for, but torch {torch.__version__} finds none",
             fix=f"write device: auto (devices here: {present}), or install a torch build and driver for {request}",
         )
-    return PartialState(cpu=request == "cpu").device  # type: ignore[return-value]
+    only_cpu = request == "cpu" or not any(here for kind, here in available.items() if kind != "cpu")
+    return PartialState(cpu=only_cpu).device  # type: ignore[return-value]
 
 
 def pick_dtype(request: str, device: torch.device) -> tuple[torch.dtype, str]:

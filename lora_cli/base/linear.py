@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 from torch import Tensor, nn
 from transformers.pytorch_utils import Conv1D
@@ -44,6 +46,14 @@ def dense_weight(layer: nn.Module) -> Tensor:
         int8, row_scale = (state.CB, state.SCB) if state.CB is not None else (weight.CB, weight.SCB)  # type: ignore
         return int8.float() * (row_scale.float() / 127.0).unsqueeze(1)  # type: ignore[union-attr]
     return weight.data.T if isinstance(layer, Conv1D) else weight.data
+
+
+def unquantized_layers(model: Any) -> list[str]:
+    """Linear layers held as they are, but for the output head, which never is quantized."""
+    head = model.get_output_embeddings()
+    return [
+        name for name, module in model.named_modules() if type(module) in (nn.Linear, Conv1D) and module is not head
+    ]
 
 
 def quantized_bytes(model: nn.Module) -> int:

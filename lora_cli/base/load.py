@@ -12,6 +12,7 @@ from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, PreTra
 from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING
 
 from lora_cli.base.attention import attention_implementation
+from lora_cli.base.linear import features, is_linear
 from lora_cli.base.source import BaseSource
 from lora_cli.errors import LoraError
 
@@ -32,6 +33,8 @@ def load_model(
     """
     config = _config(source, trust_remote_code)
     settings = _quantization_settings(source, quantization, dtype, double_quantization)
+    if quantization == "nf4" and settings is not None and device.type == "cpu":
+        settings.llm_int8_skip_modules = _wrong_on_cpu(config, trust_remote_code)
     try:
         loaded: Any = AutoModelForCausalLM.from_pretrained(
             source.folder,
@@ -194,6 +197,20 @@ def _keep_trainable_on_cpu(model: nn.Module) -> None:
     for module in model.modules():
         if hasattr(module, "support_avx512bf16_for_cpu"):
             module.support_avx512bf16_for_cpu = False  # type: ignore[assignment]
+
+
+def _wrong_on_cpu(config: Any, trust_remote_code: bool) -> list[str] | None:
+    """Layers that bitsandbytes 0.50 computes wrongly in 4-bit on a CPU: their rows are no whole number of blocks of 64.
+
+    Its kernel takes the scales of other blocks there, some from beyond their end. Such layers stay unquantized.
+    """
+    with torch.device("meta"):
+        model = AutoModelForCausalLM.from_config(config, trust_remote_code=trust_remote_code)
+    head = model.get_output_embeddings()  # never quantized, but naming others makes transformers forget it
+    linear = [(name, module) for name, module in model.named_modules() if is_linear(module)]
+    if not any(features(module)[0] % 64 for _, module in linear if module is not head):
+        return None
+    return [name for name, module in linear if module is head or features(module)[0] % 64]
 
 
 def _first_line(error: BaseException) -> str:

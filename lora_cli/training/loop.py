@@ -81,16 +81,18 @@ def _accelerator(recipe: Recipe) -> Accelerator:
     require_trackers(recipe.trackers)
     # fp16 needs loss scaling, which accelerate brings with its fp16 mode. For bf16 the frozen weights already are
     # bf16 and the layers cast A and B: no autocast, so no copies of what need not be copied.
-    dtype, _ = pick_dtype(recipe.dtype, pick_device(recipe.device))
+    device = pick_device(recipe.device)
+    dtype, _ = pick_dtype(recipe.dtype, device)
     accelerator = Accelerator(
         mixed_precision="fp16" if dtype == torch.float16 else "no",
-        cpu=recipe.device == "cpu",
+        cpu=device.type == "cpu",
         log_with=list(recipe.trackers) or None,
         project_dir=recipe.output if recipe.trackers else None,
     )
-    if accelerator.num_processes > recipe.train.gradient_accumulation_steps:
+    micro_batches = recipe.train.gradient_accumulation_steps
+    if accelerator.num_processes > micro_batches:
         raise LoraError(
-            f"{accelerator.num_processes} processes, but {recipe.train.gradient_accumulation_steps} micro-batches a step",
+            f"{accelerator.num_processes} processes, but {micro_batches} micro-batches a step",
             fix="raise train.gradient_accumulation_steps to the number of processes or more",
         )
     return accelerator
@@ -229,7 +231,8 @@ class _Run:
             return mean_loss(self.model, self.session.data.validation, self.session.collate, budget)[0]
 
     def _save_adapter(self, place: Path) -> None:
-        if not self.accelerator.is_main_process:
+        """Ship the adapter as it is now, unless it is still inert: nobody should take such a folder for a result."""
+        if not self.accelerator.is_main_process or is_inert(self.model):
             return
         recipe = self.session.recipe
         with written_whole(place) as temporary:
@@ -259,7 +262,7 @@ class _Run:
                 self.accelerator.scaler.load_state_dict(self.state.loss_scale)
         if self.accelerator.is_main_process:
             self.folder.forget_metrics_after(self.state.step)
-        if self.state.step >= self.session.total_steps:
+        if self.state.step >= self.session.total_steps and self.folder.report.exists():
             raise LoraError(
                 "this run is finished",
                 where=str(self.folder.path),

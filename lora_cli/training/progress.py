@@ -50,6 +50,8 @@ class Progress:
         self.activity = activity
 
     def step(self, line: dict[str, Any]) -> None:
+        if line["step"] == self.first:  # what came before, such as evaluating the base, says nothing of the rest
+            self.started = time.monotonic() - line["seconds"]
         self.line, self.activity = line, ""
         validation = line.get("validation_loss")
         if validation is not None:

@@ -15,7 +15,7 @@ from lora_cli.adapters.attach import adapter_parameters, attach
 from lora_cli.adapters.layer import LoRALinear
 from lora_cli.adapters.targets import find_targets
 from lora_cli.base.device import describe_device, pick_device, pick_dtype
-from lora_cli.base.linear import quantized_bytes
+from lora_cli.base.linear import quantized_bytes, unquantized_layers
 from lora_cli.base.load import checkpoint_activations, load_model, load_tokenizer
 from lora_cli.base.source import BaseSource, find_base
 from lora_cli.data.batches import Order, collate, order_rows
@@ -69,6 +69,8 @@ def open_session(recipe: Recipe, console: Console) -> Session:
         checkpoint_activations(model)
     held = human_bytes(quantized_bytes(model))
     say(f"         compute in {str(dtype).removeprefix('torch.')} ({reason}), {held} held")
+    if recipe.quantization == "nf4" and (plain := unquantized_layers(model)):
+        say(f"         {len(plain)} layers stay unquantized: bitsandbytes computes their size wrongly on a CPU")
     side_by_side = _layout(model, recipe, device, say)
     trained = sum(parameter.numel() for parameter in adapter_parameters(model))
     say(f"adapter  {len(layers)} layers, {trained:,} trained parameters")

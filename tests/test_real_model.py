@@ -1,0 +1,76 @@
+"""A real model, SmolLM2-135M-Instruct, in 4-bit, through the same path as the demo."""
+
+from __future__ import annotations
+
+import pytest
+import text_to_sql
+import torch
+from conftest import ROOT, losses, quiet_console, write_rows
+
+from lora_cli.adapters.opened import open_model
+from lora_cli.evaluation.evaluate import evaluate_model
+from lora_cli.evaluation.generation import complete, generation_config
+from lora_cli.recipe_file import load_recipe
+from lora_cli.training.loop import train
+
+pytestmark = pytest.mark.real_model
+
+PARAGRAPH = (
+    "The river rises in the mountains, where snow falls from November to April, and runs south through three countries "
+    "before it reaches the sea. Farmers have used its water for more than two thousand years."
+)
+
+
+@pytest.fixture(autouse=True)
+def _both_cores():
+    before = torch.get_num_threads()
+    torch.set_num_threads(2)
+    yield
+    torch.set_num_threads(before)
+
+
+@pytest.mark.parametrize(("quantization", "limit"), [("none", 25), ("nf4", 30)])
+def test_perplexity_of_plain_english_is_that_of_a_language_model(real_model, tmp_path, quantization, limit):
+    data = write_rows(tmp_path / "text.jsonl", [{"text": PARAGRAPH}])
+    score = evaluate_model(str(real_model), None, data, quantization=quantization)["base"]
+    assert 5 < score.perplexity < limit
+    assert 0.5 < score.bits_per_byte < 1.5
+
+
+def test_it_answers_in_its_own_chat_template(real_model):
+    opened = open_model(str(real_model), None)
+    turns = [{"role": "user", "content": "What is the capital of France? Answer in one word."}]
+    prompt = opened.tokenizer.apply_chat_template(turns, tokenize=False, add_generation_prompt=True)
+    config = generation_config(opened.model, opened.tokenizer, max_new_tokens=12)
+    (answer,) = complete(opened.model, opened.tokenizer, [prompt], config, special_tokens=False)
+    assert "Paris" in answer
+
+
+def test_the_demo_recipe_learns_in_six_steps_and_the_adapter_loads_in_peft(real_model, tmp_path):
+    rows = text_to_sql.make_rows(160, seed=1, held_out=False)
+    data = write_rows(tmp_path / "train.jsonl", rows[:140])
+    held_out = write_rows(tmp_path / "validation.jsonl", rows[140:])
+    settings = {
+        "data.train": data,
+        "data.validation": held_out,
+        "data.max_seq_len": 256,
+        "train.max_steps": 6,
+        "train.eval_every": 6,
+        "output": tmp_path / "run",
+    }
+    recipe = load_recipe(ROOT / "configs" / "demo-text-to-sql.yaml", [f"{k}={v}" for k, v in settings.items()])
+    report = train(recipe, quiet_console())
+    assert losses(tmp_path / "run")[-1] < losses(tmp_path / "run")[0] / 2
+    assert report["best_validation_loss"] < report["base_validation_loss"] / 2
+    assert report["adapted_layers"] == 210
+
+    from peft import PeftModel
+    from transformers import AutoModelForCausalLM
+
+    base = AutoModelForCausalLM.from_pretrained(real_model, dtype=torch.float32)
+    theirs = PeftModel.from_pretrained(base, str(tmp_path / "run" / "adapter")).eval()
+    ours = open_model(None, tmp_path / "run", quantization="none", dtype="fp32")
+    tokens = torch.tensor([ours.tokenizer(PARAGRAPH)["input_ids"]])
+    with torch.no_grad():
+        difference = (ours.model(tokens, use_cache=False).logits - theirs(tokens).logits).abs().max()
+    assert difference < 1e-3  # logits of about 20, fp32 sums over 30 layers
