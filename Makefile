@@ -12,7 +12,7 @@ DEFAULT_TIER := not slow and not gpu
 
 # .venv can be kept when its python runs and is new enough, and when it was made for this folder:
 # after a move its scripts and the editable install still point at the old place.
-USABLE := $(shell .venv/bin/python -c 'import pip, sys; sys.exit(sys.version_info < (3, 10))' 2>/dev/null \
+USABLE := $(shell .venv/bin/python -c 'import pip, sys; sys.exit(sys.version_info < (3, 11))' 2>/dev/null \
 	&& test "$$(cat $(STAMP) 2>/dev/null || echo '$(CURDIR)')" = '$(CURDIR)' && echo yes)
 
 # $(call install,EXTRA): pip's output reduced to one line a package; errors and warnings pass through.
@@ -51,9 +51,9 @@ endif
 
 venv:
 	@command -v '$(PYTHON)' >/dev/null || { echo "error: no '$(PYTHON)' on PATH" >&2; \
-		echo "  fix: install Python 3.10 or newer, or say where it is: make PYTHON=/path/to/python3" >&2; exit 1; }
-	@'$(PYTHON)' -c 'import sys; sys.exit(sys.version_info < (3, 10))' || { \
-		echo "error: $(PYTHON) is $$('$(PYTHON)' --version 2>&1), and lora needs Python 3.10 or newer" >&2; \
+		echo "  fix: install Python 3.11 or newer, or say where it is: make PYTHON=/path/to/python3" >&2; exit 1; }
+	@'$(PYTHON)' -c 'import sys; sys.exit(sys.version_info < (3, 11))' || { \
+		echo "error: $(PYTHON) is $$('$(PYTHON)' --version 2>&1), and the tested versions in constraints.txt need 3.11 or newer" >&2; \
 		echo "  fix: make PYTHON=/path/to/a/newer/python3" >&2; exit 1; }
 	@echo "making .venv with $$('$(PYTHON)' --version)"
 	@rm -rf .venv

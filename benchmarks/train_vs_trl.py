@@ -37,7 +37,7 @@ def rows(count: int, tokenizer: Any) -> list[dict[str, str]]:
     for module in MODULES.split():
         for name, thing in sorted(vars(importlib.import_module(module)).items()):
             text = inspect.getdoc(thing) if callable(thing) and not name.startswith("_") else None
-            if text and len(text) > 40 and getattr(thing, "__module__", "").split(".")[0] == module:
+            if text and len(text) > 40 and str(getattr(thing, "__module__", "")).split(".")[0] == module:
                 found[f"What does {module}.{name} do in Python?\n"] = text
     made = []
     for prompt, text in sorted(found.items()):

@@ -161,6 +161,11 @@ def start(recipe: Path, *options: str) -> subprocess.Popen[str]:
     return subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, env=environment)
 
 
+def finish(process: subprocess.Popen[str]) -> None:
+    _, said = process.communicate(timeout=200)
+    assert process.returncode == 0, said
+
+
 def wait_for_steps(run: Path, steps: int, process: subprocess.Popen[str]) -> None:
     deadline = time.monotonic() + 120
     metrics = run / "metrics.jsonl"
@@ -176,15 +181,13 @@ def test_killed_with_sigkill_then_resumed_is_the_uninterrupted_run(recipe_file, 
     settings = HARD | {"data": {"validation": 0.25}}
     straight = recipe_file("straight.yaml", **settings, output=str(tmp_path / "straight"))
     killed = recipe_file("killed.yaml", **settings, output=str(tmp_path / "killed"))
-    whole = start(straight)
-    assert whole.wait(timeout=200) == 0, whole.communicate()
+    finish(start(straight))
     process = start(killed)
     wait_for_steps(tmp_path / "killed", 7, process)
     process.kill()
-    process.wait()
+    process.communicate()
     assert len(losses(tmp_path / "killed")) < 60, "killed too late to prove anything"
-    resumed = start(killed, "--resume")
-    assert resumed.wait(timeout=200) == 0, resumed.communicate()
+    finish(start(killed, "--resume"))
     assert losses(tmp_path / "killed") == losses(tmp_path / "straight")
     steps = [json.loads(line)["step"] for line in (tmp_path / "killed" / "metrics.jsonl").read_text().splitlines()]
     assert steps == list(range(1, 61))  # no step twice

@@ -157,5 +157,5 @@ class TestMake:
         old.chmod(0o755)
         result = make(checkout, "check", f"PYTHON={old}")
         assert result.returncode != 0
-        assert "is Python 3.8.1, and lora needs Python 3.10 or newer" in result.stderr
+        assert "is Python 3.8.1, and the tested versions in constraints.txt need 3.11 or newer" in result.stderr
         assert "fix: make PYTHON=" in result.stderr

@@ -59,6 +59,8 @@ def train(recipe: Recipe, console: Console, *, resume: bool = False) -> dict[str
     """
     folder = RunFolder(Path(recipe.output))
     folder.refuse_if_taken(recipe, resume)
+    if resume:
+        recipe = folder.stored_recipe()  # the same, with the revision that the run began with
     accelerator = _accelerator(recipe)
     console.quiet |= not accelerator.is_main_process
     session = open_session(recipe, console)
@@ -72,7 +74,7 @@ def train(recipe: Recipe, console: Console, *, resume: bool = False) -> dict[str
     if resume:
         folder.require_same(environment)
     elif accelerator.is_main_process:
-        folder.begin(recipe, environment)
+        folder.begin(recipe.model_copy(update={"revision": session.source.revision}), environment)
     accelerator.wait_for_everyone()
     return _Run(session, folder, accelerator, console).to_the_end(resume)
 
@@ -115,11 +117,7 @@ class _Run:
             self._resume()
         first = self.state.step + 1
         progress = Progress(self.console, self.session.total_steps, first)
-        with (
-            open_trackers(self.accelerator, self.session.recipe, progress.say) as track,
-            progress,
-            self._stop_signals(),
-        ):
+        with open_trackers(self.accelerator, self.session.recipe) as track, progress, self._stop_signals():
             if first == 1:
                 self._evaluate_base(progress)
             reset_peak_memory(self.session.device)

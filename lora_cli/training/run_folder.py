@@ -66,7 +66,10 @@ class RunFolder:
             return
         if not self.recipe.exists():
             raise LoraError("there is no run to resume", where=str(self.path), fix="start it without --resume")
-        changed = differences(load_recipe(self.recipe), recipe)
+        stored = self.stored_recipe()
+        if recipe.revision is None:  # stored with the commit that "nothing" meant when the run began
+            stored = stored.model_copy(update={"revision": None})
+        changed = differences(stored, recipe)
         if changed:
             raise LoraError(
                 "the recipe is not the one that this run began with, so resuming would be another run",
@@ -74,6 +77,9 @@ class RunFolder:
                 details=changed,
                 fix=f"undo these changes, or resume with the run's own recipe: lora train {self.recipe} --resume",
             )
+
+    def stored_recipe(self) -> Recipe:
+        return load_recipe(self.recipe)
 
     def begin(self, recipe: Recipe, environment: dict[str, Any]) -> None:
         with disk_errors(self.path):

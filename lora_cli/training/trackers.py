@@ -27,7 +27,7 @@ def require_trackers(names: Sequence[str]) -> None:
 
 
 @contextmanager
-def open_trackers(accelerator: Accelerator, recipe: Recipe, say: Callable[[str], None]) -> Iterator[Track]:
+def open_trackers(accelerator: Accelerator, recipe: Recipe) -> Iterator[Track]:
     """Yields a function that reports one line of metrics to every tracker of the recipe."""
     if not recipe.trackers:
         yield lambda line, step: None
