@@ -271,7 +271,6 @@ def test_schedules_in_closed_form():
 
 
 def test_tensorboard_gets_what_metrics_get(recipe_file, tmp_path):
-    pytest.importorskip("tensorboard")
     from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
     recipe = recipe_file(trackers=["tensorboard"])
