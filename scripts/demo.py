@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import json
 import resource
+import shlex
 import shutil
 import subprocess
 import sys
@@ -29,14 +30,18 @@ LORA = [sys.executable, "-m", "lora_cli"]
 console = Console(stderr=True)
 
 
+def say(text: str) -> None:
+    console.print(text, highlight=False, markup=False, soft_wrap=True)
+
+
 def heading(text: str) -> None:
     console.print(f"\n[bold]{text}[/]")
 
 
 def lora(*arguments: str) -> str:
     """Run a `lora` command in sight of the person; returns what it printed on stdout."""
-    shown = " ".join(str(Path(a).relative_to(ROOT)) if a.startswith(str(ROOT)) else a for a in arguments)
-    console.print(f"[dim]$ lora {shown}[/]", highlight=False)
+    shown = " ".join(str(Path(a).relative_to(ROOT)) if a.startswith(str(ROOT)) else shlex.quote(a) for a in arguments)
+    say(f"$ lora {shown}")
     done = subprocess.run([*LORA, *arguments], stdout=subprocess.PIPE, text=True, check=False)
     if done.returncode:
         sys.exit(done.returncode)
@@ -63,9 +68,9 @@ def answers(rows: list[dict[str, str]], adapter: Path | None) -> list[str]:
 
 def show(rows: list[dict[str, str]], before: list[str], after: list[str], count: int = 3) -> None:
     for row, old, new in list(zip(rows, before, after, strict=True))[:count]:
-        console.print(f"\n{row['prompt']}", highlight=False, markup=False)
+        say(f"\n{row['prompt']}")
         for name, text in (("before", old), ("after", new), ("right", row["completion"])):
-            console.print(f"  {name:7}{' '.join(text.split())[:100]}", highlight=False, markup=False)
+            say(f"  {name:7}{' '.join(text.split())[:100]}")
 
 
 def main() -> None:
@@ -81,7 +86,7 @@ def main() -> None:
     heading("2  Before: SQL about databases that training never shows")
     before = answers(rows, None)
     accuracy_before = execution_accuracy(rows, before)
-    console.print(f"execution accuracy {accuracy_before:.0%} of {len(rows)} questions")
+    say(f"execution accuracy {accuracy_before:.0%} of {len(rows)} questions")
 
     heading("3  Training in 4-bit")
     report = json.loads(lora("train", str(RECIPE), "--json"))
@@ -89,20 +94,18 @@ def main() -> None:
     heading("4  After")
     after = answers(rows, RUN)
     accuracy_after = execution_accuracy(rows, after)
-    console.print(f"execution accuracy {accuracy_after:.0%} of {len(rows)} questions")
+    say(f"execution accuracy {accuracy_after:.0%} of {len(rows)} questions")
     scores = json.loads(lora("eval", str(RUN), "--json"))
     show(rows, before, after)
 
     heading("5  The merged model, an ordinary folder, answers")
     merged = json.loads(lora("merge", str(RUN), "--output", str(MERGED), "--json"))
     prompt = "Table dogs(id, name, breed, weight)\nQuestion: How many dogs have a weight above 20?\nSQL:"
-    console.print(prompt, highlight=False, markup=False)
-    answer = lora("generate", prompt, "--model", str(MERGED), "--max-new-tokens", "48")
-    console.print(f" {answer.strip()}", highlight=False, markup=False)
+    say(lora("generate", prompt, "--model", str(MERGED), "--max-new-tokens", "48").rstrip())
 
     heading("Result")
     perplexity = scores["base"]["perplexity"], scores["adapter"]["perplexity"]
-    peak = max(report["peak_memory_bytes"], resource.getrusage(resource.RUSAGE_CHILDREN).ru_maxrss * 1024)
+    largest = max(resource.getrusage(who).ru_maxrss for who in (resource.RUSAGE_SELF, resource.RUSAGE_CHILDREN)) * 1024
     for name, text in (
         (
             "validation perplexity",
@@ -111,13 +114,20 @@ def main() -> None:
         ("execution accuracy", f"{accuracy_before:.0%} → {accuracy_after:.0%} on held-out databases"),
         ("merged model", f"keeps {merged['kept']:.1%} of the adapter's effect (KL {merged['kl']:.1e} nats a token)"),
         ("training", f"{report['steps']} steps, {report['tokens_per_second']:,.0f} tokens/s"),
-        ("peak memory", f"{peak / 2**30:.2f} GiB"),
+        (
+            "peak memory",
+            f"{_gib(report['peak_memory_bytes'])} in training, {_gib(largest)} in the largest process of all",
+        ),
         (
             "wall time",
             f"{_minutes(time.monotonic() - started)}, of which {_minutes(ready - started)} for model and data",
         ),
     ):
-        console.print(f"  {name:23}{text}", highlight=False, markup=False)
+        say(f"  {name:23}{text}")
+
+
+def _gib(count: float) -> str:
+    return f"{count / 2**30:.2f} GiB"
 
 
 def _minutes(seconds: float) -> str:
