@@ -103,7 +103,7 @@ class TrainRecipe(Section):
         0.03,
         ge=0,
         lt=1,
-        description="Share of all steps during which the rate rises from 0 (Dettmers et al. 2023, appendix B).",
+        description="Share of all steps during which the rate rises from 0; 0.03 is what the QLoRA scripts use.",
     )
     min_learning_rate_ratio: Number = Field(
         0.0, ge=0, le=1, description="Where cosine and linear end, as a share of the peak rate."
