@@ -17,7 +17,7 @@ app = typer.Typer(
     help="Fine-tune a causal language model with LoRA or QLoRA from one YAML recipe.",
     no_args_is_help=True,
     add_completion=False,
-    rich_markup_mode=None,  # plain help takes half the time of the boxed one
+    rich_markup_mode=None,  # the boxed help imports much more, and --help is to be instant
     pretty_exceptions_enable=False,
 )
 
@@ -104,7 +104,8 @@ def evaluate(
 
     Prints loss, perplexity, bits per byte and the number of target tokens.
     """
-    if run is not None and any(option is not None for option in (model, adapter, quantization, max_seq_len)):
+    own = (model, adapter, quantization, max_seq_len, None if dtype == "auto" else dtype, trust_remote_code or None)
+    if run is not None and any(option is not None for option in own):
         raise LoraError(
             "a run folder brings its own model, adapter and settings", fix="give either RUN or --model and --adapter"
         )
@@ -112,6 +113,8 @@ def evaluate(
         raise LoraError(
             "nothing to evaluate", fix="lora eval RUN, or lora eval --model MODEL [--adapter ADAPTER] --data FILE"
         )
+    if stride is not None and data is None:
+        raise LoraError("--stride is for long text in --data", fix="remove it, or name a file with --data")
     evaluation = _heavy("lora_cli.evaluation.evaluate")
     if run is not None:
         scores = evaluation.evaluate_run(run, data, stride=stride, device=None if device == "auto" else device)
@@ -202,6 +205,12 @@ def generate(
         raise LoraError("--run and --adapter both name an adapter", fix="give one of them")
     if system is not None and not chat:
         raise LoraError("--system is for --chat", fix="add --chat")
+    if temperature == 0 and (top_p < 1 or top_k > 0):
+        raise LoraError(
+            "--top-p and --top-k are for sampling, but --temperature 0 is greedy", fix="add --temperature 1"
+        )
+    if no_adapter and adapter is None and run is None:
+        raise LoraError("--no-adapter without an adapter", fix="remove it, or name a run with --run")
     adapter = adapter or run
     if model is None and adapter is None:
         raise LoraError("which model?", fix="give --model, --adapter or --run")

@@ -5,6 +5,8 @@ python scripts/tiny_model.py tests/data/tiny-gpt2     remakes the one that ships
 
 from __future__ import annotations
 
+import json
+import random
 import sys
 from pathlib import Path
 from typing import Any
@@ -17,7 +19,10 @@ END, TURN_START, TURN_END = "<|endoftext|>", "<|im_start|>", "<|im_end|>"
 
 
 def make_tokenizer(vocabulary: int = 512) -> Any:
-    """A byte-level BPE tokenizer with a ChatML template, trained on the source text of the standard library's docs."""
+    """A byte-level BPE tokenizer with a ChatML template, trained on a few docstrings.
+
+    They are those of the running Python, so another version may give another vocabulary.
+    """
     from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
     from transformers import PreTrainedTokenizerFast
 
@@ -60,7 +65,21 @@ def tiny_gpt2_config() -> Any:
     )
 
 
+def smoke_rows() -> str:
+    """The smoke recipe's data: 64 small sums in words, as JSON lines."""
+    rng = random.Random(0)
+    lines = []
+    for _ in range(64):
+        a, b = rng.randrange(10), rng.randrange(10)
+        name = rng.choice(["ann", "bob", "cleo", "dan", "eve", "finn"])
+        prompt = f"{name} has {a} apples and gets {b} more. How many?\n"
+        lines.append(json.dumps({"prompt": prompt, "completion": f"{name} has {a + b} apples."}) + "\n")
+    return "".join(lines)
+
+
 if __name__ == "__main__":
     import torch
 
-    save_tiny(tiny_gpt2_config(), Path(sys.argv[1]), dtype=torch.bfloat16)
+    place = Path(sys.argv[1])
+    save_tiny(tiny_gpt2_config(), place / "tiny-gpt2", dtype=torch.bfloat16)
+    (place / "smoke.jsonl").write_text(smoke_rows(), encoding="utf-8")

@@ -130,7 +130,12 @@ def test_sampling_is_seeded(smoke_run):
     [
         (["eval"], "nothing to evaluate"),
         (["eval", "--model", "x"], "nothing to evaluate"),
+        (["eval", "runs/x", "--dtype", "fp32"], "a run folder brings its own"),
+        (["eval", "runs/x", "--stride", "8"], "--stride is for long text"),
         (["generate", "hi"], "which model?"),
+        (["generate", "hi", "--model", "x", "--top-p", "0.5"], "--temperature 0 is greedy"),
+        (["generate", "hi", "--model", "x", "--no-adapter"], "--no-adapter without an adapter"),
+        (["generate", "hi", "--model", "x", "--system", "y"], "--system is for --chat"),
         (["generate", "hi", "--model", "/no/such/model"], "no such model folder"),
         (["merge", "/no/such/run", "--output", "/tmp/never"], "no such folder"),
         (["train", "configs/no-such.yaml"], "no such recipe"),

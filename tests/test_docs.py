@@ -6,6 +6,7 @@ import re
 
 import pytest
 import recipe_reference
+import tiny_model
 from conftest import ROOT
 from typer.main import get_command
 
@@ -20,6 +21,10 @@ def test_the_settings_table_is_the_schema():
 def test_every_recipe_opens_with_its_command(path):
     head = [line for line in path.read_text().splitlines() if line.startswith("#")]
     assert any(f"lora train configs/{path.name}" in line for line in head)
+
+
+def test_the_smoke_data_is_what_its_script_makes():
+    assert (ROOT / "tests" / "data" / "smoke.jsonl").read_text() == tiny_model.smoke_rows()
 
 
 def test_every_file_in_the_readme_tree_exists():

@@ -10,7 +10,7 @@ import torch
 from transformers import PreTrainedTokenizerBase
 
 from lora_cli.adapters.file import CONFIG, AdapterFile, attach_adapter, read_adapter
-from lora_cli.base.device import DTYPES, pick_device, pick_dtype
+from lora_cli.base.device import pick_device, pick_dtype
 from lora_cli.base.load import load_model, load_tokenizer
 from lora_cli.base.source import BaseSource, find_base
 from lora_cli.errors import LoraError
@@ -78,7 +78,3 @@ def open_model(
     if stored is not None:
         attach_adapter(model, stored, source)
     return Opened(model, tokenizer, source, stored, how, at)
-
-
-def dtype_name(dtype: torch.dtype) -> str:
-    return next(name for name, value in DTYPES.items() if value == dtype)

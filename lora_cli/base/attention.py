@@ -109,7 +109,7 @@ def _causal_attention(
         return F.scaled_dot_product_attention(
             q, k, v, attn_mask=mask, dropout_p=dropout, is_causal=mask is None, scale=scaling, enable_gqa=grouped
         )
-    # Two matrix products and a softmax: on a CPU four times as fast as its fused kernel, whose backward is slow.
+    # Two matrix products and a softmax: on a CPU faster than its fused kernel, whose backward is slow when short.
     if grouped:
         k, v = (x.repeat_interleave(q.shape[1] // k.shape[1], 1) for x in (k, v))
     scores = (q * (scaling if scaling is not None else q.shape[-1] ** -0.5)) @ k.transpose(2, 3)

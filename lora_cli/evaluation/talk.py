@@ -35,6 +35,10 @@ def talk(
 ) -> None:
     """prompt: nothing reads it from stdin; a chat on a terminal then goes on until end of input."""
     conversation = chat and prompt is None and sys.stdin.isatty()
+    if conversation and as_json:
+        raise LoraError(
+            "--json is for one prompt, not for a conversation", fix="give the prompt as an argument or on stdin"
+        )
     if prompt is None and not conversation:
         prompt = sys.stdin.read()
     if prompt is not None and not prompt.strip():
