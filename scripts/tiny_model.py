@@ -1,6 +1,6 @@
 """Makes tiny random models with a real tokenizer, for the smoke recipe and the tests.
 
-    python scripts/tiny_model.py tests/data     remakes the model and the rows that ship in the repository
+python scripts/tiny_model.py tests/data     remakes the model and the rows that ship in the repository
 """
 
 from __future__ import annotations
