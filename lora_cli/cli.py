@@ -240,7 +240,7 @@ def generate(
 def main() -> None:
     """Entry point: a LoraError becomes its message and exit code, Ctrl+C becomes 130."""
     os.environ.setdefault("HF_HUB_DISABLE_TELEMETRY", "1")
-    os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
+    os.environ.setdefault("TOKENIZERS_PARALLELISM", "true")  # no process is forked here
     try:
         app()
     except LoraError as error:

@@ -6,9 +6,11 @@ The reference table in the docs, the JSON Schema and all error messages are gene
 from __future__ import annotations
 
 import re
+from collections.abc import Callable
 from typing import Annotated, Any, Literal
 
-from pydantic import BaseModel, BeforeValidator, ConfigDict, Field
+from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, PlainSerializer
+from pydantic_core import PydanticCustomError
 
 NUMBER = re.compile(r"[+-]?(\d+\.?\d*|\.\d+)([eE][+-]?\d+)?")
 
@@ -65,23 +67,124 @@ class AdapterRecipe(Section):
     )
 
 
-class DataRecipe(Section):
-    train: str = Field(min_length=1, description="Training data: a .jsonl, .json, .csv, .parquet or .txt file.")
-    validation: Annotated[Number, Field(gt=0, lt=1)] | str | None = Field(
+class SourceRecipe(Section):
+    """One source of rows: local files or a data set of the hub."""
+
+    path: str | None = Field(
         None,
-        description="Held-out data: a file, or the fraction of the training rows to hold out (chosen by the seed).",
+        min_length=1,
+        description="A data file (.jsonl, .json, .csv, .tsv, .parquet, .arrow, .txt; text kinds also .gz or .zst), a "
+        "folder of them, or a glob.",
     )
-    format: Literal["auto", "text", "completion", "chat"] = Field(
+    hub: str | None = Field(None, min_length=1, description="A data set of the Hugging Face hub: owner/name.")
+    config: str | None = Field(None, description="Hub only: which configuration of the data set.")
+    split: str = Field("train", min_length=1, description="Hub only: which split of the data set.")
+    revision: str | None = Field(None, description="Hub only: branch, tag or commit. Nothing: main.")
+    weight: Number = Field(
+        1.0,
+        gt=0,
+        description="How often an epoch sees each row: 2 is twice, 0.5 is one half of the rows, chosen by the seed.",
+    )
+
+
+def _as_sources(value: Any) -> Any:
+    """A path, a source or a list of either, as a list of sources."""
+    values = value if isinstance(value, list) else [value]
+    if not all(isinstance(each, str | dict | SourceRecipe) for each in values):
+        raise PydanticCustomError("sources", "a path, a source such as {hub: owner/name}, or a list of these")
+    return [{"path": each} if isinstance(each, str) else each for each in values]
+
+
+def _as_written(sources: list[SourceRecipe]) -> Any:
+    """The shortest way to write sources: a plain path where a path is all there is."""
+    written = [
+        source.path if source.path and source.weight == 1 else source.model_dump(exclude_defaults=True)
+        for source in sources
+    ]
+    return written[0] if len(written) == 1 else written
+
+
+Sources = Annotated[
+    list[SourceRecipe],
+    Field(min_length=1),
+    BeforeValidator(_as_sources, json_schema_input_type=str | SourceRecipe | list[str | SourceRecipe]),
+    PlainSerializer(_as_written),
+]
+Fraction = Annotated[Number, Field(gt=0, lt=1)]
+
+
+def _fraction_or_sources(value: Any) -> Any:
+    value = _number_from_text(value)
+    return value if value is None or isinstance(value, int | float) else _as_sources(value)
+
+
+TEMPLATES = ("chatml", "llama-3", "mistral", "gemma", "alpaca", "plain")
+FIELDS = (  # what a row can mean; `data.columns` says where each is found
+    *("text", "prompt", "completion", "instruction", "input", "output", "messages", "conversations", "tools"),
+    *("system", "history", "role", "content", "train", "weight"),
+)
+Allowed = Literal["too_long", "overlap", "no_stop_token", "double_bos", "not_round_trip"]
+
+
+class DataRecipe(Section):
+    train: Sources = Field(
+        description="Training data: a file, a folder, a glob, `{hub: owner/name, split: train}`, or a list of these, "
+        "each with a `weight` if wanted."
+    )
+    validation: Annotated[
+        Fraction | Sources | None,
+        BeforeValidator(
+            _fraction_or_sources, json_schema_input_type=float | str | SourceRecipe | list[str | SourceRecipe] | None
+        ),
+    ] = Field(
+        None,
+        description="Held-out data: the fraction of the training rows to hold out (chosen by the seed; equal rows stay "
+        "together), or sources as in `train`.",
+    )
+    group_by: str | None = Field(
+        None,
+        min_length=1,
+        description="With a fraction: column whose equal values are held out together, such as a conversation's id.",
+    )
+    format: Literal["auto", "text", "completion", "instruction", "chat"] = Field(
         "auto",
-        description="How to read a row: `text`, `completion` (prompt, completion), `chat` (messages); auto goes by the "
-        "columns.",
+        description="How to read a row: `text`; `completion` (prompt, completion); `instruction` (instruction, input, "
+        "output); `chat` (messages or conversations); auto goes by the columns.",
+    )
+    columns: dict[str, str | None] = Field(
+        {},
+        description="Where the columns have other names: what a row means → its column, such as {prompt: question}; "
+        "nothing as the column: do not use it.",
+    )
+    template: str | None = Field(
+        None,
+        min_length=1,
+        description="Chat template: a .jinja file, or a built-in one for base models that have none (chatml, llama-3, "
+        "mistral, gemma, alpaca, plain). Nothing: the model's own.",
+    )
+    train_on: Literal["assistant", "last_assistant", "completion", "all"] | None = Field(
+        None,
+        description="Which tokens carry loss: all assistant turns, the last one, the completion, or everything. "
+        "Nothing: what answers (assistant turns, completions), or the whole text.",
     )
     max_seq_len: int = Field(1024, ge=2, description="Longest example in tokens, and the length of a packed row.")
     packing: bool = Field(
-        True, description="Lay several examples on one row, each seeing only itself. Off: one example a row, padded."
+        True, description="Lay several examples on one row, each seeing only itself. Off: rows of similar length."
     )
     too_long: Literal["error", "drop", "truncate", "split"] = Field(
-        "error", description="What happens to an example above max_seq_len; `split` is for text only."
+        "error",
+        description="What happens to an example above max_seq_len: `error` leaves them out up to 1 % of the rows and "
+        "stops above; `split` is for text only.",
+    )
+    allow: list[Allowed] = Field([], description="Findings of the data gate that shall not stop the run.")
+    streaming: bool = Field(
+        False,
+        description="Read rows as training needs them, and keep none: for data larger than the disk. Needs max_steps.",
+    )
+    cache: str | None = Field(
+        None,
+        min_length=1,
+        description="Folder for prepared tokens that several runs share. Nothing: in the run folder.",
     )
 
 
@@ -89,6 +192,9 @@ class TrainRecipe(Section):
     epochs: Number = Field(1.0, gt=0, description="Passes over the training data; a fraction is allowed.")
     max_steps: int | None = Field(None, ge=1, description="Stop after this many steps even if epochs remain.")
     micro_batch_size: int = Field(4, ge=1, description="Rows per forward: examples, or packed rows of max_seq_len.")
+    tokens_per_micro_batch: int | None = Field(
+        None, ge=2, description="Instead of micro_batch_size: as many rows per forward as fit into this many tokens."
+    )
     gradient_accumulation_steps: int = Field(
         4,
         ge=1,
@@ -169,7 +275,7 @@ class Recipe(Section):
     output: str = Field(min_length=1, description="The run folder; it must not hold another run.")
 
 
-PATHS = ("data.train", "data.validation", "output", "base_model")  # base_model only where such a folder exists
+PATHS = ("data.template", "data.cache", "output", "base_model")  # those of sources come from recipe_file
 
 
 def contradictions(recipe: Recipe) -> list[tuple[str, str, str]]:
@@ -207,12 +313,44 @@ def contradictions(recipe: Recipe) -> list[tuple[str, str, str]]:
         "eval_every is set, but there is no validation data to evaluate on",
         "set data.validation to a file or a fraction such as 0.05, or remove eval_every",
     )
+    _refuse_sources(data, refuse)
     refuse(
-        data.validation is not None and data.validation == data.train,
-        "data.validation",
-        "validation and training data are the same file",
-        "name another file, or a fraction such as 0.05",
+        "micro_batch_size" in train.model_fields_set and train.tokens_per_micro_batch is not None,
+        "train.micro_batch_size",
+        "micro_batch_size and tokens_per_micro_batch both say how large a micro-batch is",
+        "remove one of them",
     )
+    refuse(
+        train.tokens_per_micro_batch is not None and train.tokens_per_micro_batch < data.max_seq_len,
+        "train.tokens_per_micro_batch",
+        f"a micro-batch of {train.tokens_per_micro_batch} tokens cannot hold a row of {data.max_seq_len}",
+        f"write {data.max_seq_len} or more, or lower data.max_seq_len",
+    )
+    refuse(
+        data.streaming and train.max_steps is None,
+        "data.streaming",
+        "a stream has no known length, so the run would have no end",
+        "set train.max_steps",
+    )
+    refuse(
+        data.streaming and data.cache is not None,
+        "data.cache",
+        "a stream keeps no prepared tokens",
+        "remove cache, or write streaming: false",
+    )
+    refuse(
+        data.template is not None and "/" not in data.template and data.template not in TEMPLATES,
+        "data.template",
+        f"{data.template} is neither a built-in template nor a .jinja file",
+        f"choose one of {', '.join(TEMPLATES)}, or write the path of a file",
+    )
+    for name in data.columns:
+        refuse(
+            name not in FIELDS,
+            "data.columns",
+            f"{name} is nothing that a row can mean",
+            f"the left side is one of {', '.join(FIELDS)}; the right side is a column of yours",
+        )
     refuse(
         "min_learning_rate_ratio" in train.model_fields_set
         and train.min_learning_rate_ratio > 0
@@ -222,3 +360,45 @@ def contradictions(recipe: Recipe) -> list[tuple[str, str, str]]:
         "remove min_learning_rate_ratio, or choose schedule: cosine or linear",
     )
     return found
+
+
+def _refuse_sources(data: DataRecipe, refuse: Callable[[bool, str, str, str], None]) -> None:
+    held_out = data.validation if isinstance(data.validation, list) else []
+    for key, sources in (("data.train", data.train), ("data.validation", held_out)):
+        for source in sources:
+            refuse(
+                (source.path is None) == (source.hub is None),
+                key,
+                "a source has either a path or a hub data set",
+                "write path: data/train.jsonl, or hub: owner/name",
+            )
+            refuse(
+                source.hub is None and bool(source.model_fields_set & {"config", "split", "revision"}),
+                key,
+                "config, split and revision are for hub data sets",
+                "remove them, or name the data set with hub: owner/name",
+            )
+    refuse(
+        any(source in data.train for source in held_out),
+        "data.validation",
+        "validation and training data are the same",
+        "name another file or split, or a fraction such as 0.05",
+    )
+    refuse(
+        any(source.weight != 1 for source in held_out),
+        "data.validation",
+        "validation rows are scored once each, so a source there has no weight",
+        "remove weight",
+    )
+    refuse(
+        data.group_by is not None and not isinstance(data.validation, float),
+        "data.group_by",
+        "group_by is for holding out a fraction",
+        "set data.validation to a fraction such as 0.05, or remove group_by",
+    )
+    refuse(
+        data.streaming and isinstance(data.validation, float),
+        "data.validation",
+        "of a stream no fraction can be held out",
+        "name a validation file or split",
+    )

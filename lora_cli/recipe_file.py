@@ -18,7 +18,7 @@ import yaml
 from pydantic import BaseModel, ValidationError
 
 from lora_cli.errors import LoraError, RecipeErrors
-from lora_cli.recipe import NUMBER, PATHS, Recipe, contradictions
+from lora_cli.recipe import NUMBER, PATHS, TEMPLATES, Recipe, SourceRecipe, contradictions
 
 KeyPath = tuple[str, ...]
 Positions = dict[KeyPath, str]  # where a key stands, such as "run.yaml:3:5" or "--set train.seed"
@@ -39,10 +39,9 @@ def load_recipe(path: Path, overrides: list[str] | None = None) -> Recipe:
         else:
             positions[key] = f"--set {'.'.join(key)}"
             overridden.add(key)
-    for key_text in PATHS:
-        key = tuple(key_text.split("."))
-        base = Path.cwd() if key in overridden else path.resolve().parent
-        problems += _resolve_path(values, key, base, positions, str(path))
+    for section, name, key in _path_places(values):
+        base = Path.cwd() if any(key[: len(known)] == known for known in overridden) else path.resolve().parent
+        problems += _resolve_path(section, name, key, base, positions, str(path))
     recipe, found = _validate(values, positions, str(path))
     problems += found
     if problems or recipe is None:
@@ -57,11 +56,8 @@ def write_recipe(recipe: Recipe, path: Path) -> None:
 
 def dump_recipe(recipe: Recipe) -> str:
     values = recipe_values(recipe)
-    for key_text in PATHS:
-        *sections, name = key_text.split(".")
-        section = values[sections[0]] if sections else values
-        if isinstance(section[name], str):
-            section[name] = section[name].replace("$", "$$")
+    for section, name, _ in _path_places(values):
+        section[name] = section[name].replace("$", "$$")
     return yaml.safe_dump(values, sort_keys=False, allow_unicode=True)
 
 
@@ -72,6 +68,8 @@ def recipe_values(recipe: Recipe) -> dict[str, Any]:
         del values["adapter"]["projections"]
     if recipe.quantization != "nf4" and recipe.double_quantization:
         del values["double_quantization"]
+    if recipe.train.tokens_per_micro_batch is not None:
+        del values["train"]["micro_batch_size"]
     return values
 
 
@@ -155,8 +153,8 @@ def _nearby_file(path: Path) -> str:
 
 
 def _locate(node: yaml.MappingNode, at: KeyPath, file: str, positions: Positions) -> list[LoraError]:
-    """Fills `positions`; returns an error for every key that stands twice."""
-    twice = []
+    """Fills `positions`, of list items too; returns an error for every key that stands twice."""
+    twice: list[LoraError] = []
     for key_node, value_node in node.value:
         mark = key_node.start_mark
         where = f"{file}:{mark.line + 1}:{mark.column + 1}"
@@ -171,6 +169,10 @@ def _locate(node: yaml.MappingNode, at: KeyPath, file: str, positions: Positions
         positions.setdefault(key, where)
         if isinstance(value_node, yaml.MappingNode):
             twice += _locate(value_node, key, file, positions)
+        for number, item in enumerate(value_node.value if isinstance(value_node, yaml.SequenceNode) else []):
+            positions.setdefault((*key, str(number)), f"{file}:{item.start_mark.line + 1}:{item.start_mark.column + 1}")
+            if isinstance(item, yaml.MappingNode):
+                twice += _locate(item, (*key, str(number)), file, positions)
     return twice
 
 
@@ -217,16 +219,38 @@ def _apply_override(values: dict[str, Any], override: str) -> KeyPath:
     return key
 
 
-def _resolve_path(values: dict[str, Any], key: KeyPath, base: Path, positions: Positions, file: str) -> list[LoraError]:
-    section: Any = values
-    for part in key[:-1]:
-        section = section.get(part) if isinstance(section, dict) else None
-    value = section.get(key[-1]) if isinstance(section, dict) else None
-    if not isinstance(value, str) or not value:
-        return []
-    if key == ("data", "validation") and NUMBER.fullmatch(value):
-        return []
-    unset = [name for found in _VARIABLE.finditer(value) if (name := found[1] or found[2]) and name not in os.environ]
+def _path_places(values: dict[str, Any]) -> list[tuple[Any, Any, KeyPath]]:
+    """(container, key in it, key path) of every text in the recipe's values that may be a path."""
+    places: list[tuple[Any, Any, KeyPath]] = []
+    for key_text in PATHS:
+        *sections, name = key_text.split(".")
+        section: Any = values.get(sections[0]) if sections else values
+        places.append((section, name, tuple(key_text.split("."))))
+    data: Any = values.get("data")
+    for name in ("train", "validation") if isinstance(data, dict) else ():
+        entry = data.get(name)
+        places.append((data, name, ("data", name)))
+        places += [(entry, "path", ("data", name, "path"))] if isinstance(entry, dict) else []
+        for at, item in enumerate(entry if isinstance(entry, list) else []):
+            key = ("data", name, str(at))
+            places.append((item, "path", (*key, "path")) if isinstance(item, dict) else (entry, at, key))
+    return [
+        (section, name, key)
+        for section, name, key in places
+        if (isinstance(section, list) or (isinstance(section, dict) and name in section))
+        and isinstance(section[name], str)
+        and section[name]
+        and not (key == ("data", "validation") and NUMBER.fullmatch(section[name]))
+        and not (key == ("data", "template") and section[name] in TEMPLATES)
+    ]
+
+
+def _resolve_path(
+    section: Any, name: Any, key: KeyPath, base: Path, positions: Positions, file: str
+) -> list[LoraError]:
+    value = section[name]
+    variables = [found[1] or found[2] for found in _VARIABLE.finditer(value)]
+    unset = [variable for variable in variables if variable and variable not in os.environ]
     if unset:
         what = f"{'.'.join(key)}: the environment variable {unset[0]} is not set"
         fix = f"export {unset[0]}=…, or write $$ for a dollar sign"
@@ -238,7 +262,7 @@ def _resolve_path(values: dict[str, Any], key: KeyPath, base: Path, positions: P
         what = f"base_model: {value} is a folder seen from here, but relative paths start at the recipe's folder"
         return [LoraError(what, where=positions.get(key, file), fix=fix)]
     is_path = key != ("base_model",) or path.exists() or expanded.startswith((".", "/", "~")) or expanded != value
-    section[key[-1]] = os.path.normpath(path) if is_path else expanded
+    section[name] = os.path.normpath(path) if is_path else expanded
     return []
 
 
@@ -263,15 +287,20 @@ def _validate(values: dict[str, Any], positions: Positions, file: str) -> tuple[
 
 
 def _known_part(loc: KeyPath, values: Any) -> KeyPath:
-    """The part of a pydantic location that names a key: union members and list indices are cut off."""
-    end = 0
-    while end < len(loc) and isinstance(values, dict):
-        if loc[end] not in values:  # a missing key is named too
-            end += _field(loc[: end + 1]) is not None
-            break
-        values = values[loc[end]]
-        end += 1
-    return loc[:end]
+    """The part of a pydantic location that stands in the file: without union members and added list indices."""
+    known: KeyPath = ()
+    for part in loc:
+        if isinstance(values, dict) and part in values:
+            known, values = (*known, part), values[part]
+        elif isinstance(values, list) and part.isdigit() and _is_source((*known, part)):
+            known, values = (*known, part), values[int(part)]
+        elif isinstance(values, dict) and not part.isdigit() and _field((*known, part)) is not None:
+            return (*known, part)  # a missing key is named too
+    return known
+
+
+def _is_source(key: KeyPath) -> bool:
+    return key[:2] in (("data", "train"), ("data", "validation"))
 
 
 def _section_of(annotation: Any) -> type[BaseModel] | None:
@@ -282,10 +311,10 @@ def _without(values: dict[str, Any], keys: Any) -> Recipe | None:
     pruned = copy.deepcopy(values)
     for key in keys:
         section: Any = pruned
-        for part in key[:-1]:
+        for part in key[: min(len(key), 2) - 1]:  # a setting goes as a whole, such as data.train with all its sources
             section = section.get(part, {}) if isinstance(section, dict) else {}
         if isinstance(section, dict):
-            section.pop(key[-1], None)
+            section.pop(key[min(len(key), 2) - 1], None)
     data = pruned.get("data")
     pruned["data"] = {"train": "?"} | (data if isinstance(data, dict) else {})
     try:
@@ -302,8 +331,8 @@ def _problem(key: KeyPath, found: list[Any], values: dict[str, Any], positions: 
         return LoraError(f"{name} is missing", where=where, fix=f"add it: {_describe(key)}")
     value = found[0]["input"]
     for part in key if len(found) > 1 else ():  # several members of a union refused: show the whole value
-        values = values.get(part, {}) if isinstance(values, dict) else {}
-        value = values
+        inner: Any = values
+        value = values = inner[int(part)] if isinstance(inner, list) else inner.get(part, {})
     try:
         shown = json.dumps(value, ensure_ascii=False, default=str)
     except (ValueError, RecursionError):  # a list that holds itself, by a YAML alias
@@ -348,8 +377,12 @@ def _field(key: KeyPath) -> Any:
     model: type[BaseModel] | None = Recipe
     field = None
     for part in key:
+        if part.isdigit() and model is SourceRecipe:
+            continue
         field = model.model_fields.get(part) if model else None
         model = _section_of(field.annotation) if field else None
+        if _is_source(key) and part == key[1]:
+            model = SourceRecipe
     return field
 
 
@@ -360,7 +393,7 @@ def _describe(key: KeyPath) -> str:
 
 def _suggest(key: KeyPath) -> str:
     section = _field(key[:-1])
-    model = _section_of(section.annotation) if section else Recipe
+    model = SourceRecipe if _is_source(key) else _section_of(section.annotation) if section else Recipe
     here = list(model.model_fields) if model else []
     everywhere = {leaf: path for path in all_keys() if (leaf := path[-1])}
     near_here = difflib.get_close_matches(key[-1], here, n=1, cutoff=0.6)

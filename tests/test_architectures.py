@@ -15,6 +15,7 @@ import torch
 import torch.nn.functional as F
 import transformers as hf
 from conftest import randomize_adapter, save_tiny
+from lora_cli.data.examples import Example
 from torch import Tensor, nn
 from transformers.pytorch_utils import Conv1D
 
@@ -25,7 +26,6 @@ from lora_cli.adapters.targets import find_targets
 from lora_cli.base.load import checkpoint_activations, load_model
 from lora_cli.base.source import find_base
 from lora_cli.data.batches import MicroBatch, collate
-from lora_cli.data.examples import Example
 from lora_cli.errors import LoraError
 from lora_cli.evaluation.loss import summed_loss, target_logits
 from lora_cli.evaluation.packing_check import packing_difference, require_no_leak

@@ -9,10 +9,10 @@ import torch
 from conftest import write_rows
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from lora_cli.data.examples import Example, detect_format, make_examples
 
 from lora_cli.data.batches import collate, similar_length_batches
 from lora_cli.data.chat import encode_chat
-from lora_cli.data.examples import Example, detect_format, make_examples
 from lora_cli.data.packing import pack
 from lora_cli.data.prepare import hold_out
 from lora_cli.data.sources import Row, read_rows

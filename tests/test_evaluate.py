@@ -13,6 +13,7 @@ import torch
 from conftest import randomize_adapter, write_rows
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from lora_cli.data.examples import Example, windows
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from lora_cli.adapters.attach import attach
@@ -20,7 +21,6 @@ from lora_cli.adapters.targets import find_targets
 from lora_cli.base.load import load_model, load_tokenizer
 from lora_cli.base.source import find_base
 from lora_cli.data.batches import collate
-from lora_cli.data.examples import Example, windows
 from lora_cli.data.prepare import prepare
 from lora_cli.data.sources import read_rows
 from lora_cli.errors import LoraError

@@ -28,6 +28,7 @@ from lora_cli.base.weight_files import order_metadata
 from lora_cli.errors import LoraError
 
 TENSORS, CONFIG = "adapter_model.safetensors", "adapter_config.json"
+CHAT_TEMPLATE = "chat_template.jinja"  # where the Hugging Face libraries look for it
 _KEY = re.compile(r"base_model\.model\.(.+)\.lora_([AB])\.weight")
 # What PEFT can store in a LoRA adapter and this program cannot compute; a value other than these would be lost.
 _PLAIN = {
@@ -66,8 +67,16 @@ class AdapterFile:
     tensors: dict[str, dict[str, Tensor]]  # module → {"A": (rank, in), "B": (out, rank)}
 
 
-def save_adapter(model: Any, folder: Path, base: BaseSource, *, quantization: str, double_quantization: bool) -> None:
-    """Write the model's adapter into the existing `folder`."""
+def save_adapter(
+    model: Any,
+    folder: Path,
+    base: BaseSource,
+    *,
+    quantization: str,
+    double_quantization: bool,
+    chat_template: str | None = None,
+) -> None:
+    """Write the model's adapter into the existing `folder`. chat_template: where it is not the base model's own."""
     layers = lora_layers(model)
     tensors: dict[str, Tensor] = {}
     for name, layer in layers.items():
@@ -83,6 +92,8 @@ def save_adapter(model: Any, folder: Path, base: BaseSource, *, quantization: st
     }
     save_file(tensors, folder / TENSORS, metadata)
     order_metadata(folder / TENSORS)
+    if chat_template is not None:
+        (folder / CHAT_TEMPLATE).write_text(chat_template, encoding="utf-8")
     config = _peft_config(model, layers, base)
     (folder / CONFIG).write_text(json.dumps(config, indent=2) + "\n", encoding="utf-8")
 

@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from transformers import PreTrainedTokenizerBase
 
-from lora_cli.adapters.file import CONFIG, AdapterFile, attach_adapter, read_adapter
+from lora_cli.adapters.file import CHAT_TEMPLATE, CONFIG, AdapterFile, attach_adapter, read_adapter
 from lora_cli.base.device import pick_device, pick_dtype
 from lora_cli.base.load import load_model, load_tokenizer
 from lora_cli.base.source import BaseSource, find_base
@@ -75,6 +75,9 @@ def open_model(
         double_quantization=stored.double_quantization if stored else True,
         trust_remote_code=trust_remote_code,
     )
-    if stored is not None:
+    if adapter is not None and stored is not None:
         attach_adapter(model, stored, source)
+        template = adapter_folder(adapter) / CHAT_TEMPLATE
+        if template.is_file():  # the one it was trained with, where that is not the base model's own
+            tokenizer.chat_template = template.read_text(encoding="utf-8")
     return Opened(model, tokenizer, source, stored, how, at)

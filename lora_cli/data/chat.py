@@ -1,103 +1,310 @@
-"""Conversations through the model's own chat template, with a mask on the assistant's turns.
+"""Conversations through a chat template, and where in the result each assistant turn stands.
 
-Where a turn begins and ends is found by rendering, never by looking for strings: the conversation up to the turn, with
-the generation prompt, is what the model will see; what the template adds for the turn is what it has to say.
+Found by rendering, never by looking for strings: the conversation is rendered a second time with a mark before and
+after what each assistant turn says. Without the marks both renderings must be the same, so they show where the template
+put each turn. Where marks disturb a template (it looks into the content), the conversation is rendered up to the turn,
+with the generation prompt, and up to its end; each must be the beginning of the next.
 """
 
 from __future__ import annotations
 
+import datetime
+import json
+import re
+from collections.abc import Sequence
+from dataclasses import dataclass
+from functools import cached_property
+from importlib import resources
+from pathlib import Path
 from typing import Any
 
+import jinja2
+import jinja2.ext
+import jinja2.nodes
+from jinja2.sandbox import ImmutableSandboxedEnvironment
 from transformers import PreTrainedTokenizerBase
 
 from lora_cli.errors import LoraError
+from lora_cli.recipe import TEMPLATES
 
-Span = tuple[int, int]  # characters of the rendered conversation
+Turns = list[dict[str, Any]]
+
+# Some templates print today's date. A run that is prepared again, or resumed on another day, must see the same tokens.
+DATE = datetime.datetime(2024, 7, 26)
 
 
-def encode_chat(messages: Any, tokenizer: PreTrainedTokenizerBase, where: str) -> tuple[list[int], list[bool]]:
-    """Token ids of a conversation, and for each whether it is trained: assistant turns up to their stop token.
+@dataclass(frozen=True)
+class Span:
+    """What one turn adds to the rendered text, in characters; its stop token included. turn: counted from 0."""
 
-    Raises LoraError for malformed messages, a tokenizer without a template, a template in which turns cannot be told
-    apart, or one that does not end a turn with a special token (the model would never learn to stop).
+    start: int
+    end: int
+    turn: int
+    prompted: bool = True  # right before it stands what the template prompts a generation with
+
+
+@dataclass(frozen=True)
+class Rendered:
+    """A conversation as text. spans: the assistant turns that were asked for."""
+
+    text: str
+    spans: list[Span]
+
+
+class NoStopToken(LoraError):
+    """An assistant turn after which the template writes no special token: the model would not learn to stop."""
+
+
+class SpecialInText(LoraError):
+    """A turn whose text holds a special token: the tokenizer would not read it as text."""
+
+
+class ChatTemplate:
+    """A chat template and the special tokens that it may write.
+
+    name: for messages. Raises LoraError for a template that is not valid Jinja.
     """
-    turns = _checked(messages, where)
-    whole, spans = _assistant_spans(turns, tokenizer, where)
-    encoded = tokenizer(whole, add_special_tokens=False, return_offsets_mapping=True, verbose=False)
-    ids: list[int] = encoded["input_ids"]  # type: ignore[assignment]
-    offsets: list[Span] = encoded["offset_mapping"]  # type: ignore[assignment]
-    trained = [False] * len(ids)
-    special = set(tokenizer.all_special_ids) | {
-        id for id, token in tokenizer.added_tokens_decoder.items() if token.special
-    }
-    for start, end in spans:
-        inside = [at for at, (first, last) in enumerate(offsets) if last > start and first < end]
-        if not inside or ids[inside[-1]] not in special:
+
+    def __init__(self, text: str, tokenizer: PreTrainedTokenizerBase, name: str):
+        self.text, self.name = text, name
+        tokens = tokenizer.special_tokens_map
+        self._variables = {key: value for key, value in tokens.items() if isinstance(value, str)}
+        special = {str(token) for token in tokenizer.added_tokens_decoder.values() if token.special}
+        special |= set(tokenizer.all_special_tokens)
+        either = "|".join(re.escape(token) for token in sorted(special, key=len, reverse=True))
+        self._special = re.compile(either or "(?!)")
+        self._stop = re.compile(rf"\s*(?:{either})" if special else "(?!)")
+        try:
+            self._compiled = _ENVIRONMENT.from_string(text)
+        except jinja2.TemplateError as error:
+            line = getattr(error, "lineno", None)
+            raise LoraError(f"the chat template is not valid Jinja: {error}", where=f"{name}:{line or 1}") from None
+
+    def render(self, turns: Turns, where: str, tools: Any = None, *, generation_prompt: bool = False) -> str:
+        """The conversation as text. Raises LoraError if the template refuses it."""
+        variables = {"tools": tools, "documents": None, "add_generation_prompt": generation_prompt, **self._variables}
+        try:
+            try:
+                return self._compiled.render(messages=turns, **variables)
+            except TypeError:  # some templates want the arguments of calls as JSON text
+                return self._compiled.render(messages=_with_text_arguments(turns), **variables)
+        except Exception as error:  # jinja2 errors, and whatever a template raises
             raise LoraError(
-                "the chat template ends an assistant turn without a special token: the model would not learn to stop",
+                f"the chat template ({self.name}) refuses this conversation: {error}",
                 where=where,
-                fix="use a model whose chat template ends turns with a stop token",
+                fix="check the roles and their order (many templates want user and assistant in turn)",
+            ) from None
+
+    def render_whole(self, turns: Turns, where: str, tools: Any = None) -> str:
+        """The conversation as text, in which all that was said to the assistant stands.
+
+        Raises LoraError if the template leaves out a turn or the tools, or if a turn holds a special token as text.
+        """
+        whole = self.render(turns, where, tools)
+        for number, turn in enumerate(turns, 1):
+            found = self._special.search(turn["content"])
+            if found:
+                raise SpecialInText(
+                    f"turn {number} holds {found[0]!r}, which the tokenizer reads as a special token",
+                    where=where,
+                    fix="remove or rewrite it",
+                )
+            if turn["role"] != "assistant" and not _says(whole, turn["content"]):
+                raise LoraError(
+                    f"the chat template ({self.name}) leaves out turn {number}, by {turn['role']}",
+                    where=where,
+                    fix="use a template that takes such turns, or remove the turn",
+                )
+        names = [(tool.get("function") or tool).get("name") for tool in tools or []]
+        if any(isinstance(name, str) and name not in whole for name in names):
+            raise LoraError(
+                f"the chat template ({self.name}) leaves out the tools",
+                where=where,
+                fix="use a template that takes tools, such as data.template: chatml",
             )
-        for at in inside:
-            trained[at] = True
-    return ids, trained
+        return whole
+
+    def render_with_spans(self, turns: Turns, wanted: Sequence[int], where: str, tools: Any = None) -> Rendered:
+        """The conversation and the spans of the wanted turns, which are the assistant's.
+
+        Raises LoraError where the template does not show a turn as it is, NoStopToken where it does not end one.
+        """
+        whole = self.render_whole(turns, where, tools)
+        found = self._by_marks(turns, whole, where, tools)
+        if found is None:
+            found = self._by_prefixes(turns, wanted, whole, where, tools)
+        return Rendered(whole, [self._whole_turn(whole, turns, found.get(turn), turn, where) for turn in wanted])
+
+    @cached_property
+    def generation_prompt(self) -> str:
+        """What the template adds to prompt a generation; empty if it adds nothing."""
+        probe: Turns = [{"role": "user", "content": "Hello."}]
+        try:
+            without, prompted = (self.render(probe, self.name, generation_prompt=on) for on in (False, True))
+        except LoraError:
+            return ""
+        return prompted[len(without) :] if prompted.startswith(without) else ""
+
+    def _by_marks(self, turns: Turns, whole: str, where: str, tools: Any) -> dict[int, Span] | None:
+        """Content spans of all assistant turns, without stop tokens; None where marks disturb the template."""
+        first, last = _marks(whole)
+        marked, spoken = [], []
+        for at, turn in enumerate(turns):
+            if turn["role"] != "assistant":
+                marked.append(turn)
+                continue
+            content = turn["content"]
+            core = content.strip()
+            if not core or "tool_calls" in turn:
+                return None
+            lead = content.index(core[0])
+            marked.append(turn | {"content": f"{content[:lead]}{first}{core}{last}{content[lead + len(core) :]}"})
+            spoken.append((at, core))
+        try:
+            text = self.render(marked, where, tools)
+        except LoraError:
+            return None
+        pieces = text.split(last)
+        if len(pieces) != len(spoken) + 1:
+            return None
+        spans, at = {}, 0
+        prompt = self.generation_prompt
+        for (turn, core), piece in zip(spoken, pieces, strict=False):
+            before, mark, content = piece.partition(first)
+            if first in content or whole[at : at + len(piece) - len(mark)] != before + content:
+                return None
+            end = at + len(before) + len(content)
+            begin = at + len(before) if mark else end
+            prompted = whole.endswith(prompt, at, begin)
+            if (not prompted or not mark) and prompt:  # what stands between the prompt and the content is to be learned
+                behind = whole.rfind(prompt, at, begin)
+                prompted, begin = behind >= 0, behind + len(prompt) if behind >= 0 else begin
+            if not _says(whole[begin:end], core):
+                return None
+            spans[turn] = Span(begin, end, turn, prompted)
+            at = end
+        return spans if whole[at:] == pieces[-1] else None
+
+    def _by_prefixes(self, turns: Turns, wanted: Sequence[int], whole: str, where: str, tools: Any) -> dict[int, Span]:
+        spans = {}
+        for turn in wanted:
+            before = self.render(turns[:turn], where, tools, generation_prompt=True) if turn else ""
+            upto = self.render(turns[: turn + 1], where, tools)
+            if not (upto.startswith(before) and whole.startswith(upto)):
+                raise LoraError(
+                    f"turn {turn + 1} cannot be told apart: the template renders it differently in a longer "
+                    "conversation",
+                    where=where,
+                    fix="write data.train_on: last_assistant, or give each assistant turn a row of its own, with the "
+                    "turns before it",
+                )
+            spans[turn] = Span(len(before), len(upto.rstrip()), turn)
+        return spans
+
+    def _whole_turn(self, whole: str, turns: Turns, span: Span | None, turn: int, where: str) -> Span:
+        """The span with its stop token, proved to hold all that the turn says."""
+        assert span is not None
+        text = whole[span.start : span.end]
+        said = [turns[turn]["content"], *(turns[turn].get(key) or "" for key in ("reasoning_content", "reasoning"))]
+        names = [call["function"]["name"] for call in turns[turn].get("tool_calls") or []]
+        if not all(_says(text, part) for part in (*said, *names)):
+            raise LoraError(
+                f"the template drops a part of turn {turn + 1}, such as its thinking, so it cannot be trained",
+                where=where,
+                fix="write data.train_on: last_assistant (templates keep the last turn whole), or remove that part",
+            )
+        stop = self._stop.match(whole, span.end)
+        if stop is not None:
+            return Span(span.start, stop.end(), turn, span.prompted)
+        end = len(whole[: span.end].rstrip())
+        if self._ends_in_stop(whole, span.start, end):
+            return Span(span.start, end, turn, span.prompted)
+        raise NoStopToken(
+            f"the chat template ({self.name}) ends turn {turn + 1} without a special token: the model would not learn "
+            "to stop",
+            where=where,
+            fix="use a model whose template ends turns with a stop token, or data.template: alpaca or plain, which "
+            "end them with the model's end token",
+        )
+
+    def _ends_in_stop(self, whole: str, start: int, end: int) -> bool:
+        return any(match.end() == end for match in self._stop.finditer(whole, start, end))
 
 
-def render(
-    messages: list[dict[str, Any]], tokenizer: PreTrainedTokenizerBase, where: str, *, generation_prompt: bool = False
-) -> str:
-    """The conversation as text, by the model's chat template."""
+def chat_template(tokenizer: PreTrainedTokenizerBase, wanted: str | None, where: str = "data.template") -> ChatTemplate:
+    """The template to use: a built-in one by name, a file, or the model's own.
+
+    Raises LoraError if the file cannot be read, or if the model has no template of its own and none is named.
+    """
+    if wanted in TEMPLATES:
+        text = (resources.files("lora_cli.data") / "templates" / f"{wanted}.jinja").read_text(encoding="utf-8")
+        return ChatTemplate(text, tokenizer, f"built-in {wanted}")
+    if wanted is not None:
+        try:
+            return ChatTemplate(Path(wanted).read_text(encoding="utf-8"), tokenizer, wanted)
+        except (OSError, UnicodeDecodeError) as error:
+            reason = error.strerror if isinstance(error, OSError) else "not UTF-8 text"
+            known = ", ".join(TEMPLATES)
+            raise LoraError(
+                f"the chat template cannot be read: {reason}", where=wanted, fix=f"built-in ones are {known}"
+            ) from None
     if not tokenizer.chat_template:
         raise LoraError(
             "the model has no chat template, so messages cannot be rendered",
             where=where,
-            fix="use the model's instruct version, or give the rows prompt and completion instead of messages",
+            fix=f"write data.template: one of {', '.join(TEMPLATES)}, or a .jinja file; or use the model's instruct "
+            "version",
         )
-    try:
-        return tokenizer.apply_chat_template(messages, tokenize=False, add_generation_prompt=generation_prompt)  # type: ignore[return-value]
-    except Exception as error:  # jinja2 errors, and whatever a template raises
-        raise LoraError(
-            f"the model's chat template refuses this conversation: {error}",
-            where=where,
-            fix="check the roles and their order (many templates want user and assistant in turn)",
-        ) from None
+    text: Any = tokenizer.chat_template
+    return ChatTemplate(text if isinstance(text, str) else tokenizer.get_chat_template(), tokenizer, "the model's own")
 
 
-def _assistant_spans(
-    turns: list[dict[str, Any]], tokenizer: PreTrainedTokenizerBase, where: str
-) -> tuple[str, list[Span]]:
-    whole = render(turns, tokenizer, where)
-    spans = []
-    for at, turn in enumerate(turns):
-        if turn["role"] != "assistant":
-            continue
-        if at == 0:
-            raise LoraError("the conversation begins with the assistant", where=where, fix="put a user turn first")
-        before = render(turns[:at], tokenizer, where, generation_prompt=True)
-        upto = render(turns[: at + 1], tokenizer, where)
-        if not (upto.startswith(before) and whole.startswith(upto)):
-            raise LoraError(
-                f"turn {at + 1} cannot be told apart: the template renders it differently in a longer conversation",
-                where=where,
-                fix="give each assistant turn a row of its own, with the turns before it",
-            )
-        spans.append((len(before), len(upto.rstrip())))  # white space after the stop token is not the model's to say
-    return whole, spans
+def _with_text_arguments(turns: Turns) -> Turns:
+    def written(call: dict[str, Any]) -> dict[str, Any]:
+        function = call["function"]
+        return call | {"function": function | {"arguments": json.dumps(function["arguments"], ensure_ascii=False)}}
+
+    return [
+        turn | {"tool_calls": [written(call) for call in turn["tool_calls"]]} if "tool_calls" in turn else turn
+        for turn in turns
+    ]
 
 
-def _checked(messages: Any, where: str) -> list[dict[str, Any]]:
-    if not isinstance(messages, list) or not messages:
-        raise LoraError(
-            "messages is not a list of turns", where=where, fix='write [{"role": "user", "content": "…"}, …]'
-        )
-    turns = []
-    for number, message in enumerate(messages, 1):
-        turn = {key: value for key, value in message.items() if value is not None} if isinstance(message, dict) else {}
-        if not isinstance(turn.get("role"), str) or not isinstance(turn.get("content"), str):
-            raise LoraError(
-                f"turn {number} of messages has no role or no content",
-                where=where,
-                fix="every turn needs both, as text",
-            )
-        turns.append(turn)
-    return turns
+def _says(text: str, content: str) -> bool:
+    """Whether all of a turn's content stands in the text; templates may space it in other ways."""
+    return content in text or "".join(content.split()) in "".join(text.split())
+
+
+def _marks(text: str) -> tuple[str, str]:
+    """Two characters of Unicode's private use area that do not stand in the text."""
+    unused = (chr(code) for code in range(0xE000, 0xF8FF) if chr(code) not in text)
+    return next(unused), next(unused)
+
+
+# ── Jinja as chat templates expect it (transformers' documentation, "Writing a chat template") ──────────────────
+
+
+class _GenerationMarks(jinja2.ext.Extension):
+    """{% generation %}…{% endgeneration %} renders its body; where turns stand is found in another way."""
+
+    tags = {"generation"}  # noqa: RUF012
+
+    def parse(self, parser: Any) -> Any:
+        next(parser.stream)
+        return parser.parse_statements(("name:endgeneration",), drop_needle=True)
+
+
+def _refuse(message: str) -> None:
+    raise jinja2.TemplateError(message)
+
+
+def _to_json(value: Any, ensure_ascii: bool = False, **options: Any) -> str:
+    return json.dumps(value, ensure_ascii=ensure_ascii, **options)
+
+
+_ENVIRONMENT = ImmutableSandboxedEnvironment(
+    trim_blocks=True, lstrip_blocks=True, extensions=[_GenerationMarks, jinja2.ext.loopcontrols]
+)
+_ENVIRONMENT.filters["tojson"] = _to_json
+_ENVIRONMENT.globals["raise_exception"] = _refuse
+_ENVIRONMENT.globals["strftime_now"] = DATE.strftime

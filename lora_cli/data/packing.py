@@ -2,29 +2,85 @@
 
 from __future__ import annotations
 
-from bisect import bisect_left, insort
 from collections.abc import Sequence
+from dataclasses import dataclass
+
+import numpy as np
 
 
-def pack(lengths: Sequence[int], capacity: int) -> list[list[int]]:
+@dataclass(frozen=True)
+class Groups:
+    """Lists of indices in two arrays: group i is members[ends[i - 1] : ends[i]]."""
+
+    members: np.ndarray  # (indices,) int64
+    ends: np.ndarray  # (groups,) int64
+
+    def __len__(self) -> int:
+        return len(self.ends)
+
+    def __getitem__(self, at: int) -> list[int]:
+        start = self.ends[at - 1] if at else 0
+        return self.members[start : self.ends[at]].tolist()
+
+    @classmethod
+    def of(cls, lists: Sequence[Sequence[int]]) -> Groups:
+        members = np.fromiter((index for group in lists for index in group), np.int64)
+        return cls(members, np.cumsum([len(group) for group in lists], dtype=np.int64))
+
+
+def pack(lengths: Sequence[int] | np.ndarray, capacity: int) -> Groups:
     """Rows of example indices, each of at most `capacity` tokens: best-fit decreasing.
 
     Every index appears once. The longest examples come first, each into the fullest row that still has room; within
     22 % of the fewest rows possible in the worst case, far closer in practice (Johnson 1974, Worst-case performance
-    bounds for simple one-dimensional packing algorithms). Deterministic: ties go by index.
+    bounds for simple one-dimensional packing algorithms). Deterministic: ties go by index. Rows with the same room are
+    kept on a stack, and a bit set says which rooms there are: time and memory grow with the number of examples alone.
     """
-    rows: list[list[int]] = []
-    room: list[tuple[int, int]] = []  # (free tokens, row), sorted
-    for index in sorted(range(len(lengths)), key=lambda at: (-lengths[at], at)):
-        length = lengths[index]
-        if length > capacity:
-            raise ValueError(f"example {index} has {length} tokens, above the capacity of {capacity}")
-        at = bisect_left(room, (length, -1))
-        if at == len(room):
-            rows.append([index])
-            insort(room, (capacity - length, len(rows) - 1))
+    lengths = np.asarray(lengths, np.int64)
+    if len(lengths) and (longest := int(lengths.argmax())) is not None and lengths[longest] > capacity:
+        raise ValueError(f"example {longest} has {lengths[longest]} tokens, above the capacity of {capacity}")
+    by_length = np.argsort(-lengths, kind="stable")
+    row_of = np.empty(len(lengths), np.int64)
+    open_rows: list[list[int]] = [[] for _ in range(capacity + 1)]  # by room
+    rooms = 0  # bit set of the rooms that have an open row
+    rows = 0
+    for index, length in zip(by_length, lengths[by_length].tolist(), strict=True):
+        fitting = rooms >> length
+        if fitting:
+            room = length + (fitting & -fitting).bit_length() - 1
+            row = open_rows[room].pop()
+            if not open_rows[room]:
+                rooms ^= 1 << room
         else:
-            free, row = room.pop(at)
-            rows[row].append(index)
-            insort(room, (free - length, row))
-    return rows
+            room, row, rows = capacity, rows, rows + 1
+        row_of[index] = row
+        left = room - length
+        if left:
+            open_rows[left].append(row)
+            rooms |= 1 << left
+    members = np.argsort(row_of, kind="stable")
+    return Groups(members, np.cumsum(np.bincount(row_of, minlength=rows), dtype=np.int64))
+
+
+def similar_lengths(
+    lengths: np.ndarray, seed: int, *, examples: int | None = None, tokens: int | None = None, pool: int = 4096
+) -> Groups:
+    """Groups of examples of similar length, so that padding one to the longest of its group costs little.
+
+    A group has at most `examples` of them, or as many as fit, padded, into `tokens`. Examples are shuffled by the seed
+    and sorted within pools: which of them share a group stays a matter of chance beyond their length.
+    """
+    shuffled = np.random.default_rng([seed, 0xB0C]).permutation(len(lengths))
+    members, sizes = [], []
+    for start in range(0, len(shuffled), pool):
+        part = shuffled[start : start + pool]
+        part = part[np.argsort(-lengths[part], kind="stable")]
+        members.append(part)
+        at = 0
+        while at < len(part):
+            most = examples if tokens is None else max(1, tokens // int(lengths[part[at]]))
+            assert most is not None
+            size = min(most, len(part) - at)
+            sizes.append(size)
+            at += size
+    return Groups(np.concatenate([np.empty(0, np.int64), *members]), np.cumsum(sizes, dtype=np.int64))

@@ -1,73 +1,354 @@
-"""The whole way from the recipe's data section to training and validation examples."""
+"""The whole way from the recipe's data section to examples on disk, in an order that any step can be asked for.
+
+What is prepared is kept under a key of everything that it depends on; a changed anything is a new key.
+"""
 
 from __future__ import annotations
 
 import hashlib
-from dataclasses import dataclass
+import json
+import os
+import shutil
+import tempfile
+from array import array
+from dataclasses import dataclass, field
+from functools import cached_property
+from importlib.metadata import version
+from itertools import chain, islice
 from pathlib import Path
+from typing import Any
 
 import numpy as np
+import xxhash
 from transformers import PreTrainedTokenizerBase
 
-from lora_cli.data.examples import Example, detect_format, fit_length, make_examples
-from lora_cli.data.sources import Row, file_hash, read_rows
+from lora_cli.data.chat import ChatTemplate, chat_template
+from lora_cli.data.example import Example
+from lora_cli.data.gate import TOO_LONG_SHARE, Findings, Lengths, duplicates
+from lora_cli.data.packing import Groups, pack, similar_lengths
+from lora_cli.data.prepared import PARTS, PreparedData, Summary, open_prepared, summary_values
+from lora_cli.data.readers import Row
+from lora_cli.data.row_encoder import RowEncoder, fit_length
+from lora_cli.data.sources import Source, open_source, require_unchanged, times_of
+from lora_cli.data.split import hold_out, repeated
+from lora_cli.data.store import ExampleWriter, checksum, write_groups, write_indices
 from lora_cli.errors import LoraError
-from lora_cli.recipe import DataRecipe
+from lora_cli.files import disk_errors, written_whole
+from lora_cli.recipe import DataRecipe, Recipe, SourceRecipe
+
+_ROWS_TO_DETECT = 1000
 
 
-@dataclass(frozen=True)
-class PreparedData:
-    """Examples to train on and to evaluate on, and what a person should know of them."""
-
-    train: list[Example]
-    validation: list[Example]
-    format: str
-    too_long: int  # training rows above max_seq_len, and what happened to them is the recipe's too_long
-    files: dict[str, str]  # path → sha256
-
-    @property
-    def fingerprint(self) -> str:
-        """Hash of every token and mask in order: the same exactly when the run sees the same data."""
-        digest = hashlib.sha256()
-        for example in [*self.train, *self.validation]:
-            digest.update(np.asarray(example.ids, dtype=np.int64).tobytes())
-            digest.update(np.asarray(example.trained, dtype=np.uint8).tobytes() + b"|")
-        return digest.hexdigest()
+def cache_folder(recipe: Recipe) -> Path:
+    return Path(recipe.data.cache) if recipe.data.cache is not None else Path(recipe.output) / "prepared"
 
 
-def prepare(recipe: DataRecipe, tokenizer: PreTrainedTokenizerBase, seed: int) -> PreparedData:
-    """Read, hold out, tokenize and mask. Raises LoraError, with file and row, for whatever is wrong with the data."""
-    rows = read_rows(Path(recipe.train))
-    files = {recipe.train: file_hash(Path(recipe.train))}
-    held_out: list[Row] = []
-    if isinstance(recipe.validation, str):
-        held_out = read_rows(Path(recipe.validation))
-        files[recipe.validation] = file_hash(Path(recipe.validation))
-    elif recipe.validation is not None:
-        rows, held_out = hold_out(rows, recipe.validation, seed)
-    data_format = detect_format(rows, recipe.format)
-    train, long = fit_length(
-        make_examples(rows, tokenizer, data_format), recipe.max_seq_len, recipe.too_long, data_format
-    )
-    validation = validation_examples(held_out, recipe, tokenizer) if held_out else []
-    return PreparedData(train, validation, data_format, long, files)
+def prepare(
+    recipe: Recipe, tokenizer: PreTrainedTokenizerBase, *, keep: bool = False, inspect: bool = False
+) -> PreparedData:
+    """The recipe's data, prepared now or before. keep: leave it in the cache for the next run.
+
+    Raises LoraError, with file and row, for whatever is wrong with the data; with `inspect` only what cannot be read at
+    all is raised, and the rest is in `findings`.
+    """
+    preparation = Preparation(recipe, tokenizer)
+    place = cache_folder(recipe) / preparation.key
+    data = open_prepared(place)
+    if data is None and keep:
+        data = _build_in_place(preparation, place, own=recipe.data.cache is None)
+    elif data is None:
+        temporary = tempfile.TemporaryDirectory(prefix="lora-")
+        folder = Path(temporary.name)
+        with disk_errors(folder):
+            preparation.build(folder)
+        data = open_prepared(folder, kept=temporary)
+    assert data is not None
+    if not inspect:
+        data.findings.require_none(recipe.data.allow)
+    return data
 
 
-def validation_examples(rows: list[Row], recipe: DataRecipe, tokenizer: PreTrainedTokenizerBase) -> list[Example]:
-    data_format = detect_format(rows, recipe.format)
-    return fit_length(make_examples(rows, tokenizer, data_format), recipe.max_seq_len, recipe.too_long, data_format)[0]
+def _build_in_place(preparation: Preparation, place: Path, own: bool) -> PreparedData:
+    """Prepared beside its place, which it takes when it is whole; whoever else prepares the same does no harm."""
+    building = place.with_name(f".{place.name}.building-{os.getpid()}")
+    try:
+        with written_whole(building) as temporary:
+            preparation.build(temporary)
+        data = open_prepared(building)
+        assert data is not None
+        data.findings.require_none(preparation.recipe.data.allow)
+        shutil.rmtree(place, ignore_errors=True)  # damaged, or it would have been opened
+        try:
+            building.rename(place)
+        except OSError:  # another run was first
+            shutil.rmtree(building)
+    except BaseException:
+        shutil.rmtree(building, ignore_errors=True)
+        if own and place.parent.is_dir() and not any(place.parent.iterdir()):
+            place.parent.rmdir()
+            if not any(place.parent.parent.iterdir()):
+                place.parent.parent.rmdir()
+        raise
+    if own:  # in the run folder only the newest is of use
+        for old in place.parent.iterdir():
+            if old != place:
+                shutil.rmtree(old, ignore_errors=True)
+    opened = open_prepared(place)
+    assert opened is not None
+    return opened
 
 
-def hold_out(rows: list[Row], fraction: float, seed: int) -> tuple[list[Row], list[Row]]:
-    """Split rows by a seeded choice; both parts keep the file's order."""
-    count = round(len(rows) * fraction)
-    if not 0 < count < len(rows):
-        raise LoraError(
-            f"validation: {fraction} of {len(rows)} rows is {count} rows",
-            where=rows[0].file,
-            fix="use another fraction, more data, or a validation file",
+@dataclass
+class _Seen:
+    """What is kept of every row while rows go by: 28 bytes each."""
+
+    file: array = field(default_factory=lambda: array("i"))
+    row: array = field(default_factory=lambda: array("q"))
+    content: array = field(default_factory=lambda: array("Q"))
+    group: array = field(default_factory=lambda: array("Q"))
+
+    def where(self, at: int, names: list[str]) -> tuple[str, int]:
+        return names[self.file[at]], self.row[at]
+
+
+@dataclass
+class Preparation:
+    """One recipe's data on its way to disk."""
+
+    recipe: Recipe
+    tokenizer: PreTrainedTokenizerBase
+
+    @cached_property
+    def sources(self) -> list[tuple[SourceRecipe, Source]]:
+        """Of the training data, then of the validation data."""
+        return [(each, open_source(each)) for each in (*self.recipe.data.train, *_held_out(self.recipe.data))]
+
+    @cached_property
+    def key(self) -> str:
+        """Of everything that the result depends on: data, tokenizer, template, settings, code."""
+        data, train = self.recipe.data, self.recipe.train
+        settings = data.model_dump(mode="json", exclude={"train", "validation", "cache", "allow", "template"})
+        template: Any = data.template or self.tokenizer.chat_template
+        if data.template is not None:
+            template = chat_template(self.tokenizer, data.template).text
+        parts = {
+            "data": [[each.weight, list(source.identity.items())] for each, source in self.sources],
+            "training_sources": len(data.train),
+            "fraction": data.validation if isinstance(data.validation, float) else None,
+            "tokenizer": _tokenizer_hash(self.tokenizer),
+            "template": template,
+            "settings": settings,
+            "micro_batch": None if data.packing else [train.micro_batch_size, train.tokens_per_micro_batch],
+            "seed": train.seed,
+            "code": _code_hash(),
+        }
+        return hashlib.sha256(json.dumps(parts, sort_keys=True).encode()).hexdigest()[:20]
+
+    def build(self, folder: Path) -> None:
+        """Writes everything into `folder`. Findings that stop a run are written too; who reads them decides."""
+        data = self.recipe.data
+        seen, held = _Seen(), _Seen()
+        names: list[str] = []
+        formats: dict[str, str] = {}
+        self._findings = findings = Findings()
+        self._long = self._rows = 0
+        self._template: ChatTemplate | None = None
+        self._stops: set[int] = set()
+        row_of: dict[bool, list[np.ndarray]] = {False: [], True: []}
+        source_of: list[int] = []
+        with ExampleWriter(folder / "examples.arrow") as writer:
+            for at, (recipe, source) in enumerate(self.sources):
+                validation = at >= len(data.train)
+                times = times_of(source)
+                first = writer.count
+                owners = array("q")
+                self._read(recipe, source, held if validation else seen, owners, writer, names, formats)
+                require_unchanged(source, times)
+                row_of[validation].append(np.frombuffer(owners, np.int64) if owners else np.empty(0, np.int64))
+                source_of += [first, writer.count]
+        lengths, targets = writer.lengths, writer.targets
+        self._close_gate(findings, writer, seen, held, names)
+        train, validation = self._split(seen, row_of, source_of)
+        if not len(train):
+            findings.require_none(data.allow)
+            raise LoraError("no row is left to train on", where=_name(data.train[0]))
+        rows = self._rows_of(lengths[train])
+        write_indices(folder / "train.arrow", train)
+        write_indices(folder / "validation.arrow", validation)
+        write_groups(folder / "rows.arrow", rows)
+        digest = hashlib.sha256(writer.fingerprint.encode())
+        for indices in (train, validation):
+            digest.update(indices.tobytes() + b"|")
+        own = self.tokenizer.chat_template
+        summary = Summary(
+            formats,
+            {name: value for _, source in self.sources for name, value in source.identity.items()},
+            names,
+            findings,
+            Lengths.of(lengths[train], targets[train]),
+            Lengths.of(lengths[validation], targets[validation]),
+            digest.hexdigest(),
+            writer.largest_id,
+            writer.longest,
+            self._template.name if self._template is not None else None,
+            self._template.text if self._template is not None and self._template.text != own else None,
+            [str(self.tokenizer.convert_ids_to_tokens(id)) for id in sorted(self._stops)],
         )
-    chosen = set(np.random.default_rng([seed, 0x5EED]).permutation(len(rows))[:count].tolist())
-    return [row for at, row in enumerate(rows) if at not in chosen], [
-        row for at, row in enumerate(rows) if at in chosen
-    ]
+        values = summary_values(summary)
+        checksums = {name: checksum(folder / name) for name in PARTS}
+        checksums["summary"] = hashlib.sha256(json.dumps(values).encode()).hexdigest()
+        (folder / "summary.json").write_text(json.dumps({"summary": values, "checksums": checksums}), encoding="utf-8")
+
+    # ── reading ─────────────────────────────────────────────────────────────────────────────────────────────────
+
+    def _read(
+        self,
+        recipe: SourceRecipe,
+        source: Source,
+        seen: _Seen,
+        owners: array,
+        writer: ExampleWriter,
+        names: list[str],
+        formats: dict[str, str],
+    ) -> None:
+        rows = source.rows()
+        head = list(islice(rows, _ROWS_TO_DETECT))
+        if not head:
+            raise LoraError("the source has no rows", where=source.name, fix="check what wrote it")
+        reader = RowEncoder(self.recipe.data, self.tokenizer, head)
+        unused = f"; columns not used: {', '.join(reader.format.unused)}" if reader.format.unused else ""
+        formats[source.name] = f"{reader.format.name} ({reader.format.reason}{unused})"
+        self._template = reader.template or self._template
+        number_of: dict[str, int] = {}
+        for encoded in reader.encode(chain(head, rows), self._findings):
+            self._rows += 1
+            row = encoded.row
+            if row.file not in number_of:
+                number_of[row.file] = len(names)
+                names.append(row.file)
+            file = number_of[row.file]
+            if encoded.example is None:
+                continue
+            ids = np.array(encoded.example.ids, np.int32)
+            content = xxhash.xxh3_64_intdigest(ids.tobytes() + repr(encoded.example.spans).encode())
+            seen.file.append(file)
+            seen.row.append(row.number)
+            seen.content.append(content)
+            seen.group.append(self._group(row, content))
+            self._stops.add(int(ids[encoded.example.spans[-1][1] - 1]))
+            for piece in self._fitted(encoded.example, reader.format.name):
+                whole = piece is encoded.example
+                writer.add(piece, ids if whole else np.array(piece.ids, np.int32), file)
+                owners.append(len(seen.row) - 1)
+
+    def _group(self, row: Row, content: int) -> int:
+        name = self.recipe.data.group_by
+        if name is None:
+            return content
+        if name not in row.values:
+            fix = f"its columns: {', '.join(row.values)}"
+            raise LoraError(f"data.group_by names {name}, but the row has no such column", where=row.where, fix=fix)
+        return xxhash.xxh3_64_intdigest(json.dumps(row.values[name], sort_keys=True, default=str).encode())
+
+    def _fitted(self, example: Example, data_format: str) -> list[Example]:
+        """The example, or what the recipe's too_long makes of it."""
+        data = self.recipe.data
+        if len(example.ids) <= data.max_seq_len:
+            return [example]
+        self._long += 1
+        error = LoraError(
+            f"{len(example.ids)} tokens, but max_seq_len is {data.max_seq_len}",
+            where=example.source,
+            fix="raise data.max_seq_len, or choose data.too_long: drop, truncate or split",
+        )
+        self._findings.add("too_long", example.file, example.row, error)
+        return fit_length(example, data.max_seq_len, data.too_long, data_format, self._findings)
+
+    # ── what can only be said when all rows were seen ───────────────────────────────────────────────────────────
+
+    def _close_gate(
+        self, findings: Findings, writer: ExampleWriter, seen: _Seen, held: _Seen, names: list[str]
+    ) -> None:
+        data = self.recipe.data
+        if data.too_long != "error" or self._long <= TOO_LONG_SHARE * self._rows:
+            findings.waived.add("too_long")
+        findings.waived |= set(data.allow)
+        content = _numbers(seen.content, np.uint64)
+        for at in duplicates(content).tolist():
+            findings.add("duplicate", *seen.where(at, names))
+        other = _numbers(held.content, np.uint64)
+        for at in np.flatnonzero(np.isin(other, content)).tolist():
+            findings.add("overlap", *held.where(at, names))
+        if unknown := self._stops - _generation_ends(self.tokenizer):
+            for id in sorted(unknown):
+                shown = str(self.tokenizer.convert_ids_to_tokens(id))
+                error = LoraError(f"trained turns end in {shown}, but the model's end token is another")
+                findings.note("stop_not_end", error)
+
+    def _split(
+        self, seen: _Seen, row_of: dict[bool, list[np.ndarray]], source_of: list[int]
+    ) -> tuple[np.ndarray, np.ndarray]:
+        """Indices of the examples to train on, repeated by the weights of their sources, and of those held out."""
+        data = self.recipe.data
+        starts, ends = source_of[::2], source_of[1::2]
+        owners = np.concatenate([np.empty(0, np.int64), *row_of[False]])
+        fraction = data.validation if isinstance(data.validation, float) else None
+        held_rows = np.zeros(len(seen.row), bool)
+        if fraction is not None:
+            held_rows[
+                hold_out(_numbers(seen.group, np.uint64), fraction, self.recipe.train.seed, _name(data.train[0]))
+            ] = True
+        held = held_rows[owners] if len(owners) else np.zeros(0, bool)
+        train = []
+        for number, (recipe, start, end) in enumerate(zip(data.train, starts, ends, strict=False)):
+            indices = np.arange(start, end)[~held[start:end]]
+            train += repeated(indices, recipe.weight, [self.recipe.train.seed, 0x3E16, number])
+        validation = [np.flatnonzero(held), *map(np.arange, starts[len(data.train) :], ends[len(data.train) :])]
+        return np.concatenate([np.empty(0, np.int64), *train]), np.concatenate(validation).astype(np.int64)
+
+    def _rows_of(self, lengths: np.ndarray) -> Groups:
+        data, train = self.recipe.data, self.recipe.train
+        if data.packing:
+            return pack(lengths, data.max_seq_len)
+        return similar_lengths(
+            lengths, train.seed, examples=train.micro_batch_size, tokens=train.tokens_per_micro_batch
+        )
+
+
+def _name(source: SourceRecipe) -> str:
+    return str(source.path or source.hub)
+
+
+def _held_out(data: DataRecipe) -> list[SourceRecipe]:
+    return data.validation if isinstance(data.validation, list) else []
+
+
+def _numbers(values: array, dtype: Any) -> np.ndarray:
+    return np.frombuffer(values, dtype) if values else np.empty(0, dtype)
+
+
+def _generation_ends(tokenizer: PreTrainedTokenizerBase) -> set[int]:
+    """Tokens at which generation stops: those of the generation settings beside the tokenizer, and its end token."""
+    end: Any = tokenizer.eos_token_id
+    ends: set[int] = {end}
+    settings = Path(tokenizer.name_or_path) / "generation_config.json"
+    if settings.is_file():
+        stored = json.loads(settings.read_text(encoding="utf-8")).get("eos_token_id")
+        ends |= set(stored if isinstance(stored, list) else [stored])
+    return ends
+
+
+def _tokenizer_hash(tokenizer: PreTrainedTokenizerBase) -> str:
+    backend: Any = tokenizer.backend_tokenizer
+    digest = hashlib.sha256(backend.to_str().encode())
+    digest.update(json.dumps([tokenizer.special_tokens_map, str(tokenizer.chat_template)], default=str).encode())
+    return digest.hexdigest()
+
+
+def _code_hash() -> str:
+    """Of everything in this room, so that no change of it is forgotten, and of the libraries that make tokens."""
+    digest = hashlib.sha256("/".join(version(name) for name in ("tokenizers", "transformers", "jinja2")).encode())
+    for path in sorted(Path(__file__).parent.rglob("*")):
+        if path.suffix in (".py", ".jinja"):
+            digest.update(path.name.encode() + path.read_bytes())
+    return digest.hexdigest()

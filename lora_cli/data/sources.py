@@ -1,67 +1,61 @@
-"""Reading rows from data files, with errors that name file and line.
-
-JSON, CSV and text are read as they stand, by the standard library: type guessing (of pandas and pyarrow, inside
-`datasets`) turns a completion "42" of a CSV file into a number and "2024-01-01" of a JSON file into a date. Parquet has
-types of its own and is read by `datasets`.
-"""
+"""Where rows come from: files, folders and globs on this machine, and data sets of the hub."""
 
 from __future__ import annotations
 
-import csv
+import difflib
+import glob
 import hashlib
-import json
-import logging
+import os
 from collections.abc import Iterator
 from dataclasses import dataclass
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
+from lora_cli.data.hub import HubSource
+from lora_cli.data.readers import Row, kind_of, read_file
 from lora_cli.errors import LoraError
-
-ENDINGS = (".jsonl", ".json", ".csv", ".parquet", ".txt")
-_LONGEST_FIELD = 2**31 - 1  # characters of a CSV field; the csv module stops at 131,072 on its own
+from lora_cli.recipe import SourceRecipe
 
 
 @dataclass(frozen=True)
-class Row:
-    """One row of a data file. number: counted from 1, in the file's order."""
+class FileSource:
+    """One or more files, read in the order of their names. name: as the recipe has it."""
 
-    file: str
-    number: int
-    values: dict[str, Any]
+    name: str
+    paths: tuple[Path, ...]
 
-    @property
-    def where(self) -> str:
-        return f"{self.file}: row {self.number}"
+    def rows(self) -> Iterator[Row]:
+        for path in self.paths:
+            yield from read_file(path)
+
+    @cached_property
+    def identity(self) -> dict[str, str]:
+        """path → sha256 of its bytes."""
+        return {str(path): file_hash(path) for path in self.paths}
+
+    def changed_since(self, times: dict[str, int]) -> list[str]:
+        """Files whose modification time is not the one in `times` any more."""
+        return [str(path) for path in self.paths if os.stat(path).st_mtime_ns != times.get(str(path))]
+
+    def times(self) -> dict[str, int]:
+        return {str(path): os.stat(path).st_mtime_ns for path in self.paths}
+
+
+Source = FileSource | HubSource
+
+
+def open_source(recipe: SourceRecipe, *, streaming: bool = False) -> Source:
+    """The source that a recipe names. Raises LoraError if nothing is there, or not of a kind that can be read."""
+    if recipe.hub is not None:
+        return HubSource(recipe.hub, recipe.config, recipe.split, recipe.revision, streaming)
+    assert recipe.path is not None
+    return FileSource(recipe.path, tuple(_files(recipe.path)))
 
 
 def read_rows(path: Path) -> list[Row]:
-    """All rows of a data file; a .txt file is one row, `text`.
-
-    Raises LoraError for a file that is missing, empty, of an unknown kind, not UTF-8, or broken (with the line).
-    """
-    if not path.is_file():
-        raise LoraError(
-            "no such data file" if not path.exists() else "this is a folder, not a data file",
-            where=str(path),
-            fix=_nearby(path),
-        )
-    ending = path.suffix.lower()
-    if ending not in ENDINGS:
-        raise LoraError(
-            f"unknown kind of data file {path.suffix or '(no ending)'}",
-            where=str(path),
-            fix=f"use {', '.join(ENDINGS)}",
-        )
-    if path.stat().st_size == 0:
-        raise LoraError("the data file is empty", where=str(path), fix="check what wrote it")
-    if ending != ".parquet":
-        _require_utf8(path)
-    read = {".jsonl": _json_lines, ".json": _json, ".csv": _csv, ".parquet": _parquet, ".txt": _text}[ending]
-    rows = [Row(str(path), number, values) for number, values in enumerate(read(path), 1)]
-    if not rows:
-        raise LoraError("the data file has no rows", where=str(path), fix="check what wrote it")
-    return rows
+    """All rows of a file, a folder or a glob. Raises LoraError for whatever is wrong with it."""
+    return list(FileSource(str(path), tuple(_files(str(path)))).rows())
 
 
 def file_hash(path: Path) -> str:
@@ -72,124 +66,45 @@ def file_hash(path: Path) -> str:
     return digest.hexdigest()
 
 
-def _json_lines(path: Path) -> Iterator[dict[str, Any]]:
-    with path.open("rb") as stream:  # as bytes, which are split at line feeds alone: JSON may hold U+2028
-        for number, line in enumerate(stream, 1):
-            text = line.decode("utf-8-sig").strip()
-            if text:
-                yield _json_row(text, path, number)
+def _files(name: str) -> list[Path]:
+    path = Path(name)
+    if path.is_dir():
+        found = [
+            each for each in sorted(path.rglob("*")) if each.is_file() and kind_of(each) and not _hidden(each, path)
+        ]
+        if not found:
+            raise LoraError("no data files in this folder", where=name, fix="name a folder that holds some, or a file")
+        return found
+    if not path.exists() and glob.has_magic(name):
+        found = [Path(each) for each in sorted(glob.glob(name, recursive=True)) if Path(each).is_file()]
+        if not found:
+            raise LoraError("no file matches this pattern", where=name, fix="check the pattern; ** goes into folders")
+        return found
+    if not path.exists():
+        raise LoraError("no such data file", where=name, fix=_nearby(path))
+    return [path]
 
 
-def _json_row(text: str, path: Path, line: int) -> dict[str, Any]:
-    try:
-        row = _parsed(text)
-    except json.JSONDecodeError as broken:
-        place = f"{path}:{line}:{broken.pos + 1}"
-        raise LoraError(f"broken JSON: {broken.msg}", where=place, fix="mend or remove this line") from None
-    except (ValueError, RecursionError) as broken:
-        raise LoraError(f"broken JSON: {broken}", where=f"{path}:{line}", fix="mend or remove this line") from None
-    return _checked_row(row, f"{path}:{line}")
-
-
-def _json(path: Path) -> Iterator[dict[str, Any]]:
-    """A list of objects, or one object; JSON Lines under this ending are read as such."""
-    text = path.read_text(encoding="utf-8-sig")
-    try:
-        parsed = _parsed(text)
-    except json.JSONDecodeError as broken:
-        if broken.msg == "Extra data" and text[: broken.pos].endswith("\n"):
-            yield from _json_lines(path)
-            return
-        place = f"{path}:{broken.lineno}:{broken.colno}"
-        raise LoraError(f"broken JSON: {broken.msg}", where=place, fix="mend the file") from None
-    except (ValueError, RecursionError) as broken:
-        raise LoraError(f"broken JSON: {broken}", where=str(path), fix="mend the file") from None
-    for number, row in enumerate(parsed if isinstance(parsed, list) else [parsed], 1):
-        yield _checked_row(row, f"{path}: row {number}")
-
-
-def _parsed(text: str) -> Any:
-    """JSON, with what the standard library lets pass refused (ValueError): repeated keys, halves of characters."""
-    value = json.loads(text, object_pairs_hook=_without_repeats)
-    if "\\ud" in text.lower():  # the only way for half of a surrogate pair to come in
-        json.dumps(value, ensure_ascii=False).encode()
-    return value
-
-
-def _without_repeats(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
-    found = dict(pairs)
-    if len(found) < len(pairs):
-        names = [name for name, _ in pairs]
-        raise ValueError(f"the key {next(name for name in names if names.count(name) > 1)!r} stands twice")
-    return found
-
-
-def _checked_row(row: Any, where: str) -> dict[str, Any]:
-    if not isinstance(row, dict):
-        shown = json.dumps(row, ensure_ascii=False)[:40]
-        raise LoraError(f"a row must be a JSON object, this is {shown}", where=where, fix='write {"column": …}')
-    return row
-
-
-def _csv(path: Path) -> Iterator[dict[str, Any]]:
-    """Every value is text, also one that looks like a number; an empty one is empty text."""
-    limit = csv.field_size_limit(_LONGEST_FIELD)
-    begin = 1
-    try:
-        with path.open(encoding="utf-8-sig", newline="") as stream:
-            reader = csv.reader(stream, strict=True)
-            header = next(reader, [])
-            if len(set(header)) < len(header):
-                raise csv.Error("two columns have the same name")
-            begin = reader.line_num + 1
-            for values in reader:
-                if len(values) not in (0, len(header)):  # an empty line has none
-                    raise csv.Error(f"{len(values)} values, but the header has {len(header)} columns")
-                if values:
-                    yield dict(zip(header, values, strict=True))
-                begin = reader.line_num + 1
-    except csv.Error as error:
-        fix = 'put values that hold commas, quotes or line ends into quotes, and double the quotes inside: "a ""b"""'
-        raise LoraError(f"broken CSV: {error}", where=f"{path}:{begin}", fix=fix) from None
-    finally:
-        csv.field_size_limit(limit)
-
-
-def _parquet(path: Path) -> Iterator[dict[str, Any]]:
-    """Streamed, so that `datasets` fills no cache."""
-    from datasets import load_dataset
-
-    logging.getLogger("datasets").setLevel(logging.CRITICAL)  # what it would log is in the exception
-    try:
-        rows = load_dataset("parquet", data_files=str(path), split="train", streaming=True, batch_size=1000)
-        yield from map(dict, rows)
-    except Exception as error:  # pyarrow and datasets each raise their own
-        reason = str(error.__cause__ or error).strip().splitlines()[0][:300]
-        raise LoraError(f"cannot be read as Parquet: {reason}", where=str(path), fix="write or copy it again") from None
-
-
-def _text(path: Path) -> Iterator[dict[str, Any]]:
-    yield {"text": path.read_text(encoding="utf-8-sig")}
-
-
-def _require_utf8(path: Path) -> None:
-    with path.open("rb") as stream:
-        for number, line in enumerate(stream, 1):
-            try:
-                line.decode("utf-8")
-            except UnicodeDecodeError as error:
-                raise LoraError(
-                    f"not UTF-8 text: byte {line[error.start]:#04x}",
-                    where=f"{path}:{number}",
-                    fix="convert it, for example with iconv -t UTF-8",
-                ) from None
+def _hidden(path: Path, folder: Path) -> bool:
+    return any(part.startswith((".", "_")) for part in path.relative_to(folder).parts)
 
 
 def _nearby(path: Path) -> str:
-    import difflib
-
-    names = [p.name for p in path.parent.iterdir()] if path.parent.is_dir() else []
+    names = [each.name for each in path.parent.iterdir()] if path.parent.is_dir() else []
     near = difflib.get_close_matches(path.name, names, n=1)
     if near:
         return f"did you mean {path.parent / near[0]}?"
-    return "check the path; relative paths start at the recipe's folder"
+    return "check the path (relative paths start at the recipe's folder); a data set of the hub is {hub: owner/name}"
+
+
+def times_of(source: Source) -> dict[str, int]:
+    return source.times() if isinstance(source, FileSource) else {}
+
+
+def require_unchanged(source: Source, times: dict[str, int]) -> None:
+    """Raises LoraError if a file was written to while it was read: half of it may be old and half new."""
+    changed: Any = source.changed_since(times) if isinstance(source, FileSource) else []
+    if changed:
+        raise LoraError(
+            "the file was changed while it was read", where=changed[0], fix="wait for its writer, run again"
+        )

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -9,12 +10,15 @@ from typing import Any
 from lora_cli.adapters.layer import adapters_disabled
 from lora_cli.adapters.opened import Opened, open_model
 from lora_cli.data.batches import collate
-from lora_cli.data.examples import Example, detect_format, fit_length, make_examples, target_bytes
+from lora_cli.data.encode import target_bytes
+from lora_cli.data.example import Example
+from lora_cli.data.gate import Findings
 from lora_cli.data.prepare import prepare
-from lora_cli.data.sources import read_rows
+from lora_cli.data.row_encoder import RowEncoder, fit_length
+from lora_cli.data.sources import open_source
 from lora_cli.errors import LoraError
 from lora_cli.evaluation.perplexity import Score, score
-from lora_cli.recipe import Recipe
+from lora_cli.recipe import DataRecipe, Recipe, SourceRecipe
 from lora_cli.recipe_file import load_recipe
 
 _DEFAULT_LENGTH = 1024  # tokens of context, where nothing says more
@@ -45,9 +49,22 @@ def evaluate_run(
     examples = (
         _own_validation(recipe, opened)
         if data is None
-        else _file_examples(data, opened, recipe.data.max_seq_len, stride)
+        else _file_examples(data, opened, recipe.data.max_seq_len, stride, _reading(recipe.data, data))
     )
     return compare(opened, *examples)
+
+
+def _reading(own: DataRecipe, data: Path) -> DataRecipe:
+    """How another file is read for a run: template and mask are the run's, format and columns go by the file."""
+    return DataRecipe.model_validate(
+        {
+            "train": str(data),
+            "template": own.template,
+            "train_on": own.train_on,
+            "columns": own.columns,
+            "allow": own.allow,
+        }
+    )
 
 
 def evaluate_model(
@@ -74,7 +91,7 @@ def evaluate_model(
     return compare(opened, *_file_examples(data, opened, max_seq_len or min(longest, _DEFAULT_LENGTH), stride))
 
 
-def compare(opened: Opened, examples: list[Example], text_bytes: int) -> dict[str, Score]:
+def compare(opened: Opened, examples: Sequence[Example], text_bytes: int) -> dict[str, Score]:
     """`base`, and `adapter` if there is one, on the same examples."""
     pad_id: Any = opened.tokenizer.eos_token_id
     lay_out = partial(collate, packed=False, pad_id=pad_id, device=opened.device)
@@ -87,19 +104,40 @@ def compare(opened: Opened, examples: list[Example], text_bytes: int) -> dict[st
     return scores
 
 
-def _own_validation(recipe: Recipe, opened: Opened) -> tuple[list[Example], int]:
-    examples = prepare(recipe.data, opened.tokenizer, recipe.train.seed).validation
+def _own_validation(recipe: Recipe, opened: Opened) -> tuple[Sequence[Example], int]:
+    examples = prepare(recipe, opened.tokenizer).validation
     return examples, target_bytes(examples, opened.tokenizer)
 
 
-def _file_examples(data: Path, opened: Opened, max_seq_len: int, stride: int | None) -> tuple[list[Example], int]:
-    """Examples of a file. Text longer than max_seq_len is read through windows that move by `stride` tokens."""
+def _file_examples(
+    data: Path, opened: Opened, max_seq_len: int, stride: int | None, own: DataRecipe | None = None
+) -> tuple[list[Example], int]:
+    """Examples of a file, read as the run's own data are where there is a run.
+
+    Text longer than max_seq_len is read through windows that move by `stride` tokens.
+    """
     if stride is not None and not 0 < stride < max_seq_len:
         raise LoraError(f"--stride {stride} must be between 1 and {max_seq_len - 1}", fix="half of the window is usual")
-    rows = read_rows(data)
-    data_format = detect_format(rows)
-    examples = make_examples(rows, opened.tokenizer, data_format)
+    rows = list(open_source(SourceRecipe.model_validate({"path": str(data)})).rows())
+    settings = own or DataRecipe.model_validate({"train": str(data)})
+    reader = RowEncoder(settings, opened.tokenizer, rows)
+    findings = Findings()
+    examples = [each.example for each in reader.encode(iter(rows), findings) if each.example is not None]
+    findings.require_none(settings.allow)
     text_bytes = target_bytes(examples, opened.tokenizer)
-    policy: Any = "split" if data_format == "text" else "error"
-    fitting, _ = fit_length(examples, max_seq_len, policy, data_format, stride or max_seq_len // 2)
+    policy = "split" if reader.format.name == "text" else "error"
+    fitting: list[Example] = []
+    for example in examples:
+        if len(example.ids) <= max_seq_len:
+            fitting.append(example)
+        elif policy == "error":
+            raise LoraError(
+                f"{len(example.ids)} tokens, but the window is {max_seq_len}",
+                where=example.source,
+                fix="raise --max-seq-len, or remove the row",
+            )
+        else:
+            fitting += fit_length(
+                example, max_seq_len, policy, reader.format.name, findings, stride or max_seq_len // 2
+            )
     return fitting, text_bytes

@@ -10,15 +10,17 @@ from torch import Tensor
 from lora_cli.data.batches import MicroBatch
 
 
-def summed_loss(model: Any, batch: MicroBatch) -> Tensor:
-    """Sum of the cross-entropy of all target tokens of a micro-batch, in nats, fp32.
+def summed_loss(model: Any, batch: MicroBatch, *, weighted: bool = True) -> Tensor:
+    """Sum of the cross-entropy of all target tokens of a micro-batch, in nats, fp32; times their weights if asked for.
 
     A sum and not a mean: divided once by the target tokens of the whole step, the gradient does not depend on how the
     step is split. The output head sees only the hidden states that predict a target, so logits of prompts and padding
     are never made; what an architecture does to its logits afterwards (soft-capping, scaling) still happens.
     """
     logits = target_logits(model, batch)
-    return F.cross_entropy(logits.float(), batch.targets, reduction="sum")
+    if batch.weights is None or not weighted:
+        return F.cross_entropy(logits.float(), batch.targets, reduction="sum")
+    return (F.cross_entropy(logits.float(), batch.targets, reduction="none") * batch.weights).sum()
 
 
 def target_logits(model: Any, batch: MicroBatch) -> Tensor:

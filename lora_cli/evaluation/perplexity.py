@@ -10,7 +10,8 @@ from typing import Any
 import torch
 
 from lora_cli.data.batches import MicroBatch, similar_length_batches
-from lora_cli.data.examples import Example
+from lora_cli.data.example import Example
+from lora_cli.data.store import Examples
 from lora_cli.evaluation.loss import summed_loss
 
 
@@ -30,15 +31,19 @@ class Score:
 def mean_loss(
     model: Any, examples: Sequence[Example], collate: Callable[[list[Example]], MicroBatch], max_tokens: int
 ) -> tuple[float, int]:
-    """(nats per target token, target tokens). Leaves training mode and random state as they were."""
+    """(nats per target token, target tokens), each counted once whatever its weight in training.
+
+    Leaves training mode and random state as they were.
+    """
     training = model.training
     model.eval()
     total, count = 0.0, 0
     try:
         with torch.no_grad():
-            for batch in similar_length_batches([len(example.ids) for example in examples], max_tokens):
+            lengths = examples.lengths if isinstance(examples, Examples) else [len(e.ids) for e in examples]
+            for batch in similar_length_batches(lengths, max_tokens):
                 micro_batch = collate([examples[index] for index in batch])
-                total += summed_loss(model, micro_batch).double().item()
+                total += summed_loss(model, micro_batch, weighted=False).double().item()
                 count += len(micro_batch.targets)
     finally:
         model.train(training)

@@ -12,7 +12,7 @@ from accelerate.utils import set_seed
 
 from lora_cli.adapters.layer import adapters_disabled
 from lora_cli.adapters.opened import Opened, open_model
-from lora_cli.data.chat import render
+from lora_cli.data.chat import chat_template
 from lora_cli.errors import LoraError
 from lora_cli.evaluation.generation import complete, generation_config
 
@@ -55,11 +55,15 @@ def talk(
         return
     assert prompt is not None
     if chat:
-        text = render([*turns, {"role": "user", "content": prompt}], opened.tokenizer, "prompt", generation_prompt=True)
+        text = _prompt([*turns, {"role": "user", "content": prompt}], opened)
         answer = speak(text, False, emit)
     else:
         answer = speak(prompt, True, emit)
     print(json.dumps({"prompt": prompt, "completion": answer}) if as_json else "")
+
+
+def _prompt(turns: list[dict[str, str]], opened: Opened) -> str:
+    return chat_template(opened.tokenizer, None, "the model").render(turns, "conversation", generation_prompt=True)
 
 
 def _speaker(opened: Opened, use_adapter: bool, sampling: dict[str, Any]) -> Callable[..., str]:
@@ -85,7 +89,7 @@ def _converse(speak: Callable[..., str], opened: Opened, turns: list[dict[str, s
         if not said.strip():
             continue
         turns.append({"role": "user", "content": said})
-        text = render(turns, opened.tokenizer, "conversation", generation_prompt=True)
+        text = _prompt(turns, opened)
         turns.append({"role": "assistant", "content": speak(text, False, _print_now)})
         print()
 

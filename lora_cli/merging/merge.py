@@ -194,11 +194,11 @@ def _comparison_tokens(source: Path, opened: Opened, most: int = 512) -> Tensor:
     if recipe_file is not None:
         recipe = load_recipe(recipe_file)
         try:
-            data = prepare(recipe.data, opened.tokenizer, recipe.train.seed)
+            data = prepare(recipe, opened.tokenizer)
         except LoraError:
             pass  # the data has moved on since; random tokens compare models too
         else:
-            ids = [token for example in (data.validation or data.train)[:64] for token in example.ids][:most]
+            ids = [int(token) for example in (data.validation or data.train)[:64] for token in example.ids][:most]
             return torch.tensor([ids[: _longest(opened.model)]])
     generator = torch.Generator().manual_seed(0)
     return torch.randint(opened.model.config.vocab_size, (1, min(256, _longest(opened.model))), generator=generator)

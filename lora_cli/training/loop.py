@@ -69,7 +69,7 @@ def train(recipe: Recipe, console: Console, *, resume: bool = False) -> dict[str
         "base_revision": session.source.revision,
         "base_fingerprint": session.source.fingerprint,
         "data_fingerprint": session.data.fingerprint,
-        "data_files": session.data.files,
+        "data_files": session.data.summary.files,
     }
     if resume:
         folder.require_same(environment)
@@ -153,9 +153,9 @@ class _Run:
 
     def _optimize(self, step: int) -> dict[str, Any]:
         """One optimizer step over all its micro-batches, on all processes; the line for metrics.jsonl."""
-        batches = self.session.order.step(step)
-        examples = self.session.data.train
-        targets = sum(examples[index].targets for batch in batches for index in batch)
+        batches = self.session.feed.step(step)
+        targets = sum(example.targets for batch in batches for example in batch)
+        weight = sum(example.target_weight for batch in batches for example in batch)
         rate = learning_rate(self.recipe, step, self.session.total_steps)
         for group in self.optimizer.param_groups:
             group["lr"] = rate
@@ -163,12 +163,12 @@ class _Run:
         total = torch.zeros((), dtype=torch.float64)
         for at in range(self.accelerator.process_index, len(batches), self.accelerator.num_processes):
             _seed_dropout(self.recipe.seed, step, at)
-            micro_batch = self.session.collate([examples[index] for index in batches[at]])
+            micro_batch = self.session.collate(batches[at])
             with self.accelerator.autocast():
                 loss = summed_loss(self.model, micro_batch)
-            self.accelerator.backward(loss / targets)
+            self.accelerator.backward(loss / weight)
             total += loss.detach().double().cpu()
-        mean = self._sum_over_processes(total).item() / targets
+        mean = self._sum_over_processes(total).item() / weight
         if not math.isfinite(mean):
             raise self._not_finite(f"the loss is {mean}", step)
         self._add_gradients()
@@ -177,7 +177,7 @@ class _Run:
             raise self._not_finite(f"the gradient norm is {norm}", step)
         self.optimizer.step()
         self.optimizer.zero_grad()
-        tokens = sum(len(examples[index].ids) for batch in batches for index in batch)
+        tokens = sum(len(example.ids) for batch in batches for example in batch)
         return {
             "step": step,
             "loss": mean,
@@ -223,10 +223,15 @@ class _Run:
         return loss
 
     def _validation_loss(self) -> float:
-        longest = max(len(example.ids) for example in self.session.data.validation)
-        budget = max(longest, self.recipe.micro_batch_size * self.session.recipe.data.max_seq_len)
+        held_out = self.session.data.validation
+        budget = max(int(held_out.lengths.max()), self._micro_batch_tokens)
         with self.accelerator.autocast():
-            return mean_loss(self.model, self.session.data.validation, self.session.collate, budget)[0]
+            return mean_loss(self.model, held_out, self.session.collate, budget)[0]
+
+    @property
+    def _micro_batch_tokens(self) -> int:
+        by_rows = self.recipe.micro_batch_size * self.session.recipe.data.max_seq_len
+        return self.recipe.tokens_per_micro_batch or by_rows
 
     def _save_adapter(self, place: Path) -> None:
         """Ship the adapter as it is now, unless it is still inert: nobody should take such a folder for a result."""
@@ -240,6 +245,7 @@ class _Run:
                 self.session.source,
                 quantization=recipe.quantization,
                 double_quantization=recipe.double_quantization,
+                chat_template=self.session.data.summary.own_template,
             )
 
     def _checkpoint(self) -> None:

@@ -18,7 +18,10 @@ from lora_cli.base.device import describe_device, pick_device, pick_dtype
 from lora_cli.base.linear import quantized_bytes, unquantized_layers
 from lora_cli.base.load import checkpoint_activations, load_model, load_tokenizer
 from lora_cli.base.source import BaseSource, find_base
-from lora_cli.data.batches import Order, collate, order_rows
+from lora_cli.data.batches import collate
+from lora_cli.data.feed import Feed, IndexedFeed
+from lora_cli.data.gate import KINDS
+from lora_cli.data.order import Order
 from lora_cli.data.prepare import PreparedData, prepare
 from lora_cli.errors import LoraError
 from lora_cli.evaluation.packing_check import require_no_leak
@@ -36,7 +39,7 @@ class Session:
     data: PreparedData
     model: Any
     layers: dict[str, LoRALinear]
-    order: Order
+    feed: Feed
     device: torch.device
     dtype: torch.dtype
     collate: Collate
@@ -50,8 +53,8 @@ def open_session(recipe: Recipe, console: Console) -> Session:
     dtype, reason = pick_dtype(recipe.dtype, device)
     source = find_base(recipe.base_model, recipe.revision, trust_remote_code=recipe.trust_remote_code)
     tokenizer = load_tokenizer(source, trust_remote_code=recipe.trust_remote_code)
-    data = prepare(recipe.data, tokenizer, recipe.train.seed)
-    order = _order(recipe, data)
+    data = prepare(recipe, tokenizer, keep=True)
+    order = data.order(recipe)
     total = order.total_steps(recipe.train.epochs, recipe.train.max_steps)
     _say_data(say, recipe, data, order, total)
     say(f"model    {recipe.base_model}, {recipe.quantization}, on {describe_device(device)}")
@@ -77,24 +80,25 @@ def open_session(recipe: Recipe, console: Console) -> Session:
     require_space(Path(recipe.output), disk_needed(recipe, trained), "the run (adapter and checkpoints)")
     pad_id: Any = tokenizer.eos_token_id
     lay_out = partial(collate, packed=side_by_side, pad_id=pad_id, device=device)
-    return Session(recipe, source, tokenizer, data, model, layers, order, device, dtype, lay_out, total)
+    return Session(
+        recipe, source, tokenizer, data, model, layers, IndexedFeed(data.train, order), device, dtype, lay_out, total
+    )
 
 
 def _require_fit(data: PreparedData, config: Any, source: BaseSource) -> None:
     """Raises LoraError for an example that the model has no embeddings or no positions for."""
-    examples = [*data.train, *data.validation]
-    if max(max(example.ids) for example in examples) >= config.vocab_size:
+    if data.summary.largest_id >= config.vocab_size:
         raise LoraError(
             "the tokenizer has tokens that the model does not",
             where=str(source.folder),
             fix="use the model's own tokenizer",
         )
-    longest = max(examples, key=lambda example: len(example.ids))
+    longest, where = data.summary.longest
     positions = getattr(config, "max_position_embeddings", None)
-    if positions and len(longest.ids) > positions:
+    if positions and longest > positions:
         raise LoraError(
-            f"{len(longest.ids)} tokens, but {source.name} sees {positions} at most",
-            where=longest.source,
+            f"{longest} tokens, but {source.name} sees {positions} at most",
+            where=where,
             fix=f"write data.max_seq_len: {positions}, with data.too_long: drop, truncate or split",
         )
 
@@ -135,20 +139,23 @@ def disk_needed(recipe: Recipe, trained_parameters: int) -> int:
     return adapters + checkpoints + 10_000_000
 
 
-def _order(recipe: Recipe, data: PreparedData) -> Order:
-    lengths = [len(example.ids) for example in data.train]
-    rows = order_rows(lengths, packing=recipe.data.packing, max_seq_len=recipe.data.max_seq_len)
-    return Order(rows, recipe.train.micro_batch_size, recipe.train.gradient_accumulation_steps, recipe.train.seed)
-
-
 def _say_data(say: Any, recipe: Recipe, data: PreparedData, order: Order, total: int) -> None:
-    tokens = sum(len(example.ids) for example in data.train)
-    targets = sum(example.targets for example in data.train)
-    packed = f", packed into {len(order.rows):,} rows of {recipe.data.max_seq_len}" if recipe.data.packing else ""
-    say(f"data     {len(data.train):,} {data.format} examples{packed}; {len(data.validation):,} for validation")
+    summary = data.summary
+    tokens, targets = summary.train.tokens, summary.train.target_tokens
+    limit = recipe.data.max_seq_len
+    full = tokens / len(order.rows) / limit
+    packed = f", packed into {len(order.rows):,} rows of {limit} ({full:.1%} full)" if recipe.data.packing else ""
+    for source, form in summary.formats.items():
+        say(f"data     {source}: {form}")
+    say(f"         {len(data.train):,} examples{packed}; {len(data.validation):,} held out")
+    if summary.template is not None:
+        say(f"         chat template: {summary.template}; trained turns end in {', '.join(summary.stop_tokens)}")
     say(f"         {tokens:,} tokens, {targets:,} trained ({targets / tokens:.0%})")
-    if data.too_long:
-        say(f"         {data.too_long} rows above {recipe.data.max_seq_len} tokens: {recipe.data.too_long}")
+    for finding in summary.findings.as_list():
+        say(f"         {finding['count']:,} {KINDS[finding['kind']].title}: {summary.findings.rows(finding['kind'])}")
+    if summary.findings.counts.get("too_long"):
+        done = {"error": "left out", "drop": "left out", "truncate": "cut at the end", "split": "cut into pieces"}
+        say(f"         rows above {limit} tokens were {done[recipe.data.too_long]}")
     epochs = total / order.steps_per_epoch
     per_step = tokens / order.steps_per_epoch
     say(f"steps    {total:,} ({epochs:.2f} epochs), about {per_step:,.0f} tokens a step")

@@ -1,0 +1,389 @@
+"""From what rows mean to examples: rendered, tokenized many at once, and masked; each mask is proved by decoding it."""
+
+from __future__ import annotations
+
+import unicodedata
+from bisect import bisect_left, bisect_right
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
+from functools import cached_property
+from itertools import accumulate
+from typing import Any
+
+from tokenizers import decoders
+from transformers import PreTrainedTokenizerBase
+
+from lora_cli.data.chat import ChatTemplate, NoStopToken, Rendered, SpecialInText
+from lora_cli.data.chat import Span as TurnSpan
+from lora_cli.data.example import Example, Span
+from lora_cli.data.formats import Completion, Conversation, Document, Format, Text
+from lora_cli.data.readers import Row
+from lora_cli.errors import LoraError
+
+TRAIN_ON = {  # format → what may be trained, the default first
+    "text": ("all",),
+    "completion": ("completion", "all"),
+    "instruction": ("assistant", "completion", "last_assistant", "all"),
+    "chat": ("assistant", "last_assistant", "all"),
+}
+
+
+@dataclass(frozen=True)
+class Finding:
+    """Something the gate has to know of a row. kind: one of those in gate.py. error: the same, for a person."""
+
+    kind: str
+    error: LoraError | None = None
+
+
+@dataclass(frozen=True)
+class Encoded:
+    """What became of a row: an example, or the finding that stands against it; notes stand beside it."""
+
+    row: Row
+    example: Example | None
+    finding: Finding | None = None
+    notes: tuple[str, ...] = ()
+    proved: bool = False  # the bytes of its tokens are those of its text
+
+
+@dataclass(frozen=True)
+class Prepared:
+    """A document as text for the tokenizer. special: whether it adds its own BOS. rendered: of a conversation."""
+
+    document: Document
+    text: str
+    special: bool
+    prompt: str | None = None
+    rendered: Rendered | None = None
+
+    def trained_texts(self, encoder: Encoder) -> Iterable[str]:
+        if self.rendered is not None:
+            return [self.text[span.start : span.end] for span in self.rendered.spans]
+        if isinstance(self.document, Completion) and encoder.train_on != "all":
+            return [self.document.completion]
+        return [self.text]
+
+
+@dataclass(frozen=True)
+class Tokenized:
+    """Rows behind the tokenizer: an encoding of each text, and of each prompt that stands alone."""
+
+    prepared: Sequence[Prepared | Encoded]
+    encodings: list[Any]
+    prompts: list[Any]
+
+
+@dataclass(frozen=True)
+class Encoder:
+    """Turns rows into examples, in three stages that can run side by side.
+
+    template: needed for conversations. train_on: as in the recipe.
+    """
+
+    format: Format
+    tokenizer: PreTrainedTokenizerBase
+    template: ChatTemplate | None = None
+    train_on: str | None = None
+
+    def tokenize(self, prepared: Sequence[Prepared | Encoded]) -> Tokenized:
+        """The second stage: all texts at once, in the tokenizers library, which needs no lock of the interpreter."""
+        good = [each for each in prepared if isinstance(each, Prepared)]
+        prompts = [each.prompt for each in good if each.prompt is not None]
+        encodings = self._tokens([each.text for each in good], [each.special for each in good])
+        return Tokenized(prepared, encodings, self._tokens(prompts, [True] * len(prompts)))
+
+    def encode(self, tokenized: Tokenized) -> list[Encoded]:
+        """The third stage: masks, and their proof; one result a row, in order."""
+        encodings, prompts = iter(tokenized.encodings), iter(tokenized.prompts)
+        examples: list[Encoded] = []
+        for each in tokenized.prepared:
+            if isinstance(each, Encoded):
+                examples.append(each)
+            else:
+                examples.append(self._masked(each, next(encodings), next(prompts) if each.prompt is not None else None))
+        return self._proved(examples, [each for each in tokenized.prepared if isinstance(each, Prepared)])
+
+    # ── before the tokenizer ────────────────────────────────────────────────────────────────────────────────────
+
+    def prepare(self, row: Row) -> Prepared | Encoded:
+        """The first stage: a row as text for the tokenizer. Errors are findings, not raised."""
+        try:
+            document = self.format.read(row)
+            if document is None:
+                return Encoded(row, None, Finding("left_out"))
+            if isinstance(document, Text):
+                if not document.text.strip():
+                    return _refused(document, "empty", "the text is empty", "remove the row")
+                return Prepared(document, document.text, special=True)
+            if isinstance(document, Completion):
+                if not (document.prompt + document.completion).strip():
+                    return _refused(document, "empty", "prompt and completion are empty", "remove the row")
+                if not document.completion and self.train_on != "all":
+                    return _nothing_trained(document)
+                return Prepared(document, document.prompt + document.completion, True, prompt=document.prompt)
+            return self._prepared_conversation(document)
+        except NoStopToken as error:
+            return Encoded(row, None, Finding("no_stop_token", error))
+        except SpecialInText as error:
+            return Encoded(row, None, Finding("special_in_text", error))
+        except LoraError as error:
+            return Encoded(row, None, Finding("malformed", error))
+
+    def _prepared_conversation(self, document: Conversation) -> Prepared | Encoded:
+        if not any(turn["content"].strip() or turn.get("tool_calls") for turn in document.turns):
+            return _refused(document, "empty", "every turn is empty", "remove the row")
+        assert self.template is not None
+        where = document.row.where
+        if self.train_on == "all":
+            if any(weight != 1 for weight, turn in zip(document.weights, document.turns, strict=True) if _spoken(turn)):
+                fix = "write data.train_on: assistant, or remove train and weight"
+                raise LoraError("train_on: all has no place for weights of turns", where=where, fix=fix)
+            text = self.template.render_whole(document.turns, where, document.tools)
+            return Prepared(document, text, special=False)
+        wanted = [
+            at
+            for at, turn in enumerate(document.turns)
+            if turn["role"] == "assistant" and (turn["content"].strip() or turn.get("tool_calls"))
+        ]
+        if self.train_on in ("last_assistant", "completion"):
+            wanted = wanted[-1:]
+        wanted = [at for at in wanted if document.weights[at] > 0]
+        if not wanted:
+            return _nothing_trained(document)
+        rendered = self.template.render_with_spans(document.turns, wanted, where, document.tools)
+        return Prepared(document, rendered.text, special=False, rendered=rendered)
+
+    def _tokens(self, texts: list[str], special: list[bool]) -> list[Any]:
+        """Encodings of the tokenizers library, which works on all texts at once, on all cores."""
+        if not texts:
+            return []
+        backend = self._backend
+        if all(special) or not any(special):
+            return backend.encode_batch_fast(texts, add_special_tokens=bool(special[0]))
+        chosen = {flag: [at for at, each in enumerate(special) if each == flag] for flag in (True, False)}
+        found: list[Any] = [None] * len(texts)
+        for flag, places in chosen.items():
+            for at, encoding in zip(
+                places, backend.encode_batch_fast([texts[at] for at in places], add_special_tokens=flag), strict=True
+            ):
+                found[at] = encoding
+        return found
+
+    # ── behind the tokenizer ────────────────────────────────────────────────────────────────────────────────────
+
+    def _masked(self, each: Prepared, encoding: Any, prompt: Any) -> Encoded:
+        document, ids = each.document, encoding.ids
+        notes: list[str] = []
+        data = each.text.encode()
+        pieces = None if self._bytes_of_token is None else [self._bytes_of_token[id] for id in ids]
+        if pieces is not None and b"".join(pieces) != data:
+            pieces = None
+        if isinstance(document, Text):
+            ids = ids if ids and ids[-1] == self._end else [*ids, self._end]
+            spans = [(0, len(ids), document.weight)]
+        elif isinstance(document, Completion):
+            ids, spans = self._completion(document, ids, prompt.ids)
+        elif each.rendered is None:
+            spans = [(0, len(ids), document.weights[-1])]
+            ids, spans = self._with_bos(ids, spans)
+        else:
+            turns = each.rendered.spans
+            try:
+                places = self._token_spans(each.text, data, ids, pieces, turns)
+                spans = [(*at, document.weights[turn.turn]) for at, turn in zip(places, turns, strict=True)]
+            except LookupError:
+                error = LoraError(
+                    "a trained turn has no tokens: the tokenizer drops its characters",
+                    where=document.row.where,
+                    fix="remove the row",
+                )
+                return Encoded(document.row, None, Finding("not_round_trip", error))
+            if unstopped := [last for _, last, _ in spans if ids[last - 1] not in self._special]:
+                shown = self.tokenizer.convert_ids_to_tokens(ids[unstopped[0] - 1])
+                error = LoraError(
+                    f"a trained turn ends in the token {shown!r}, which is no stop token",
+                    where=document.row.where,
+                    fix="use a template whose turns end in a special token of this tokenizer",
+                )
+                return Encoded(document.row, None, Finding("no_stop_token", error))
+            notes += [] if all(span.prompted for span in each.rendered.spans) else ["not_prompted"]
+            ids, spans = self._with_bos(ids, spans)
+        if self._bos is not None and ids[:2] == [self._bos] * 2:
+            error = LoraError(
+                "two BOS tokens at the start", where=document.row.where, fix="remove the one that stands in the text"
+            )
+            return Encoded(document.row, None, Finding("double_bos", error), tuple(notes))
+        example = Example(ids, spans, document.row.file, document.row.number)
+        if not example.targets:
+            return _nothing_trained(document)
+        proved = pieces is not None and not isinstance(document, Completion)
+        return Encoded(document.row, example, None, tuple(notes), proved)
+
+    def _token_spans(
+        self, text: str, data: bytes, ids: list[int], pieces: list[bytes] | None, spans: list[TurnSpan]
+    ) -> list[tuple[int, int]]:
+        """First token of each span of characters, and one behind its last. Raises LookupError where there are none.
+
+        Where the tokens' own bytes are the text (byte-level tokenizers), they say it, far cheaper than offsets do.
+        """
+        if pieces is None:
+            backend = self._backend
+            starts, ends = zip(*backend.encode(text, add_special_tokens=False).offsets, strict=True)
+            return [self._tokens_of(starts, ends, ids, span.start, span.end) for span in spans]
+        edges = [(span.start, span.end) for span in spans]
+        if len(data) != len(text):
+            edges = [(len(text[:start].encode()), len(text[:end].encode())) for start, end in edges]
+        ends = list(accumulate(map(len, pieces)))
+        return [self._tokens_of([0, *ends], ends, ids, start, end) for start, end in edges]
+
+    def _tokens_of(
+        self, starts: Sequence[int], ends: Sequence[int], ids: list[int], start: int, end: int
+    ) -> tuple[int, int]:
+        first = bisect_right(ends, start)
+        last = bisect_left(starts, end, first, len(ends))
+        # A special token before the turn may have swallowed white space that the turn begins with.
+        while first < last and starts[first] < start and ids[first] in self._special:
+            first += 1
+        if first >= last:
+            raise LookupError
+        return first, last
+
+    @cached_property
+    def _bytes_of_token(self) -> list[bytes] | None:
+        """The bytes that each token spells, by id, of a byte-level tokenizer; None for others.
+
+        Such a vocabulary writes bytes as printable characters (Radford et al. 2019, encoder.py: bytes_to_unicode).
+        """
+        backend = self._backend
+        if not isinstance(backend.decoder, decoders.ByteLevel):
+            return None
+        printable = [*range(33, 127), *range(161, 173), *range(174, 256)]
+        others = [byte for byte in range(256) if byte not in printable]
+        latin_1 = {256 + at: byte for at, byte in enumerate(others)}
+        vocabulary = backend.get_vocab(with_added_tokens=False)
+        added = backend.get_added_tokens_decoder()
+        table = [b""] * (max(*vocabulary.values(), *added) + 1)
+        for token, id in vocabulary.items():
+            table[id] = token.translate(latin_1).encode("latin-1", "ignore")
+        for id, token in added.items():
+            table[id] = token.content.encode()
+        return table
+
+    def _completion(self, document: Completion, together: list[int], prompt: list[int]) -> tuple[list[int], list[Span]]:
+        """Prompt, completion and the end token; the prompt is tokenized as it will be when it stands alone."""
+        context, together = self._unended(prompt), self._unended(together)
+        if together[: len(context)] == context:
+            answer = together[len(context) :]
+        else:  # a token would span the border: keep the prompt as the model will meet it
+            answer = self._backend.encode(document.completion, add_special_tokens=False).ids
+        ids = [*context, *answer, self._end]
+        return ids, [(0 if self.train_on == "all" else len(context), len(ids), document.weight)]
+
+    def _with_bos(self, ids: list[int], spans: list[Span]) -> tuple[list[int], list[Span]]:
+        """A template that writes no BOS, for a tokenizer that wants one: it is put in front."""
+        if not self._wants_bos or ids[:1] == [self._bos]:
+            return ids, spans
+        return [self._bos, *ids], [(first + 1, last + 1, weight) for first, last, weight in spans]
+
+    def _unended(self, ids: list[int]) -> list[int]:
+        return ids[:-1] if ids and ids[-1] == self._end and ids[0] != ids[-1] else ids
+
+    def _proved(self, encoded: list[Encoded], prepared: list[Prepared]) -> list[Encoded]:
+        """Decodes what is trained and compares it with what was to be trained; a difference becomes a finding.
+
+        That is done already where the bytes of all tokens are the text's own and each span's are the turn's.
+        """
+        expected = {id(each.document.row): each for each in prepared}
+        runs, texts, owners = [], [], []
+        for at, each in enumerate(encoded):
+            if each.example is None or each.proved:
+                continue
+            for (first, last, _), text in zip(
+                each.example.spans, expected[id(each.row)].trained_texts(self), strict=True
+            ):
+                runs.append(each.example.ids[first:last])
+                texts.append(text)
+                owners.append(at)
+        for at, each in enumerate(encoded):  # what is not trained is proved where it could be lost
+            if each.example is not None and not each.proved and not (text := expected[id(each.row)].text).isascii():
+                runs.append(each.example.ids)
+                texts.append(text)
+                owners.append(at)
+        decoded = self._backend.decode_batch(runs, skip_special_tokens=False)
+        for at, text, back in zip(owners, texts, decoded, strict=True):
+            if text not in back and not _same_characters(text, back):
+                encoded[at] = self._lossy(encoded[at], text, back)
+        return encoded
+
+    def _lossy(self, encoded: Encoded, text: str, back: str) -> Encoded:
+        lost = sorted(set(_plain(text)) - set(_plain(back)))
+        what = (
+            f"the tokenizer cannot give back {' '.join(map(repr, lost[:5]))}" if lost else "the tokens spell other text"
+        )
+        error = LoraError(
+            what, where=encoded.row.where, fix="replace these characters, or use a model whose tokenizer has them"
+        )
+        return Encoded(encoded.row, encoded.example, Finding("not_round_trip", error), encoded.notes)
+
+    # ── what the tokenizer is ───────────────────────────────────────────────────────────────────────────────────
+
+    @cached_property
+    def _backend(self) -> Any:
+        return self.tokenizer.backend_tokenizer
+
+    @cached_property
+    def _end(self) -> int:
+        return self.tokenizer.eos_token_id  # type: ignore[return-value]
+
+    @cached_property
+    def _bos(self) -> Any:
+        return self.tokenizer.bos_token_id
+
+    @cached_property
+    def _wants_bos(self) -> bool:
+        """Whether the tokenizer itself puts a BOS in front of a text."""
+        ids = self._backend.encode("a", add_special_tokens=True).ids
+        return self._bos is not None and ids[0] == self._bos
+
+    @cached_property
+    def _special(self) -> set[int]:
+        added = {id for id, token in self.tokenizer.added_tokens_decoder.items() if token.special}
+        return added | set(self.tokenizer.all_special_ids)
+
+
+def _same_characters(text: str, back: str) -> bool:
+    """Whether two texts differ by no more than white space and Unicode's compatibility forms."""
+    return _plain(text) in _plain(back)
+
+
+def _plain(text: str) -> str:
+    return "".join(unicodedata.normalize("NFKC", text).split())
+
+
+def _spoken(turn: dict[str, Any]) -> bool:
+    return turn["role"] == "assistant"
+
+
+def _refused(document: Document, kind: str, what: str, fix: str) -> Encoded:
+    return Encoded(document.row, None, Finding(kind, LoraError(what, where=document.row.where, fix=fix)))
+
+
+def _nothing_trained(document: Document) -> Encoded:
+    return _refused(
+        document,
+        "no_target",
+        "no target tokens: nothing in this row would be trained",
+        "give it a completion, an assistant turn or some text, or remove the row",
+    )
+
+
+def target_bytes(examples: Iterable[Example], tokenizer: PreTrainedTokenizerBase) -> int:
+    """UTF-8 bytes of the text that the target tokens spell; special tokens spell none."""
+    total = 0
+    for example in examples:
+        for first, last, _ in example.spans:
+            run = [int(token) for token in example.ids[max(first, 1) : last]]
+            text: Any = tokenizer.decode(run, skip_special_tokens=True, clean_up_tokenization_spaces=False)
+            total += len(text.encode())
+    return total

@@ -1,0 +1,180 @@
+"""The gate: what is wrong with the data, found before a model is loaded. Whatever would change the result stops."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+import numpy as np
+
+from lora_cli.errors import CheckFailed, LoraError
+
+TOO_LONG_SHARE = 0.01  # of the rows: up to this many are left out, above it the recipe has to say what shall happen
+_KEPT_ROWS = 1000  # of one kind that are named; all are counted
+_SHOWN_ROWS = 5
+
+
+@dataclass(frozen=True)
+class Kind:
+    """What a finding means. stops: whether it stops a run. fix: one line."""
+
+    title: str
+    stops: bool
+    fix: str
+
+
+KINDS = {
+    "malformed": Kind("rows that cannot be read", True, "mend or remove these rows"),
+    "empty": Kind("empty rows", True, "remove these rows"),
+    "no_target": Kind(
+        "rows with no target token", True, "give them a completion or an assistant turn, or remove them (train: false)"
+    ),
+    "too_long": Kind(
+        "rows above max_seq_len", True, "raise data.max_seq_len, or choose data.too_long: drop, truncate or split"
+    ),
+    "no_stop_token": Kind(
+        "trained turns without a stop token", True, "use data.template: alpaca or plain, or a template with stop tokens"
+    ),
+    "special_in_text": Kind(
+        "conversations with a special token in their text", True, "remove or rewrite it; it would not be read as text"
+    ),
+    "double_bos": Kind("rows with two BOS tokens", True, "remove the BOS that stands in the text"),
+    "not_round_trip": Kind(
+        "rows with characters the tokenizer cannot give back", True, "replace these characters, or use another model"
+    ),
+    "overlap": Kind(
+        "validation rows that are training rows too", True, "remove them from one side, or set validation: 0.05"
+    ),
+    "duplicate": Kind("rows that repeat an earlier row", False, "remove them if they are not meant"),
+    "not_prompted": Kind(
+        "turns that do not follow the generation prompt",
+        False,
+        "mind that generation starts in another place than in training, or choose another template",
+    ),
+    "left_out": Kind("rows left out by train: false or weight: 0", False, "nothing, if that is meant"),
+    "stop_not_end": Kind(
+        "trained stop tokens at which the model does not stop by itself",
+        False,
+        "stop generation at that token, or use data.template: plain",
+    ),
+}
+
+
+@dataclass
+class Findings:
+    """What the gate found so far, by kind: how often, where, and the first errors in full."""
+
+    counts: dict[str, int] = field(default_factory=dict)
+    places: dict[str, list[tuple[str, int]]] = field(default_factory=dict)  # (file, row)
+    errors: dict[str, list[LoraError]] = field(default_factory=dict)
+    waived: set[str] = field(default_factory=set)  # kinds that do not stop this run, by its recipe
+
+    def add(self, kind: str, file: str, row: int, error: LoraError | None = None) -> None:
+        self.counts[kind] = self.counts.get(kind, 0) + 1
+        places = self.places.setdefault(kind, [])
+        if len(places) < _KEPT_ROWS and (not places or places[-1] != (file, row)):
+            places.append((file, row))
+        errors = self.errors.setdefault(kind, [])
+        if error is not None and len(errors) < _SHOWN_ROWS:
+            errors.append(error)
+
+    def note(self, kind: str, error: LoraError) -> None:
+        """Something that is no row's fault."""
+        self.counts[kind] = self.counts.get(kind, 0) + 1
+        self.places.setdefault(kind, [])
+        self.errors.setdefault(kind, []).append(error)
+
+    def stopping(self, allowed: Sequence[str] = ()) -> list[str]:
+        waived = self.waived | set(allowed)
+        return [kind for kind in KINDS if kind in self.counts and KINDS[kind].stops and kind not in waived]
+
+    def require_none(self, allowed: Sequence[str] = ()) -> None:
+        """Raises LoraError with every finding that stops a run: the rows, and what to do."""
+        stopping = self.stopping(allowed)
+        if not stopping:
+            return
+        only = self.errors.get(stopping[0], [])
+        if len(stopping) == 1 and self.counts[stopping[0]] == 1 and only:
+            error = only[0]
+            raise error if stopping[0] == "malformed" else CheckFailed(error.what, where=error.where, fix=error.fix)
+        raise GateClosed(self, stopping)
+
+    def as_list(self) -> list[dict[str, Any]]:
+        """For --json: kind, count, rows (numbers), sources (the file of each), stops, fix."""
+        stopping = self.stopping()
+        return [
+            {
+                "kind": kind,
+                "count": self.counts[kind],
+                "rows": [row for _, row in self.places[kind]],
+                "sources": [file for file, _ in self.places[kind]],
+                "stops": kind in stopping,
+                "message": self.errors[kind][0].what if self.errors[kind] else KINDS[kind].title,
+                "fix": self.fix(kind),
+            }
+            for kind in KINDS
+            if kind in self.counts
+        ]
+
+    def fix(self, kind: str) -> str:
+        errors = self.errors.get(kind) or []
+        same = {error.fix for error in errors}
+        return errors[0].fix if len(same) == 1 and errors[0].fix else KINDS[kind].fix
+
+    def rows(self, kind: str) -> str:
+        """The first rows of a kind, as a person reads them."""
+        shown: dict[str, list[int]] = {}
+        for file, row in self.places[kind][:_SHOWN_ROWS]:
+            shown.setdefault(file, []).append(row)
+        more = self.counts[kind] - sum(map(len, shown.values()))
+        text = "; ".join(f"{file}: row {', '.join(map(str, rows))}" for file, rows in shown.items())
+        return f"{text} and {more:,} more" if more > 0 else text
+
+
+class GateClosed(CheckFailed):
+    """The data gate found what would change the result."""
+
+    def __init__(self, findings: Findings, stopping: list[str]):
+        self.findings, self.stopping = findings, stopping
+        if set(stopping) <= {"malformed"}:
+            self.exit_code = 2
+        super().__init__(f"the data gate found {len(stopping)} problems")
+
+    def render(self) -> str:
+        lines = []
+        for kind in self.stopping:
+            lines.append(f"error: {self.findings.rows(kind)}: {self.findings.counts[kind]:,} {KINDS[kind].title}")
+            for error in self.findings.errors[kind]:
+                lines.append(f"  {error.where}: {error.what}" if error.where else f"  {error.what}")
+            lines.append(f"  fix: {self.findings.fix(kind)}")
+        return "\n".join(lines)
+
+
+@dataclass(frozen=True)
+class Lengths:
+    """How long examples are, in tokens, and how much of them is trained."""
+
+    examples: int
+    tokens: int
+    target_tokens: int
+    percentiles: dict[str, int]
+
+    @classmethod
+    def of(cls, lengths: np.ndarray, targets: np.ndarray) -> Lengths:
+        at = (50, 90, 95, 99, 100)
+        found = np.percentile(lengths, at, method="higher") if len(lengths) else np.zeros(len(at))
+        return cls(
+            len(lengths),
+            int(lengths.sum(dtype=np.int64)),
+            int(targets.sum(dtype=np.int64)),
+            {("longest" if p == 100 else f"p{p}"): int(x) for p, x in zip(at, found, strict=True)},
+        )
+
+
+def duplicates(hashes: np.ndarray) -> np.ndarray:
+    """Indices whose hash stands earlier too, in order."""
+    order = np.argsort(hashes, kind="stable")
+    repeated = np.zeros(len(hashes), bool)
+    repeated[order[1:]] = hashes[order[1:]] == hashes[order[:-1]]
+    return np.flatnonzero(repeated)

@@ -1,0 +1,120 @@
+"""Prepared data as it stands on disk: what a run opens, checked in every byte."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from typing import Any
+
+from lora_cli.data.gate import Findings, Lengths
+from lora_cli.data.order import Order
+from lora_cli.data.packing import Groups
+from lora_cli.data.store import Examples, ExampleStore, checksum, read_groups, read_indices
+from lora_cli.errors import LoraError
+from lora_cli.recipe import Recipe
+
+PARTS = ("examples.arrow", "train.arrow", "rows.arrow", "validation.arrow")
+
+
+@dataclass(frozen=True)
+class Summary:
+    """What a person should know of prepared data, and what a run needs to know before it loads the model."""
+
+    formats: dict[str, str]  # source → format, with the reason it was taken
+    files: dict[str, str]  # file or hub data set → what tells this version from others
+    names: list[str]  # files, by the number that the examples carry
+    findings: Findings
+    train: Lengths
+    validation: Lengths
+    fingerprint: str
+    largest_id: int
+    longest: tuple[int, str]  # tokens, and where it stands
+    template: str | None = None  # its name
+    own_template: str | None = None  # its text, where it is not the model's own
+    stop_tokens: list[str] = field(default_factory=list)
+
+
+@dataclass(frozen=True)
+class PreparedData:
+    """Examples to train on and to evaluate on, memory-mapped. rows: what the order shuffles, of indices into train."""
+
+    folder: Path
+    summary: Summary
+    train: Examples
+    validation: Examples
+    rows: Groups
+    kept: Any = None  # the temporary folder, if that is where it is
+
+    @property
+    def fingerprint(self) -> str:
+        """Hash of every token and mask in order: the same exactly when the run sees the same data."""
+        return self.summary.fingerprint
+
+    @property
+    def findings(self) -> Findings:
+        return self.summary.findings
+
+    def order(self, recipe: Recipe) -> Order:
+        return Order(self.rows, _rows_per_micro_batch(recipe), *_accumulation_and_seed(recipe))
+
+
+def open_prepared(folder: Path, kept: Any = None) -> PreparedData | None:
+    """What stands in the folder, or None if it is missing or damaged in any byte."""
+    try:
+        stored = json.loads((folder / "summary.json").read_text(encoding="utf-8"))
+        if any(checksum(folder / name) != stored["checksums"].get(name) for name in PARTS):
+            return None
+        if hashlib.sha256(json.dumps(stored["summary"]).encode()).hexdigest() != stored["checksums"]["summary"]:
+            return None
+        summary = _summary_from(stored["summary"])
+        examples = ExampleStore(folder / "examples.arrow", summary.names)
+        train, validation = (Examples(examples, read_indices(folder / f"{n}.arrow")) for n in ("train", "validation"))
+        return PreparedData(folder, summary, train, validation, read_groups(folder / "rows.arrow"), kept)
+    except (OSError, ValueError, KeyError, TypeError, AttributeError):  # whatever damage makes of it
+        return None
+
+
+def _summary_from(stored: dict[str, Any]) -> Summary:
+    findings = stored["findings"]
+    errors = {
+        kind: [LoraError(error["what"], where=error["where"], fix=error["fix"]) for error in each]
+        for kind, each in findings["errors"].items()
+    }
+    places = {kind: [(file, row) for file, row in each] for kind, each in findings["places"].items()}
+    return Summary(
+        **stored
+        | {
+            "findings": Findings(findings["counts"], places, errors, set(findings["waived"])),
+            "train": Lengths(**stored["train"]),
+            "validation": Lengths(**stored["validation"]),
+            "longest": tuple(stored["longest"]),
+        }
+    )
+
+
+def summary_values(summary: Summary) -> dict[str, Any]:
+    findings = summary.findings
+    errors = {
+        kind: [{"what": error.what, "where": error.where, "fix": error.fix} for error in each]
+        for kind, each in findings.errors.items()
+    }
+    stored = {"counts": findings.counts, "places": findings.places, "waived": sorted(findings.waived), "errors": errors}
+    return {name: getattr(summary, name) for name in Summary.__dataclass_fields__} | {
+        "findings": stored,
+        "train": asdict(summary.train),
+        "validation": asdict(summary.validation),
+    }
+
+
+def _rows_per_micro_batch(recipe: Recipe) -> int:
+    """Of packed rows; without packing a row of the order already is a micro-batch."""
+    if not recipe.data.packing:
+        return 1
+    tokens = recipe.train.tokens_per_micro_batch
+    return recipe.train.micro_batch_size if tokens is None else tokens // recipe.data.max_seq_len
+
+
+def _accumulation_and_seed(recipe: Recipe) -> tuple[int, int]:
+    return recipe.train.gradient_accumulation_steps, recipe.train.seed

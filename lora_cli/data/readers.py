@@ -1,0 +1,267 @@
+"""Rows of one data file, with errors that name file and line.
+
+JSON, CSV and text are read as they stand, by the standard library: type guessing (of pandas and pyarrow, inside
+`datasets`) turns a completion "42" of a CSV file into a number and "2024-01-01" of a JSON file into a date. Parquet and
+Arrow have types of their own and are read by pyarrow.
+"""
+
+from __future__ import annotations
+
+import csv
+import gzip
+import io
+import json
+import zlib
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from functools import partial
+from pathlib import Path
+from typing import IO, Any
+
+from lora_cli.errors import LoraError
+
+PACKED = (".gz", ".zst")  # what text kinds may be compressed with
+_LONGEST_FIELD = 2**31 - 1  # characters of a CSV field; the csv module stops at 131,072 on its own
+_ROWS_AT_ONCE = 1000
+
+Values = dict[str, Any]
+
+
+@dataclass(frozen=True)
+class Row:
+    """One row of a data file. number: counted from 1, in the file's order."""
+
+    file: str
+    number: int
+    values: Values
+
+    @property
+    def where(self) -> str:
+        return f"{self.file}: row {self.number}"
+
+
+def kind_of(path: Path) -> str | None:
+    """The ending that says how a file is read, without what it is compressed with; None for files of other kinds."""
+    endings = [each.lower() for each in path.suffixes[-2:]]
+    if endings and endings[-1] in PACKED:
+        kind = endings[0] if len(endings) > 1 else ""
+        return kind if kind in _TEXT_KINDS else None
+    return endings[-1] if endings and endings[-1] in (*_TEXT_KINDS, *_TABLE_KINDS) else None
+
+
+def read_file(path: Path) -> Iterator[Row]:
+    """The rows of a data file, one at a time; a .txt file is one row, `text`.
+
+    Raises LoraError for a file that is empty, of an unknown kind, not UTF-8, or broken (with the line).
+    """
+    kind = kind_of(path)
+    if kind is None:
+        known = ", ".join((*_TEXT_KINDS, *_TABLE_KINDS))
+        raise LoraError(
+            f"unknown kind of data file {''.join(path.suffixes[-2:]) or '(no ending)'}",
+            where=str(path),
+            fix=f"use {known}; all but the last two also with .gz or .zst",
+        )
+    if path.stat().st_size == 0:
+        raise LoraError("the data file is empty", where=str(path), fix="check what wrote it")
+    number = 0
+    for number, values in enumerate({**_TEXT_KINDS, **_TABLE_KINDS}[kind](path), 1):
+        yield Row(str(path), number, values)
+    if number == 0:
+        raise LoraError("the data file has no rows", where=str(path), fix="check what wrote it")
+
+
+@contextmanager
+def _opened(path: Path) -> Iterator[IO[bytes]]:
+    """The bytes of a file, decompressed. Raises LoraError for a damaged archive and for bytes that are no UTF-8."""
+    packing = path.suffix.lower()
+    try:
+        if packing == ".gz":
+            with gzip.open(path, "rb") as stream:
+                yield stream  # type: ignore[misc]
+        elif packing == ".zst":
+            import pyarrow
+
+            with pyarrow.CompressedInputStream(str(path), "zstd") as stream, io.BufferedReader(stream) as lines:  # type: ignore[arg-type]
+                yield lines  # type: ignore[misc]
+        else:
+            with path.open("rb") as stream:
+                yield stream
+    except (EOFError, zlib.error, gzip.BadGzipFile) as error:
+        raise _damaged(path, error) from None
+    except OSError as error:  # pyarrow has no exception of its own for a damaged archive
+        if packing != ".zst" or error.errno is not None:
+            raise
+        raise _damaged(path, error) from None
+
+
+def _damaged(path: Path, error: Exception) -> LoraError:
+    return LoraError(f"the compressed file is damaged: {error}", where=str(path), fix="write or copy it again")
+
+
+def _text_of(path: Path) -> str:
+    with _opened(path) as stream:
+        data = stream.read()
+    try:
+        return data.decode("utf-8-sig")
+    except UnicodeDecodeError as error:
+        raise _not_utf8(path, data.count(b"\n", 0, error.start) + 1, data[error.start]) from None
+
+
+def _not_utf8(path: Path, line: int, byte: int) -> LoraError:
+    return LoraError(
+        f"not UTF-8 text: byte {byte:#04x}", where=f"{path}:{line}", fix="convert it, for example with iconv -t UTF-8"
+    )
+
+
+def _lines(stream: IO[bytes], path: Path) -> Iterator[str]:
+    """As bytes, which are split at line feeds alone: JSON and CSV may hold U+2028."""
+    for number, line in enumerate(stream, 1):
+        try:
+            yield line.decode("utf-8-sig" if number == 1 else "utf-8")
+        except UnicodeDecodeError as error:
+            raise _not_utf8(path, number, line[error.start]) from None
+
+
+# ── JSON ────────────────────────────────────────────────────────────────────────────────────────────────────────
+
+
+def _json_lines(path: Path) -> Iterator[Values]:
+    with _opened(path) as stream:
+        for number, line in enumerate(_lines(stream, path), 1):
+            text = line.strip()
+            if text:
+                yield _json_row(text, path, number)
+
+
+def _json_row(text: str, path: Path, line: int) -> Values:
+    try:
+        row = _parsed(text)
+    except json.JSONDecodeError as broken:
+        place = f"{path}:{line}:{broken.pos + 1}"
+        raise LoraError(f"broken JSON: {broken.msg}", where=place, fix="mend or remove this line") from None
+    except (ValueError, RecursionError) as broken:
+        raise LoraError(f"broken JSON: {broken}", where=f"{path}:{line}", fix="mend or remove this line") from None
+    return _checked_row(row, f"{path}:{line}")
+
+
+def _json(path: Path) -> Iterator[Values]:
+    """A list of objects, or one object; JSON Lines under this ending are read as such."""
+    text = _text_of(path)
+    try:
+        parsed = _parsed(text)
+    except json.JSONDecodeError as broken:
+        if broken.msg == "Extra data" and text[: broken.pos].endswith("\n"):
+            yield from _json_lines(path)
+            return
+        place = f"{path}:{broken.lineno}:{broken.colno}"
+        raise LoraError(f"broken JSON: {broken.msg}", where=place, fix="mend the file") from None
+    except (ValueError, RecursionError) as broken:
+        raise LoraError(f"broken JSON: {broken}", where=str(path), fix="mend the file") from None
+    for number, row in enumerate(parsed if isinstance(parsed, list) else [parsed], 1):
+        yield _checked_row(row, f"{path}: row {number}")
+
+
+def _parsed(text: str) -> Any:
+    """JSON, with what the standard library lets pass refused (ValueError): repeated keys, halves of characters."""
+    value = _DECODER.decode(text)
+    if "\\ud" in text or "\\uD" in text:  # the only way for half of a surrogate pair to come in
+        json.dumps(value, ensure_ascii=False).encode()
+    return value
+
+
+def _without_repeats(pairs: list[tuple[str, Any]]) -> Values:
+    found = dict(pairs)
+    if len(found) < len(pairs):
+        names = [name for name, _ in pairs]
+        raise ValueError(f"the key {next(name for name in names if names.count(name) > 1)!r} stands twice")
+    return found
+
+
+_DECODER = json.JSONDecoder(object_pairs_hook=_without_repeats)
+
+
+def _checked_row(row: Any, where: str) -> Values:
+    if not isinstance(row, dict):
+        shown = json.dumps(row, ensure_ascii=False)[:40]
+        raise LoraError(f"a row must be a JSON object, this is {shown}", where=where, fix='write {"column": …}')
+    return row
+
+
+# ── tables and text ─────────────────────────────────────────────────────────────────────────────────────────────
+
+
+def _separated(path: Path, delimiter: str) -> Iterator[Values]:
+    """CSV and TSV. Every value is text, also one that looks like a number; an empty one is empty text."""
+    limit = csv.field_size_limit(_LONGEST_FIELD)
+    begin = 1
+    try:
+        with _opened(path) as stream:
+            reader = csv.reader(_lines(stream, path), delimiter=delimiter, strict=True)
+            header = next(reader, [])
+            if len(set(header)) < len(header):
+                raise csv.Error("two columns have the same name")
+            begin = reader.line_num + 1
+            for values in reader:
+                if len(values) not in (0, len(header)):  # an empty line has none
+                    raise csv.Error(f"{len(values)} values, but the header has {len(header)} columns")
+                if values:
+                    yield dict(zip(header, values, strict=True))
+                begin = reader.line_num + 1
+    except csv.Error as error:
+        name = {",": "commas", "\t": "tabs"}[delimiter]
+        fix = f'put values that hold {name}, quotes or line ends into quotes, and double the quotes inside: "a ""b"""'
+        kind = {",": "CSV", "\t": "TSV"}[delimiter]
+        raise LoraError(f"broken {kind}: {error}", where=f"{path}:{begin}", fix=fix) from None
+    finally:
+        csv.field_size_limit(limit)
+
+
+def _parquet(path: Path) -> Iterator[Values]:
+    import pyarrow
+    from pyarrow import parquet
+
+    try:
+        with parquet.ParquetFile(path) as file:
+            for batch in file.iter_batches(_ROWS_AT_ONCE):
+                yield from batch.to_pylist()
+    except (pyarrow.ArrowException, OSError, ValueError) as error:
+        raise _unreadable(path, "Parquet", error) from None
+
+
+def _arrow(path: Path) -> Iterator[Values]:
+    """An Arrow file, or an Arrow stream as `datasets` saves it."""
+    import pyarrow
+
+    try:
+        with pyarrow.OSFile(str(path)) as file:
+            if file.read(6) == b"ARROW1":
+                reader = pyarrow.ipc.open_file(file)
+                batches = (reader.get_batch(at) for at in range(reader.num_record_batches))
+            else:
+                file.seek(0)
+                batches = iter(pyarrow.ipc.open_stream(file))
+            for batch in batches:
+                yield from batch.to_pylist()
+    except (pyarrow.ArrowException, OSError, ValueError) as error:
+        raise _unreadable(path, "Arrow", error) from None
+
+
+def _unreadable(path: Path, kind: str, error: Exception) -> LoraError:
+    reason = str(error).strip().splitlines()[0][:300]
+    return LoraError(f"cannot be read as {kind}: {reason}", where=str(path), fix="write or copy it again")
+
+
+def _text(path: Path) -> Iterator[Values]:
+    yield {"text": _text_of(path)}
+
+
+_TEXT_KINDS: dict[str, Callable[[Path], Iterator[Values]]] = {
+    ".jsonl": _json_lines,
+    ".json": _json,
+    ".csv": partial(_separated, delimiter=","),
+    ".tsv": partial(_separated, delimiter="\t"),
+    ".txt": _text,
+}
+_TABLE_KINDS: dict[str, Callable[[Path], Iterator[Values]]] = {".parquet": _parquet, ".arrow": _arrow}

@@ -1,0 +1,87 @@
+"""From the rows of one source to examples: what format they have, which template renders them, and what is too long."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from itertools import islice
+
+from transformers import PreTrainedTokenizerBase
+
+from lora_cli.data.ahead import ahead
+from lora_cli.data.chat import chat_template
+from lora_cli.data.encode import TRAIN_ON, Encoded, Encoder
+from lora_cli.data.example import Example, cut, windows
+from lora_cli.data.formats import Format, detect_format
+from lora_cli.data.gate import Findings
+from lora_cli.data.readers import Row
+from lora_cli.errors import LoraError
+from lora_cli.recipe import DataRecipe
+
+_ROWS_AT_ONCE = 512
+
+
+class RowEncoder:
+    """Rows of one source → examples. head: its first rows, which show the format."""
+
+    def __init__(self, data: DataRecipe, tokenizer: PreTrainedTokenizerBase, head: list[Row]):
+        self.format = detect_format(head, data.format, data.columns)
+        _require_train_on(data, self.format, head[0].file)
+        template = None
+        if self.format.name in ("chat", "instruction"):
+            wanted = data.template
+            if wanted is None and not tokenizer.chat_template and self.format.name == "instruction":
+                wanted = "alpaca"  # the layout that these columns come from
+            template = chat_template(tokenizer, wanted, head[0].where)
+        self.template = template
+        self._encoder = Encoder(self.format, tokenizer, template, data.train_on)
+
+    def encode(self, rows: Iterator[Row], findings: Findings) -> Iterator[Encoded]:
+        """One result a row, in order; what speaks against a row goes to the findings too.
+
+        Rows are read and rendered in one thread and tokenized in another, while those before are masked and written.
+        """
+        chunks = iter(lambda: [self._encoder.prepare(row) for row in islice(rows, _ROWS_AT_ONCE)], [])
+        for tokenized in ahead(map(self._encoder.tokenize, ahead(chunks, 2)), 2):
+            for encoded in self._encoder.encode(tokenized):
+                for note in encoded.notes:
+                    findings.add(note, encoded.row.file, encoded.row.number)
+                if encoded.finding is not None:
+                    found = encoded.finding
+                    findings.add(found.kind, encoded.row.file, encoded.row.number, found.error)
+                yield encoded
+
+
+def fit_length(
+    example: Example, max_seq_len: int, too_long: str, data_format: str, findings: Findings, stride: int | None = None
+) -> list[Example]:
+    """What becomes of an example above max_seq_len: nothing, its start, or pieces of it."""
+    if too_long == "split":
+        if data_format != "text":
+            raise LoraError(
+                "too_long: split is for text; a conversation cannot be cut",
+                where=example.source,
+                fix="choose drop or truncate",
+            )
+        return windows(example, max_seq_len, stride or max_seq_len)
+    if too_long != "truncate":
+        return []
+    short = cut(example, 0, max_seq_len)
+    if short.targets:
+        return [short]
+    first = max(example.spans[0][0], 1) + 1
+    error = LoraError(
+        "no target tokens are left after truncation",
+        where=example.source,
+        fix=f"raise data.max_seq_len to {first} or more, or choose data.too_long: drop",
+    )
+    findings.add("no_target", example.file, example.row, error)
+    return []
+
+
+def _require_train_on(data: DataRecipe, form: Format, where: str) -> None:
+    if data.train_on is not None and data.train_on not in TRAIN_ON[form.name]:
+        raise LoraError(
+            f"data.train_on: {data.train_on} has no meaning for the format {form.name}",
+            where=where,
+            fix=f"write one of {', '.join(TRAIN_ON[form.name])}, or remove it",
+        )

@@ -1,0 +1,213 @@
+"""Prepared examples on disk: memory-mapped Arrow, written once, checked when opened, read by index."""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Iterator, Sequence
+from functools import lru_cache
+from pathlib import Path
+from typing import Any, overload
+
+import numpy as np
+import pyarrow as pa
+import xxhash
+
+from lora_cli.data.example import Example
+from lora_cli.data.packing import Groups
+
+_EXAMPLES_A_BATCH = 1024
+_SCHEMA = pa.schema(
+    {
+        "ids": pa.list_(pa.int32()),
+        "spans": pa.list_(pa.int32()),  # first, last of each
+        "weights": pa.list_(pa.float32()),
+        "file": pa.int32(),
+        "row": pa.int64(),
+    }
+)
+
+
+class ExampleWriter:
+    """Writes examples one by one; memory does not grow with their number beyond a few bytes each."""
+
+    def __init__(self, path: Path):
+        self._sink = pa.OSFile(str(path), "wb")
+        self._writer = pa.ipc.new_file(self._sink, _SCHEMA)
+        self._digest = hashlib.sha256()
+        self._waiting: list[tuple[np.ndarray, Example, int]] = []
+        self._lengths: list[np.ndarray] = []
+        self._targets: list[np.ndarray] = []
+        self.count = 0
+        self.largest_id = 0
+        self.longest: tuple[int, str] = (0, "")
+
+    def add(self, example: Example, ids: np.ndarray, file: int) -> None:
+        """ids: those of the example, (tokens,) int32."""
+        self._waiting.append((ids, example, file))
+        self.count += 1
+        if len(ids) > self.longest[0]:
+            self.longest = (len(ids), example.source)
+        if len(self._waiting) == _EXAMPLES_A_BATCH:
+            self._flush()
+
+    def close(self) -> None:
+        if self._waiting:
+            self._flush()
+        self._writer.close()
+        self._sink.close()
+
+    def __enter__(self) -> ExampleWriter:
+        return self
+
+    def __exit__(self, *_error: Any) -> None:
+        self.close()
+
+    @property
+    def fingerprint(self) -> str:
+        """Hash of every token and mask, in order."""
+        return self._digest.hexdigest()
+
+    @property
+    def lengths(self) -> np.ndarray:
+        """Tokens of each example so far that was flushed: (examples,) int32."""
+        return np.concatenate([np.empty(0, np.int32), *self._lengths])
+
+    @property
+    def targets(self) -> np.ndarray:
+        return np.concatenate([np.empty(0, np.int32), *self._targets])
+
+    def _flush(self) -> None:
+        waiting = self._waiting
+        self._waiting = []
+        ids = np.concatenate([ids for ids, _, _ in waiting])
+        lengths = np.array([len(ids) for ids, _, _ in waiting], np.int32)
+        spans = [edge for _, example, _ in waiting for first, last, _ in example.spans for edge in (first, last)]
+        counts = np.array([len(example.spans) for _, example, _ in waiting], np.int32)
+        columns = [
+            pa.ListArray.from_arrays(_offsets(lengths), pa.array(ids)),
+            pa.ListArray.from_arrays(_offsets(2 * counts), pa.array(np.array(spans, np.int32))),
+            pa.ListArray.from_arrays(
+                _offsets(counts),
+                pa.array(np.array([weight for _, example, _ in waiting for _, _, weight in example.spans], np.float32)),
+            ),
+            pa.array(np.array([file for _, _, file in waiting], np.int32)),
+            pa.array(np.array([example.row for _, example, _ in waiting], np.int64)),
+        ]
+        self._writer.write_batch(pa.record_batch(columns, schema=_SCHEMA))
+        for column in columns[:3]:
+            for buffer in column.buffers():
+                if buffer is not None:
+                    self._digest.update(buffer)
+        self._lengths.append(lengths)
+        self._targets.append(np.array([example.targets for _, example, _ in waiting], np.int32))
+        self.largest_id = max(self.largest_id, int(ids.max()))
+
+
+class ExampleStore:
+    """The examples of a file, by index. files: names for the numbers in its column `file`."""
+
+    def __init__(self, path: Path, files: list[str]):
+        self._reader = pa.ipc.open_file(pa.memory_map(str(path)))
+        self._files = files
+        self._batch = lru_cache(maxsize=256)(self._columns)
+
+    def __getitem__(self, index: int) -> Example:
+        batch, at = divmod(int(index), _EXAMPLES_A_BATCH)
+        columns: Any = self._batch(batch)
+        (id_ends, ids), (span_ends, edges), (weight_ends, weights), file, row = columns
+        edges = edges[span_ends[at] : span_ends[at + 1]].tolist()
+        weights = weights[weight_ends[at] : weight_ends[at + 1]].tolist()
+        spans = [(edges[2 * n], edges[2 * n + 1], weight) for n, weight in enumerate(weights)]
+        return Example(ids[id_ends[at] : id_ends[at + 1]], spans, self._files[int(file[at])], int(row[at]))
+
+    def lengths(self, indices: np.ndarray) -> np.ndarray:
+        """Tokens of the examples at these indices: (examples,) int64."""
+        found = np.empty(len(indices), np.int64)
+        batches = indices // _EXAMPLES_A_BATCH
+        for batch in np.unique(batches):
+            (ends, _), *_ = self._batch(int(batch))
+            chosen = batches == batch
+            found[chosen] = np.diff(ends)[indices[chosen] % _EXAMPLES_A_BATCH]
+        return found
+
+    def _columns(self, number: int) -> Any:
+        batch = self._reader.get_batch(number)
+        lists = [(column.offsets.to_numpy(), column.values.to_numpy()) for column in batch.columns[:3]]
+        return (*lists, batch.column(3).to_numpy(), batch.column(4).to_numpy())
+
+
+class Examples(Sequence[Example]):
+    """Some examples of a store, in the order of `indices`."""
+
+    def __init__(self, store: ExampleStore, indices: np.ndarray):
+        self.store, self.indices = store, indices
+
+    def __len__(self) -> int:
+        return len(self.indices)
+
+    @overload
+    def __getitem__(self, at: int) -> Example: ...
+    @overload
+    def __getitem__(self, at: slice) -> Examples: ...
+    def __getitem__(self, at: int | slice) -> Example | Examples:
+        if isinstance(at, slice):
+            return Examples(self.store, self.indices[at])
+        return self.store[self.indices[at]]
+
+    def __iter__(self) -> Iterator[Example]:
+        return (self.store[index] for index in self.indices)
+
+    @property
+    def lengths(self) -> np.ndarray:
+        return self.store.lengths(self.indices)
+
+
+# ── index lists ─────────────────────────────────────────────────────────────────────────────────────────────────
+
+
+def write_groups(path: Path, groups: Groups) -> None:
+    _write_arrays(path, {"members": groups.members, "ends": groups.ends})
+
+
+def read_groups(path: Path) -> Groups:
+    arrays = _read_arrays(path)
+    return Groups(arrays["members"], arrays["ends"])
+
+
+def write_indices(path: Path, indices: np.ndarray) -> None:
+    _write_arrays(path, {"indices": indices})
+
+
+def read_indices(path: Path) -> np.ndarray:
+    return _read_arrays(path)["indices"]
+
+
+def _write_arrays(path: Path, arrays: dict[str, np.ndarray]) -> None:
+    """One list each, so that arrays of different length share a file."""
+    columns = [
+        pa.LargeListArray.from_arrays(pa.array([0, len(array)], pa.int64()), pa.array(array))
+        for array in arrays.values()
+    ]
+    batch = pa.record_batch(columns, names=list(arrays))
+    with pa.OSFile(str(path), "wb") as sink, pa.ipc.new_file(sink, batch.schema) as writer:
+        writer.write_batch(batch)
+
+
+def _read_arrays(path: Path) -> dict[str, np.ndarray]:
+    batch = pa.ipc.open_file(pa.memory_map(str(path))).get_batch(0)
+    return {name: batch.column(name).values.to_numpy() for name in batch.schema.names}
+
+
+def checksum(path: Path) -> str:
+    """XXH3 of a file's bytes: it finds damage, not malice."""
+    digest = xxhash.xxh3_128()
+    with path.open("rb") as stream:
+        while block := stream.read(1 << 22):
+            digest.update(block)
+    return digest.hexdigest()
+
+
+def _offsets(lengths: np.ndarray) -> pa.Array:
+    offsets = np.zeros(len(lengths) + 1, np.int32)
+    np.cumsum(lengths, out=offsets[1:])
+    return pa.array(offsets)
