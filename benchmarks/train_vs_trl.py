@@ -51,15 +51,10 @@ def rows(count: int, tokenizer: Any) -> list[dict[str, str]]:
     return made[:count]
 
 
-def ours(folder: Path, steps: int) -> dict[str, Any]:
-    from rich.console import Console
+def recipe_of(folder: Path, steps: int) -> Any:
+    from lora_cli.recipe import Recipe
 
-    from lora_cli.base.load import quiet_libraries
-    from lora_cli.recipe_file import load_recipe
-    from lora_cli.training.loop import train
-
-    quiet_libraries()
-    recipe = {
+    values = {
         "base_model": str(MODEL),
         "quantization": "nf4",
         "adapter": {"rank": 16, "alpha": 32},
@@ -75,8 +70,17 @@ def ours(folder: Path, steps: int) -> dict[str, Any]:
         },
         "output": str(folder / "run"),
     }
-    (folder / "recipe.yaml").write_text(json.dumps(recipe))
-    train(load_recipe(folder / "recipe.yaml"), Console(stderr=True))
+    return Recipe.model_validate(values)
+
+
+def ours(folder: Path, steps: int) -> dict[str, Any]:
+    from rich.console import Console
+
+    from lora_cli.base.load import quiet_libraries
+    from lora_cli.training.loop import train
+
+    quiet_libraries()
+    train(recipe_of(folder, steps), Console(stderr=True))
     lines = [json.loads(line) for line in (folder / "run" / "metrics.jsonl").read_text().splitlines()]
     return {
         "losses": [line["loss"] for line in lines],
@@ -203,14 +207,16 @@ def compare(steps: int) -> dict[str, Any]:
     from real_model import make_real_model
     from transformers import AutoTokenizer
 
-    from lora_cli.data.batches import Order
+    from lora_cli.data.prepare import prepare
 
     make_real_model(MODEL, ROOT / "build" / "downloads")
     with tempfile.TemporaryDirectory() as name:
         folder = Path(name)
-        made = rows(steps * ROWS_PER_STEP, AutoTokenizer.from_pretrained(MODEL))
+        tokenizer = AutoTokenizer.from_pretrained(MODEL)
+        made = rows(steps * ROWS_PER_STEP, tokenizer)
         (folder / "rows.jsonl").write_text("".join(json.dumps(row) + "\n" for row in made))
-        order = Order([[index] for index in range(len(made))], ROWS_PER_STEP, 1, seed=0)
+        recipe = recipe_of(folder, steps)
+        order = prepare(recipe, tokenizer).order(recipe)
         sequence = [index for step in range(1, steps + 1) for batch in order.step(step) for index in batch]
         (folder / "order.json").write_text(json.dumps(sequence))
         sides = {side: measure(side, folder, steps) for side in ("trl", "ours")}

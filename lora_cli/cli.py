@@ -84,6 +84,36 @@ def train(
         print(json.dumps(report))
 
 
+@app.command()
+def check(
+    recipe: Annotated[Path, typer.Argument(help="The YAML recipe.", show_default=False)],
+    overrides: Annotated[
+        list[str] | None, typer.Option("--set", help="Override a setting: key.path=value. Repeatable.")
+    ] = None,
+    show: Annotated[int, typer.Option(min=0, help="How many examples to show, token by token.")] = 3,
+    html: Annotated[Path | None, typer.Option("--html", help="Write the preview to an HTML file too.")] = None,
+    prepare: Annotated[bool, typer.Option("--prepare", help="Keep the prepared tokens for `lora train`.")] = False,
+    as_json: Json = False,
+) -> None:
+    """Check recipe and data, and show what would be trained on.
+
+    Everything short of training; no weight is read.
+    """
+    from lora_cli.recipe_file import load_recipe
+
+    loaded = load_recipe(recipe, overrides)
+    checking = _heavy("lora_cli.planning.check")
+    with _console().status("preparing the data"):
+        checked = checking.check(loaded, keep=prepare)
+    if html is not None:
+        checking.write_page(checked, html, show)
+    if as_json:
+        print(checking.as_json(checked, show))
+    else:
+        checking.print_checked(checked, _console(stderr=False), show)
+    checked.require_ok()
+
+
 @app.command("eval")
 def evaluate(
     run: Annotated[Path | None, typer.Argument(help="A run folder.", show_default=False)] = None,
@@ -254,10 +284,10 @@ def main() -> None:
         sys.exit(1)
 
 
-def _console() -> Any:
+def _console(*, stderr: bool = True) -> Any:
     from rich.console import Console
 
-    return Console(stderr=True)
+    return Console(stderr=stderr)
 
 
 def _heavy(module: str) -> Any:

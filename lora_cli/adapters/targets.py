@@ -15,6 +15,7 @@ from torch import Tensor, nn
 from lora_cli.adapters.projections import output_parts
 from lora_cli.base.linear import features, is_linear
 from lora_cli.errors import LoraError
+from lora_cli.recipe import AdapterRecipe
 
 
 @dataclass(frozen=True)
@@ -25,6 +26,21 @@ class Target:
     rank: int
     alpha: float
     output_mask: Tensor | None = None  # (out_features, rank)
+
+
+def targets_of(model: Any, adapter: AdapterRecipe) -> list[Target]:
+    """The layers to adapt by a recipe's adapter section; raises as find_targets does."""
+    return find_targets(
+        model,
+        adapter.target_modules,
+        rank=adapter.rank,
+        alpha=adapter.alpha,
+        projections=adapter.projections,
+        exclude_modules=adapter.exclude_modules,
+        layers=adapter.layers,
+        rank_pattern=adapter.rank_pattern,
+        alpha_pattern=adapter.alpha_pattern,
+    )
 
 
 def find_targets(

@@ -18,6 +18,11 @@ from transformers.integrations.sdpa_attention import sdpa_attention_forward
 from transformers.masking_utils import sdpa_mask
 from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING
 
+try:
+    from torch.nn.attention.varlen import varlen_attn
+except ImportError:  # torch before 2.10
+    varlen_attn = None
+
 PER_EXAMPLE = "sdpa_per_example"
 _PLAIN_UP_TO = 512  # tokens of an example; above it the memory of its scores outweighs the speed
 
@@ -70,6 +75,8 @@ def per_example_attention(
         return sdpa_attention_forward(module, query, key, value, attention_mask, dropout, scaling, **kwargs)
     if attention_mask is not None:
         sliding_window = int(attention_mask[0, 0, 0, 0])
+    if dropout == 0 and varlen_fits(query.device, query.dtype, query.shape[-1]):
+        return _varlen(query, key, value, sliding_window, scaling, cu_seq_lens_q, kwargs["max_length_q"]), None
     lengths = cu_seq_lens_q.diff().tolist()
     parts = [x[0].transpose(0, 1).split(lengths) for x in (query, key, value)]  # each (length, heads, head_dim)
     outputs: list[Tensor | None] = [None] * len(lengths)
@@ -80,6 +87,61 @@ def per_example_attention(
         for row, at in enumerate(bucket):
             outputs[at] = out[row, :, : lengths[at]].transpose(0, 1)
     return torch.cat(outputs).unsqueeze(0), None  # type: ignore[arg-type]
+
+
+def varlen_fits(device: torch.device, dtype: torch.dtype, head_dim: int) -> bool:
+    """Whether torch's variable-length attention computes this; its kernel is FlashAttention 2, from Ampere on."""
+    return (
+        varlen_attn is not None
+        and device.type == "cuda"
+        and dtype in (torch.float16, torch.bfloat16)
+        and head_dim <= 256
+        and head_dim % 8 == 0
+        and torch.cuda.get_device_capability(device) >= (8, 0)
+    )
+
+
+def packed_attention_name(config: Any, device: torch.device, dtype: torch.dtype) -> str:
+    """How packed rows are computed, for a person."""
+    if attention_implementation(config) != PER_EXAMPLE:
+        return "the architecture's own attention with a block mask"
+    if device.type != "cuda":
+        return "SDPA example by example"
+    fits = varlen_fits(device, dtype, _head_dim(config))
+    return "torch's variable-length attention" if fits else "SDPA with a block mask"
+
+
+def _head_dim(config: Any) -> int:
+    stated = getattr(config, "head_dim", None)
+    return stated or config.hidden_size // config.num_attention_heads
+
+
+def _varlen(
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    window: int | None,
+    scaling: float | None,
+    ends: Tensor,  # (examples + 1,)
+    longest: int,
+) -> Tensor:
+    """(1, tokens, heads, head_dim); nothing is copied to the host, so the GPU never waits."""
+    assert varlen_attn is not None
+    q, k, v = (x[0].transpose(0, 1).contiguous() for x in (query, key, value))  # (tokens, heads, head_dim)
+    back = -1 if window is None else window - 1  # the window counts the token itself
+    out = varlen_attn(
+        q,
+        k,
+        v,
+        ends,
+        ends,
+        longest,
+        longest,
+        scale=scaling,
+        window_size=(back, 0),
+        enable_gqa=query.shape[1] != key.shape[1],
+    )
+    return out.unsqueeze(0)  # type: ignore[union-attr]
 
 
 def _similar_lengths(lengths: list[int]) -> list[list[int]]:
@@ -133,7 +195,8 @@ def _mask(
     Some architectures tell a sliding window (local_size) to the mask alone, such as Qwen2-MoE: the mask of a packed row
     then is that number, expanded to the shape of a mask without its memory.
     """
-    if attention_mask is None and q_length == kv_length and not allow_is_causal_skip and not use_vmap:
+    packed = attention_mask is None and q_length == kv_length and not allow_is_causal_skip and not use_vmap
+    if packed and _by_example(kwargs):
         return None if local_size is None else torch.tensor(local_size).expand(1, 1, q_length, kv_length)
     return sdpa_mask(
         q_length=q_length,
@@ -144,6 +207,17 @@ def _mask(
         local_size=local_size,
         **kwargs,
     )
+
+
+def _by_example(settings: dict[str, Any]) -> bool:
+    """Whether attention will go by example: on a GPU without variable-length attention a block mask costs less.
+
+    There, one call for the whole row with a mask beats a call an example, each of which makes the GPU wait.
+    """
+    device, config = torch.device(settings.get("device") or "cpu"), settings.get("config")
+    if device.type != "cuda":
+        return True
+    return config is not None and varlen_fits(device, settings.get("dtype") or torch.float32, _head_dim(config))
 
 
 def _is_window(mask: Tensor) -> bool:

@@ -31,7 +31,7 @@ def load_model(
     What is not quantized (embeddings, norms, lm_head) is held in `dtype`. No parameter requires a gradient.
     Raises LoraError for an architecture that is no causal LM, or weights that do not fit the architecture.
     """
-    config = _config(source, trust_remote_code)
+    config = model_config(source, trust_remote_code)
     settings = _quantization_settings(source, quantization, dtype, double_quantization)
     if quantization == "nf4" and settings is not None and device.type == "cpu":
         settings.llm_int8_skip_modules = _wrong_on_cpu(config, trust_remote_code)
@@ -112,7 +112,8 @@ def quiet_libraries() -> None:
     warnings.filterwarnings("ignore", module=r"bitsandbytes|transformers|accelerate|torch")
 
 
-def _config(source: BaseSource, trust_remote_code: bool) -> Any:
+def model_config(source: BaseSource, trust_remote_code: bool) -> Any:
+    """The configuration of a causal language model. Raises LoraError for any other, and for an unknown kind."""
     if source.config.get("auto_map") and not trust_remote_code and source.config.get("model_type") is None:
         raise LoraError(
             f"{source.name} is defined by Python code of its own",

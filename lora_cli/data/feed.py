@@ -15,6 +15,14 @@ class Feed(Protocol):
         """The examples of each micro-batch of a step, counted from 1."""
         ...
 
+    def position(self) -> dict[str, int]:
+        """What a checkpoint has to remember, beside the step, to go on from here."""
+        ...
+
+    def seek(self, position: dict[str, int]) -> None:
+        """Go on where a checkpoint stopped."""
+        ...
+
 
 @dataclass(frozen=True)
 class IndexedFeed:
@@ -25,3 +33,9 @@ class IndexedFeed:
 
     def step(self, step: int) -> list[list[Example]]:
         return [[self.examples[index] for index in batch] for batch in self.order.step(step)]
+
+    def position(self) -> dict[str, int]:
+        return {}
+
+    def seek(self, position: dict[str, int]) -> None:
+        pass

@@ -100,9 +100,9 @@ class Findings:
             raise error if stopping[0] == "malformed" else CheckFailed(error.what, where=error.where, fix=error.fix)
         raise GateClosed(self, stopping)
 
-    def as_list(self) -> list[dict[str, Any]]:
+    def as_list(self, allowed: Sequence[str] = ()) -> list[dict[str, Any]]:
         """For --json: kind, count, rows (numbers), sources (the file of each), stops, fix."""
-        stopping = self.stopping()
+        stopping = self.stopping(allowed)
         return [
             {
                 "kind": kind,

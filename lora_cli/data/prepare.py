@@ -10,6 +10,7 @@ import json
 import os
 import shutil
 import tempfile
+import weakref
 from array import array
 from dataclasses import dataclass, field
 from functools import cached_property
@@ -23,7 +24,6 @@ import xxhash
 from transformers import PreTrainedTokenizerBase
 
 from lora_cli.data.chat import ChatTemplate, chat_template
-from lora_cli.data.example import Example
 from lora_cli.data.gate import TOO_LONG_SHARE, Findings, Lengths, duplicates
 from lora_cli.data.packing import Groups, pack, similar_lengths
 from lora_cli.data.prepared import PARTS, PreparedData, Summary, open_prepared, summary_values
@@ -57,14 +57,25 @@ def prepare(
     if data is None and keep:
         data = _build_in_place(preparation, place, own=recipe.data.cache is None)
     elif data is None:
-        temporary = tempfile.TemporaryDirectory(prefix="lora-")
-        folder = Path(temporary.name)
-        with disk_errors(folder):
-            preparation.build(folder)
-        data = open_prepared(folder, kept=temporary)
+        data = _build_for_now(preparation)
     assert data is not None
     if not inspect:
         data.findings.require_none(recipe.data.allow)
+    return data
+
+
+def _build_for_now(preparation: Preparation) -> PreparedData:
+    """Prepared in a temporary folder that goes when the data are no longer used."""
+    folder = Path(tempfile.mkdtemp(prefix="lora-"))
+    try:
+        with disk_errors(folder):
+            preparation.build(folder)
+        data = open_prepared(folder)
+        assert data is not None
+    except BaseException:
+        shutil.rmtree(folder, ignore_errors=True)
+        raise
+    weakref.finalize(data, shutil.rmtree, folder, ignore_errors=True)
     return data
 
 
@@ -121,7 +132,12 @@ class Preparation:
     @cached_property
     def sources(self) -> list[tuple[SourceRecipe, Source]]:
         """Of the training data, then of the validation data."""
-        return [(each, open_source(each)) for each in (*self.recipe.data.train, *_held_out(self.recipe.data))]
+        return [(each, open_source(each)) for each in (*self._training, *_held_out(self.recipe.data))]
+
+    @cached_property
+    def _training(self) -> list[SourceRecipe]:
+        """Sources that are prepared to train on: none of a stream, whose rows are read later."""
+        return [] if self.recipe.data.streaming else self.recipe.data.train
 
     @cached_property
     def key(self) -> str:
@@ -133,7 +149,7 @@ class Preparation:
             template = chat_template(self.tokenizer, data.template).text
         parts = {
             "data": [[each.weight, list(source.identity.items())] for each, source in self.sources],
-            "training_sources": len(data.train),
+            "training_sources": len(self._training),
             "fraction": data.validation if isinstance(data.validation, float) else None,
             "tokenizer": _tokenizer_hash(self.tokenizer),
             "template": template,
@@ -151,14 +167,14 @@ class Preparation:
         names: list[str] = []
         formats: dict[str, str] = {}
         self._findings = findings = Findings()
-        self._long = self._rows = 0
+        self._rows = 0
         self._template: ChatTemplate | None = None
         self._stops: set[int] = set()
         row_of: dict[bool, list[np.ndarray]] = {False: [], True: []}
         source_of: list[int] = []
         with ExampleWriter(folder / "examples.arrow") as writer:
             for at, (recipe, source) in enumerate(self.sources):
-                validation = at >= len(data.train)
+                validation = at >= len(self._training)
                 times = times_of(source)
                 first = writer.count
                 owners = array("q")
@@ -169,7 +185,7 @@ class Preparation:
         lengths, targets = writer.lengths, writer.targets
         self._close_gate(findings, writer, seen, held, names)
         train, validation = self._split(seen, row_of, source_of)
-        if not len(train):
+        if not len(train) and self._training:
             findings.require_none(data.allow)
             raise LoraError("no row is left to train on", where=_name(data.train[0]))
         rows = self._rows_of(lengths[train])
@@ -216,8 +232,7 @@ class Preparation:
         if not head:
             raise LoraError("the source has no rows", where=source.name, fix="check what wrote it")
         reader = RowEncoder(self.recipe.data, self.tokenizer, head)
-        unused = f"; columns not used: {', '.join(reader.format.unused)}" if reader.format.unused else ""
-        formats[source.name] = f"{reader.format.name} ({reader.format.reason}{unused})"
+        formats[source.name] = reader.said
         self._template = reader.template or self._template
         number_of: dict[str, int] = {}
         for encoded in reader.encode(chain(head, rows), self._findings):
@@ -236,7 +251,10 @@ class Preparation:
             seen.content.append(content)
             seen.group.append(self._group(row, content))
             self._stops.add(int(ids[encoded.example.spans[-1][1] - 1]))
-            for piece in self._fitted(encoded.example, reader.format.name):
+            data = self.recipe.data
+            for piece in fit_length(
+                encoded.example, data.max_seq_len, data.too_long, reader.format.name, self._findings
+            ):
                 whole = piece is encoded.example
                 writer.add(piece, ids if whole else np.array(piece.ids, np.int32), file)
                 owners.append(len(seen.row) - 1)
@@ -250,29 +268,14 @@ class Preparation:
             raise LoraError(f"data.group_by names {name}, but the row has no such column", where=row.where, fix=fix)
         return xxhash.xxh3_64_intdigest(json.dumps(row.values[name], sort_keys=True, default=str).encode())
 
-    def _fitted(self, example: Example, data_format: str) -> list[Example]:
-        """The example, or what the recipe's too_long makes of it."""
-        data = self.recipe.data
-        if len(example.ids) <= data.max_seq_len:
-            return [example]
-        self._long += 1
-        error = LoraError(
-            f"{len(example.ids)} tokens, but max_seq_len is {data.max_seq_len}",
-            where=example.source,
-            fix="raise data.max_seq_len, or choose data.too_long: drop, truncate or split",
-        )
-        self._findings.add("too_long", example.file, example.row, error)
-        return fit_length(example, data.max_seq_len, data.too_long, data_format, self._findings)
-
     # ── what can only be said when all rows were seen ───────────────────────────────────────────────────────────
 
     def _close_gate(
         self, findings: Findings, writer: ExampleWriter, seen: _Seen, held: _Seen, names: list[str]
     ) -> None:
         data = self.recipe.data
-        if data.too_long != "error" or self._long <= TOO_LONG_SHARE * self._rows:
+        if data.too_long != "error" or findings.counts.get("too_long", 0) <= TOO_LONG_SHARE * self._rows:
             findings.waived.add("too_long")
-        findings.waived |= set(data.allow)
         content = _numbers(seen.content, np.uint64)
         for at in duplicates(content).tolist():
             findings.add("duplicate", *seen.where(at, names))
@@ -300,10 +303,10 @@ class Preparation:
             ] = True
         held = held_rows[owners] if len(owners) else np.zeros(0, bool)
         train = []
-        for number, (recipe, start, end) in enumerate(zip(data.train, starts, ends, strict=False)):
+        for number, (recipe, start, end) in enumerate(zip(self._training, starts, ends, strict=False)):
             indices = np.arange(start, end)[~held[start:end]]
             train += repeated(indices, recipe.weight, [self.recipe.train.seed, 0x3E16, number])
-        validation = [np.flatnonzero(held), *map(np.arange, starts[len(data.train) :], ends[len(data.train) :])]
+        validation = [np.flatnonzero(held), *map(np.arange, starts[len(self._training) :], ends[len(self._training) :])]
         return np.concatenate([np.empty(0, np.int64), *train]), np.concatenate(validation).astype(np.int64)
 
     def _rows_of(self, lengths: np.ndarray) -> Groups:

@@ -45,7 +45,6 @@ class PreparedData:
     train: Examples
     validation: Examples
     rows: Groups
-    kept: Any = None  # the temporary folder, if that is where it is
 
     @property
     def fingerprint(self) -> str:
@@ -56,11 +55,26 @@ class PreparedData:
     def findings(self) -> Findings:
         return self.summary.findings
 
+    def require_fit(self, config: Any, model: str) -> None:
+        """Raises LoraError for an example that the model has no embeddings or no positions for."""
+        if self.summary.largest_id >= config.vocab_size:
+            raise LoraError(
+                "the tokenizer has tokens that the model does not", where=model, fix="use the model's own tokenizer"
+            )
+        longest, where = self.summary.longest
+        positions = getattr(config, "max_position_embeddings", None)
+        if positions and longest > positions:
+            raise LoraError(
+                f"{longest} tokens, but {model} sees {positions} at most",
+                where=where,
+                fix=f"write data.max_seq_len: {positions}, with data.too_long: drop, truncate or split",
+            )
+
     def order(self, recipe: Recipe) -> Order:
-        return Order(self.rows, _rows_per_micro_batch(recipe), *_accumulation_and_seed(recipe))
+        return Order(self.rows, rows_per_micro_batch(recipe), *_accumulation_and_seed(recipe))
 
 
-def open_prepared(folder: Path, kept: Any = None) -> PreparedData | None:
+def open_prepared(folder: Path) -> PreparedData | None:
     """What stands in the folder, or None if it is missing or damaged in any byte."""
     try:
         stored = json.loads((folder / "summary.json").read_text(encoding="utf-8"))
@@ -71,7 +85,7 @@ def open_prepared(folder: Path, kept: Any = None) -> PreparedData | None:
         summary = _summary_from(stored["summary"])
         examples = ExampleStore(folder / "examples.arrow", summary.names)
         train, validation = (Examples(examples, read_indices(folder / f"{n}.arrow")) for n in ("train", "validation"))
-        return PreparedData(folder, summary, train, validation, read_groups(folder / "rows.arrow"), kept)
+        return PreparedData(folder, summary, train, validation, read_groups(folder / "rows.arrow"))
     except (OSError, ValueError, KeyError, TypeError, AttributeError):  # whatever damage makes of it
         return None
 
@@ -108,7 +122,7 @@ def summary_values(summary: Summary) -> dict[str, Any]:
     }
 
 
-def _rows_per_micro_batch(recipe: Recipe) -> int:
+def rows_per_micro_batch(recipe: Recipe) -> int:
     """Of packed rows; without packing a row of the order already is a micro-batch."""
     if not recipe.data.packing:
         return 1

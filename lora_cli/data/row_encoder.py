@@ -21,7 +21,7 @@ _ROWS_AT_ONCE = 512
 
 
 class RowEncoder:
-    """Rows of one source → examples. head: its first rows, which show the format."""
+    """Rows of one source → examples. head: its first rows, which show the format. said: which one, and why."""
 
     def __init__(self, data: DataRecipe, tokenizer: PreTrainedTokenizerBase, head: list[Row]):
         self.format = detect_format(head, data.format, data.columns)
@@ -33,6 +33,8 @@ class RowEncoder:
                 wanted = "alpaca"  # the layout that these columns come from
             template = chat_template(tokenizer, wanted, head[0].where)
         self.template = template
+        unused = f"; columns not used: {', '.join(self.format.unused)}" if self.format.unused else ""
+        self.said = f"{self.format.name} ({self.format.reason}{unused})"
         self._encoder = Encoder(self.format, tokenizer, template, data.train_on)
 
     def encode(self, rows: Iterator[Row], findings: Findings) -> Iterator[Encoded]:
@@ -54,7 +56,15 @@ class RowEncoder:
 def fit_length(
     example: Example, max_seq_len: int, too_long: str, data_format: str, findings: Findings, stride: int | None = None
 ) -> list[Example]:
-    """What becomes of an example above max_seq_len: nothing, its start, or pieces of it."""
+    """The example, or if it is above max_seq_len (a finding): nothing, its start, or pieces of it."""
+    if len(example.ids) <= max_seq_len:
+        return [example]
+    error = LoraError(
+        f"{len(example.ids)} tokens, but max_seq_len is {max_seq_len}",
+        where=example.source,
+        fix="raise data.max_seq_len, or choose data.too_long: drop, truncate or split",
+    )
+    findings.add("too_long", example.file, example.row, error)
     if too_long == "split":
         if data_format != "text":
             raise LoraError(

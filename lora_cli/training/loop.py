@@ -49,6 +49,7 @@ class State:
     seconds: float = 0.0
     peak_memory_bytes: int = 0
     loss_scale: dict[str, Any] = field(default_factory=dict)
+    position: dict[str, int] = field(default_factory=dict)  # of the data, where the step does not say it
 
 
 def train(recipe: Recipe, console: Console, *, resume: bool = False) -> dict[str, Any]:
@@ -68,8 +69,8 @@ def train(recipe: Recipe, console: Console, *, resume: bool = False) -> dict[str
         "processes": accelerator.num_processes,
         "base_revision": session.source.revision,
         "base_fingerprint": session.source.fingerprint,
-        "data_fingerprint": session.data.fingerprint,
-        "data_files": session.data.summary.files,
+        "data_fingerprint": session.data_fingerprint,
+        "data_files": session.data_files,
     }
     if resume:
         folder.require_same(environment)
@@ -245,13 +246,14 @@ class _Run:
                 self.session.source,
                 quantization=recipe.quantization,
                 double_quantization=recipe.double_quantization,
-                chat_template=self.session.data.summary.own_template,
+                chat_template=self.session.own_template,
             )
 
     def _checkpoint(self) -> None:
         if self.accelerator.is_main_process:
             if self.accelerator.scaler is not None:
                 self.state.loss_scale = self.accelerator.scaler.state_dict()
+            self.state.position = self.session.feed.position()
             place = self.folder.checkpoints / f"step_{self.state.step:06d}"
             save_checkpoint(place, self.model, self.optimizer, vars(self.state))
             prune_checkpoints(self.folder.checkpoints, self.recipe.keep_checkpoints)
@@ -262,6 +264,7 @@ class _Run:
         if newest is not None:
             saved = load_checkpoint(newest, self.model, self.optimizer)
             self.state = State(**{name: saved[name] for name in vars(State())})
+            self.session.feed.seek(self.state.position)
             if self.accelerator.scaler is not None and self.state.loss_scale:
                 self.accelerator.scaler.load_state_dict(self.state.loss_scale)
         if self.accelerator.is_main_process:

@@ -1,0 +1,64 @@
+"""What a person is told of prepared data, in lines: the same before training and in `lora check`."""
+
+from __future__ import annotations
+
+from lora_cli.data.gate import KINDS
+from lora_cli.data.prepared import PreparedData
+from lora_cli.data.stream import StreamFeed
+from lora_cli.recipe import Recipe
+
+_DONE = {"error": "left out", "drop": "left out", "truncate": "cut at the end", "split": "cut into pieces"}
+
+
+def data_lines(data: PreparedData, recipe: Recipe) -> list[str]:
+    """Formats and why, lengths, how much is trained, how full the rows are, and steps."""
+    summary, settings = data.summary, recipe.data
+    tokens, limit = summary.train.tokens, settings.max_seq_len
+    lines = [f"{source}: {form}" for source, form in summary.formats.items()]
+    if summary.template is not None:
+        lines.append(f"chat template: {summary.template}")
+    if summary.stop_tokens:
+        lines.append(f"what is trained ends in {', '.join(summary.stop_tokens)}")
+    held_out = f", {len(data.validation):,} held out" if len(data.validation) else ", none held out"
+    lines.append(f"{len(data.train):,} examples an epoch{held_out}")
+    share = summary.train.target_tokens / tokens
+    lines.append(f"{tokens:,} tokens an epoch, {summary.train.target_tokens:,} trained ({share:.0%})")
+    lengths = ", ".join(f"{name} {value:,}" for name, value in summary.train.percentiles.items())
+    lines.append(f"tokens of an example: {lengths}")
+    order = data.order(recipe)
+    if settings.packing:
+        lines.append(f"packed into {len(data.rows):,} rows of {limit:,}, {tokens / len(data.rows) / limit:.1%} full")
+    else:
+        lines.append(f"{len(data.rows):,} micro-batches of similar length")
+    total = order.total_steps(recipe.train.epochs, recipe.train.max_steps)
+    lines.append(
+        f"{total:,} steps ({total / order.steps_per_epoch:.2f} epochs), about "
+        f"{tokens / order.steps_per_epoch:,.0f} tokens a step"
+    )
+    if summary.findings.counts.get("too_long"):
+        lines.append(f"{summary.findings.counts['too_long']:,} rows above {limit:,} tokens: {_DONE[settings.too_long]}")
+    return lines
+
+
+def finding_lines(data: PreparedData) -> list[str]:
+    """What the gate found that does not stop this run."""
+    findings = data.findings
+    return [
+        f"{count:,} {KINDS[kind].title}{f': {findings.rows(kind)}' if findings.places[kind] else ''}"
+        for kind, count in sorted(findings.counts.items(), key=lambda each: list(KINDS).index(each[0]))
+        if kind != "too_long"
+    ]
+
+
+def stream_lines(feed: StreamFeed, data: PreparedData, recipe: Recipe) -> list[str]:
+    """What the first window of a stream shows; the rest is checked as it comes."""
+    window = feed.lengths
+    lengths = ", ".join(f"{name} {value:,}" for name, value in window.percentiles.items())
+    return [
+        *(f"{source}: {form}" for source, form in feed.formats.items()),
+        f"streaming; in the first window {window.examples:,} examples, {window.tokens:,} tokens, "
+        f"{window.target_tokens:,} trained ({window.target_tokens / window.tokens:.0%})",
+        f"tokens of an example: {lengths}",
+        f"{len(data.validation):,} examples held out" if len(data.validation) else "none held out",
+        f"{recipe.train.max_steps:,} steps",
+    ]

@@ -1,0 +1,201 @@
+"""Training data that are read as training needs them, and not kept: for what is larger than the disk.
+
+Rows come in windows. Each goes through the same encoder and the same gate as prepared data, is packed and shuffled by
+itself, and is then forgotten. A stream has no index: to resume, the rows before the current window are read past, but
+not tokenized again.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+from collections.abc import Iterator
+from itertools import islice
+from typing import Any
+
+import numpy as np
+from transformers import PreTrainedTokenizerBase
+
+from lora_cli.data.example import Example
+from lora_cli.data.gate import TOO_LONG_SHARE, Findings, Lengths
+from lora_cli.data.order import Permutation
+from lora_cli.data.packing import Groups, pack, similar_lengths
+from lora_cli.data.prepared import rows_per_micro_batch
+from lora_cli.data.readers import Row
+from lora_cli.data.row_encoder import RowEncoder, fit_length
+from lora_cli.data.sources import FileSource, open_source
+from lora_cli.errors import LoraError
+from lora_cli.recipe import Recipe
+
+WINDOW_ROWS = 4096
+
+
+class StreamFeed:
+    """Steps made of a stream, in order. Opening it reads the first window; raises LoraError for what is wrong in it.
+
+    first_window: the examples of the first window, for previews and checks. window: what the gate says of the current.
+    """
+
+    def __init__(self, recipe: Recipe, tokenizer: PreTrainedTokenizerBase):
+        self._recipe, self._tokenizer = recipe, tokenizer
+        self._sources = [(each.weight, open_source(each, streaming=True)) for each in recipe.data.train]
+        self._encoders: dict[int, RowEncoder] = {}
+        self._largest_id = 2**31
+        self._place = {"pass": 0, "rows": 0, "unit": 0}  # the current window: where it begins, units already given
+        self._next = dict(self._place)
+        self._rows = self._mixed()
+        self._examples: list[Example] = []
+        self._units = Groups.of([])
+        self._shuffled = Permutation(0, (0,))
+        self._step = 1
+        self._given = 0  # units of this pass
+        self._load_window()
+        self.first_window = self._examples
+
+    # ── what it is ──────────────────────────────────────────────────────────────────────────────────────────────
+
+    @property
+    def identity(self) -> dict[str, str]:
+        """Source → what tells this version from another, without reading all of it: sizes and times, or the commit."""
+        found: dict[str, str] = {}
+        for _, source in self._sources:
+            found |= _file_identity(source) if isinstance(source, FileSource) else source.identity
+        return found
+
+    @property
+    def fingerprint(self) -> str:
+        return hashlib.sha256(json.dumps(self.identity, sort_keys=True).encode()).hexdigest()
+
+    @property
+    def formats(self) -> dict[str, str]:
+        return {self._sources[at][1].name: encoder.said for at, encoder in sorted(self._encoders.items())}
+
+    @property
+    def own_template(self) -> str | None:
+        """Text of the chat template, where it is not the model's own."""
+        texts = [encoder.template.text for encoder in self._encoders.values() if encoder.template is not None]
+        return next((text for text in texts if text != self._tokenizer.chat_template), None)
+
+    @property
+    def lengths(self) -> Lengths:
+        """Of the examples of the current window."""
+        return Lengths.of(
+            np.array([len(example.ids) for example in self._examples], np.int64),
+            np.array([example.targets for example in self._examples], np.int64),
+        )
+
+    def require_fit(self, config: Any, model: str) -> None:
+        """Every window from now on must fit the model's vocabulary. Raises LoraError if max_seq_len is too long."""
+        positions = getattr(config, "max_position_embeddings", None)
+        if positions and self._recipe.data.max_seq_len > positions:
+            raise LoraError(f"max_seq_len is above what {model} sees", fix=f"write data.max_seq_len: {positions}")
+        self._largest_id = config.vocab_size - 1
+        self._require_known_tokens()
+
+    # ── steps ───────────────────────────────────────────────────────────────────────────────────────────────────
+
+    def step(self, step: int) -> list[list[Example]]:
+        if step != self._step:
+            raise ValueError(f"a stream gives step {self._step} next, not {step}")
+        self._step += 1
+        per_batch = rows_per_micro_batch(self._recipe)
+        units = [self._unit() for _ in range(per_batch * self._recipe.train.gradient_accumulation_steps)]
+        batches = [units[at : at + per_batch] for at in range(0, len(units), per_batch)]
+        return [[example for unit in batch for example in unit] for batch in batches]
+
+    def position(self) -> dict[str, int]:
+        """For a checkpoint: where the next step begins."""
+        return self._place | {"step": self._step}
+
+    def seek(self, position: dict[str, int]) -> None:
+        """Go on where a checkpoint stopped."""
+        self._next = {"pass": position["pass"], "rows": position["rows"], "unit": 0}
+        self._rows = self._mixed()
+        for _ in islice(self._rows, position["rows"]):
+            pass
+        self._load_window()
+        self._place["unit"] = position["unit"]
+        self._step = position["step"]
+
+    def _unit(self) -> list[Example]:
+        while self._place["unit"] >= len(self._units):
+            self._load_window()
+        members = self._units[self._shuffled[self._place["unit"]]]
+        self._place["unit"] += 1
+        return [self._examples[index] for index in members]
+
+    def _load_window(self) -> None:
+        data, train = self._recipe.data, self._recipe.train
+        rows = list(islice(self._rows, WINDOW_ROWS))
+        if not rows:
+            if self._given == 0:
+                raise LoraError("no row of the stream is left to train on", where=self._sources[0][1].name)
+            self._given = 0
+            self._next = {"pass": self._next["pass"] + 1, "rows": 0, "unit": 0}
+            self._rows = self._mixed()
+            rows = list(islice(self._rows, WINDOW_ROWS))
+        self._place = dict(self._next)
+        self._next["rows"] += len(rows)
+        self._examples = self._encoded(rows)
+        self._require_known_tokens()
+        lengths = np.array([len(example.ids) for example in self._examples], np.int64)
+        seed = (train.seed, self._place["pass"], self._place["rows"])
+        if data.packing:
+            self._units = pack(lengths, data.max_seq_len)
+        else:
+            size = {"examples": train.micro_batch_size, "tokens": train.tokens_per_micro_batch}
+            self._units = similar_lengths(lengths, train.seed, **size)
+        self._given += len(self._units)
+        self._shuffled = Permutation(len(self._units), seed)
+
+    def _encoded(self, rows: list[tuple[int, Row]]) -> list[Example]:
+        data = self._recipe.data
+        findings = Findings()
+        made: dict[int, Iterator[list[Example]]] = {}
+        for at in sorted({at for at, _ in rows}):
+            own = [row for owner, row in rows if owner == at]
+            encoder = self._encoders.setdefault(at, RowEncoder(data, self._tokenizer, own))
+            made[at] = iter(
+                [
+                    [] if each.example is None else self._fitted(each.example, encoder.format.name, findings)
+                    for each in encoder.encode(iter(own), findings)
+                ]
+            )
+        examples = [example for at, _ in rows for example in next(made[at])]
+        if data.too_long != "error" or findings.counts.get("too_long", 0) <= TOO_LONG_SHARE * len(rows):
+            findings.waived.add("too_long")
+        findings.require_none(data.allow)
+        self.findings = findings
+        return examples
+
+    def _fitted(self, example: Example, data_format: str, findings: Findings) -> list[Example]:
+        data = self._recipe.data
+        return fit_length(example, data.max_seq_len, data.too_long, data_format, findings)
+
+    def _require_known_tokens(self) -> None:
+        for example in self._examples:
+            if max(example.ids) > self._largest_id:
+                raise LoraError(
+                    "the tokenizer has a token that the model does not",
+                    where=example.source,
+                    fix="use the model's own tokenizer",
+                )
+
+    def _mixed(self) -> Iterator[tuple[int, Row]]:
+        """Rows of all sources with the number of their source, once each: always of the source that lags behind."""
+        streams = {at: source.rows() for at, (_, source) in enumerate(self._sources)}
+        taken = dict.fromkeys(streams, 0)
+        while streams:
+            at = min(streams, key=lambda each: ((taken[each] + 1) / self._sources[each][0], each))
+            row = next(streams[at], None)
+            if row is None:
+                del streams[at]
+                continue
+            taken[at] += 1
+            yield at, row
+
+
+def _file_identity(source: FileSource) -> dict[str, str]:
+    stats = {path: os.stat(path) for path in source.paths}
+    return {str(path): f"{stat.st_size} bytes, {stat.st_mtime_ns}" for path, stat in stats.items()}

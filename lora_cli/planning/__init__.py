@@ -1,0 +1,1 @@
+"""Before a run: what a recipe will do, and a first recipe for a model and data."""

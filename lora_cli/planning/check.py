@@ -1,0 +1,186 @@
+"""`lora check`: everything short of training. No weight is read."""
+
+from __future__ import annotations
+
+import json
+import os
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from rich.console import Console
+from rich.padding import Padding
+from rich.table import Table
+from rich.text import Text
+from transformers import AutoModelForCausalLM, PreTrainedTokenizerBase
+
+from lora_cli.adapters.targets import targets_of
+from lora_cli.base.load import load_tokenizer, model_config
+from lora_cli.base.source import BaseSource, find_base
+from lora_cli.data.example import Example
+from lora_cli.data.gate import KINDS
+from lora_cli.data.prepare import prepare
+from lora_cli.data.prepared import PreparedData
+from lora_cli.data.preview import PAGE_START, as_page, as_text, tokens_of
+from lora_cli.data.report import data_lines, stream_lines
+from lora_cli.data.stream import StreamFeed
+from lora_cli.errors import LoraError
+from lora_cli.files import disk_errors
+from lora_cli.recipe import Recipe
+
+
+@dataclass(frozen=True)
+class Checked:
+    """What a recipe comes to. layers: how many the adapter matches; parameters: how many of its numbers are trained."""
+
+    recipe: Recipe
+    source: BaseSource
+    tokenizer: PreTrainedTokenizerBase
+    data: PreparedData
+    stream: StreamFeed | None
+    layers: int
+    parameters: int
+
+    def as_dict(self, show: int) -> dict[str, Any]:
+        """For --json. Tokens are those of one epoch; a token counts as trained if it is a target of the loss."""
+        train = self.data.summary.train if self.stream is None else self.stream.lengths
+        return {
+            "ok": not self.data.findings.stopping(self.recipe.data.allow),
+            "examples": train.examples,
+            "validation_examples": len(self.data.validation),
+            "tokens": train.tokens,
+            "target_tokens": train.target_tokens,
+            "lengths": train.percentiles,
+            "formats": self.data.summary.formats,
+            "template": self.data.summary.template,
+            "layers": self.layers,
+            "trained_parameters": self.parameters,
+            "fingerprint": self.data.fingerprint,
+            "findings": self.findings(),
+            "rows": [
+                {
+                    "source": example.file,
+                    "row": example.row,
+                    "tokens": [
+                        {"id": token.id, "text": token.text, "trained": token.trained}
+                        for token in tokens_of(example, self.tokenizer)
+                    ],
+                }
+                for example in self.shown(show)
+            ],
+        }
+
+    def shown(self, show: int) -> Sequence[Example]:
+        """The first examples that are trained on, in the order of the data."""
+        return self.data.train[:show] if self.stream is None else self.stream.first_window[:show]
+
+    def findings(self) -> list[dict[str, Any]]:
+        return self.data.findings.as_list(self.recipe.data.allow)
+
+    def require_ok(self) -> None:
+        """Raises LoraError if the gate found something that stops a run."""
+        self.data.findings.require_none(self.recipe.data.allow)
+
+
+def check(recipe: Recipe, *, keep: bool = False) -> Checked:
+    """Data through the gate, layers that the adapter matches. keep: leave the prepared tokens for `lora train`."""
+    if keep and recipe.data.streaming:
+        raise LoraError("--prepare keeps prepared tokens, but data.streaming keeps none", fix="remove one of them")
+    source = find_base(recipe.base_model, recipe.revision, trust_remote_code=recipe.trust_remote_code)
+    tokenizer = load_tokenizer(source, trust_remote_code=recipe.trust_remote_code)
+    config = model_config(source, recipe.trust_remote_code)
+    with torch.device("meta"):
+        model = AutoModelForCausalLM.from_config(config, trust_remote_code=recipe.trust_remote_code)
+    # Which outputs of a fused layer are q or v is asked of a model that computes: here all projections are looked for.
+    adapter = recipe.adapter.model_copy(update={"projections": ["q", "k", "v", "o"]})
+    targets = targets_of(model, adapter)
+    shapes = {name: module.weight.shape for name, module in model.named_modules() if hasattr(module, "weight")}
+    data = prepare(recipe, tokenizer, keep=keep, inspect=True)
+    data.require_fit(config, source.name)
+    parameters = sum(target.rank * sum(shapes[target.name]) for target in targets)
+    stream = StreamFeed(recipe, tokenizer) if recipe.data.streaming else None
+    if stream is not None:
+        stream.require_fit(config, source.name)
+    return Checked(recipe, source, tokenizer, data, stream, len(targets), parameters)
+
+
+def write_page(checked: Checked, path: Path, show: int) -> None:
+    """The preview as an HTML file. Raises LoraError if the path holds something else."""
+    if path.exists() and (path.is_dir() or not path.read_bytes().startswith(PAGE_START.encode())):
+        raise LoraError("this is no preview of mine, and would be lost", where=str(path), fix="choose another --html")
+    lines = [f"{name}  {text}" for name, text in _lines(checked)]
+    page = as_page(
+        f"lora check: {checked.recipe.base_model}",
+        lines,
+        checked.data.findings,
+        checked.recipe.data.allow,
+        checked.shown(show),
+        checked.tokenizer,
+    )
+    temporary = path.with_name(f".{path.name}.tmp-{os.getpid()}")
+    with disk_errors(path):
+        temporary.write_text(page, encoding="utf-8")
+        temporary.replace(path)
+
+
+def print_checked(checked: Checked, console: Console, show: int) -> None:
+    for name, text in _lines(checked):
+        console.print(f"{name:9}{text}", highlight=False, markup=False, soft_wrap=True)
+    found = checked.findings()
+    if found:
+        table = Table("", "rows", "what", "where", "fix", box=None, pad_edge=False, header_style="bold")
+        table.columns[1].justify = "right"
+        for each in found:
+            mark = Text("stops", style="bold red") if each["stops"] else Text("note", style="yellow")
+            table.add_row(
+                mark,
+                f"{each['count']:,}",
+                KINDS[each["kind"]].title,
+                _where(each),
+                each["fix"],
+                style="" if each["stops"] else "dim",
+            )
+        console.print()
+        console.print(table)
+    for example in checked.shown(show):
+        console.print(
+            f"\n{example.source}: {len(example.ids):,} tokens, {example.targets:,} trained",
+            style="bold",
+            highlight=False,
+            markup=False,
+        )
+        colour = console.is_terminal and not console.no_color
+        console.print(Padding(as_text(example, checked.tokenizer, colour=colour), (0, 0, 0, 2)))
+    console.print()
+
+
+def _where(finding: dict[str, Any]) -> str:
+    """Rows by number; the file where there are several."""
+    files = dict.fromkeys(finding["sources"])
+    shown = finding["rows"][:5]
+    if len(files) <= 1:
+        text = ", ".join(map(str, shown))
+    else:
+        named = zip(finding["sources"][:5], shown, strict=True)
+        text = ", ".join(f"{Path(file).name}:{row}" for file, row in named)
+    return text + (" …" if finding["count"] > len(shown) and shown else "")
+
+
+def _lines(checked: Checked) -> list[tuple[str, str]]:
+    adapter = f"{checked.layers} layers, {checked.parameters:,} trained parameters"
+    some = checked.recipe.adapter.projections
+    if checked.recipe.adapter.target_modules == "attention" and len(set(some)) < 4:
+        adapter = f"{', '.join(some)} of {checked.layers} attention layers"
+    lines = [
+        ("model", f"{checked.recipe.base_model} ({checked.source.config.get('model_type')})"),
+        ("adapter", adapter),
+    ]
+    data, recipe = checked.data, checked.recipe
+    told = data_lines(data, recipe) if checked.stream is None else stream_lines(checked.stream, data, recipe)
+    return lines + [("" if at else "data", text) for at, text in enumerate(told)]
+
+
+def as_json(checked: Checked, show: int) -> str:
+    return json.dumps(checked.as_dict(show), ensure_ascii=False)

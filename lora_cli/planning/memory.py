@@ -1,0 +1,190 @@
+"""How much memory a run needs, by arithmetic on shapes: an estimate, not measured on a GPU."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Collection, Iterable
+from dataclasses import dataclass
+from typing import Any
+
+from torch import nn
+
+from lora_cli.adapters.targets import block_lists, linear_layers
+from lora_cli.base.linear import features, is_linear
+from lora_cli.errors import LoraError
+
+GIB = 2**30
+_MOST = 2**40  # bytes; above it a size without unit is likely MiB
+_UNITS = {"": GIB, "g": GIB, "gb": GIB, "gib": GIB, "m": 2**20, "mb": 2**20, "mib": 2**20, "t": 2**40, "tb": 2**40}
+# Bits of a weight: NF4 with one scale a block of 64, in fp32 (4.5), or in 8 bits with a scale of their own a block of
+# 256 (Dettmers et al. 2023, section 3); int8 with a scale a row, which is next to nothing.
+_BITS = {("nf4", True): 4 + 8 / 64 + 32 / (64 * 256), ("nf4", False): 4 + 32 / 64}
+OVERHEAD = GIB  # context and kernels of the device, fragmentation: a guess
+_SLOW_ACTIVATIONS = ("gelu_new", "gelu_fast", "gelu_python_tanh")  # written out in Python: three more results are kept
+
+
+@dataclass(frozen=True)
+class Block:
+    """What autograd keeps of one transformer block for a token: values in the compute dtype, and in fp32."""
+
+    values: int
+    fp32_values: int
+
+
+@dataclass(frozen=True)
+class ModelShape:
+    """The numbers that memory follows from. All but `vocabulary`, `hidden` and `heads` count parameters."""
+
+    quantizable: int  # of linear layers, without the output head
+    other: int  # embeddings, output head, norms, experts that are no linear layers
+    largest_layer: int  # of the linear layers
+    adapter: int
+    vocabulary: int
+    hidden: int
+    heads: int
+    blocks: tuple[Block, ...]
+
+    @property
+    def parameters(self) -> int:
+        """Of the base model."""
+        return self.quantizable + self.other
+
+
+@dataclass(frozen=True)
+class Memory:
+    """Bytes at the peak of a training step, by what they hold."""
+
+    weights: int
+    adapter: int
+    activations: int
+    logits: int
+    overhead: int
+
+    @property
+    def total(self) -> int:
+        return self.weights + self.adapter + self.activations + self.logits + self.overhead
+
+    def __str__(self) -> str:
+        parts = ", ".join(f"{name} {size / GIB:.1f}" for name, size in vars(self).items())
+        return f"{self.total / GIB:.1f} GiB ({parts})"
+
+
+def estimate_memory(
+    shape: ModelShape,
+    *,
+    quantization: str,
+    tokens: int,
+    target_tokens: int,
+    gradient_checkpointing: bool,
+    double_quantization: bool = True,
+    value_bytes: int = 2,
+    optimizer_bytes: int = 8,
+    scores: int = 0,
+) -> Memory:
+    """Peak memory of a step, estimated from shapes; nothing of it is measured on a GPU.
+
+    With b = value_bytes (2 for bf16 and fp16, 4 for fp32), everything in bytes:
+
+    weights      quantizable · bits / 8 + other · b; bits: 4.127 for NF4 with double quantization, 4.5 without, 8 for
+                 int8, 8 · b for none; and while a layer computes, one dequantized: largest_layer · b
+    adapter      adapter · (4 fp32 + 4 gradient + optimizer_bytes (8: two Adam moments) + b while it is applied)
+    activations  tokens · Σ over blocks (b · values + 4 · fp32_values + heads · scores · 8); with gradient checkpointing
+                 tokens · (blocks · hidden · b + the same of the largest block alone)
+    logits       target_tokens · vocabulary · (b + 4 as fp32 + 4 for the softmax)
+    overhead     1 GiB
+
+    tokens, target_tokens: of a micro-batch. scores: how many attention scores are kept for each token and head: none
+    where a fused kernel computes attention, the tokens of a row where it does not.
+    """
+    bits = _BITS.get((quantization, double_quantization), 8 if quantization == "int8" else 8 * value_bytes)
+    dequantized = shape.largest_layer * value_bytes if quantization != "none" else 0
+    block_bytes = [
+        block.values * value_bytes + block.fp32_values * 4 + shape.heads * scores * 8 for block in shape.blocks
+    ]
+    kept = sum(block_bytes)
+    if gradient_checkpointing:
+        kept = min(kept, len(block_bytes) * shape.hidden * value_bytes + max(block_bytes, default=0))
+    return Memory(
+        weights=round(shape.quantizable * bits / 8) + shape.other * value_bytes + dequantized,
+        adapter=shape.adapter * (4 + 4 + optimizer_bytes + value_bytes),
+        activations=tokens * kept,
+        logits=target_tokens * shape.vocabulary * (value_bytes + 8),
+        overhead=OVERHEAD,
+    )
+
+
+def shape_of(model: Any, ranks: dict[str, int], *, on_cpu: bool = False) -> ModelShape:
+    """Shapes of a model, which may have no weights (device meta). ranks: of the adapted layers, by module name.
+
+    on_cpu: layers whose rows are no whole number of blocks of 64 are not quantized there (base/load.py says why).
+    """
+    linear = linear_layers(model)
+    sizes = {name: features(module) for name, module in linear.items()}
+    quantizable = sum(a * b for a, b in sizes.values() if not (on_cpu and a % 64))
+    total = sum(parameter.numel() for parameter in model.parameters())
+    config = model.config.get_text_config()
+    names = [name for outer in block_lists(model) for name in _children(model, outer)]
+    slow = (getattr(config, "hidden_act", None) or getattr(config, "activation_function", "")) in _SLOW_ACTIVATIONS
+    experts = getattr(config, "num_experts_per_tok", None) or 0
+    blocks = [_block(model.get_submodule(name), config.hidden_size, set(ranks), name, slow, experts) for name in names]
+    return ModelShape(
+        quantizable=quantizable,
+        other=total - quantizable,
+        largest_layer=max((a * b for a, b in sizes.values()), default=0),
+        adapter=sum(rank * sum(sizes[name]) for name, rank in ranks.items()),
+        vocabulary=config.vocab_size,
+        hidden=config.hidden_size,
+        heads=config.num_attention_heads,
+        blocks=tuple(blocks),
+    )
+
+
+def _children(model: Any, outer: str) -> Iterable[str]:
+    return (f"{outer}.{name}" for name, _ in model.get_submodule(outer).named_children())
+
+
+def _block(block: nn.Module, hidden: int, adapted: Collection[str], prefix: str, slow: bool, experts: int) -> Block:
+    """What autograd keeps of a block for one token. Base weights are frozen, so their inputs are not kept for them.
+
+    Inputs of adapted layers (A's gradient needs them), once where layers beside each other share one; outputs of all
+    layers (attention and activation function need them); in a gated MLP the activated gate; inputs of norms, which
+    RMSNorm takes in fp32. Agrees with what torch keeps on a CPU to about a tenth (tests/test_init.py).
+    """
+    linear = {name: features(module) for name, module in block.named_modules() if is_linear(module)}
+    outputs = sum(out for _, out in linear.values())
+    inputs = sum(
+        size for _, size in {(_parent(name), linear[name][0]) for name in linear if f"{prefix}.{name}" in adapted}
+    )
+    values = inputs + outputs
+    if linear:
+        down = max(linear, key=lambda name: linear[name][0])
+        width = linear[down][0]
+        beside = sum(out for name, (_, out) in linear.items() if _parent(name) == _parent(down) and name != down)
+        gated = beside >= 2 * width
+        values += width * (gated + 3 * slow)
+    stacked = [parameter for parameter in block.parameters() if parameter.dim() == 3]  # one tensor for all experts
+    if stacked and experts:
+        width = sum(parameter[0].numel() for parameter in stacked) // (3 * hidden)
+        values += experts * (3 * width + 2 * hidden)
+    norms = [each for each in block.modules() if "norm" in type(each).__name__.lower() and not [*each.children()]]
+    plain = sum(isinstance(norm, nn.LayerNorm) for norm in norms)
+    return Block(values + plain * hidden, (len(norms) - plain) * hidden)
+
+
+def _parent(name: str) -> str:
+    return name.rpartition(".")[0]
+
+
+def parse_size(text: str) -> int:
+    """Bytes of a GPU's memory as people write it: 12, 12GB, 12GiB, 8g, 24564MiB. Raises LoraError for anything else.
+
+    GB means GiB: a card that is sold as 12 GB has 12 GiB.
+    """
+    found = re.fullmatch(r"\s*(\d{1,9}(?:\.\d{1,9})?)\s*([A-Za-z]*)\s*", text)
+    unit = _UNITS.get(found[2].lower()) if found else None
+    size = round(float(found[1]) * unit) if found and unit else 0
+    if not 0 < size <= _MOST:
+        raise LoraError(
+            f"--gpu {text} is no amount of memory", fix="write what the GPU has, such as 12GB, 24GB or 24564MiB"
+        )
+    return size
