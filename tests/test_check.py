@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import re
 from html.parser import HTMLParser
+from itertools import pairwise
 from pathlib import Path
 
 import pytest
@@ -47,7 +48,7 @@ def seen_in_training(monkeypatch):
             ids = batch.inputs["input_ids"].flatten().tolist()
             aimed = dict(zip(batch.positions.tolist(), batch.targets.tolist(), strict=True))
             ends = batch.inputs["cu_seq_lens_q"].tolist()
-            for start, end in zip(ends, ends[1:], strict=False):
+            for start, end in pairwise(ends):
                 seen.append((ids[start:end], [aimed.get(at, -1) for at in range(start, end)]))
         return real(model, batch, **options)
 

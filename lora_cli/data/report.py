@@ -10,6 +10,12 @@ from lora_cli.recipe import Recipe
 _DONE = {"error": "left out", "drop": "left out", "truncate": "cut at the end", "split": "cut into pieces"}
 
 
+def counted(count: int, name: str) -> str:
+    """Such as 1 row, 2,000 rows."""
+    plural = "es" if name.endswith("ch") else "s"
+    return f"{count:,} {name}{'' if count == 1 else plural}"
+
+
 def data_lines(data: PreparedData, recipe: Recipe) -> list[str]:
     """Formats and why, lengths, how much is trained, how full the rows are, and steps."""
     summary, settings = data.summary, recipe.data
@@ -20,23 +26,27 @@ def data_lines(data: PreparedData, recipe: Recipe) -> list[str]:
     if summary.stop_tokens:
         lines.append(f"what is trained ends in {', '.join(summary.stop_tokens)}")
     held_out = f", {len(data.validation):,} held out" if len(data.validation) else ", none held out"
-    lines.append(f"{len(data.train):,} examples an epoch{held_out}")
+    lines.append(f"{counted(len(data.train), 'example')} an epoch{held_out}")
     share = summary.train.target_tokens / tokens
     lines.append(f"{tokens:,} tokens an epoch, {summary.train.target_tokens:,} trained ({share:.0%})")
     lengths = ", ".join(f"{name} {value:,}" for name, value in summary.train.percentiles.items())
     lines.append(f"tokens of an example: {lengths}")
     order = data.order(recipe)
     if settings.packing:
-        lines.append(f"packed into {len(data.rows):,} rows of {limit:,}, {tokens / len(data.rows) / limit:.1%} full")
+        lines.append(
+            f"packed into {counted(len(data.rows), 'row')} of {limit:,}, {tokens / len(data.rows) / limit:.1%} full"
+        )
     else:
-        lines.append(f"{len(data.rows):,} micro-batches of similar length")
+        lines.append(f"{counted(len(data.rows), 'micro-batch')} of similar length")
     total = order.total_steps(recipe.train.epochs, recipe.train.max_steps)
     lines.append(
-        f"{total:,} steps ({total / order.steps_per_epoch:.2f} epochs), about "
+        f"{counted(total, 'step')} ({total / order.steps_per_epoch:.2f} epochs), about "
         f"{tokens / order.steps_per_epoch:,.0f} tokens a step"
     )
-    if summary.findings.counts.get("too_long"):
-        lines.append(f"{summary.findings.counts['too_long']:,} rows above {limit:,} tokens: {_DONE[settings.too_long]}")
+    if summary.findings.counts.get("too_long") and "too_long" in summary.findings.waived:
+        lines.append(
+            f"{counted(summary.findings.counts['too_long'], 'row')} above {limit:,} tokens: {_DONE[settings.too_long]}"
+        )
     return lines
 
 

@@ -152,8 +152,7 @@ def print_checked(checked: Checked, console: Console, show: int) -> None:
             markup=False,
         )
         colour = console.is_terminal and not console.no_color
-        console.print(Padding(as_text(example, checked.tokenizer, colour=colour), (0, 0, 0, 2)))
-    console.print()
+        console.print(Padding(as_text(example, checked.tokenizer, colour=colour), (0, 0, 0, 2), expand=False))
 
 
 def _where(finding: dict[str, Any]) -> str:

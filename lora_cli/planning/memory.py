@@ -134,7 +134,7 @@ def shape_of(model: Any, ranks: dict[str, int], *, on_cpu: bool = False) -> Mode
         adapter=sum(rank * sum(sizes[name]) for name, rank in ranks.items()),
         vocabulary=config.vocab_size,
         hidden=config.hidden_size,
-        heads=config.num_attention_heads,
+        heads=getattr(config, "num_attention_heads", None) or 1,
         blocks=tuple(blocks),
     )
 
