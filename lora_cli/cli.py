@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import shlex
 import sys
 from pathlib import Path
 from typing import Annotated, Any, Literal
@@ -49,16 +50,45 @@ def _root(
 
 @app.command()
 def init(
+    model: Annotated[str | None, typer.Argument(help="Hub id or folder of the base model.", show_default=False)] = None,
+    data: Annotated[
+        str | None, typer.Argument(help="Data: a file, a folder of them, or a glob in quotes.", show_default=False)
+    ] = None,
+    gpu: Annotated[
+        str | None, typer.Option("--gpu", help="Memory of the GPU to train on, such as 12GB. Default: what is here.")
+    ] = None,
+    output: Annotated[Path, typer.Option("--output", help="The recipe to write.")] = Path("recipe.yaml"),
     schema: Annotated[bool, typer.Option("--schema", help="Print the JSON Schema of a recipe, for editors.")] = False,
+    trust_remote_code: RemoteCode = False,
+    as_json: Json = False,
 ) -> None:
-    """Print the JSON Schema of a recipe."""
-    if not schema:
-        raise LoraError(
-            "nothing to print", fix="lora init --schema > recipe.schema.json; example recipes are in configs/"
-        )
-    from lora_cli.recipe_file import json_schema
+    """Write a first recipe for a model and data.
 
-    print(json_schema())
+    Looks at both, and says in the recipe why each setting is as it is. No weight is read.
+    """
+    if schema:
+        if model is not None or gpu is not None:
+            raise LoraError("--schema prints the schema and writes no recipe", fix="remove --schema, or all else")
+        from lora_cli.recipe_file import json_schema
+
+        print(json_schema())
+        return
+    if model is None or data is None:
+        raise LoraError(
+            "which model, and which data?",
+            fix="lora init MODEL DATA [--gpu 12GB]; or for editors: lora init --schema > recipe.schema.json",
+        )
+    planning = _heavy("lora_cli.planning.first_recipe")
+    with _console().status("looking at model and data"):
+        written = planning.write_first_recipe(model, data, output, gpu=gpu, trust_remote_code=trust_remote_code)
+    if as_json:
+        print(json.dumps(written.as_dict(), ensure_ascii=False))
+        return
+    for note in written.notes:
+        _console().print(f"note: {note}", highlight=False, markup=False, soft_wrap=True)
+    print(f"{output} is written, for {written.device.name}: about {written.memory.total / 2**30:.1f} GiB, estimated")
+    print(f"next: lora check {shlex.quote(str(output))}     shows what is trained on")
+    print(f"      lora train {shlex.quote(str(output))}")
 
 
 @app.command()

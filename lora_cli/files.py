@@ -15,14 +15,14 @@ from lora_cli.errors import LoraError
 
 
 @contextmanager
-def written_whole(folder: Path) -> Iterator[Path]:
+def written_whole(folder: Path, shown: Path | None = None) -> Iterator[Path]:
     """Yields a temporary folder beside `folder` to fill; at the end it is flushed to disk and takes its place.
 
-    If the block fails, nothing of it remains and what was in `folder` stays. Raises LoraError when the disk is full
-    or the place cannot be written.
+    shown: the place as a person knows it, for messages. If the block fails, nothing of it remains and what was in
+    `folder` stays. Raises LoraError when the disk is full or the place cannot be written.
     """
     temporary = folder.with_name(f".{folder.name}.tmp-{os.getpid()}")
-    with disk_errors(folder):
+    with disk_errors(shown or folder):
         folder.parent.mkdir(parents=True, exist_ok=True)
         shutil.rmtree(temporary, ignore_errors=True)
         temporary.mkdir()
@@ -70,9 +70,7 @@ def disk_errors(path: Path) -> Iterator[None]:
             ) from error
         if error.errno in (errno.EACCES, errno.EROFS, errno.EPERM):
             raise LoraError(
-                "this place cannot be written",
-                where=str(path),
-                fix="choose another output folder, or change its permissions",
+                "this place cannot be written", where=str(path), fix="choose another folder, or change its permissions"
             ) from error
         if error.errno in (errno.ENOTDIR, errno.EEXIST):
             raise LoraError(

@@ -83,7 +83,8 @@ class SourceRecipe(Section):
     weight: Number = Field(
         1.0,
         gt=0,
-        description="How often an epoch sees each row: 2 is twice, 0.5 is one half of the rows, chosen by the seed.",
+        description="How often an epoch sees each row: 2 is twice, 0.5 is one half of the rows, chosen by the seed. "
+        "In a stream: how often it comes, against the others.",
     )
 
 
@@ -123,7 +124,7 @@ FIELDS = (  # what a row can mean; `data.columns` says where each is found
     *("text", "prompt", "completion", "instruction", "input", "output", "messages", "conversations", "tools"),
     *("system", "history", "role", "content", "train", "weight"),
 )
-Allowed = Literal["too_long", "overlap", "no_stop_token", "double_bos", "not_round_trip"]
+Allowed = Literal["too_long", "overlap", "no_stop_token", "double_bos", "special_in_text", "not_round_trip"]
 
 
 class DataRecipe(Section):
@@ -331,6 +332,12 @@ def contradictions(recipe: Recipe) -> list[tuple[str, str, str]]:
         "data.streaming",
         "a stream has no known length, so the run would have no end",
         "set train.max_steps",
+    )
+    refuse(
+        data.streaming and "epochs" in train.model_fields_set and train.max_steps is not None,
+        "train.epochs",
+        "a stream has no known length, so it is not counted in epochs",
+        "remove epochs; max_steps says when the run ends",
     )
     refuse(
         data.streaming and data.cache is not None,

@@ -18,7 +18,7 @@ import yaml
 from pydantic import BaseModel, ValidationError
 
 from lora_cli.errors import LoraError, RecipeErrors
-from lora_cli.recipe import NUMBER, PATHS, TEMPLATES, Recipe, SourceRecipe, contradictions
+from lora_cli.recipe import NUMBER, PATHS, Recipe, SourceRecipe, contradictions
 
 KeyPath = tuple[str, ...]
 Positions = dict[KeyPath, str]  # where a key stands, such as "run.yaml:3:5" or "--set train.seed"
@@ -70,6 +70,8 @@ def recipe_values(recipe: Recipe) -> dict[str, Any]:
         del values["double_quantization"]
     if recipe.train.tokens_per_micro_batch is not None:
         del values["train"]["micro_batch_size"]
+    if recipe.data.streaming:
+        del values["train"]["epochs"]
     return values
 
 
@@ -95,7 +97,7 @@ def json_schema() -> str:
 def _leaves(values: dict[str, Any], at: KeyPath = ()) -> list[tuple[KeyPath, Any]]:
     found: list[tuple[KeyPath, Any]] = []
     for key, value in values.items():
-        nested = isinstance(value, dict) and key not in ("rank_pattern", "alpha_pattern")
+        nested = isinstance(value, dict) and key not in ("rank_pattern", "alpha_pattern", "columns")
         found += _leaves(value, (*at, key)) if nested else [((*at, key), value)]
     return found
 
@@ -241,7 +243,7 @@ def _path_places(values: dict[str, Any]) -> list[tuple[Any, Any, KeyPath]]:
         and isinstance(section[name], str)
         and section[name]
         and not (key == ("data", "validation") and NUMBER.fullmatch(section[name]))
-        and not (key == ("data", "template") and section[name] in TEMPLATES)
+        and not (key == ("data", "template") and re.fullmatch(r"[\w-]+", section[name]))
     ]
 
 
@@ -277,6 +279,12 @@ def _validate(values: dict[str, Any], positions: Positions, file: str) -> tuple[
         for found in error.errors():
             key = _known_part(tuple(str(part) for part in found["loc"]), values)
             by_key.setdefault(key, []).append(found)
+        for key in [
+            key
+            for key in by_key
+            if _is_source(key) and any(other[: len(key)] == key for other in by_key if other != key)
+        ]:
+            del by_key[key]  # what is wrong inside a source says more than that it is no fraction either
         problems = [_problem(key, found, values, positions, file) for key, found in by_key.items()]
         recipe = _without(values, by_key)  # what is right can still contradict itself
     if recipe is not None:

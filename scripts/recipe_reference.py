@@ -8,7 +8,7 @@ from __future__ import annotations
 import sys
 from pathlib import Path
 
-from lora_cli.recipe import AdapterRecipe, DataRecipe, Recipe, TrainRecipe
+from lora_cli.recipe import AdapterRecipe, DataRecipe, Recipe, SourceRecipe, TrainRecipe
 
 HEAD = """# The recipe
 
@@ -36,7 +36,13 @@ def _shown(value: object) -> str:
 
 
 def reference() -> str:
-    sections = [("Top level", Recipe), ("adapter", AdapterRecipe), ("data", DataRecipe), ("train", TrainRecipe)]
+    sections = [
+        ("Top level", Recipe),
+        ("adapter", AdapterRecipe),
+        ("data", DataRecipe),
+        ("A source, in data.train and data.validation", SourceRecipe),
+        ("train", TrainRecipe),
+    ]
     return HEAD + "".join(table(title, model) for title, model in sections)
 
 

@@ -97,6 +97,8 @@ def recipe_file(tmp_path: Path, tiny_llama: Path, sums: Path) -> Callable[..., P
         }
         for key, value in settings.items():
             values[key] = values[key] | value if isinstance(value, dict) and key in values else value
+        if values["data"].get("streaming"):
+            del values["train"]["epochs"]  # which a stream cannot count
         path = tmp_path / name
         path.write_text(yaml.safe_dump(values), encoding="utf-8")
         return path

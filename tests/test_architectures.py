@@ -15,7 +15,6 @@ import torch
 import torch.nn.functional as F
 import transformers as hf
 from conftest import randomize_adapter, save_tiny
-from lora_cli.data.examples import Example
 from torch import Tensor, nn
 from transformers.pytorch_utils import Conv1D
 
@@ -26,6 +25,7 @@ from lora_cli.adapters.targets import find_targets
 from lora_cli.base.load import checkpoint_activations, load_model
 from lora_cli.base.source import find_base
 from lora_cli.data.batches import MicroBatch, collate
+from lora_cli.data.example import Example
 from lora_cli.errors import LoraError
 from lora_cli.evaluation.loss import summed_loss, target_logits
 from lora_cli.evaluation.packing_check import packing_difference, require_no_leak
@@ -310,9 +310,9 @@ def examples(*lengths: int) -> list[Example]:
     """Random tokens; the first third of each is a prompt, as are some tokens in the middle."""
     generator = torch.Generator().manual_seed(len(lengths))
     return [
-        Example("", torch.randint(3, 512, (length,), generator=generator).tolist(), trained)
+        Example(torch.randint(3, 512, (length,), generator=generator).tolist(), spans)
         for length in lengths
-        for trained in [[at >= length // 3 and at % 5 != 4 for at in range(length)]]
+        for spans in [[(at, at + 1, 1.0) for at in range(length // 3, length) if at % 5 != 4]]
     ]
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import errno
+import gzip
 import json
 import shutil
 import sys
@@ -52,20 +53,49 @@ def lora(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) ->
 
 
 @pytest.fixture
-def refused(lora: Callable[..., Said], recipe_file: Callable[..., Path], tmp_path: Path) -> Callable[..., str]:
-    """The message with which `lora train` refuses a recipe of these settings before it has written anything."""
+def ends(lora: Callable[..., Said], recipe_file: Callable[..., Path], tmp_path: Path) -> Callable[..., str]:
+    """The one message with which `lora train` ends a recipe of these settings, having written nothing.
 
-    def run(**settings: Any) -> str:
+    With `prepared`, what good data was prepared to may be left in the run folder, which still is free for a run.
+    """
+
+    def run(code: int, prepared: bool, settings: dict[str, Any]) -> str:
         recipe = recipe_file(**settings)
-        before = sorted(tmp_path.rglob("*"))
+        output = tmp_path / "run"
+
+        def written() -> list[Path]:
+            return [path for path in sorted(tmp_path.rglob("*")) if not prepared or output not in (path, *path.parents)]
+
+        before = written()
         said = lora("train", recipe)
-        assert said.code == 2, said.text
-        assert sorted(tmp_path.rglob("*")) == before, "something was written"
+        assert said.code == code, said.text
+        assert written() == before, "something was written"
+        if prepared and output.exists():
+            assert [path.name for path in output.iterdir()] == ["prepared"]
+            assert len(list((output / "prepared").iterdir())) == 1
         assert said.error.count("error: ") == 1
         assert "\n  fix: " in said.error
         return said.error
 
     return run
+
+
+@pytest.fixture
+def refused(ends: Callable[..., str]) -> Callable[..., str]:
+    """The message of a mistake that is found before the data is prepared, or in the data: nothing is written."""
+    return lambda **settings: ends(2, False, settings)
+
+
+@pytest.fixture
+def refused_later(ends: Callable[..., str]) -> Callable[..., str]:
+    """The message of a mistake that may be found after the data was prepared, but before anything else is written."""
+    return lambda **settings: ends(2, True, settings)
+
+
+@pytest.fixture
+def stopped(ends: Callable[..., str]) -> Callable[..., str]:
+    """The message with which the data gate stops a run (exit code 3); nothing is written."""
+    return lambda **settings: ends(3, False, settings)
 
 
 @pytest.fixture
@@ -123,7 +153,13 @@ def test_no_data_file(refused: Any, sums: Path, tmp_path: Path):
     message = refused(data={"train": str(sums.with_name("sum.jsonl"))})
     assert message == f"error: {tmp_path}/sum.jsonl: no such data file\n  fix: did you mean {sums}?\n"
     assert "held.jsonl: no such data file" in refused(data={"validation": str(tmp_path / "held.jsonl")})
-    assert "this is a folder, not a data file" in refused(data={"train": str(tmp_path)})
+    (tmp_path / "folder" / ".hidden").mkdir(parents=True)
+    (tmp_path / "folder" / "notes.md").write_text("no data")
+    (tmp_path / "folder" / ".hidden" / "rows.jsonl").write_text(sums.read_text())
+    message = refused(data={"train": str(tmp_path / "folder")})
+    assert f"error: {tmp_path}/folder: no data files in this folder\n  fix: name a folder that holds some" in message
+    message = refused(data={"train": str(tmp_path / "*.parquet")})
+    assert f"error: {tmp_path}/*.parquet: no file matches this pattern\n  fix: check the pattern" in message
 
 
 BROKEN_FILES = {
@@ -131,6 +167,7 @@ BROKEN_FILES = {
     "blank.jsonl": (b"\n \n", "blank.jsonl: the data file has no rows"),
     "none.json": (b"[]", "none.json: the data file has no rows"),
     "header.csv": (b"prompt,completion\n", "header.csv: the data file has no rows"),
+    "header.tsv": (b"prompt\tcompletion\n", "header.tsv: the data file has no rows"),
     "line.jsonl": (b'{"text": "a"}\n\n{"text": "b"\n', "line.jsonl:3:13: broken JSON: Expecting ',' delimiter"),
     "cut.jsonl": (b'{"text": "a\xe2\x80\xa8b"}\n{"te', "cut.jsonl:2:2: broken JSON: Unterminated string"),  # U+2028
     "two.jsonl": (b'{"text": "a"} {"text": "b"}\n', "two.jsonl:1:15: broken JSON: Extra data"),
@@ -147,10 +184,19 @@ BROKEN_FILES = {
     "same.csv": (b"text,text\na,b\n", "same.csv:1: broken CSV: two columns have the same name"),
     "short.parquet": (b"PAR1", "short.parquet: cannot be read as Parquet: "),
     "noise.parquet": (b"PAR1 and then something else", "noise.parquet: cannot be read as Parquet: "),
+    "wide.tsv": (b"prompt\tcompletion\nc\td\te\n", "wide.tsv:2: broken TSV: 3 values, but the header has 2 columns"),
+    "noise.arrow": (b"ARROW1 and then something else", "noise.arrow: cannot be read as Arrow: "),
+    "stream.arrow": (b"neither file nor stream", "stream.arrow: cannot be read as Arrow: "),
+    "noise.jsonl.gz": (b"this is no archive", "noise.jsonl.gz: the compressed file is damaged: "),
+    "cut.jsonl.gz": (gzip.compress(b'{"text": "a"}\n' * 99)[:-9], "cut.jsonl.gz: the compressed file is damaged: "),
+    "noise.csv.zst": (b"this is no archive", "noise.csv.zst: the compressed file is damaged: "),
+    "line.jsonl.gz": (gzip.compress(b'{"text": "a"}\n{"b\n'), "line.jsonl.gz:2:2: broken JSON: Unterminated string"),
     "latin.txt": (b"ok\ncaf\xe9\n", "latin.txt:2: not UTF-8 text: byte 0xe9"),
     "latin.jsonl": (b'{"text": "caf\xe9"}\n', "latin.jsonl:1: not UTF-8 text: byte 0xe9"),
     "latin.csv": (b"text\ncaf\xe9\n", "latin.csv:2: not UTF-8 text: byte 0xe9"),
-    "rows.tsv": (b"a\tb\n", "rows.tsv: unknown kind of data file .tsv"),
+    "rows.xml": (b"<a/>\n", "rows.xml: unknown kind of data file .xml"),
+    "rows.gz": (gzip.compress(b"a\n"), "rows.gz: unknown kind of data file .gz"),
+    "rows.parquet.gz": (gzip.compress(b"PAR1"), "rows.parquet.gz: unknown kind of data file .parquet.gz"),
     "rows": (b"a\n", "rows: unknown kind of data file (no ending)"),
 }
 
@@ -214,68 +260,113 @@ def rows(tmp_path: Path) -> Callable[..., dict[str, Any]]:
         ({}, "row 2: the row has no prompt\n  fix: add it, or remove the row; its columns: none"),
         ({"prompt": "one", "completion": 2}, "row 2: completion is int, not text"),
         ({"prompt": ["one"], "completion": "two"}, "row 2: prompt is list, not text"),
-        ({"prompt": "one", "completion": ""}, "row 2: no target tokens: nothing in this row would be trained"),
     ],
 )
 def test_broken_row(refused: Any, rows: Any, row: dict[str, Any], says: str):
     assert f"rows.jsonl: {says}" in refused(data=rows(SHORT, row, SHORT))
 
 
+def test_several_broken_rows_are_reported_together(refused: Any, rows: Any, tmp_path: Path):
+    message = refused(data=rows(SHORT, {"prompt": "one"}, SHORT, {"prompt": "one", "completion": 2}))
+    assert message.startswith(f"error: {tmp_path}/rows.jsonl: row 2, 4: 2 rows that cannot be read\n")
+    assert f"\n  {tmp_path}/rows.jsonl: row 2: the row has no completion\n" in message
+    assert f"\n  {tmp_path}/rows.jsonl: row 4: completion is int, not text\n" in message
+
+
+def test_a_row_without_a_target(stopped: Any, rows: Any):
+    message = stopped(data=rows(SHORT, {"prompt": "one", "completion": ""}, SHORT))
+    assert "rows.jsonl: row 2: no target tokens: nothing in this row would be trained\n  fix: " in message
+
+
 def test_columns_that_fit_no_format_or_several(refused: Any, rows: Any):
     message = refused(data=rows({"question": "a", "answer": "b"}))
     assert (
-        "rows.jsonl: row 1: the columns answer, question fit no format\n  formats and their columns: text: " in message
+        "rows.jsonl: row 1: the columns answer, question fit no format\n  formats and their columns: chat: " in message
     )
+    assert "\n  fix: write data.columns: {completion: answer, prompt: question}\n" in message
     message = refused(data=rows(SHORT | {"text": "a"}))
     assert "the columns completion, prompt, text fit more than one format" in message
-    assert "fix: write data.format: text, or remove a column" in message
+    assert "fix: write data.format: completion, or remove a column" in message
     assert "row 1: the row has no messages" in refused(data=rows(SHORT, format="chat"))
 
 
-def test_text_without_words(refused: Any, rows: Any):
-    assert "row 2: no target tokens" in refused(data=rows({"text": "a"}, {"text": " \n"}))
+def test_text_without_words(stopped: Any, rows: Any):
+    assert "row 2: the text is empty\n  fix: remove the row" in stopped(data=rows({"text": "a"}, {"text": " \n"}))
 
 
-def test_a_row_that_is_too_long(refused: Any, rows: Any):
+def test_a_row_that_is_too_long(refused: Any, stopped: Any, rows: Any):
     long = {"prompt": "one " * 40, "completion": "two"}
-    message = refused(data=rows(SHORT, long, max_seq_len=24))
+    message = stopped(data=rows(SHORT, long, max_seq_len=24))
     assert "rows.jsonl: row 2: " in message
     assert "tokens, but max_seq_len is 24\n  fix: raise data.max_seq_len, or choose data.too_long: " in message
-    message = refused(data=rows(long, SHORT, max_seq_len=16, too_long="truncate"))
+    message = stopped(data=rows(long, SHORT, max_seq_len=16, too_long="truncate"))
     assert "rows.jsonl: row 1: no target tokens are left after truncation" in message
-    assert "rows are longer than max_seq_len (4)" in refused(data=rows(SHORT, max_seq_len=4, too_long="drop"))
     message = refused(data=rows(SHORT, max_seq_len=4, too_long="split"))
     assert "row 1: too_long: split is for text; a conversation cannot be cut\n  fix: choose drop or truncate" in message
 
 
-def test_the_fix_for_truncation_is_enough_and_no_less_is(refused: Any, rows: Any, lora: Any, recipe_file: Any):
+def test_no_row_is_left(refused: Any, rows: Any):
+    assert "rows.jsonl: no row is left to train on\n  fix: " in refused(
+        data=rows(SHORT, max_seq_len=4, too_long="drop")
+    )
+
+
+def test_up_to_one_row_in_a_hundred_may_be_too_long(lora: Any, stopped: Any, recipe_file: Any, rows: Any):
+    """Above that, the recipe has to say what shall happen."""
+    short = [SHORT | {"completion": f"is {number}"} for number in range(198)]
+    long = [{"prompt": "one " * 40, "completion": f"{number}"} for number in range(3)]
+    message = stopped(data=rows(*short, *long, max_seq_len=24))
+    assert "rows.jsonl: row 199, 200, 201: 3 rows above max_seq_len\n" in message
+    said = lora("train", recipe_file(data=rows(*short, *long[:2], max_seq_len=24), train={"max_steps": 1}))
+    assert said.code == 0, said.text
+    assert "198 examples" in said.text
+    assert "2 rows above 24 tokens: left out" in said.text
+
+
+def test_what_is_allowed_is_still_said(lora: Any, recipe_file: Any, rows: Any):
+    data = rows({"text": "one"}, {"text": "one two " * 9}, {"text": "two"}, max_seq_len=12, allow=["too_long"])
+    said = lora("train", recipe_file(data=data, train={"max_steps": 1}))
+    assert said.code == 0
+    assert " 2 examples" in said.text
+    assert "1 row above 12 tokens: left out" in said.text
+
+
+def test_the_fix_for_truncation_is_enough_and_no_less_is(stopped: Any, rows: Any, lora: Any, recipe_file: Any):
     data = rows({"prompt": "one and one and one", "completion": "two"}, too_long="truncate")
-    message = refused(data=data | {"max_seq_len": 4})
+    message = stopped(data=data | {"max_seq_len": 4})
     enough = int(message.partition("max_seq_len to ")[2].partition(" or more")[0])
-    assert "no target tokens" in refused(data=data | {"max_seq_len": enough - 1})
+    assert "no target tokens" in stopped(data=data | {"max_seq_len": enough - 1})
     assert lora("train", recipe_file(data=data | {"max_seq_len": enough}, train={"max_steps": 1})).code == 0
 
 
 @pytest.mark.parametrize(
-    ("too_long", "examples"), [("drop", 2), ("truncate", 3), ("split", 4)], ids=["drop", "truncate", "split"]
+    ("too_long", "examples", "became"),
+    [("drop", 2, "left out"), ("truncate", 3, "cut at the end"), ("split", 4, "cut into pieces")],
+    ids=["drop", "truncate", "split"],
 )
-def test_what_becomes_of_long_rows_is_counted(lora: Any, recipe_file: Any, rows: Any, too_long: str, examples: int):
+def test_what_becomes_of_long_rows_is_counted(
+    lora: Any, recipe_file: Any, rows: Any, too_long: str, examples: int, became: str
+):
     data = rows({"text": "one"}, {"text": "one two " * 3}, {"text": "two"}, max_seq_len=12, too_long=too_long)
     said = lora("train", recipe_file(data=data, train={"max_steps": 1}))
     assert said.code == 0
-    assert f"{examples} text examples" in said.text
-    assert f"1 rows above 12 tokens: {too_long}" in said.text
+    assert "rows.jsonl: text (" in said.text
+    assert f" {examples} examples" in said.text
+    assert f"1 row above 12 tokens: {became}" in said.text
 
 
-def test_a_row_longer_than_the_model_can_see(refused: Any, rows: Any):
-    message = refused(data=rows(SHORT, {"prompt": "one " * 300, "completion": "two"}, max_seq_len=4096))
+def test_a_row_longer_than_the_model_can_see(refused_later: Any, rows: Any):
+    message = refused_later(data=rows(SHORT, {"prompt": "one " * 300, "completion": "two"}, max_seq_len=4096))
     assert "rows.jsonl: row 2: " in message
     assert "sees 256 at most\n  fix: write data.max_seq_len: 256, with data.too_long: " in message
 
 
 def test_a_held_out_fraction_of_no_rows(refused: Any, rows: Any):
-    message = refused(data=rows(SHORT, SHORT, SHORT, validation=0.01))
+    others = [SHORT | {"prompt": f"{number} and one\n"} for number in range(2)]
+    message = refused(data=rows(SHORT, *others, validation=0.01))
     assert "rows.jsonl: validation: 0.01 of 3 rows is 0 rows" in message
+    message = refused(data=rows(SHORT, SHORT, SHORT, validation=0.5))  # equal rows cannot stand on both sides
+    assert "rows.jsonl: validation: 0.5 of 3 rows in 1 group" in message
 
 
 # ── conversations ───────────────────────────────────────────────────────────────────────────────────────────────
@@ -286,16 +377,23 @@ def test_a_held_out_fraction_of_no_rows(refused: Any, rows: Any):
     [
         ("hello", "messages is not a list of turns"),
         ([], "messages is not a list of turns"),
-        (["hello"], "turn 1 of messages has no role or no content"),
-        ([{"role": "user"}], "turn 1 of messages has no role or no content"),
-        ([CHAT[0], {"role": "assistant", "content": None}], "turn 2 of messages has no role or no content"),
-        ([{"role": "user", "content": ["hello"]}], "turn 1 of messages has no role or no content"),
-        (CHAT[::-1], "the conversation begins with the assistant"),
-        (CHAT[:1], "no target tokens"),
+        (["hello"], "turn 1 of messages has no role\n"),
+        ([{"content": "hello"}], "turn 1 of messages has no role\n"),
+        ([{"role": "user"}], "turn 1 of messages has no content\n"),
+        ([CHAT[0], {"role": "assistant", "content": None}], "turn 2 of messages has no content\n"),
+        ([{"role": "user", "content": ["hello"]}], "turn 1 of messages has a part that is not text\n"),
+        ([{"role": "narrator", "content": "hello"}, CHAT[1]], "turn 1 of messages is by 'narrator', which is no known"),
+        ([CHAT[0], CHAT[1] | {"train": "maybe"}], "train is 'maybe', neither true nor false\n"),
+        ([CHAT[0], CHAT[1] | {"weight": -1}], "weight is -1, which is no weight\n"),
+        ([CHAT[0], CHAT[1] | {"tool_calls": [{"name": 3}]}], "turn 2 of messages has a malformed tool call\n"),
     ],
 )
 def test_malformed_messages(refused: Any, rows: Any, messages: Any, says: str):
     assert f"rows.jsonl: row 2: {says}" in refused(data=rows({"messages": CHAT}, {"messages": messages}))
+
+
+def test_messages_that_nobody_answers(stopped: Any, rows: Any):
+    assert "rows.jsonl: row 2: no target tokens" in stopped(data=rows({"messages": CHAT}, {"messages": CHAT[:1]}))
 
 
 @pytest.mark.parametrize(
@@ -304,22 +402,46 @@ def test_malformed_messages(refused: Any, rows: Any, messages: Any, says: str):
         (None, "the model has no chat template, so messages cannot be rendered"),
         ("{{ raise_exception('roles must alternate') }}", "refuses this conversation: roles must alternate"),
         (
-            "{% for m in messages %}{{ m.role }}: {{ m.content }}\n{% endfor %}",
-            "ends an assistant turn without a special",
-        ),
-        (
-            "{% for m in messages %}{{ m.content }}{{ loop.length }}<|im_end|>{% endfor %}",
+            "{% for m in messages %}{{ loop.length }}{{ m.content | length }}{{ m.content }}<|im_end|>{% endfor %}",
             "turn 2 cannot be told apart",
         ),
-        ("{% for m in messages %", "refuses this conversation: "),
+        ("{% for m in messages[1:] %}{{ m.content }}<|im_end|>{% endfor %}", "leaves out turn 1, by user"),
     ],
-    ids=["none", "refuses", "no stop token", "looks ahead", "broken"],
+    ids=["none", "refuses", "looks ahead", "leaves out"],
 )
 def test_chat_template(refused: Any, rows: Any, model: Any, template: str | None, says: str):
     message = refused(base_model=str(model({"chat_template.jinja": template})), data=rows({"messages": CHAT}))
     assert message.startswith("error: ")
     assert "rows.jsonl: row 1: " in message
     assert says in message
+
+
+@pytest.mark.parametrize(
+    "template",
+    [
+        "{% for m in messages %}{{ m.role }}: {{ m.content }}\n{% endfor %}",
+        "{% for m in messages %}{{ m.content }}{{ loop.length }}<|im_end|>{% endfor %}",
+    ],
+    ids=["no stop token", "something before it"],
+)
+def test_chat_template_without_a_stop_token(stopped: Any, rows: Any, model: Any, template: str):
+    message = stopped(base_model=str(model({"chat_template.jinja": template})), data=rows({"messages": CHAT}))
+    assert "rows.jsonl: row 1: the chat template (the model's own) ends turn 2 without a special token" in message
+
+
+def test_chat_template_that_is_no_jinja(refused: Any, rows: Any, model: Any, tmp_path: Path):
+    broken = "\n{% for m in messages %"
+    message = refused(base_model=str(model({"chat_template.jinja": broken})), data=rows({"messages": CHAT}))
+    assert message.startswith("error: the model's own:2: the chat template is not valid Jinja: ")
+    (tmp_path / "mine.jinja").write_text(broken)
+    message = refused(data=rows({"messages": CHAT}, template=str(tmp_path / "mine.jinja")))
+    assert message.startswith(f"error: {tmp_path}/mine.jinja:2: the chat template is not valid Jinja: ")
+
+
+def test_chat_template_that_is_not_there(refused: Any, rows: Any, tmp_path: Path):
+    message = refused(data=rows({"messages": CHAT}, template=str(tmp_path / "mine.jinja")))
+    assert message.startswith(f"error: {tmp_path}/mine.jinja: the chat template cannot be read: No such file")
+    assert "\n  fix: built-in ones are chatml, llama-3, " in message
 
 
 # ── what to adapt ───────────────────────────────────────────────────────────────────────────────────────────────
@@ -339,23 +461,30 @@ def test_chat_template(refused: Any, rows: Any, model: Any, template: str | None
         ({"rank_pattern": {"nothing": 2}}, "adapter.rank_pattern: nothing matched no layer"),
     ],
 )
-def test_layers_that_are_not_there(refused: Any, tiny_gpt2: Path, adapter: dict[str, Any], says: str):
-    message = refused(base_model=str(tiny_gpt2), adapter=adapter)
+def test_layers_that_are_not_there(refused_later: Any, tiny_gpt2: Path, adapter: dict[str, Any], says: str):
+    message = refused_later(base_model=str(tiny_gpt2), adapter=adapter)
     assert message.startswith(f"error: {says}")
     assert "\n  linear layers here: c_attn (×2), c_proj (×4), c_fc (×2)\n" in message
 
 
-def test_blocks_that_are_not_there(refused: Any):
-    assert "adapter.layers: no adapted layer in block 7\n  fix: blocks with such layers: 0 to 1" in refused(
+def test_blocks_that_are_not_there(refused_later: Any):
+    assert "adapter.layers: no adapted layer in block 7\n  fix: blocks with such layers: 0 to 1" in refused_later(
         adapter={"layers": [0, 7]}
     )
-    assert "adapter.layers: no adapted layer in block -3" in refused(adapter={"layers": [-3]})
+    assert "adapter.layers: no adapted layer in block -3" in refused_later(adapter={"layers": [-3]})
 
 
-def test_rank_above_the_layer(refused: Any):
-    message = refused(adapter={"rank": 64, "projections": ["q", "v"]})
+def test_rank_above_the_layer(refused_later: Any):
+    message = refused_later(adapter={"rank": 64, "projections": ["q", "v"]})
     assert "rank 64 is above the size of model.layers.0.self_attn.v_proj, whose weight has rank 32 at most" in message
     assert "fix: set adapter.rank to 32 or less" in message
+
+
+def test_the_output_stays_free_for_the_mended_recipe(refused_later: Any, lora: Any, recipe_file: Any, tmp_path: Path):
+    refused_later(adapter={"target_modules": ["q_prj"]})
+    (prepared,) = (tmp_path / "run" / "prepared").iterdir()
+    assert lora("train", recipe_file(adapter={"target_modules": ["q_proj"]}, train={"max_steps": 1})).code == 0
+    assert [prepared] == list((tmp_path / "run" / "prepared").iterdir())
 
 
 # ── the place to write to ───────────────────────────────────────────────────────────────────────────────────────
@@ -375,13 +504,14 @@ def test_the_output_is_taken(refused: Any, lora: Any, recipe_file: Any, tmp_path
     said = lora("train", recipe_file(output=str(run / "mine.txt" / "deeper")))
     assert said.code == 2
     assert f"error: {run}/mine.txt/deeper: a file stands where a folder is needed\n  fix: " in said.text
+    assert (run / "mine.txt").read_text() == "keep me"
     assert "there is no run to resume" in lora("train", recipe_file(output=str(tmp_path / "new")), "--resume").error
 
 
-def test_no_disk_space_at_the_start(refused: Any, monkeypatch: pytest.MonkeyPatch):
+def test_no_disk_space_at_the_start(refused_later: Any, monkeypatch: pytest.MonkeyPatch):
     usage = namedtuple("usage", "total used free")
     monkeypatch.setattr(shutil, "disk_usage", lambda _: usage(10**9, 10**9 - 5000, 5000))
-    message = refused()
+    message = refused_later()
     assert "run: no disk space: the run (adapter and checkpoints) needs about 10 MiB, 5 KiB are free" in message
 
 
@@ -395,7 +525,7 @@ def test_a_folder_that_may_not_be_written(refused: Any, monkeypatch: pytest.Monk
         mkdir(path, *args, **options)
 
     monkeypatch.setattr(Path, "mkdir", forbidden)
-    assert "run: this place cannot be written\n  fix: choose another output folder, or change its per" in refused()
+    assert "run: this place cannot be written\n  fix: choose another folder, or change its per" in refused()
 
 
 @pytest.mark.parametrize("wrapped", [False, True], ids=["OSError", "SafetensorError"])
@@ -467,9 +597,9 @@ def test_the_disk_fills_while_a_checkpoint_is_written(
     ],
 )
 def test_broken_model_folder(
-    refused: Any, model: Any, tmp_path: Path, files: dict[str, Any], config: dict[str, Any], says: str
+    refused_later: Any, model: Any, tmp_path: Path, files: dict[str, Any], config: dict[str, Any], says: str
 ):
-    assert refused(base_model=str(model(files, **config))).startswith(f"error: {tmp_path}/{says}")
+    assert refused_later(base_model=str(model(files, **config))).startswith(f"error: {tmp_path}/{says}")
 
 
 def test_truncated_weights(refused: Any, model: Any, tiny_gpt2: Path):
@@ -478,22 +608,22 @@ def test_truncated_weights(refused: Any, model: Any, tiny_gpt2: Path):
     assert f"incomplete safetensors file: {len(whole) - 100} bytes, but the header speaks of {len(whole)}" in message
 
 
-def test_a_model_that_is_no_causal_language_model(refused: Any, model: Any):
+def test_a_model_that_is_no_causal_language_model(refused_later: Any, model: Any):
     config = json.dumps({"model_type": "t5", "architectures": ["T5ForConditionalGeneration"], "vocab_size": 512})
-    message = refused(base_model=str(model({"config.json": config})))
+    message = refused_later(base_model=str(model({"config.json": config})))
     assert "model (T5ForConditionalGeneration) is not a causal language model\n  fix: choose a decoder-only" in message
 
 
-def test_a_tokenizer_of_another_model(refused: Any, model: Any, tmp_path: Path):
+def test_a_tokenizer_of_another_model(refused_later: Any, model: Any, tmp_path: Path):
     from transformers import GPT2Config, GPT2LMHeadModel
 
     folder = model({"model.safetensors": None})
     GPT2LMHeadModel(GPT2Config(vocab_size=99, n_embd=8, n_layer=1, n_head=1)).save_pretrained(folder)
-    assert f"error: {folder}: the tokenizer has tokens that the model does not" in refused(base_model=str(folder))
+    assert f"error: {folder}: the tokenizer has tokens that the model does not" in refused_later(base_model=str(folder))
 
 
-def test_a_quantized_checkpoint(refused: Any, model: Any):
-    message = refused(
+def test_a_quantized_checkpoint(refused_later: Any, model: Any):
+    message = refused_later(
         base_model=str(model({}, quantization_config={"load_in_4bit": True, "quant_method": "bitsandbytes"}))
     )
     assert "the checkpoint is already quantized (nf4), but the recipe says quantization: none" in message

@@ -13,7 +13,6 @@ import torch
 from conftest import randomize_adapter, write_rows
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from lora_cli.data.examples import Example, windows
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from lora_cli.adapters.attach import attach
@@ -21,12 +20,13 @@ from lora_cli.adapters.targets import find_targets
 from lora_cli.base.load import load_model, load_tokenizer
 from lora_cli.base.source import find_base
 from lora_cli.data.batches import collate
+from lora_cli.data.example import Example, windows
 from lora_cli.data.prepare import prepare
 from lora_cli.data.sources import read_rows
 from lora_cli.errors import LoraError
 from lora_cli.evaluation.evaluate import evaluate_model, evaluate_run
 from lora_cli.evaluation.perplexity import mean_loss
-from lora_cli.recipe import DataRecipe
+from lora_cli.recipe_file import load_recipe
 
 CPU = torch.device("cpu")
 
@@ -39,8 +39,8 @@ def adapted(tiny_llama):
     return model
 
 
-def test_loss_does_not_depend_on_batch_size_order_or_packing(adapted, tokenizer, sums):
-    examples = prepare(DataRecipe(train=str(sums)), tokenizer, seed=0).train
+def test_loss_does_not_depend_on_batch_size_order_or_packing(adapted, tokenizer, recipe_file):
+    examples = prepare(load_recipe(recipe_file()), tokenizer, keep=True).train
     reference, count = mean_loss(adapted, examples, partial(collate, packed=False, pad_id=0, device=CPU), 1)
     assert count == sum(example.targets for example in examples)
     for packed, budget, order in [(False, 10_000, 1), (False, 100, -1), (True, 64, 1), (True, 10_000, -1)]:
@@ -50,13 +50,15 @@ def test_loss_does_not_depend_on_batch_size_order_or_packing(adapted, tokenizer,
         assert same == count
 
 
-def test_loss_is_what_transformers_computes_with_labels(adapted, tokenizer, sums):
-    examples = prepare(DataRecipe(train=str(sums)), tokenizer, seed=0).train
+def test_loss_is_what_transformers_computes_with_labels(adapted, tokenizer, recipe_file):
+    examples = prepare(load_recipe(recipe_file()), tokenizer, keep=True).train
+    assert len(examples) == 24
     total = 0.0
     for example in examples:
-        labels = torch.tensor([[token if on else -100 for token, on in zip(example.ids, example.trained, strict=True)]])
+        ids, on = torch.tensor(example.ids.tolist()), torch.tensor(example.trained)
+        labels = torch.where(on, ids, -100)
         with torch.no_grad():
-            total += adapted(torch.tensor([example.ids]), labels=labels).loss.item() * example.targets
+            total += adapted(ids[None], labels=labels[None]).loss.item() * example.targets
     expected = total / sum(example.targets for example in examples)
     loss, _ = mean_loss(adapted, examples, partial(collate, packed=False, pad_id=0, device=CPU), 4096)
     assert loss == pytest.approx(expected, abs=1e-6)
@@ -90,7 +92,7 @@ def test_sliding_window_perplexity_is_the_one_of_a_plain_loop(tiny_llama, tmp_pa
 @settings(deadline=None, max_examples=60)
 @given(st.integers(2, 200), st.integers(2, 40), st.integers(1, 40))
 def test_windows_make_every_token_a_target_once(size, length, stride):
-    example = Example("row", list(range(size)), [True] * size)
+    example = Example(list(range(size)), [(0, size, 1.0)])
     pieces = windows(example, length, stride)
     targets = [token for piece in pieces for token, on in list(zip(piece.ids, piece.trained, strict=True))[1:] if on]
     assert targets == list(range(1, size))
@@ -138,16 +140,10 @@ def test_run_without_validation_data_asks_for_a_file(run_recipe, sums):
     run, _ = run_recipe()
     with pytest.raises(LoraError, match="no validation data"):
         evaluate_run(run, None)
-    assert evaluate_run(run, sums)["adapter"].target_tokens == sum(
-        example.targets
-        for example in prepare(DataRecipe(train=str(sums)), load_tokenizer(find_base(str(run_base(run)))), 0).train
-    )
-
-
-def run_base(run) -> str:
-    import yaml
-
-    return yaml.safe_load((run / "recipe.yaml").read_text())["base_model"]
+    recipe = load_recipe(run / "recipe.yaml")
+    prepared = prepare(recipe, load_tokenizer(find_base(recipe.base_model)), keep=True)
+    expected = sum(example.targets for example in prepared.train)
+    assert evaluate_run(run, sums)["adapter"].target_tokens == expected == prepared.summary.train.target_tokens
 
 
 def test_reading_leaves_no_cache_behind(sums, tmp_path, monkeypatch):

@@ -12,7 +12,7 @@ import shutil
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Any, get_args
 
 import pytest
 import torch
@@ -21,7 +21,9 @@ from conftest import quiet_console, write_rows
 from safetensors.torch import load_file
 
 from lora_cli.adapters.layer import LoRALinear
-from lora_cli.errors import LoraError
+from lora_cli.data.prepared import PreparedData, open_prepared
+from lora_cli.errors import CheckFailed, LoraError
+from lora_cli.recipe import Allowed, SourceRecipe
 from lora_cli.recipe_file import all_keys, load_recipe
 from lora_cli.training.loop import train
 from lora_cli.training.run_folder import read_metrics
@@ -62,6 +64,10 @@ def tokens_per_step(run: Path) -> Any:
     return [line["tokens"] for line in read_metrics(run / "metrics.jsonl")]
 
 
+def target_tokens_per_step(run: Path) -> Any:
+    return [line["target_tokens"] for line in read_metrics(run / "metrics.jsonl")]
+
+
 def learning_rates(run: Path) -> Any:
     return [line["learning_rate"] for line in read_metrics(run / "metrics.jsonl")]
 
@@ -76,6 +82,25 @@ def checkpoints(run: Path) -> Any:
 
 def data_files(run: Path) -> Any:
     return json.loads((run / "environment.json").read_text())["data_files"]
+
+
+def adapter_files(run: Path) -> Any:
+    return {path.name: path.read_text() for path in (run / "adapter").iterdir() if path.suffix == ".jinja"}
+
+
+def prepared(run: Path) -> PreparedData:
+    (place,) = (run / "prepared").iterdir()
+    data = open_prepared(place)
+    assert data is not None
+    return data
+
+
+def held_out(run: Path) -> Any:
+    return [example.row for example in prepared(run).validation]
+
+
+def kept_examples(run: Path) -> Any:
+    return len(prepared(run).train)
 
 
 def optimizer_state(run: Path) -> Any:
@@ -106,6 +131,8 @@ FOUR_STEPS = {"train.max_steps": 4}
 SMALL_STEPS = {"train.gradient_accumulation_steps": 1, "train.micro_batch_size": 2, "train.max_steps": 99}
 ONE_STEP_AN_EPOCH = {"train.micro_batch_size": 99, "data.packing": False}
 SOME_TOO_LONG = ONE_STEP_AN_EPOCH | {"data.max_seq_len": 30}
+CHAT = ONE_STEP_AN_EPOCH | {"data.train": "{chat}", "data.max_seq_len": 256}
+TOKENS_A_BATCH = {"train.max_steps": 2, "data.max_seq_len": 40}
 LARGE = {"adapter.rank": 64, "adapter.projections": ["q", "o"]}  # bitsandbytes keeps small tensors in 32 bits
 
 CASES = [
@@ -129,17 +156,31 @@ CASES = [
     Case("adapter.init", "gaussian", tensors),
     Case("data.train", "{other}", first_loss),
     Case("data.train", "{other}", data_files),
+    Case("data.train", ["{sums}", "{other}"], kept_examples),
     Case("data.validation", 0.5, evaluations),
     Case("data.validation", "{other}", data_files, {}, 0.5),
+    Case("data.group_by", "dialogue", held_out, VALIDATION | {"data.train": "{grouped}"}),
     Case("data.format", "text", first_loss, {"data.train": "{both}"}, "completion"),
+    Case("data.columns", {"prompt": "completion", "completion": "prompt"}, first_loss),
+    Case("data.template", "alpaca", tokens_per_step, CHAT),
+    Case("data.template", "{template}", first_loss, CHAT),
+    Case("data.template", "{template}", adapter_files, CHAT),
+    Case("data.train_on", "all", target_tokens_per_step, ONE_STEP_AN_EPOCH),
+    Case("data.train_on", "last_assistant", target_tokens_per_step, CHAT),
+    Case("data.train_on", "all", target_tokens_per_step, CHAT),
+    Case("data.train_on", "completion", target_tokens_per_step, CHAT | {"data.train": "{alpaca}"}),
     Case("data.max_seq_len", 40, tokens_per_step),
     Case("data.packing", False, tokens_per_step),
     Case("data.too_long", "truncate", tokens_per_step, SOME_TOO_LONG, "drop"),
     Case("data.too_long", "split", tokens_per_step, SOME_TOO_LONG | {"data.train": "{text}"}, "drop"),
+    Case("data.streaming", True, kept_examples),
+    Case("data.streaming", True, data_files),
     Case("train.epochs", 2, steps, ONE_STEP_AN_EPOCH, 1),
     Case("train.epochs", 0.5, steps, SMALL_STEPS, 1),
     Case("train.max_steps", 1, steps),
     Case("train.micro_batch_size", 1, tokens_per_step),
+    Case("train.tokens_per_micro_batch", 160, tokens_per_step, TOKENS_A_BATCH, 40),
+    Case("train.tokens_per_micro_batch", 160, tokens_per_step, TOKENS_A_BATCH | {"data.packing": False}, 40),
     Case("train.gradient_accumulation_steps", 1, tokens_per_step),
     Case("train.learning_rate", 0.02, losses),
     Case("train.schedule", "linear", learning_rates, FOUR_STEPS),
@@ -163,6 +204,9 @@ TESTED_BELOW = {
     "revision": "test_revision",
     "trust_remote_code": "test_trust_remote_code",
     "device": "test_device",
+    "data.columns": "test_columns",
+    "data.allow": "test_allow",
+    "data.cache": "test_cache",
     "train.gradient_checkpointing": "test_gradient_checkpointing",
     "trackers": "test_trackers",
 }
@@ -195,9 +239,19 @@ class Runs:
             "other": [{"prompt": row["completion"], "completion": row["prompt"]} for row in completions[:8]],
             "text": [{"text": prompt + completion} for prompt, completion in rows],
             "both": [row | {"text": row["prompt"]} for row in completions],
+            "renamed": [{"question": row["prompt"], "answer": row["completion"]} for row in completions],
+            "grouped": [row | {"dialogue": f"number {at // 3}"} for at, row in enumerate(completions)],
+            "chat": [{"messages": turns(rows[at : at + 2])} for at in range(0, len(rows), 2)],
+            "alpaca": [
+                {"instruction": prompt, "output": completion, "history": [rows[0]]} for prompt, completion in rows
+            ],
         }
         self.names = {name: str(write_rows(folder / f"{name}.jsonl", rows)) for name, rows in files.items()}
         self.names |= {name: str(path) for name, path in models.items()} | {"folder": str(folder)}
+        self.names["template"] = str(folder / "own.jinja")
+        Path(self.names["template"]).write_text(
+            "{% for m in messages %}<|im_start|>{{ m.role | upper }}: {{ m.content }}<|im_end|>{% endfor %}"
+        )
 
     def __call__(self, changes: dict[str, Any]) -> Path:
         wanted = json.dumps(changes, sort_keys=True)
@@ -219,6 +273,8 @@ class Runs:
         for key, value in changes.items():
             *section, name = key.split(".")
             (values[section[0]] if section else values)[name] = self._filled(value)
+        if "tokens_per_micro_batch" in values["train"]:
+            del values["train"]["micro_batch_size"]
         path = self.folder / "recipe.yaml"
         path.write_text(yaml.safe_dump(values), encoding="utf-8")
         recipe = load_recipe(path)
@@ -226,7 +282,21 @@ class Runs:
         return Path(recipe.output)
 
     def _filled(self, value: Any) -> Any:
+        if isinstance(value, list | dict):
+            return [self._filled(each) for each in value] if isinstance(value, list) else self._filled_values(value)
         return value.format_map(self.names) if isinstance(value, str) and value.startswith("{") else value
+
+    def _filled_values(self, values: dict[str, Any]) -> dict[str, Any]:
+        return {key: self._filled(value) for key, value in values.items()}
+
+
+def turns(pairs: list[tuple[str, str]]) -> list[dict[str, str]]:
+    """A conversation of questions and answers."""
+    return [
+        {"role": role, "content": content}
+        for pair in pairs
+        for role, content in zip(("user", "assistant"), pair, strict=True)
+    ]
 
 
 @pytest.fixture(scope="module")
@@ -296,6 +366,105 @@ def test_device(runs: Runs):
     absent = "mps" if torch.cuda.is_available() else "cuda"
     with pytest.raises(LoraError, match=f"device: {absent} was asked for"):
         runs({"device": absent})
+
+
+def test_columns(runs: Runs):
+    """What could not be read is read, as if its columns had the usual names."""
+    renamed = {"data.train": "{renamed}"}
+    with pytest.raises(LoraError, match="columns answer, question fit no format"):
+        runs(renamed)
+    run = runs(renamed | {"data.columns": {"prompt": "question", "completion": "answer"}})
+    assert losses(run) == losses(runs({}))
+
+
+def with_lower_case(model: Path) -> None:
+    settings = json.loads((model / "tokenizer.json").read_text())
+    (model / "tokenizer.json").write_text(json.dumps(settings | {"normalizer": {"type": "Lowercase"}}))
+
+
+def with_bos(model: Path) -> None:
+    settings = json.loads((model / "tokenizer_config.json").read_text())
+    (model / "tokenizer_config.json").write_text(json.dumps(settings | {"bos_token": "<|im_start|>"}))
+
+
+def with_one_stop_token(model: Path) -> None:
+    (model / "chat_template.jinja").write_text(
+        "{% for m in messages %}{{ m.role }}: {{ m.content }}{{ '<|im_end|>' if loop.last else '\n' }}{% endfor %}"
+    )
+
+
+ALLOW: dict[str, tuple[list[dict[str, Any]], Callable[[Path], None] | None, dict[str, Any]]] = {
+    "too_long": ([{"text": "one"}, {"text": "one " * 99}], None, {}),
+    "overlap": ([{"text": "one"}, {"text": "two"}], None, {"data.validation": "{same}"}),
+    "no_stop_token": ([{"messages": turns([("a", "b")] * count)} for count in (1, 2)], with_one_stop_token, {}),
+    "double_bos": ([{"text": "one"}, {"text": "<|im_start|><|im_start|>two"}], with_bos, {}),
+    "not_round_trip": ([{"text": "one"}, {"text": "TWO"}], with_lower_case, {}),
+}
+
+
+@pytest.mark.parametrize("kind", get_args(Allowed))
+def test_allow(runs: Runs, tmp_path: Path, kind: str):
+    """A run that the data gate stops goes on when that finding, and no other, is allowed."""
+    rows, change, settings = ALLOW[kind]
+    runs.names["same"] = str(write_rows(tmp_path / "same.jsonl", rows))
+    shared = {"data.train": str(write_rows(tmp_path / "rows.jsonl", rows)), "data.max_seq_len": 64} | settings
+    if change is not None:
+        shutil.copytree(runs.names["llama"], tmp_path / "model")
+        change(tmp_path / "model")
+        shared["base_model"] = str(tmp_path / "model")
+    others = [other for other in get_args(Allowed) if other != kind]
+    for allowed in ([], others):
+        with pytest.raises(CheckFailed):
+            runs(shared | {"data.allow": allowed})
+    run = runs(shared | {"data.allow": [kind]})
+    assert prepared(run).findings.stopping() == [kind]
+    assert steps(run) == 3
+
+
+def test_cache(runs: Runs, tmp_path: Path):
+    shared = {"data.cache": str(tmp_path / "cache")}
+    run = runs(shared)
+    (place,) = (tmp_path / "cache").iterdir()
+    assert (place / "examples.arrow").is_file()
+    assert not (run / "prepared").exists()
+    written = (place / "examples.arrow").stat().st_mtime_ns
+    other = runs(shared | {"train.learning_rate": 0.02})  # nothing of the data: it is there already
+    assert [path.stat().st_mtime_ns for path in (tmp_path / "cache").rglob("examples.arrow")] == [written]
+    assert losses(run) == losses(runs({})) != losses(other)
+
+
+def test_every_key_of_a_source(runs: Runs, monkeypatch: pytest.MonkeyPatch):
+    """Sources are no settings of their own: their keys are tested here."""
+    import datasets
+    from huggingface_hub import HfApi
+
+    assert list(SourceRecipe.model_fields) == ["path", "hub", "config", "split", "revision", "weight"]
+    asked: list[tuple[Any, ...]] = []
+
+    def load_dataset(name: str, config: str | None, *, split: str, revision: str | None, streaming: bool) -> Any:
+        asked.append((name, config, split, revision))
+        return datasets.Dataset.from_json(runs.names["sums"])
+
+    monkeypatch.setattr("datasets.load_dataset", load_dataset)
+    monkeypatch.setattr(HfApi, "dataset_info", lambda *_, **__: type("Info", (), {"sha": "c0ffee"}))
+    sources = [
+        {"hub": "owner/name"},
+        {"hub": "owner/name", "config": "small"},
+        {"hub": "owner/name", "split": "test"},
+        {"hub": "owner/name", "revision": "v1"},
+    ]
+    hub = [runs({"data.train": source}) for source in sources]
+    assert asked == [
+        ("owner/name", None, "train", None),
+        ("owner/name", "small", "train", None),
+        ("owner/name", None, "test", None),
+        ("owner/name", None, "train", "v1"),
+    ]
+    assert data_files(hub[1]) == {"owner/name[small]:train": "c0ffee"}
+    assert all(losses(run) == losses(runs({})) for run in hub)  # the same rows, from a file
+    assert kept_examples(runs({"data.train": {"path": "{sums}"}})) == 12
+    assert kept_examples(runs({"data.train": {"path": "{sums}", "weight": 2}})) == 24
+    assert kept_examples(runs({"data.train": {"path": "{sums}", "weight": 0.5}})) == 6
 
 
 def test_gradient_checkpointing(runs: Runs, monkeypatch: pytest.MonkeyPatch):

@@ -16,7 +16,8 @@ import yaml
 from conftest import losses, quiet_console, write_rows
 from safetensors.torch import load_file
 
-from lora_cli.data.batches import Order
+from lora_cli.data.order import Order
+from lora_cli.data.packing import Groups
 from lora_cli.recipe import TrainRecipe
 from lora_cli.recipe_file import load_recipe
 from lora_cli.training.loop import train
@@ -47,6 +48,7 @@ def test_loss_falls_and_the_run_folder_is_complete(run_recipe, sums):
         "adapter",
         "adapter_last",
         "report.json",
+        "prepared",
     }
     line = json.loads((run / "metrics.jsonl").read_text().splitlines()[0])
     assert {"step", "loss", "tokens_per_second", "peak_memory_bytes"} <= set(line)
@@ -70,6 +72,29 @@ def test_any_split_of_a_step_is_the_same_step(run_recipe, tmp_path, packing):
         for name, tensor in adapter.items():
             # Adam divides by √v: where a gradient is nearly zero its rounding error is enlarged to a part of the rate
             torch.testing.assert_close(tensor, adapters[0][name], rtol=0, atol=1e-3)
+
+
+def test_a_step_of_weighted_rows_is_a_weighted_mean_however_it_is_split(run_recipe, sums, tmp_path):
+    rows = [json.loads(line) for line in sums.read_text().splitlines()]
+    curves = {}
+    for name, weights, micro in [
+        ("whole", (1, 3), 8),
+        ("split", (1, 3), 1),
+        ("scaled", (2, 6), 8),
+        ("equal", (1, 1), 8),
+    ]:
+        data = write_rows(
+            tmp_path / f"{name}.jsonl", [row | {"weight": weights[at % 2]} for at, row in enumerate(rows)]
+        )
+        run, _ = run_recipe(
+            data={"train": str(data)},
+            train={"micro_batch_size": micro, "gradient_accumulation_steps": 8 // micro},
+            output=str(tmp_path / f"run-{name}"),
+        )
+        curves[name] = losses(run)
+    assert curves["split"] == pytest.approx(curves["whole"], abs=1e-5)  # E4
+    assert curves["scaled"] == pytest.approx(curves["whole"], abs=1e-5)
+    assert curves["equal"] != pytest.approx(curves["whole"], abs=1e-3)
 
 
 def test_first_gradient_norm_does_not_depend_on_the_split(run_recipe, tmp_path):
@@ -244,13 +269,15 @@ def test_best_and_last_adapter_are_both_kept(run_recipe):
 
 
 def test_order_is_a_permutation_of_every_epoch_and_depends_on_seed_and_step_alone():
-    order = Order([[i] for i in range(23)], micro_batch_size=2, gradient_accumulation_steps=3, seed=5)
+    rows = Groups.of([[i] for i in range(23)])
+    order = Order(rows, rows_per_micro_batch=2, gradient_accumulation_steps=3, seed=5)
     for epoch in range(3):
         steps = range(epoch * order.steps_per_epoch + 1, (epoch + 1) * order.steps_per_epoch + 1)
         seen = [example for step in steps for batch in order.step(step) for example in batch]
         assert sorted(seen) == list(range(23))
     assert order.step(1) != order.step(1 + order.steps_per_epoch)
     assert order.step(9) == Order(order.rows, 2, 3, seed=5).step(9)
+    assert order.step(9) != Order(order.rows, 2, 3, seed=6).step(9)
     assert order.total_steps(2.5, None) == 10
     assert order.total_steps(100, 7) == 7
 

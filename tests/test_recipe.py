@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import ast
 import json
 from pathlib import Path
 from tempfile import TemporaryDirectory
@@ -13,7 +14,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from lora_cli.errors import LoraError, RecipeErrors
-from lora_cli.recipe import Recipe, contradictions
+from lora_cli.recipe import FIELDS, TEMPLATES, Recipe, SourceRecipe, contradictions
 from lora_cli.recipe_file import all_keys, differences, dump_recipe, json_schema, load_recipe, write_recipe
 
 ROOT = Path(__file__).parents[1]
@@ -119,7 +120,8 @@ def test_missing_keys_are_described(problem: Any):
     message = problem("output: run\ndata: {}\nbase_model: a/b\n")
     assert message == (
         "error: recipe.yaml:2:1: data.train is missing\n"
-        "  fix: add it: train: Training data: a .jsonl, .json, .csv, .parquet or .txt file."
+        "  fix: add it: train: Training data: a file, a folder, a glob, `{hub: owner/name, split: train}`, or a list "
+        "of these, each with a `weight` if wanted."
     )
 
 
@@ -170,6 +172,7 @@ def test_a_merge_key_brings_settings_in(load: Any):
         ("revision: 2024-01-01\n", 'revision is "2024-01-01", but must be text'),
         ("trackers: tensorboard\n", 'trackers is "tensorboard", but must be a list'),
         ("trackers: &own [*own]\n", "trackers is [[...]], but must be one of "),
+        ("train: {tokens_per_micro_batch: 1}\n", "train.tokens_per_micro_batch is 1, but must be at least 2"),
     ],
 )
 def test_a_wrong_value_says_what_was_found_and_what_is_allowed(problem: Any, added: str, says: str):
@@ -190,17 +193,69 @@ def test_a_number_may_be_written_with_an_exponent(load: Any, written: str):
     assert load(GOOD + f"train: {{learning_rate: {written}}}\n").train.learning_rate == 1e-4
 
 
+@pytest.mark.parametrize(
+    ("written", "says"),
+    [
+        ("3", "2:8: data.train is 3, but must be a path, a source such as {hub: owner/name}, or a list of these"),
+        ("[a, 3]", '2:8: data.train is ["a", 3], but must be a path, a source such as '),
+        ("[]", "2:8: data.train is [], but must be not empty"),
+        ('""', '2:8: data.train is "", but must be not empty'),
+        ('{path: ""}', '2:16: data.train.path is "", but must be not empty'),
+        ("{hub: owner/name, split: 3}", "2:33: data.train.split is 3, but must be text"),
+        ("[a, {path: b, weight: 0}]", "2:29: data.train.1.weight is 0, but must be above 0"),
+        ("{hub: owner/name, spilt: test}", "2:33: unknown key data.train.spilt\n  fix: did you mean data.train.split?"),
+        ("a, columns: {prompt: 3}", "2:28: data.columns.prompt is 3, but must be text"),
+        ("a, template: ''", '2:18: data.template is "", but must be not empty'),
+        ("a, train_on: user", "2:18: data.train_on is \"user\", but must be one of 'assistant', 'last_assistant', "),
+        ("a, allow: [malformed]", "2:18: data.allow is \"malformed\", but must be one of 'too_long', 'overlap', "),
+    ],
+)
+def test_a_wrong_source_or_data_setting(problem: Any, written: str, says: str):
+    message = problem(GOOD.replace("rows.jsonl", written))
+    assert message.startswith(f"error: recipe.yaml:{says}")
+    assert message.count("error: ") == 1
+    assert "\n  fix: " in message
+
+
+def test_a_wrong_source_of_validation_is_one_problem(problem: Any):
+    message = problem(GOOD.replace("rows.jsonl", "rows.jsonl, validation: {path: held.jsonl, wieght: 2}"))
+    assert message == (
+        "error: recipe.yaml:2:58: unknown key data.validation.wieght\n  fix: did you mean data.validation.weight?"
+    )
+
+
+def test_training_data_is_one_source_or_several(load: Any, tmp_path: Path):
+    def train(written: str) -> list[SourceRecipe]:
+        return load(GOOD.replace("rows.jsonl", written)).data.train
+
+    rows, hub = SourceRecipe(path=str(tmp_path / "rows.jsonl")), SourceRecipe(hub="owner/name", split="test")
+    assert train("rows.jsonl") == train("{path: rows.jsonl}") == train("[rows.jsonl]") == [rows]
+    assert train("{hub: owner/name, split: test}") == [hub]
+    assert train("[rows.jsonl, {hub: owner/name, split: test}]") == [rows, hub]
+    assert train("{path: rows.jsonl, weight: 1e-1}") == [rows.model_copy(update={"weight": 0.1})]
+
+
+def test_a_source_is_written_as_short_as_it_can_be(load: Any, tmp_path: Path):
+    def written(train: str) -> Any:
+        return yaml.safe_load(dump_recipe(load(GOOD.replace("rows.jsonl", train))))["data"]["train"]
+
+    assert written("rows.jsonl") == str(tmp_path / "rows.jsonl")
+    assert written("{path: rows.jsonl, weight: 2}") == {"path": str(tmp_path / "rows.jsonl"), "weight": 2}
+    assert written("[a, {hub: owner/name}]") == [str(tmp_path / "a"), {"hub": "owner/name"}]
+
+
 def test_validation_is_a_fraction_or_a_file(load: Any, problem: Any, tmp_path: Path):
     def validation(written: str) -> Any:
         return load(GOOD.replace("rows.jsonl", f"rows.jsonl, validation: {written}")).data.validation
 
     assert validation("1e-2") == 0.01
     assert validation("0.5") == 0.5
-    assert validation("held.jsonl") == str(tmp_path / "held.jsonl")
-    assert validation("5-6") == str(tmp_path / "5-6")
+    assert validation("held.jsonl") == [SourceRecipe(path=str(tmp_path / "held.jsonl"))]
+    assert validation("5-6") == [SourceRecipe(path=str(tmp_path / "5-6"))]
+    assert validation("{hub: owner/name}") == [SourceRecipe(hub="owner/name")]
     assert validation("null") is None
     message = problem(GOOD.replace("rows.jsonl", "rows.jsonl, validation: 1.5"))
-    assert "2:27: data.validation is 1.5, but must be below 1 or text" in message
+    assert "2:27: data.validation is 1.5, but must be below 1 or a path, a source such as {hub: owner/name}" in message
 
 
 @pytest.mark.parametrize(
@@ -218,7 +273,47 @@ def test_validation_is_a_fraction_or_a_file(load: Any, problem: Any, tmp_path: P
         ),
         ("{dtype: fp16, device: cpu}", "dtype", "write dtype: auto, or another device"),
         ("train: {eval_every: 5}", "train.eval_every", "set data.validation to a file or a fraction"),
-        ("data: {train: rows.jsonl, validation: ./rows.jsonl}", "data.validation", "name another file, or a fraction"),
+        ("data: {train: [{path: a, hub: owner/name}]}", "data.train", "write path: data/train.jsonl, or hub: owner/na"),
+        (
+            "data: {train: {path: a, split: test}}",
+            "data.train",
+            "remove them, or name the data set with hub: owner/name",
+        ),
+        (
+            "data: {train: rows.jsonl, validation: ./rows.jsonl}",
+            "data.validation",
+            "name another file or split, or a fraction",
+        ),
+        ("data: {train: a, validation: {path: b, weight: 2}}", "data.validation", "remove weight"),
+        ("data: {train: a, validation: b, group_by: id}", "data.group_by", "set data.validation to a fraction such as"),
+        (
+            "{data: {train: a, validation: 0.1, streaming: true}, train: {max_steps: 3}}",
+            "data.validation",
+            "name a validation file or split",
+        ),
+        ("data: {train: a, streaming: true}", "data.streaming", "set train.max_steps"),
+        (
+            "{data: {train: a, streaming: true}, train: {max_steps: 3, epochs: 2}}",
+            "train.epochs",
+            "remove epochs; max_steps says when the run ends",
+        ),
+        (
+            "{data: {train: a, streaming: true, cache: c}, train: {max_steps: 3}}",
+            "data.cache",
+            "remove cache, or write streaming: false",
+        ),
+        (
+            "data: {train: a, template: alpac}",
+            "data.template",
+            "choose one of chatml, llama-3, mistral, gemma, alpaca, ",
+        ),
+        ("data: {train: a, columns: {promt: question}}", "data.columns", "the left side is one of text, prompt, "),
+        ("train: {micro_batch_size: 2, tokens_per_micro_batch: 2048}", "train.micro_batch_size", "remove one of them"),
+        (
+            "train: {tokens_per_micro_batch: 512}",
+            "train.tokens_per_micro_batch",
+            "write 1024 or more, or lower data.max",
+        ),
         (
             "train: {schedule: constant, min_learning_rate_ratio: 0.1}",
             "train.min_learning_rate_ratio",
@@ -231,13 +326,17 @@ def test_contradictions(problem: Any, settings: str, key: str, fix: str):
     message = problem(yaml.safe_dump(values))
     assert f": {key}: " in message
     assert message.startswith("error: recipe.yaml:")
+    assert message.count("error: ") == 1
     assert f"\n  fix: {fix}" in message
 
 
 def test_every_contradiction_is_tested():
+    """One case for each call of `refuse`, in `contradictions` and its helpers; none tests the same call as another."""
     cases = next(mark for mark in test_contradictions.pytestmark if mark.name == "parametrize").args[1]  # type: ignore
-    source = (ROOT / "lora_cli" / "recipe.py").read_text(encoding="utf-8").partition("def contradictions")[2]
-    assert source.count("    refuse(\n") == len(cases)
+    tree = ast.parse((ROOT / "lora_cli" / "recipe.py").read_text(encoding="utf-8"))
+    called = [node.func for node in ast.walk(tree) if isinstance(node, ast.Call)]
+    calls = sum(isinstance(function, ast.Name) and function.id == "refuse" for function in called)
+    assert calls == len(cases) == len({(key, fix) for _, key, fix in cases})
 
 
 def test_a_contradiction_made_by_an_override_is_found(problem: Any):
@@ -344,12 +443,33 @@ def test_paths_start_at_the_recipe_and_those_of_overrides_here(load: Any, tmp_pa
     monkeypatch.chdir(here)
     text = GOOD.replace("rows.jsonl", "../rows.jsonl, validation: sub/held.jsonl")
     recipe = load(text)
-    assert recipe.data.train == str(tmp_path.parent / "rows.jsonl")
-    assert recipe.data.validation == str(tmp_path / "sub" / "held.jsonl")
+    assert paths(recipe.data.train) == [str(tmp_path.parent / "rows.jsonl")]
+    assert paths(recipe.data.validation) == [str(tmp_path / "sub" / "held.jsonl")]
     assert recipe.output == str(tmp_path / "run")
     recipe = load(text, "output=other", "data.train=rows.jsonl")
-    assert (recipe.output, recipe.data.train) == (str(here / "other"), str(here / "rows.jsonl"))
-    assert recipe.data.validation == str(tmp_path / "sub" / "held.jsonl")
+    assert (recipe.output, paths(recipe.data.train)) == (str(here / "other"), [str(here / "rows.jsonl")])
+    assert paths(recipe.data.validation) == [str(tmp_path / "sub" / "held.jsonl")]
+
+
+def test_every_path_of_the_data_section_starts_there_too(load: Any, tmp_path: Path, monkeypatch: Any):
+    here = tmp_path / "here"
+    here.mkdir()
+    monkeypatch.chdir(here)
+    sources = "[a, {path: ../b, weight: 2}, {hub: owner/name}], validation: {path: c}, template: own/t.jinja, cache: d"
+    text = GOOD.replace("rows.jsonl", sources)
+    data = load(text).data
+    assert paths(data.train) == [str(tmp_path / "a"), str(tmp_path.parent / "b"), None]
+    assert data.train[2].hub == "owner/name"
+    assert paths(data.validation) == [str(tmp_path / "c")]
+    assert (data.template, data.cache) == (str(tmp_path / "own" / "t.jinja"), str(tmp_path / "d"))
+    assert load(text, "data.template=chatml").data.template == "chatml"
+    data = load(text, "data.train=[a, {path: ../b}]", "data.validation.path=e", "data.cache=d").data
+    assert paths(data.train) == [str(here / "a"), str(tmp_path / "b")]
+    assert (paths(data.validation), data.cache) == ([str(here / "e")], str(here / "d"))
+
+
+def paths(sources: Any) -> list[str | None]:
+    return [source.path for source in sources]
 
 
 def test_home_and_environment_variables_in_paths(load: Any, problem: Any, tmp_path: Path, monkeypatch: Any):
@@ -391,6 +511,22 @@ _positive = st.floats(1e-8, 1e8)
 _share = st.floats(0, 0.99)
 _counts = st.integers(1, 10**6)
 _modules = st.text("abcq_.*()", min_size=1, max_size=8)
+_columns = st.text("abc _.$1", min_size=1, max_size=6)
+
+
+def _sources(path: Any, more: dict[str, st.SearchStrategy[Any]] | None = None) -> st.SearchStrategy[Any]:
+    """A path, a file or data set with settings of its own, or a list of these."""
+    hub = {
+        "config": st.text("ab1"),
+        "split": st.sampled_from(["train", "test[:5%]"]),
+        "revision": st.sampled_from(["v1"]),
+    }
+    file = st.fixed_dictionaries({"path": path}, optional=more or {})
+    dataset = st.fixed_dictionaries({"hub": st.sampled_from(["owner/name", "squad"])}, optional=hub | (more or {}))
+    one = path | file | dataset
+    return one | st.lists(one, min_size=1, max_size=3)
+
+
 VALUES: dict[str, st.SearchStrategy[Any]] = {
     "base_model": st.sampled_from(["gpt2", "owner/name", "./here", "/models/x y"]),
     "revision": st.sampled_from([None, "main", "1e5", "v1.0", "123456"]),
@@ -402,11 +538,16 @@ VALUES: dict[str, st.SearchStrategy[Any]] = {
     "adapter.layers": st.none() | st.lists(st.integers(-9, 9), min_size=1, max_size=3),
     "adapter.rank_pattern": st.dictionaries(_modules, _counts, max_size=2),
     "adapter.alpha_pattern": st.dictionaries(_modules, _positive, max_size=2),
-    "data.train": _names,
-    "data.validation": st.none() | st.floats(0.01, 0.99) | _names.map(lambda name: f"{name}.jsonl"),
+    "data.train": _sources(_names, {"weight": _positive}),
+    "data.validation": st.none() | st.floats(0.01, 0.99) | _sources(_names.map(lambda name: f"{name}.jsonl")),
+    "data.group_by": st.none() | _columns,
+    "data.columns": st.dictionaries(st.sampled_from(FIELDS), st.none() | _columns, max_size=3),
+    "data.template": st.none() | st.sampled_from(TEMPLATES) | _names.map(lambda name: f"./{name}.jinja"),
     "data.max_seq_len": st.integers(2, 10**6),
+    "data.cache": st.none() | _names,
     "train.epochs": _positive | _counts,
     "train.max_steps": st.none() | _counts,
+    "train.tokens_per_micro_batch": st.none() | st.integers(2, 10**7),
     "train.learning_rate": _positive,
     "train.warmup_ratio": _share,
     "train.min_learning_rate_ratio": _share,
@@ -433,6 +574,8 @@ def strategy_of(key: str) -> st.SearchStrategy[Any]:
     if key in VALUES:
         return VALUES[key]
     field = property_of(key)
+    if "anyOf" in field:  # a choice, or nothing
+        return st.none() | st.sampled_from(field["anyOf"][0]["enum"])
     if field["type"] == "array":
         return st.lists(st.sampled_from(field["items"]["enum"]), min_size=field.get("minItems", 0), max_size=3)
     if field["type"] == "boolean":
@@ -456,10 +599,23 @@ def recipes(draw: Any) -> dict[str, Any]:
         del values["double_quantization"]
     if values.get("device") == "cpu":
         values.pop("dtype", None)
-    if values["data"].get("validation") is None:
+    data = values["data"]
+    if data.get("validation") is None:
         train.pop("eval_every", None)
     if train.get("schedule") == "constant":
         train.pop("min_learning_rate_ratio", None)
+    if data.get("streaming"):
+        data.pop("cache", None)
+        values["train"] = train
+        train["max_steps"] = train.get("max_steps") or 1
+        train.pop("epochs", None)
+        if isinstance(data.get("validation"), float):
+            del data["streaming"]
+    if not isinstance(data.get("validation"), float):
+        data.pop("group_by", None)
+    if train.get("tokens_per_micro_batch") is not None:
+        train.pop("micro_batch_size", None)
+        train["tokens_per_micro_batch"] = max(train["tokens_per_micro_batch"], data.get("max_seq_len", 1024))
     return values
 
 
@@ -477,10 +633,18 @@ def test_a_resolved_recipe_reads_back_equal(values: dict[str, Any]):
     assert again == recipe
     assert differences(recipe, again) == []
     assert dump_recipe(again) == dump_recipe(recipe)
+    assert misfits(yaml.safe_load(dump_recipe(recipe)), SCHEMA) == misfits(values, SCHEMA) == []
 
 
 def test_a_switched_off_double_quantization_survives(load: Any, tmp_path: Path):
     recipe = load(GOOD + "quantization: none\ndouble_quantization: false\n")
+    write_recipe(recipe, tmp_path / "resolved.yaml")
+    assert load_recipe(tmp_path / "resolved.yaml") == recipe
+
+
+def test_tokens_per_micro_batch_survives(load: Any, tmp_path: Path):
+    """It rules out micro_batch_size, which has a default."""
+    recipe = load(GOOD + "train: {tokens_per_micro_batch: 4096}\n")
     write_recipe(recipe, tmp_path / "resolved.yaml")
     assert load_recipe(tmp_path / "resolved.yaml") == recipe
 
@@ -500,12 +664,20 @@ def test_differences_name_each_setting(load: Any):
     ]
 
 
+@pytest.mark.parametrize(
+    "override", ["columns={prompt: question}", "columns={weight: null}", "train={path: a, weight: 2}"]
+)
+def test_differences_see_into_the_data_section(load: Any, override: str):
+    text = GOOD.replace("rows.jsonl", "a")
+    assert len(differences(load(text), load(text, f"data.{override}"))) >= 1
+
+
 # ── the schema ──────────────────────────────────────────────────────────────────────────────────────────────────
 
 
 def test_the_schema_describes_every_key_and_forbids_others():
     sections = [SCHEMA, *SCHEMA["$defs"].values()]
-    assert [section["additionalProperties"] for section in sections] == [False] * 4
+    assert [section["additionalProperties"] for section in sections] == [False] * 5
     for section in sections:
         for name, field in section["properties"].items():
             assert field.get("description", "").endswith((".", ")")), name

@@ -41,6 +41,7 @@ class Span:
     end: int
     turn: int
     prompted: bool = True  # right before it stands what the template prompts a generation with
+    stopped: bool = True  # it ends in a special token
 
 
 @dataclass(frozen=True)
@@ -49,14 +50,6 @@ class Rendered:
 
     text: str
     spans: list[Span]
-
-
-class NoStopToken(LoraError):
-    """An assistant turn after which the template writes no special token: the model would not learn to stop."""
-
-
-class SpecialInText(LoraError):
-    """A turn whose text holds a special token: the tokenizer would not read it as text."""
 
 
 class ChatTemplate:
@@ -78,7 +71,9 @@ class ChatTemplate:
             self._compiled = _ENVIRONMENT.from_string(text)
         except jinja2.TemplateError as error:
             line = getattr(error, "lineno", None)
-            raise LoraError(f"the chat template is not valid Jinja: {error}", where=f"{name}:{line or 1}") from None
+            raise LoraError(
+                f"the chat template is not valid Jinja: {error}", where=f"{name}:{line or 1}", fix="mend this line"
+            ) from None
 
     def render(self, turns: Turns, where: str, tools: Any = None, *, generation_prompt: bool = False) -> str:
         """The conversation as text. Raises LoraError if the template refuses it."""
@@ -98,17 +93,10 @@ class ChatTemplate:
     def render_whole(self, turns: Turns, where: str, tools: Any = None) -> str:
         """The conversation as text, in which all that was said to the assistant stands.
 
-        Raises LoraError if the template leaves out a turn or the tools, or if a turn holds a special token as text.
+        Raises LoraError if the template leaves out a turn or the tools.
         """
         whole = self.render(turns, where, tools)
         for number, turn in enumerate(turns, 1):
-            found = self._special.search(turn["content"])
-            if found:
-                raise SpecialInText(
-                    f"turn {number} holds {found[0]!r}, which the tokenizer reads as a special token",
-                    where=where,
-                    fix="remove or rewrite it",
-                )
             if turn["role"] != "assistant" and not _says(whole, turn["content"]):
                 raise LoraError(
                     f"the chat template ({self.name}) leaves out turn {number}, by {turn['role']}",
@@ -127,13 +115,30 @@ class ChatTemplate:
     def render_with_spans(self, turns: Turns, wanted: Sequence[int], where: str, tools: Any = None) -> Rendered:
         """The conversation and the spans of the wanted turns, which are the assistant's.
 
-        Raises LoraError where the template does not show a turn as it is, NoStopToken where it does not end one.
+        Raises LoraError where the template does not show a turn as it is.
         """
         whole = self.render_whole(turns, where, tools)
         found = self._by_marks(turns, whole, where, tools)
         if found is None:
             found = self._by_prefixes(turns, wanted, whole, where, tools)
         return Rendered(whole, [self._whole_turn(whole, turns, found.get(turn), turn, where) for turn in wanted])
+
+    def special_in_text(self, turns: Turns) -> tuple[int, str] | None:
+        """The first turn, counted from 1, whose text holds a special token, and that token."""
+        for number, turn in enumerate(turns, 1):
+            if found := self._special.search(turn["content"]):
+                return number, found[0]
+        return None
+
+    @cached_property
+    def stop_token(self) -> str | None:
+        """What the template ends an assistant turn with; None if that is no special token."""
+        turns: Turns = [{"role": "user", "content": "Hello."}, {"role": "assistant", "content": "Yes."}]
+        try:
+            rendered = self.render_with_spans(turns, [1], self.name)
+        except LoraError:
+            return None
+        return self._special.findall(rendered.text[rendered.spans[0].start : rendered.spans[0].end])[-1]
 
     @cached_property
     def generation_prompt(self) -> str:
@@ -188,8 +193,12 @@ class ChatTemplate:
     def _by_prefixes(self, turns: Turns, wanted: Sequence[int], whole: str, where: str, tools: Any) -> dict[int, Span]:
         spans = {}
         for turn in wanted:
-            before = self.render(turns[:turn], where, tools, generation_prompt=True) if turn else ""
             upto = self.render(turns[: turn + 1], where, tools)
+            if turn:
+                before = self.render(turns[:turn], where, tools, generation_prompt=True)
+            else:  # nothing was said before; what the template writes on its own ends with the prompt
+                header, prompt, _ = upto.partition(self.generation_prompt or "\0")
+                before = header + prompt if prompt else "\0"
             if not (upto.startswith(before) and whole.startswith(upto)):
                 raise LoraError(
                     f"turn {turn + 1} cannot be told apart: the template renders it differently in a longer "
@@ -213,19 +222,13 @@ class ChatTemplate:
                 where=where,
                 fix="write data.train_on: last_assistant (templates keep the last turn whole), or remove that part",
             )
+        end = len(whole[: span.end].rstrip())
+        if self._ends_in_stop(whole, span.start, end):  # found up to the turn's end, not marked around its content
+            return Span(span.start, end, turn, span.prompted)
         stop = self._stop.match(whole, span.end)
         if stop is not None:
             return Span(span.start, stop.end(), turn, span.prompted)
-        end = len(whole[: span.end].rstrip())
-        if self._ends_in_stop(whole, span.start, end):
-            return Span(span.start, end, turn, span.prompted)
-        raise NoStopToken(
-            f"the chat template ({self.name}) ends turn {turn + 1} without a special token: the model would not learn "
-            "to stop",
-            where=where,
-            fix="use a model whose template ends turns with a stop token, or data.template: alpaca or plain, which "
-            "end them with the model's end token",
-        )
+        return Span(span.start, span.end, turn, span.prompted, stopped=False)
 
     def _ends_in_stop(self, whole: str, start: int, end: int) -> bool:
         return any(match.end() == end for match in self._stop.finditer(whole, start, end))
@@ -268,6 +271,12 @@ def _with_text_arguments(turns: Turns) -> Turns:
         turn | {"tool_calls": [written(call) for call in turn["tool_calls"]]} if "tool_calls" in turn else turn
         for turn in turns
     ]
+
+
+def wants_bos(tokenizer: PreTrainedTokenizerBase) -> bool:
+    """Whether the tokenizer itself puts a BOS in front of a text."""
+    backend: Any = tokenizer.backend_tokenizer
+    return tokenizer.bos_token_id is not None and backend.encode("a").ids[:1] == [tokenizer.bos_token_id]
 
 
 def _says(text: str, content: str) -> bool:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import unicodedata
 from bisect import bisect_left, bisect_right
 from collections.abc import Iterable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cached_property
 from itertools import accumulate
 from typing import Any
@@ -13,7 +13,7 @@ from typing import Any
 from tokenizers import decoders
 from transformers import PreTrainedTokenizerBase
 
-from lora_cli.data.chat import ChatTemplate, NoStopToken, Rendered, SpecialInText
+from lora_cli.data.chat import ChatTemplate, Rendered, wants_bos
 from lora_cli.data.chat import Span as TurnSpan
 from lora_cli.data.example import Example, Span
 from lora_cli.data.formats import Completion, Conversation, Document, Format, Text
@@ -38,7 +38,7 @@ class Finding:
 
 @dataclass(frozen=True)
 class Encoded:
-    """What became of a row: an example, or the finding that stands against it; notes stand beside it."""
+    """What became of a row: an example, the finding that stands against it, or both: then the recipe can allow it."""
 
     row: Row
     example: Example | None
@@ -123,10 +123,6 @@ class Encoder:
                     return _nothing_trained(document)
                 return Prepared(document, document.prompt + document.completion, True, prompt=document.prompt)
             return self._prepared_conversation(document)
-        except NoStopToken as error:
-            return Encoded(row, None, Finding("no_stop_token", error))
-        except SpecialInText as error:
-            return Encoded(row, None, Finding("special_in_text", error))
         except LoraError as error:
             return Encoded(row, None, Finding("malformed", error))
 
@@ -175,6 +171,7 @@ class Encoder:
     def _masked(self, each: Prepared, encoding: Any, prompt: Any) -> Encoded:
         document, ids = each.document, encoding.ids
         notes: list[str] = []
+        finding: Finding | None = None
         data = each.text.encode()
         pieces = None if self._bytes_of_token is None else [self._bytes_of_token[id] for id in ids]
         if pieces is not None and b"".join(pieces) != data:
@@ -199,26 +196,26 @@ class Encoder:
                     fix="remove the row",
                 )
                 return Encoded(document.row, None, Finding("not_round_trip", error))
-            if unstopped := [last for _, last, _ in spans if ids[last - 1] not in self._special]:
-                shown = self.tokenizer.convert_ids_to_tokens(ids[unstopped[0] - 1])
-                error = LoraError(
-                    f"a trained turn ends in the token {shown!r}, which is no stop token",
-                    where=document.row.where,
-                    fix="use a template whose turns end in a special token of this tokenizer",
-                )
-                return Encoded(document.row, None, Finding("no_stop_token", error))
+            for turn, (_, last, _) in zip(turns, spans, strict=True):
+                if not turn.stopped:
+                    finding = finding or _unstopped(document, self.template, turn.turn)
+                elif ids[last - 1] not in self._special:
+                    token = str(self._backend.id_to_token(ids[last - 1]))
+                    finding = finding or _unstopped(document, self.template, turn.turn, token)
             notes += [] if all(span.prompted for span in each.rendered.spans) else ["not_prompted"]
             ids, spans = self._with_bos(ids, spans)
         if self._bos is not None and ids[:2] == [self._bos] * 2:
             error = LoraError(
                 "two BOS tokens at the start", where=document.row.where, fix="remove the one that stands in the text"
             )
-            return Encoded(document.row, None, Finding("double_bos", error), tuple(notes))
+            finding = finding or Finding("double_bos", error)
+        if isinstance(document, Conversation) and self.template is not None:
+            finding = finding or _special_in_text(document, self.template)
         example = Example(ids, spans, document.row.file, document.row.number)
         if not example.targets:
             return _nothing_trained(document)
         proved = pieces is not None and not isinstance(document, Completion)
-        return Encoded(document.row, example, None, tuple(notes), proved)
+        return Encoded(document.row, example, finding, tuple(notes), proved)
 
     def _token_spans(
         self, text: str, data: bytes, ids: list[int], pieces: list[bytes] | None, spans: list[TurnSpan]
@@ -324,7 +321,7 @@ class Encoder:
         error = LoraError(
             what, where=encoded.row.where, fix="replace these characters, or use a model whose tokenizer has them"
         )
-        return Encoded(encoded.row, encoded.example, Finding("not_round_trip", error), encoded.notes)
+        return replace(encoded, finding=encoded.finding or Finding("not_round_trip", error))
 
     # ── what the tokenizer is ───────────────────────────────────────────────────────────────────────────────────
 
@@ -342,9 +339,7 @@ class Encoder:
 
     @cached_property
     def _wants_bos(self) -> bool:
-        """Whether the tokenizer itself puts a BOS in front of a text."""
-        ids = self._backend.encode("a", add_special_tokens=True).ids
-        return self._bos is not None and ids[0] == self._bos
+        return wants_bos(self.tokenizer)
 
     @cached_property
     def _special(self) -> set[int]:
@@ -363,6 +358,30 @@ def _plain(text: str) -> str:
 
 def _spoken(turn: dict[str, Any]) -> bool:
     return turn["role"] == "assistant"
+
+
+def _unstopped(document: Conversation, template: ChatTemplate | None, turn: int, token: str | None = None) -> Finding:
+    name = template.name if template is not None else ""
+    how = "without a special token" if token is None else f"in {token!r}, which is no special token of the tokenizer"
+    error = LoraError(
+        f"the chat template ({name}) ends turn {turn + 1} {how}: the model would not learn to stop",
+        where=document.row.where,
+        fix="use a model whose template ends turns with a stop token, or data.template: alpaca or plain, which end "
+        "them with the model's end token",
+    )
+    return Finding("no_stop_token", error)
+
+
+def _special_in_text(document: Conversation, template: ChatTemplate) -> Finding | None:
+    found = template.special_in_text(document.turns)
+    if found is None:
+        return None
+    error = LoraError(
+        f"turn {found[0]} holds {found[1]!r}, which the tokenizer reads as a special token",
+        where=document.row.where,
+        fix="remove or rewrite it",
+    )
+    return Finding("special_in_text", error)
 
 
 def _refused(document: Document, kind: str, what: str, fix: str) -> Encoded:

@@ -7,6 +7,8 @@ from dataclasses import dataclass
 
 import numpy as np
 
+_AT_ONCE = 1 << 16
+
 
 @dataclass(frozen=True)
 class Groups:
@@ -36,39 +38,51 @@ def pack(lengths: Sequence[int] | np.ndarray, capacity: int) -> Groups:
     bounds for simple one-dimensional packing algorithms). Deterministic: ties go by index. Rows with the same room are
     kept on a stack, and a bit set says which rooms there are: time and memory grow with the number of examples alone.
     """
-    lengths = np.asarray(lengths, np.int64)
-    if len(lengths) and (longest := int(lengths.argmax())) is not None and lengths[longest] > capacity:
+    lengths = np.asarray(lengths, np.int32)
+    if len(lengths) and lengths.max() > capacity:
+        longest = int(lengths.argmax())
         raise ValueError(f"example {longest} has {lengths[longest]} tokens, above the capacity of {capacity}")
-    by_length = np.argsort(-lengths, kind="stable")
-    row_of = np.empty(len(lengths), np.int64)
+    by_length = np.argsort(-lengths, kind="stable").astype(np.int32)
+    row_of = np.empty(len(lengths), np.int32)
     open_rows: list[list[int]] = [[] for _ in range(capacity + 1)]  # by room
     rooms = 0  # bit set of the rooms that have an open row
     rows = 0
-    for index, length in zip(by_length, lengths[by_length].tolist(), strict=True):
-        fitting = rooms >> length
-        if fitting:
-            room = length + (fitting & -fitting).bit_length() - 1
-            row = open_rows[room].pop()
-            if not open_rows[room]:
-                rooms ^= 1 << room
-        else:
-            room, row, rows = capacity, rows, rows + 1
-        row_of[index] = row
-        left = room - length
-        if left:
-            open_rows[left].append(row)
-            rooms |= 1 << left
+    for start in range(0, len(lengths), _AT_ONCE):  # numbers of Python are large: not all of them at once
+        part = by_length[start : start + _AT_ONCE]
+        placed = []
+        for length in lengths[part].tolist():
+            fitting = rooms >> length
+            if fitting:
+                room = length + (fitting & -fitting).bit_length() - 1
+                row = open_rows[room].pop()
+                if not open_rows[room]:
+                    rooms ^= 1 << room
+            else:
+                room, row, rows = capacity, rows, rows + 1
+            placed.append(row)
+            left = room - length
+            if left:
+                open_rows[left].append(row)
+                rooms |= 1 << left
+        row_of[part] = placed
     members = np.argsort(row_of, kind="stable")
     return Groups(members, np.cumsum(np.bincount(row_of, minlength=rows), dtype=np.int64))
 
 
-def similar_lengths(
-    lengths: np.ndarray, seed: int, *, examples: int | None = None, tokens: int | None = None, pool: int = 4096
-) -> Groups:
-    """Groups of examples of similar length, so that padding one to the longest of its group costs little.
+def rows_to_shuffle(lengths: np.ndarray, *, packing: bool, max_seq_len: int, tokens: int | None, seed: int) -> Groups:
+    """What the order shuffles: packed rows, groups of similar length that fill `tokens`, or single examples."""
+    if packing:
+        return pack(lengths, max_seq_len)
+    if tokens is not None:
+        return similar_lengths(lengths, tokens, seed)
+    return Groups(np.arange(len(lengths)), np.arange(1, len(lengths) + 1))
 
-    A group has at most `examples` of them, or as many as fit, padded, into `tokens`. Examples are shuffled by the seed
-    and sorted within pools: which of them share a group stays a matter of chance beyond their length.
+
+def similar_lengths(lengths: np.ndarray, tokens: int, seed: int, *, pool: int = 4096) -> Groups:
+    """Groups of examples of similar length, as many as fit, padded to the longest, into `tokens`.
+
+    Examples are shuffled by the seed and sorted within pools: which of them share a group stays a matter of chance
+    beyond their length.
     """
     shuffled = np.random.default_rng([seed, 0xB0C]).permutation(len(lengths))
     members, sizes = [], []
@@ -78,9 +92,7 @@ def similar_lengths(
         members.append(part)
         at = 0
         while at < len(part):
-            most = examples if tokens is None else max(1, tokens // int(lengths[part[at]]))
-            assert most is not None
-            size = min(most, len(part) - at)
+            size = min(max(1, tokens // int(lengths[part[at]])), len(part) - at)
             sizes.append(size)
             at += size
     return Groups(np.concatenate([np.empty(0, np.int64), *members]), np.cumsum(sizes, dtype=np.int64))

@@ -12,7 +12,7 @@ import shutil
 import tempfile
 import weakref
 from array import array
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import cached_property
 from importlib.metadata import version
 from itertools import chain, islice
@@ -25,7 +25,7 @@ from transformers import PreTrainedTokenizerBase
 
 from lora_cli.data.chat import ChatTemplate, chat_template
 from lora_cli.data.gate import TOO_LONG_SHARE, Findings, Lengths, duplicates
-from lora_cli.data.packing import Groups, pack, similar_lengths
+from lora_cli.data.packing import Groups, rows_to_shuffle
 from lora_cli.data.prepared import PARTS, PreparedData, Summary, open_prepared, summary_values
 from lora_cli.data.readers import Row
 from lora_cli.data.row_encoder import RowEncoder, fit_length
@@ -80,41 +80,54 @@ def _build_for_now(preparation: Preparation) -> PreparedData:
 
 
 def _build_in_place(preparation: Preparation, place: Path, own: bool) -> PreparedData:
-    """Prepared beside its place, which it takes when it is whole; whoever else prepares the same does no harm."""
+    """Prepared beside its place, which it takes when it is whole; whoever else prepares the same does no harm.
+
+    own: whether the cache is the run folder's, in which only the newest is of use.
+    """
     building = place.with_name(f".{place.name}.building-{os.getpid()}")
+    _forget_killed(place.parent)
     try:
-        with written_whole(building) as temporary:
+        shown = Path(preparation.recipe.output) if own else place.parent
+        with disk_errors(shown), written_whole(building, shown) as temporary:
             preparation.build(temporary)
         data = open_prepared(building)
         assert data is not None
         data.findings.require_none(preparation.recipe.data.allow)
-        shutil.rmtree(place, ignore_errors=True)  # damaged, or it would have been opened
+        if place.exists() and open_prepared(place) is None:  # damaged
+            damaged = building.with_suffix(".damaged")
+            place.rename(damaged)
+            shutil.rmtree(damaged)
         try:
             building.rename(place)
-        except OSError:  # another run was first
+        except OSError:  # another run was first; what is open here stays readable
             shutil.rmtree(building)
     except BaseException:
         shutil.rmtree(building, ignore_errors=True)
-        if own and place.parent.is_dir() and not any(place.parent.iterdir()):
-            place.parent.rmdir()
-            if not any(place.parent.parent.iterdir()):
-                place.parent.parent.rmdir()
+        for folder in (place.parent, place.parent.parent) if own else ():
+            if folder.is_dir() and not any(folder.iterdir()):
+                folder.rmdir()
         raise
-    if own:  # in the run folder only the newest is of use
-        for old in place.parent.iterdir():
-            if old != place:
-                shutil.rmtree(old, ignore_errors=True)
-    opened = open_prepared(place)
-    assert opened is not None
-    return opened
+    for old in place.parent.iterdir() if own else ():
+        if old != place and not old.name.startswith("."):
+            shutil.rmtree(old, ignore_errors=True)
+    return replace(data, folder=place)
+
+
+def _forget_killed(cache: Path) -> None:
+    """Remove what processes left half-done that are no more."""
+    for folder in cache.glob(".*.building-*") if cache.is_dir() else ():
+        process = folder.name.rpartition("-")[2].partition(".")[0]
+        if process.isdigit() and not Path(f"/proc/{process}").exists() and Path("/proc").exists():
+            shutil.rmtree(folder, ignore_errors=True)
 
 
 @dataclass
 class _Seen:
-    """What is kept of every row while rows go by: 28 bytes each."""
+    """What is kept of every row while rows go by: 20 bytes each, and 8 more where groups are held out."""
 
     file: array = field(default_factory=lambda: array("i"))
-    row: array = field(default_factory=lambda: array("q"))
+    row: array = field(default_factory=lambda: array("i"))
+    pieces: array = field(default_factory=lambda: array("i"))  # examples that it became
     content: array = field(default_factory=lambda: array("Q"))
     group: array = field(default_factory=lambda: array("Q"))
 
@@ -154,7 +167,7 @@ class Preparation:
             "tokenizer": _tokenizer_hash(self.tokenizer),
             "template": template,
             "settings": settings,
-            "micro_batch": None if data.packing else [train.micro_batch_size, train.tokens_per_micro_batch],
+            "micro_batch": None if data.packing else train.tokens_per_micro_batch,
             "seed": train.seed,
             "code": _code_hash(),
         }
@@ -163,31 +176,19 @@ class Preparation:
     def build(self, folder: Path) -> None:
         """Writes everything into `folder`. Findings that stop a run are written too; who reads them decides."""
         data = self.recipe.data
-        seen, held = _Seen(), _Seen()
         names: list[str] = []
         formats: dict[str, str] = {}
         self._findings = findings = Findings()
         self._rows = 0
         self._template: ChatTemplate | None = None
         self._stops: set[int] = set()
-        row_of: dict[bool, list[np.ndarray]] = {False: [], True: []}
-        source_of: list[int] = []
         with ExampleWriter(folder / "examples.arrow") as writer:
-            for at, (recipe, source) in enumerate(self.sources):
-                validation = at >= len(self._training)
-                times = times_of(source)
-                first = writer.count
-                owners = array("q")
-                self._read(recipe, source, held if validation else seen, owners, writer, names, formats)
-                require_unchanged(source, times)
-                row_of[validation].append(np.frombuffer(owners, np.int64) if owners else np.empty(0, np.int64))
-                source_of += [first, writer.count]
+            train, validation = self._read_all(writer, names, formats)
         lengths, targets = writer.lengths, writer.targets
-        self._close_gate(findings, writer, seen, held, names)
-        train, validation = self._split(seen, row_of, source_of)
         if not len(train) and self._training:
             findings.require_none(data.allow)
-            raise LoraError("no row is left to train on", where=_name(data.train[0]))
+            fix = "raise data.max_seq_len, or look at what train: false leaves out"
+            raise LoraError("no row is left to train on", where=_name(data.train[0]), fix=fix)
         rows = self._rows_of(lengths[train])
         write_indices(folder / "train.arrow", train)
         write_indices(folder / "validation.arrow", validation)
@@ -217,15 +218,22 @@ class Preparation:
 
     # ── reading ─────────────────────────────────────────────────────────────────────────────────────────────────
 
+    def _read_all(
+        self, writer: ExampleWriter, names: list[str], formats: dict[str, str]
+    ) -> tuple[np.ndarray, np.ndarray]:
+        """Indices of the examples to train on, and of those held out. What was kept of rows is forgotten then."""
+        seen, held = _Seen(), _Seen()
+        ends = []
+        for at, (_, source) in enumerate(self.sources):
+            times = times_of(source)
+            self._read(source, held if at >= len(self._training) else seen, writer, names, formats)
+            require_unchanged(source, times)
+            ends.append(writer.count)
+        self._close_gate(seen, held, names)
+        return self._split(seen, ends)
+
     def _read(
-        self,
-        recipe: SourceRecipe,
-        source: Source,
-        seen: _Seen,
-        owners: array,
-        writer: ExampleWriter,
-        names: list[str],
-        formats: dict[str, str],
+        self, source: Source, seen: _Seen, writer: ExampleWriter, names: list[str], formats: dict[str, str]
     ) -> None:
         rows = source.rows()
         head = list(islice(rows, _ROWS_TO_DETECT))
@@ -249,20 +257,16 @@ class Preparation:
             seen.file.append(file)
             seen.row.append(row.number)
             seen.content.append(content)
-            seen.group.append(self._group(row, content))
+            if self.recipe.data.group_by is not None:
+                seen.group.append(self._group(row, self.recipe.data.group_by))
             self._stops.add(int(ids[encoded.example.spans[-1][1] - 1]))
             data = self.recipe.data
-            for piece in fit_length(
-                encoded.example, data.max_seq_len, data.too_long, reader.format.name, self._findings
-            ):
-                whole = piece is encoded.example
-                writer.add(piece, ids if whole else np.array(piece.ids, np.int32), file)
-                owners.append(len(seen.row) - 1)
+            pieces = fit_length(encoded.example, data.max_seq_len, data.too_long, reader.format.name, self._findings)
+            for piece in pieces:
+                writer.add(piece, ids if piece is encoded.example else np.array(piece.ids, np.int32), file)
+            seen.pieces.append(len(pieces))
 
-    def _group(self, row: Row, content: int) -> int:
-        name = self.recipe.data.group_by
-        if name is None:
-            return content
+    def _group(self, row: Row, name: str) -> int:
         if name not in row.values:
             fix = f"its columns: {', '.join(row.values)}"
             raise LoraError(f"data.group_by names {name}, but the row has no such column", where=row.where, fix=fix)
@@ -270,9 +274,8 @@ class Preparation:
 
     # ── what can only be said when all rows were seen ───────────────────────────────────────────────────────────
 
-    def _close_gate(
-        self, findings: Findings, writer: ExampleWriter, seen: _Seen, held: _Seen, names: list[str]
-    ) -> None:
+    def _close_gate(self, seen: _Seen, held: _Seen, names: list[str]) -> None:
+        findings = self._findings
         data = self.recipe.data
         if data.too_long != "error" or findings.counts.get("too_long", 0) <= TOO_LONG_SHARE * self._rows:
             findings.waived.add("too_long")
@@ -288,33 +291,35 @@ class Preparation:
                 error = LoraError(f"trained turns end in {shown}, but the model's end token is another")
                 findings.note("stop_not_end", error)
 
-    def _split(
-        self, seen: _Seen, row_of: dict[bool, list[np.ndarray]], source_of: list[int]
-    ) -> tuple[np.ndarray, np.ndarray]:
-        """Indices of the examples to train on, repeated by the weights of their sources, and of those held out."""
-        data = self.recipe.data
-        starts, ends = source_of[::2], source_of[1::2]
-        owners = np.concatenate([np.empty(0, np.int64), *row_of[False]])
-        fraction = data.validation if isinstance(data.validation, float) else None
-        held_rows = np.zeros(len(seen.row), bool)
-        if fraction is not None:
-            held_rows[
-                hold_out(_numbers(seen.group, np.uint64), fraction, self.recipe.train.seed, _name(data.train[0]))
-            ] = True
-        held = held_rows[owners] if len(owners) else np.zeros(0, bool)
-        train = []
-        for number, (recipe, start, end) in enumerate(zip(self._training, starts, ends, strict=False)):
+    def _split(self, seen: _Seen, ends: list[int]) -> tuple[np.ndarray, np.ndarray]:
+        """Indices of the examples to train on, repeated by the weights of their sources, and of those held out.
+
+        ends: one behind the last example of each source.
+        """
+        data, seed = self.recipe.data, self.recipe.train.seed
+        sources = len(self._training)
+        last = ends[sources - 1] if sources else 0
+        held = np.zeros(last, bool)
+        if isinstance(data.validation, float):
+            groups = _numbers(seen.group if data.group_by is not None else seen.content, np.uint64)
+            rows = np.zeros(len(groups), bool)
+            rows[hold_out(groups, data.validation, seed, _name(data.train[0]))] = True
+            held = np.repeat(rows, _numbers(seen.pieces, np.int32))
+        train = [np.empty(0, np.int64)]
+        for number, (recipe, start, end) in enumerate(zip(self._training, [0, *ends], ends, strict=False)):
             indices = np.arange(start, end)[~held[start:end]]
-            train += repeated(indices, recipe.weight, [self.recipe.train.seed, 0x3E16, number])
-        validation = [np.flatnonzero(held), *map(np.arange, starts[len(self._training) :], ends[len(self._training) :])]
-        return np.concatenate([np.empty(0, np.int64), *train]), np.concatenate(validation).astype(np.int64)
+            train += repeated(indices, recipe.weight, [seed, 0x3E16, number])
+        validation = np.concatenate([np.flatnonzero(held), np.arange(last, ends[-1] if ends else 0)])
+        return np.concatenate(train), validation.astype(np.int64)
 
     def _rows_of(self, lengths: np.ndarray) -> Groups:
         data, train = self.recipe.data, self.recipe.train
-        if data.packing:
-            return pack(lengths, data.max_seq_len)
-        return similar_lengths(
-            lengths, train.seed, examples=train.micro_batch_size, tokens=train.tokens_per_micro_batch
+        return rows_to_shuffle(
+            lengths,
+            packing=data.packing,
+            max_seq_len=data.max_seq_len,
+            tokens=train.tokens_per_micro_batch,
+            seed=train.seed,
         )
 
 

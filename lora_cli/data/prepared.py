@@ -86,7 +86,7 @@ def open_prepared(folder: Path) -> PreparedData | None:
         examples = ExampleStore(folder / "examples.arrow", summary.names)
         train, validation = (Examples(examples, read_indices(folder / f"{n}.arrow")) for n in ("train", "validation"))
         return PreparedData(folder, summary, train, validation, read_groups(folder / "rows.arrow"))
-    except (OSError, ValueError, KeyError, TypeError, AttributeError):  # whatever damage makes of it
+    except (OSError, ValueError, KeyError, TypeError, AttributeError, RecursionError):  # whatever damage makes of it
         return None
 
 
@@ -123,11 +123,16 @@ def summary_values(summary: Summary) -> dict[str, Any]:
 
 
 def rows_per_micro_batch(recipe: Recipe) -> int:
-    """Of packed rows; without packing a row of the order already is a micro-batch."""
-    if not recipe.data.packing:
-        return 1
+    """Rows of the order in a micro-batch: packed rows, or examples, or one group that fills the budget of tokens."""
     tokens = recipe.train.tokens_per_micro_batch
-    return recipe.train.micro_batch_size if tokens is None else tokens // recipe.data.max_seq_len
+    if tokens is None:
+        return recipe.train.micro_batch_size
+    return tokens // recipe.data.max_seq_len if recipe.data.packing else 1
+
+
+def split_in_step(recipe: Recipe) -> bool:
+    """Whether the examples of a step are split into micro-batches by their length: without packing, by count."""
+    return not recipe.data.packing and recipe.train.tokens_per_micro_batch is None
 
 
 def _accumulation_and_seed(recipe: Recipe) -> tuple[int, int]:

@@ -37,13 +37,13 @@ def data_lines(data: PreparedData, recipe: Recipe) -> list[str]:
             f"packed into {counted(len(data.rows), 'row')} of {limit:,}, {tokens / len(data.rows) / limit:.1%} full"
         )
     else:
-        lines.append(f"{counted(len(data.rows), 'micro-batch')} of similar length")
+        lines.append("not packed; the examples of a step are split by length")
     total = order.total_steps(recipe.train.epochs, recipe.train.max_steps)
     lines.append(
         f"{counted(total, 'step')} ({total / order.steps_per_epoch:.2f} epochs), about "
         f"{tokens / order.steps_per_epoch:,.0f} tokens a step"
     )
-    if summary.findings.counts.get("too_long") and "too_long" in summary.findings.waived:
+    if summary.findings.counts.get("too_long") and "too_long" not in summary.findings.stopping(settings.allow):
         lines.append(
             f"{counted(summary.findings.counts['too_long'], 'row')} above {limit:,} tokens: {_DONE[settings.too_long]}"
         )

@@ -18,10 +18,11 @@ import numpy as np
 from transformers import PreTrainedTokenizerBase
 
 from lora_cli.data.example import Example
+from lora_cli.data.feed import split_by_length
 from lora_cli.data.gate import TOO_LONG_SHARE, Findings, Lengths
 from lora_cli.data.order import Permutation
-from lora_cli.data.packing import Groups, pack, similar_lengths
-from lora_cli.data.prepared import rows_per_micro_batch
+from lora_cli.data.packing import Groups, rows_to_shuffle
+from lora_cli.data.prepared import rows_per_micro_batch, split_in_step
 from lora_cli.data.readers import Row
 from lora_cli.data.row_encoder import RowEncoder, fit_length
 from lora_cli.data.sources import FileSource, open_source
@@ -102,7 +103,8 @@ class StreamFeed:
         per_batch = rows_per_micro_batch(self._recipe)
         units = [self._unit() for _ in range(per_batch * self._recipe.train.gradient_accumulation_steps)]
         batches = [units[at : at + per_batch] for at in range(0, len(units), per_batch)]
-        return [[example for unit in batch for example in unit] for batch in batches]
+        made = [[example for unit in batch for example in unit] for batch in batches]
+        return split_by_length(made, per_batch) if split_in_step(self._recipe) else made
 
     def position(self) -> dict[str, int]:
         """For a checkpoint: where the next step begins."""
@@ -130,7 +132,8 @@ class StreamFeed:
         rows = list(islice(self._rows, WINDOW_ROWS))
         if not rows:
             if self._given == 0:
-                raise LoraError("no row of the stream is left to train on", where=self._sources[0][1].name)
+                fix = "raise data.max_seq_len, or look at what train: false leaves out"
+                raise LoraError("no row of the stream is left to train on", where=self._sources[0][1].name, fix=fix)
             self._given = 0
             self._next = {"pass": self._next["pass"] + 1, "rows": 0, "unit": 0}
             self._rows = self._mixed()
@@ -141,11 +144,13 @@ class StreamFeed:
         self._require_known_tokens()
         lengths = np.array([len(example.ids) for example in self._examples], np.int64)
         seed = (train.seed, self._place["pass"], self._place["rows"])
-        if data.packing:
-            self._units = pack(lengths, data.max_seq_len)
-        else:
-            size = {"examples": train.micro_batch_size, "tokens": train.tokens_per_micro_batch}
-            self._units = similar_lengths(lengths, train.seed, **size)
+        self._units = rows_to_shuffle(
+            lengths,
+            packing=data.packing,
+            max_seq_len=data.max_seq_len,
+            tokens=train.tokens_per_micro_batch,
+            seed=train.seed,
+        )
         self._given += len(self._units)
         self._shuffled = Permutation(len(self._units), seed)
 

@@ -12,8 +12,10 @@ from lora_cli.adapters.opened import Opened, open_model
 from lora_cli.data.batches import collate
 from lora_cli.data.encode import target_bytes
 from lora_cli.data.example import Example
+from lora_cli.data.formats import NEEDED
 from lora_cli.data.gate import Findings
 from lora_cli.data.prepare import prepare
+from lora_cli.data.readers import Row
 from lora_cli.data.row_encoder import RowEncoder, fit_length
 from lora_cli.data.sources import open_source
 from lora_cli.errors import LoraError
@@ -49,22 +51,9 @@ def evaluate_run(
     examples = (
         _own_validation(recipe, opened)
         if data is None
-        else _file_examples(data, opened, recipe.data.max_seq_len, stride, _reading(recipe.data, data))
+        else _file_examples(data, opened, recipe.data.max_seq_len, stride, recipe.data)
     )
     return compare(opened, *examples)
-
-
-def _reading(own: DataRecipe, data: Path) -> DataRecipe:
-    """How another file is read for a run: template and mask are the run's, format and columns go by the file."""
-    return DataRecipe.model_validate(
-        {
-            "train": str(data),
-            "template": own.template,
-            "train_on": own.train_on,
-            "columns": own.columns,
-            "allow": own.allow,
-        }
-    )
 
 
 def evaluate_model(
@@ -119,7 +108,7 @@ def _file_examples(
     if stride is not None and not 0 < stride < max_seq_len:
         raise LoraError(f"--stride {stride} must be between 1 and {max_seq_len - 1}", fix="half of the window is usual")
     rows = list(open_source(SourceRecipe.model_validate({"path": str(data)})).rows())
-    settings = own or DataRecipe.model_validate({"train": str(data)})
+    settings = _reading(own, data, rows)
     reader = RowEncoder(settings, opened.tokenizer, rows)
     findings = Findings()
     examples = [each.example for each in reader.encode(iter(rows), findings) if each.example is not None]
@@ -141,3 +130,16 @@ def _file_examples(
                 example, max_seq_len, policy, reader.format.name, findings, stride or max_seq_len // 2
             )
     return fitting, text_bytes
+
+
+def _reading(own: DataRecipe | None, data: Path, rows: list[Row]) -> DataRecipe:
+    """How a file is read for a run: as its own data where the columns are the same, else as its columns say."""
+    values: dict[str, Any] = {"train": str(data)}
+    if own is not None:
+        values |= {"template": own.template, "train_on": own.train_on, "allow": own.allow}
+        columns = {name for row in rows for name in row.values}
+        needed = NEEDED.get(own.format, ())
+        named = not needed or any(columns >= {own.columns.get(each, each) for each in some} for some in needed)
+        if named and columns >= {column for column in own.columns.values() if column is not None}:
+            values |= {"format": own.format, "columns": own.columns}
+    return DataRecipe.model_validate(values)

@@ -30,12 +30,13 @@ def generation_config(
     top_p: float = 1.0,
     top_k: int = 0,
     repetition_penalty: float = 1.0,
+    stop: int | None = None,
 ) -> GenerationConfig:
-    """temperature 0 is greedy. Stops at the end tokens of the model and of the tokenizer."""
+    """temperature 0 is greedy. Stops at the end tokens of the model and of the tokenizer, and at `stop`."""
     own = getattr(model, "generation_config", None)
     ends = getattr(own, "eos_token_id", None)
     own_end: Any = tokenizer.eos_token_id
-    stops = {*(ends if isinstance(ends, list) else [ends]), own_end} - {None}
+    stops = {*(ends if isinstance(ends, list) else [ends]), own_end, stop} - {None}
     sampling = {"temperature": temperature, "top_p": top_p, "top_k": top_k} if temperature > 0 else {}
     return GenerationConfig(
         max_new_tokens=max_new_tokens,

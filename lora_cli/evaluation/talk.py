@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import sys
 from collections.abc import Callable
+from contextlib import nullcontext
 from pathlib import Path
 from typing import Any
 
@@ -12,7 +13,7 @@ from accelerate.utils import set_seed
 
 from lora_cli.adapters.layer import adapters_disabled
 from lora_cli.adapters.opened import Opened, open_model
-from lora_cli.data.chat import chat_template
+from lora_cli.data.chat import ChatTemplate, chat_template, wants_bos
 from lora_cli.errors import LoraError
 from lora_cli.evaluation.generation import complete, generation_config
 
@@ -47,38 +48,42 @@ def talk(
         model, adapter, quantization=quantization, dtype=dtype, device=device, trust_remote_code=trust_remote_code
     )
     set_seed(seed)
-    speak = _speaker(opened, use_adapter, sampling)
+    template = chat_template(opened.tokenizer, None, "the model") if chat else None
+    speak = _speaker(opened, use_adapter, sampling, template)
     turns = [{"role": "system", "content": system}] if system is not None else []
     emit = None if as_json else _print_now
     if conversation:
-        _converse(speak, opened, turns)
+        assert template is not None
+        _converse(speak, template, turns)
         return
     assert prompt is not None
-    if chat:
-        text = _prompt([*turns, {"role": "user", "content": prompt}], opened)
-        answer = speak(text, False, emit)
+    if template is not None:
+        prompt_turns = [*turns, {"role": "user", "content": prompt}]
+        answer = speak(template.render(prompt_turns, "the prompt", generation_prompt=True), emit)
     else:
-        answer = speak(prompt, True, emit)
+        answer = speak(prompt, emit)
     print(json.dumps({"prompt": prompt, "completion": answer}) if as_json else "")
 
 
-def _prompt(turns: list[dict[str, str]], opened: Opened) -> str:
-    return chat_template(opened.tokenizer, None, "the model").render(turns, "conversation", generation_prompt=True)
+def _speaker(
+    opened: Opened, use_adapter: bool, sampling: dict[str, Any], template: ChatTemplate | None
+) -> Callable[..., str]:
+    """Answers a text as training would have seen it: with one BOS where one is wanted, up to the stop token."""
+    tokenizer = opened.tokenizer
+    token = template.stop_token if template is not None else None
+    stop: Any = tokenizer.convert_tokens_to_ids(token) if token is not None else None
+    config = generation_config(opened.model, tokenizer, stop=stop, **sampling)
 
-
-def _speaker(opened: Opened, use_adapter: bool, sampling: dict[str, Any]) -> Callable[..., str]:
-    config = generation_config(opened.model, opened.tokenizer, **sampling)
-
-    def speak(text: str, special_tokens: bool, emit: Callable[[str], None] | None) -> str:
-        if use_adapter:
-            return complete(opened.model, opened.tokenizer, [text], config, special_tokens=special_tokens, emit=emit)[0]
-        with adapters_disabled(opened.model):
-            return complete(opened.model, opened.tokenizer, [text], config, special_tokens=special_tokens, emit=emit)[0]
+    def speak(text: str, emit: Callable[[str], None] | None) -> str:
+        bos = wants_bos(tokenizer) and not text.startswith(str(tokenizer.bos_token))
+        special = bos if template is not None else True
+        with nullcontext() if use_adapter else adapters_disabled(opened.model):
+            return complete(opened.model, tokenizer, [text], config, special_tokens=special, emit=emit)[0]
 
     return speak
 
 
-def _converse(speak: Callable[..., str], opened: Opened, turns: list[dict[str, str]]) -> None:
+def _converse(speak: Callable[..., str], template: ChatTemplate, turns: list[dict[str, str]]) -> None:
     print("Ctrl+D ends the conversation.", file=sys.stderr)
     while True:
         try:
@@ -89,8 +94,8 @@ def _converse(speak: Callable[..., str], opened: Opened, turns: list[dict[str, s
         if not said.strip():
             continue
         turns.append({"role": "user", "content": said})
-        text = _prompt(turns, opened)
-        turns.append({"role": "assistant", "content": speak(text, False, _print_now)})
+        text = template.render(turns, "the conversation", generation_prompt=True)
+        turns.append({"role": "assistant", "content": speak(text, _print_now)})
         print()
 
 

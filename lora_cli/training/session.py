@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from accelerate import PartialState
 from rich.console import Console
 from transformers import PreTrainedTokenizerBase
 
@@ -22,7 +23,7 @@ from lora_cli.base.source import BaseSource, find_base
 from lora_cli.data.batches import collate
 from lora_cli.data.feed import IndexedFeed
 from lora_cli.data.prepare import prepare
-from lora_cli.data.prepared import PreparedData
+from lora_cli.data.prepared import PreparedData, split_in_step
 from lora_cli.data.report import data_lines, finding_lines, stream_lines
 from lora_cli.data.stream import StreamFeed
 from lora_cli.errors import LoraError
@@ -78,13 +79,14 @@ def open_session(recipe: Recipe, console: Console) -> Session:
     dtype, reason = pick_dtype(recipe.dtype, device)
     source = find_base(recipe.base_model, recipe.revision, trust_remote_code=recipe.trust_remote_code)
     tokenizer = load_tokenizer(source, trust_remote_code=recipe.trust_remote_code)
-    data = prepare(recipe, tokenizer, keep=True)
+    with PartialState().main_process_first():  # the others then find it prepared
+        data = prepare(recipe, tokenizer, keep=True)
     feed: IndexedFeed | StreamFeed
     if recipe.data.streaming:
         feed = StreamFeed(recipe, tokenizer)
         lines = stream_lines(feed, data, recipe)
     else:
-        feed = IndexedFeed(data.train, data.order(recipe))
+        feed = IndexedFeed(data.train, data.order(recipe), split_in_step(recipe))
         lines = [*data_lines(data, recipe), *finding_lines(data)]
     for number, line in enumerate(lines):
         say(f"{'' if number else 'data':9}{line}")
