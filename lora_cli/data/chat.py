@@ -1,9 +1,9 @@
 """Conversations through a chat template, and where in the result each assistant turn stands.
 
 Found by rendering, never by looking for strings: the conversation is rendered a second time with a mark before and
-after what each assistant turn says. Without the marks both renderings must be the same, so they show where the template
-put each turn. Where marks disturb a template (it looks into the content), the conversation is rendered up to the turn,
-with the generation prompt, and up to its end; each must be the beginning of the next.
+after what each turn says. Without the marks both renderings must be the same, so they show where the template put each
+turn, and that it left none out. Where marks disturb a template (it looks into the content), the conversation is
+rendered up to the turn, with the generation prompt, and up to its end; each must be the beginning of the next.
 """
 
 from __future__ import annotations
@@ -31,6 +31,7 @@ Turns = list[dict[str, Any]]
 
 # Some templates print today's date. A run that is prepared again, or resumed on another day, must see the same tokens.
 DATE = datetime.datetime(2024, 7, 26)
+THOUGHTS = ("reasoning_content", "reasoning", "thinking")  # what templates call thoughts beside the content
 
 
 @dataclass(frozen=True)
@@ -65,8 +66,10 @@ class ChatTemplate:
         special = {str(token) for token in tokenizer.added_tokens_decoder.values() if token.special}
         special |= set(tokenizer.all_special_tokens)
         either = "|".join(re.escape(token) for token in sorted(special, key=len, reverse=True))
-        self._special = re.compile(either or "(?!)")
-        self._stop = re.compile(rf"\s*(?:{either})" if special else "(?!)")
+        either = f"(?:{either})" if special else "(?!)"
+        self._special = re.compile(either)
+        self._stop = re.compile(rf"\s*{either}")
+        self._stops_at_end = re.compile(rf"{either}(?:\s*{either})*\s*\Z")
         try:
             self._compiled = _ENVIRONMENT.from_string(text)
         except jinja2.TemplateError as error:
@@ -96,20 +99,7 @@ class ChatTemplate:
         Raises LoraError if the template leaves out a turn or the tools.
         """
         whole = self.render(turns, where, tools)
-        for number, turn in enumerate(turns, 1):
-            if turn["role"] != "assistant" and not _says(whole, turn["content"]):
-                raise LoraError(
-                    f"the chat template ({self.name}) leaves out turn {number}, by {turn['role']}",
-                    where=where,
-                    fix="use a template that takes such turns, or remove the turn",
-                )
-        names = [(tool.get("function") or tool).get("name") for tool in tools or []]
-        if any(isinstance(name, str) and name not in whole for name in names):
-            raise LoraError(
-                f"the chat template ({self.name}) leaves out the tools",
-                where=where,
-                fix="use a template that takes tools, such as data.template: chatml",
-            )
+        self._places(turns, whole, where, tools)
         return whole
 
     def render_with_spans(self, turns: Turns, wanted: Sequence[int], where: str, tools: Any = None) -> Rendered:
@@ -117,28 +107,32 @@ class ChatTemplate:
 
         Raises LoraError where the template does not show a turn as it is.
         """
-        whole = self.render_whole(turns, where, tools)
-        found = self._by_marks(turns, whole, where, tools)
+        whole = self.render(turns, where, tools)
+        places = self._places(turns, whole, where, tools)
+        found = None if places is None else self._by_marks(turns, whole, places, wanted, where, tools)
         if found is None:
             found = self._by_prefixes(turns, wanted, whole, where, tools)
-        return Rendered(whole, [self._whole_turn(whole, turns, found.get(turn), turn, where) for turn in wanted])
+        return Rendered(whole, [self._whole_turn(whole, turns, found[turn], len(wanted), where) for turn in wanted])
 
-    def special_in_text(self, turns: Turns) -> tuple[int, str] | None:
-        """The first turn, counted from 1, whose text holds a special token, and that token."""
+    def special_in_text(self, turns: Turns, tools: Any = None) -> tuple[int, str] | None:
+        """The first turn (counted from 1; 0 is the tools) whose text holds a special token, and that token."""
         for number, turn in enumerate(turns, 1):
-            if found := self._special.search(turn["content"]):
+            text = turn["content"] if len(turn) == 2 else json.dumps(turn, ensure_ascii=False)
+            if found := self._special.search(text):
                 return number, found[0]
-        return None
+        found = self._special.search(json.dumps(tools, ensure_ascii=False)) if tools else None
+        return (0, found[0]) if found else None
 
     @cached_property
     def stop_token(self) -> str | None:
         """What the template ends an assistant turn with; None if that is no special token."""
         turns: Turns = [{"role": "user", "content": "Hello."}, {"role": "assistant", "content": "Yes."}]
         try:
-            rendered = self.render_with_spans(turns, [1], self.name)
+            text = self.render(turns, self.name)
         except LoraError:
             return None
-        return self._special.findall(rendered.text[rendered.spans[0].start : rendered.spans[0].end])[-1]
+        stop = self._stop.match(text, text.rfind("Yes.") + len("Yes."))
+        return stop[0].lstrip() if stop is not None else None
 
     @cached_property
     def generation_prompt(self) -> str:
@@ -150,45 +144,87 @@ class ChatTemplate:
             return ""
         return prompted[len(without) :] if prompted.startswith(without) else ""
 
-    def _by_marks(self, turns: Turns, whole: str, where: str, tools: Any) -> dict[int, Span] | None:
-        """Content spans of all assistant turns, without stop tokens; None where marks disturb the template."""
-        first, last = _marks(whole)
-        marked, spoken = [], []
-        for at, turn in enumerate(turns):
-            if turn["role"] != "assistant":
-                marked.append(turn)
-                continue
-            content = turn["content"]
-            core = content.strip()
-            if not core or "tool_calls" in turn:
-                return None
-            lead = content.index(core[0])
-            marked.append(turn | {"content": f"{content[:lead]}{first}{core}{last}{content[lead + len(core) :]}"})
-            spoken.append((at, core))
-        try:
-            text = self.render(marked, where, tools)
-        except LoraError:
+    def _places(self, turns: Turns, whole: str, where: str, tools: Any) -> dict[int, tuple[int | None, int]] | None:
+        """Where in the text the content of each turn begins and ends; None if marks disturb the template.
+
+        The beginning is None where the template drops the start of a content (as some do with thinking).
+        Raises LoraError if it leaves out a turn that is not the assistant's, or the tools.
+        """
+        if tools and self.render(turns, where) == whole:
+            raise LoraError(
+                f"the chat template ({self.name}) leaves out the tools",
+                where=where,
+                fix="use a template that takes tools, such as data.template: chatml",
+            )
+        spoken = [at for at, turn in enumerate(turns) if turn["content"].strip()]
+        first = next((each for each in _PRIVATE if not each.search(whole)), None)
+        places = None
+        if first is not None and 2 * len(turns) < _MOST_MARKS:
+            base = ord(first.pattern[1])
+            marked = [
+                turn | {"content": _marked(turn["content"], base + 2 * at)} if at in spoken else turn
+                for at, turn in enumerate(turns)
+            ]
+            try:
+                text = self.render(marked, where, tools)
+            except LoraError:
+                text = ""
+            if first.sub("", text) == whole:
+                marks = {
+                    ord(found[0]) - base: found.start() - number for number, found in enumerate(first.finditer(text))
+                }
+                places = {at: (marks.get(2 * at), marks[2 * at + 1]) for at in spoken if 2 * at + 1 in marks}
+        for at in spoken:
+            shown = _says(whole, turns[at]["content"]) if places is None else at in places
+            if turns[at]["role"] != "assistant" and not shown:
+                raise LoraError(
+                    f"the chat template ({self.name}) leaves out turn {at + 1}, by {turns[at]['role']}",
+                    where=where,
+                    fix="use a template that takes such turns, or remove the turn",
+                )
+        return places
+
+    def _by_marks(
+        self,
+        turns: Turns,
+        whole: str,
+        places: dict[int, tuple[int | None, int]],
+        wanted: Sequence[int],
+        where: str,
+        tools: Any,
+    ) -> dict[int, Span] | None:
+        """Spans of the wanted turns, without stop tokens; None where their contents do not show them."""
+        if any("tool_calls" in turns[turn] or turn not in places for turn in wanted):
             return None
-        pieces = text.split(last)
-        if len(pieces) != len(spoken) + 1:
-            return None
-        spans, at = {}, 0
+        ends = sorted(end for _, end in places.values())
         prompt = self.generation_prompt
-        for (turn, core), piece in zip(spoken, pieces, strict=False):
-            before, mark, content = piece.partition(first)
-            if first in content or whole[at : at + len(piece) - len(mark)] != before + content:
-                return None
-            end = at + len(before) + len(content)
-            begin = at + len(before) if mark else end
-            prompted = whole.endswith(prompt, at, begin)
-            if (not prompted or not mark) and prompt:  # what stands between the prompt and the content is to be learned
-                behind = whole.rfind(prompt, at, begin)
-                prompted, begin = behind >= 0, behind + len(prompt) if behind >= 0 else begin
-            if not _says(whole[begin:end], core):
+        spans = {}
+        for turn in wanted:
+            start, end = places[turn]
+            begin = end if start is None else start
+            after = max((each for each in ends if each < (begin if start is not None else end)), default=0)
+            prompted = bool(prompt) and start is not None and whole.endswith(prompt, after, begin)
+            if not prompted:
+                # What stands between the prompt and the content is the model's to say, white space before it too.
+                behind = whole.rfind(prompt, after, begin) if prompt else -1
+                prompted = behind >= 0 or not prompt
+                if behind >= 0:
+                    begin = behind + len(prompt)
+                else:
+                    before = self._prompt_of(turns, turn, where, tools) if not prompt else None
+                    fits = before is not None and after <= len(before) <= begin and whole.startswith(before)
+                    begin = len(before) if fits and before is not None else after + len(whole[after:begin].rstrip())
+            if not _says(whole[begin:end], turns[turn]["content"]):
                 return None
             spans[turn] = Span(begin, end, turn, prompted)
-            at = end
-        return spans if whole[at:] == pieces[-1] else None
+        return spans
+
+    def _prompt_of(self, turns: Turns, turn: int, where: str, tools: Any) -> str | None:
+        """What comes before a turn; None if the template refuses to stop there."""
+        try:
+            return self.render(turns[:turn], where, tools, generation_prompt=True) if turn else None
+        except LoraError:
+            return None
 
     def _by_prefixes(self, turns: Turns, wanted: Sequence[int], whole: str, where: str, tools: Any) -> dict[int, Span]:
         spans = {}
@@ -204,34 +240,32 @@ class ChatTemplate:
                     f"turn {turn + 1} cannot be told apart: the template renders it differently in a longer "
                     "conversation",
                     where=where,
-                    fix="write data.train_on: last_assistant, or give each assistant turn a row of its own, with the "
-                    "turns before it",
+                    fix=f"{'write data.train_on: last_assistant, or ' if len(wanted) > 1 else ''}give each assistant "
+                    "turn a row of its own, with the turns before it; or use another template",
                 )
             spans[turn] = Span(len(before), len(upto.rstrip()), turn)
         return spans
 
-    def _whole_turn(self, whole: str, turns: Turns, span: Span | None, turn: int, where: str) -> Span:
+    def _whole_turn(self, whole: str, turns: Turns, span: Span, wanted: int, where: str) -> Span:
         """The span with its stop token, proved to hold all that the turn says."""
-        assert span is not None
+        turn = span.turn
         text = whole[span.start : span.end]
-        said = [turns[turn]["content"], *(turns[turn].get(key) or "" for key in ("reasoning_content", "reasoning"))]
+        said = [turns[turn]["content"], *(turns[turn].get(key) or "" for key in THOUGHTS)]
         names = [call["function"]["name"] for call in turns[turn].get("tool_calls") or []]
         if not all(_says(text, part) for part in (*said, *names)):
+            last = "write data.train_on: last_assistant (templates keep the last turn whole), or "
             raise LoraError(
                 f"the template drops a part of turn {turn + 1}, such as its thinking, so it cannot be trained",
                 where=where,
-                fix="write data.train_on: last_assistant (templates keep the last turn whole), or remove that part",
+                fix=f"{last if wanted > 1 else ''}remove that part, or use another template",
             )
-        end = len(whole[: span.end].rstrip())
-        if self._ends_in_stop(whole, span.start, end):  # found up to the turn's end, not marked around its content
-            return Span(span.start, end, turn, span.prompted)
-        stop = self._stop.match(whole, span.end)
-        if stop is not None:
-            return Span(span.start, stop.end(), turn, span.prompted)
-        return Span(span.start, span.end, turn, span.prompted, stopped=False)
-
-    def _ends_in_stop(self, whole: str, start: int, end: int) -> bool:
-        return any(match.end() == end for match in self._stop.finditer(whole, start, end))
+        # Found up to the turn's end, or marked around its content: the stop token stands inside, or comes next.
+        inside = self._stops_at_end.search(whole, span.start, span.end)
+        stop = self._stop.match(whole, inside.start() if inside is not None else span.end)
+        if inside is None and stop is not None and stop[0].lstrip() != self.stop_token:
+            stop = None  # it begins the next turn
+        end = span.end if stop is None else stop.end()
+        return Span(span.start, end, turn, span.prompted, stopped=stop is not None)
 
 
 def chat_template(tokenizer: PreTrainedTokenizerBase, wanted: str | None, where: str = "data.template") -> ChatTemplate:
@@ -284,10 +318,15 @@ def _says(text: str, content: str) -> bool:
     return content in text or "".join(content.split()) in "".join(text.split())
 
 
-def _marks(text: str) -> tuple[str, str]:
-    """Two characters of Unicode's private use area that do not stand in the text."""
-    unused = (chr(code) for code in range(0xE000, 0xF8FF) if chr(code) not in text)
-    return next(unused), next(unused)
+_MOST_MARKS = 6400
+_PRIVATE = [re.compile(f"[{chr(start)}-{chr(start + _MOST_MARKS - 1)}]") for start in (0xE000, 0xF0000, 0x100000)]
+
+
+def _marked(content: str, first: int) -> str:
+    """The content with a mark before and after what it says; white space around it stays outside, to be trimmed."""
+    core = content.strip()
+    lead = content.index(core[0])
+    return f"{content[:lead]}{chr(first)}{core}{chr(first + 1)}{content[lead + len(core) :]}"
 
 
 # ── Jinja as chat templates expect it (transformers' documentation, "Writing a chat template") ──────────────────

@@ -132,7 +132,8 @@ class Encoder:
         assert self.template is not None
         where = document.row.where
         if self.train_on == "all":
-            if any(weight != 1 for weight, turn in zip(document.weights, document.turns, strict=True) if _spoken(turn)):
+            spoken = [weight for weight, turn in zip(document.weights, document.turns, strict=True) if _spoken(turn)]
+            if any(weight != document.weight for weight in spoken):
                 fix = "write data.train_on: assistant, or remove train and weight"
                 raise LoraError("train_on: all has no place for weights of turns", where=where, fix=fix)
             text = self.template.render_whole(document.turns, where, document.tools)
@@ -177,12 +178,13 @@ class Encoder:
         if pieces is not None and b"".join(pieces) != data:
             pieces = None
         if isinstance(document, Text):
+            ids = self._unended(ids)
             ids = ids if ids and ids[-1] == self._end else [*ids, self._end]
             spans = [(0, len(ids), document.weight)]
         elif isinstance(document, Completion):
             ids, spans = self._completion(document, ids, prompt.ids)
         elif each.rendered is None:
-            spans = [(0, len(ids), document.weights[-1])]
+            spans = [(0, len(ids), document.weight)]
             ids, spans = self._with_bos(ids, spans)
         else:
             turns = each.rendered.spans
@@ -214,7 +216,8 @@ class Encoder:
         example = Example(ids, spans, document.row.file, document.row.number)
         if not example.targets:
             return _nothing_trained(document)
-        proved = pieces is not None and not isinstance(document, Completion)
+        kept = len(encoding.ids) <= len(ids) and ids[: len(encoding.ids)] == encoding.ids  # none was tokenized anew
+        proved = pieces is not None and (kept or not isinstance(document, Completion))
         return Encoded(document.row, example, finding, tuple(notes), proved)
 
     def _token_spans(
@@ -274,7 +277,8 @@ class Encoder:
             answer = together[len(context) :]
         else:  # a token would span the border: keep the prompt as the model will meet it
             answer = self._backend.encode(document.completion, add_special_tokens=False).ids
-        ids = [*context, *answer, self._end]
+        ids = [*context, *answer]
+        ids += [] if answer and answer[-1] == self._end else [self._end]
         return ids, [(0 if self.train_on == "all" else len(context), len(ids), document.weight)]
 
     def _with_bos(self, ids: list[int], spans: list[Span]) -> tuple[list[int], list[Span]]:
@@ -284,7 +288,12 @@ class Encoder:
         return [self._bos, *ids], [(first + 1, last + 1, weight) for first, last, weight in spans]
 
     def _unended(self, ids: list[int]) -> list[int]:
-        return ids[:-1] if ids and ids[-1] == self._end and ids[0] != ids[-1] else ids
+        """Without the end token that some tokenizers add by themselves."""
+        return ids[:-1] if self._adds_end and ids and ids[-1] == self._end else ids
+
+    @cached_property
+    def _adds_end(self) -> bool:
+        return self._backend.encode("a", add_special_tokens=True).ids[-1] == self._end
 
     def _proved(self, encoded: list[Encoded], prepared: list[Prepared]) -> list[Encoded]:
         """Decodes what is trained and compares it with what was to be trained; a difference becomes a finding.
@@ -302,10 +311,10 @@ class Encoder:
                 runs.append(each.example.ids[first:last])
                 texts.append(text)
                 owners.append(at)
-        for at, each in enumerate(encoded):  # what is not trained is proved where it could be lost
-            if each.example is not None and not each.proved and not (text := expected[id(each.row)].text).isascii():
+        for at, each in enumerate(encoded):  # what is not trained is to be there too
+            if each.example is not None and not each.proved:
                 runs.append(each.example.ids)
-                texts.append(text)
+                texts.append(expected[id(each.row)].text)
                 owners.append(at)
         decoded = self._backend.decode_batch(runs, skip_special_tokens=False)
         for at, text, back in zip(owners, texts, decoded, strict=True):
@@ -373,11 +382,12 @@ def _unstopped(document: Conversation, template: ChatTemplate | None, turn: int,
 
 
 def _special_in_text(document: Conversation, template: ChatTemplate) -> Finding | None:
-    found = template.special_in_text(document.turns)
+    found = template.special_in_text(document.turns, document.tools)
     if found is None:
         return None
+    turn, token = found
     error = LoraError(
-        f"turn {found[0]} holds {found[1]!r}, which the tokenizer reads as a special token",
+        f"{f'turn {turn} holds' if turn else 'the tools hold'} {token!r}, which the tokenizer reads as a special token",
         where=document.row.where,
         fix="remove or rewrite it",
     )

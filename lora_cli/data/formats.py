@@ -30,12 +30,13 @@ class Completion:
 
 @dataclass(frozen=True)
 class Conversation:
-    """turns: as a chat template wants them. weights: of the loss on each turn. tools: JSON schemas of functions."""
+    """turns: as a chat template wants them. weights: of the loss on each. weight: the row's. tools: JSON schemas."""
 
     row: Row
     turns: list[dict[str, Any]]
     weights: list[float]
     tools: list[dict[str, Any]] | None = None
+    weight: float = 1.0
 
 
 Document = Text | Completion | Conversation
@@ -47,6 +48,7 @@ NEEDED = {
     "text": (("text",),),
 }
 _OPTIONAL = {"chat": ("tools", "system"), "instruction": ("input", "system", "history"), "completion": (), "text": ()}
+_SMALLEST, _LARGEST = 1e-6, 1e6  # weights of the loss that float32 sums well
 _EVERYWHERE = ("train", "weight")
 _SPEAKERS = {  # ShareGPT's names and OpenAI's
     **dict.fromkeys(("system", "developer"), "system"),
@@ -114,7 +116,9 @@ def detect_format(rows: Sequence[Row], wanted: str = "auto", columns: dict[str, 
     """The format of rows, by their columns. Raises LoraError if none or more than one fits."""
     columns = columns or {}
     present = {name for row in rows for name in row.values}
-    if missing := [column for column in columns.values() if column is not None and column not in present]:
+    inside = ("role", "content")  # of turns, not of rows
+    named = [column for meaning, column in columns.items() if column is not None and meaning not in inside]
+    if missing := [column for column in named if column not in present]:
         near = difflib.get_close_matches(missing[0], sorted(present), n=1)
         raise LoraError(
             f"data.columns names {missing[0]}, but the rows have no such column",
@@ -129,12 +133,21 @@ def detect_format(rows: Sequence[Row], wanted: str = "auto", columns: dict[str, 
         if columns.get(meaning, meaning) in present
     }
     fitting = {
-        name: needed for name, alternatives in NEEDED.items() for needed in alternatives if has.issuperset(needed)
+        name: needed
+        for name, alternatives in NEEDED.items()
+        for needed in reversed(alternatives)  # the first that fits is taken
+        if has.issuperset(needed)
     }
     name = wanted if wanted != "auto" else next(iter(fitting)) if len(fitting) == 1 else None
     if name is None:
         raise _no_format(rows, present, list(fitting))
     taken = fitting.get(name, NEEDED[name][0])
+    if unnamed := [meaning for meaning in taken if columns.get(meaning, meaning) is None]:
+        raise LoraError(
+            f"data.columns says that no column is {unnamed[0]}, but the format {name} needs one",
+            where=rows[0].file,
+            fix=f"name its column, or choose another data.format than {name}",
+        )
     known = {columns.get(meaning, meaning) for meaning in (*taken, *_OPTIONAL[name], *_EVERYWHERE)}
     shown = " and ".join(str(columns.get(meaning, meaning)) for meaning in taken)
     reason = f"the rows have {shown}" if wanted == "auto" else "named in the recipe"
@@ -193,7 +206,7 @@ def _instruction(form: Format, row: Row, weight: float) -> Document:
         more = form.text(row, "input")
     say("user", f"{instruction}\n\n{more}" if more else instruction, 0.0)
     say("assistant", form.text(row, "output"), weight)
-    return Conversation(row, turns, weights)
+    return Conversation(row, turns, weights, weight=weight)
 
 
 def _chat(form: Format, row: Row, weight: float) -> Document:
@@ -213,15 +226,16 @@ def _chat(form: Format, row: Row, weight: float) -> Document:
     for number, message in enumerate(messages, 1):
         turn, own = _turn(form, message, f"turn {number} of {name}", row.where)
         turns.append(turn)
-        weights.append(weight * own)
-    return Conversation(row, turns, weights, _tools(form, row))
+        weights.append(_bounded(weight * own, row.where))
+    return Conversation(row, turns, weights, _tools(form, row), weight)
 
 
 def _turn(form: Format, message: Any, called: str, where: str) -> tuple[dict[str, Any], float]:
     given: dict[str, Any] = message if isinstance(message, dict) else {}
     given = {key: value for key, value in given.items() if value is not None}
     role_key, content_key = form.columns.get("role") or "role", form.columns.get("content") or "content"
-    if "from" in given and role_key not in given:  # ShareGPT
+    mapped = "role" in form.columns or "content" in form.columns
+    if not mapped and "from" in given and (role_key not in given or "value" in given):  # ShareGPT
         role_key, content_key = "from", "value"
     role, content = given.pop(role_key, None), given.pop(content_key, None)
     if not isinstance(role, str):
@@ -242,7 +256,12 @@ def _turn(form: Format, message: Any, called: str, where: str) -> tuple[dict[str
         content = ""
     if not isinstance(content, str):
         raise LoraError(f"{called} has no {content_key}", where=where, fix="every turn needs its text")
-    turn = {"role": speaker, "content": content, **given}
+    if thoughts := [
+        key for key in ("reasoning_content", "reasoning", "thinking") if not isinstance(given.get(key, ""), str)
+    ]:
+        raise LoraError(f"{thoughts[0]} of {called} is not text", where=where, fix="write it as text, in quotes")
+    rest = {key: value for key, value in given.items() if key not in ("role", "content")}
+    turn = {"role": speaker, "content": content, **rest}
     return (turn | {"tool_calls": calls} if calls else turn), weight
 
 
@@ -273,7 +292,8 @@ def _tool_calls(calls: Any, called: str, where: str) -> list[dict[str, Any]]:
         rest: dict[str, Any] = {
             key: value for key, value in call.items() if key not in ("function", "name", "arguments")
         }
-        found.append({"type": "function"} | rest | {"function": {**function, "arguments": arguments}})
+        own = function if "function" in call else {"name": function["name"]}
+        found.append({"type": "function"} | rest | {"function": {**own, "arguments": arguments}})
     return found
 
 
@@ -281,8 +301,11 @@ def _tools(form: Format, row: Row) -> list[dict[str, Any]] | None:
     tools = _decoded(form.optional(row, "tools"))
     if not tools:
         return None
-    if not isinstance(tools, list) or not all(isinstance(tool, dict) for tool in tools):
-        raise LoraError("tools is not a list of functions", where=row.where, fix="write a list of JSON schemas")
+    for tool in tools if isinstance(tools, list) else [None]:
+        function = tool.get("function", tool) if isinstance(tool, dict) else None
+        if not isinstance(function, dict) or not isinstance(function.get("name"), str):
+            fix = 'write [{"type": "function", "function": {"name": "…", "parameters": {…}}}, …]'
+            raise LoraError("tools is not a list of functions", where=row.where, fix=fix)
     return tools
 
 
@@ -291,7 +314,7 @@ def _decoded(value: Any) -> Any:
     if isinstance(value, str) and value.lstrip()[:1] in ("[", "{"):
         try:
             return json.loads(value)
-        except ValueError:
+        except (ValueError, RecursionError):
             return value
     return value
 
@@ -311,12 +334,27 @@ def _weight(values: dict[str, Any], train: str | None, weight: str | None, where
         return 1.0
     try:
         number = float(number)
-    except (TypeError, ValueError):
+    except (TypeError, ValueError, OverflowError):
         number = math.nan
     if not (math.isfinite(number) and number >= 0):
         fix = "write a number from 0 on; for a column that means something else, write data.columns: {weight: null}"
-        raise LoraError(f"{weight} is {values[weight]!r}, which is no weight", where=where, fix=fix)  # type: ignore[index]
-    return number
+        shown = _short(values[weight])  # type: ignore[index]
+        raise LoraError(f"{weight} is {shown}, which is no weight", where=where, fix=fix)
+    return _bounded(number, where)
+
+
+def _short(value: Any) -> str:
+    try:
+        return repr(value)[:60]
+    except ValueError:  # a whole number of thousands of digits
+        return "a number"
+
+
+def _bounded(weight: float, where: str) -> float:
+    if weight and not _SMALLEST <= weight <= _LARGEST:
+        fix = f"write 0, or a number from {_SMALLEST:g} to {_LARGEST:g}"
+        raise LoraError(f"a weight of {weight:g} is more than the loss can hold", where=where, fix=fix)
+    return weight
 
 
 _READ: dict[str, Callable[[Format, Row, float], Document]] = {

@@ -52,6 +52,9 @@ class HubSource:
         except Exception as error:  # datasets, huggingface_hub, httpx and pyarrow each raise their own
             raise self._unreadable(error) from None
 
+    def require_unchanged(self) -> None:
+        """A commit does not change."""
+
     def _commit(self) -> str | None:
         from huggingface_hub import HfApi
 

@@ -10,6 +10,7 @@ import json
 import os
 import shutil
 import tempfile
+import time
 import weakref
 from array import array
 from dataclasses import dataclass, field, replace
@@ -29,7 +30,7 @@ from lora_cli.data.packing import Groups, rows_to_shuffle
 from lora_cli.data.prepared import PARTS, PreparedData, Summary, open_prepared, summary_values
 from lora_cli.data.readers import Row
 from lora_cli.data.row_encoder import RowEncoder, fit_length
-from lora_cli.data.sources import Source, open_source, require_unchanged, times_of
+from lora_cli.data.sources import Source, open_source
 from lora_cli.data.split import hold_out, repeated
 from lora_cli.data.store import ExampleWriter, checksum, write_groups, write_indices
 from lora_cli.errors import LoraError
@@ -61,6 +62,7 @@ def prepare(
     assert data is not None
     if not inspect:
         data.findings.require_none(recipe.data.allow)
+        _require_rows(data, recipe)
     return data
 
 
@@ -93,10 +95,9 @@ def _build_in_place(preparation: Preparation, place: Path, own: bool) -> Prepare
         data = open_prepared(building)
         assert data is not None
         data.findings.require_none(preparation.recipe.data.allow)
+        _require_rows(data, preparation.recipe)
         if place.exists() and open_prepared(place) is None:  # damaged
-            damaged = building.with_suffix(".damaged")
-            place.rename(damaged)
-            shutil.rmtree(damaged)
+            _remove_damaged(place)
         try:
             building.rename(place)
         except OSError:  # another run was first; what is open here stays readable
@@ -113,10 +114,29 @@ def _build_in_place(preparation: Preparation, place: Path, own: bool) -> Prepare
     return replace(data, folder=place)
 
 
+def _require_rows(data: PreparedData, recipe: Recipe) -> None:
+    if not len(data.train) and not recipe.data.streaming:
+        fix = "raise data.max_seq_len, or look at what train: false leaves out"
+        raise LoraError("no row is left to train on", where=_name(recipe.data.train[0]), fix=fix)
+
+
+def _remove_damaged(place: Path) -> None:
+    """In one move, so that nobody finds it half removed; another run may be doing the same."""
+    aside = place.with_name(f".{place.name}.damaged-{os.getpid()}-{time.time_ns()}")
+    try:
+        place.rename(aside)
+    except FileNotFoundError:
+        return
+    if aside.is_dir():
+        shutil.rmtree(aside)
+    else:
+        aside.unlink()
+
+
 def _forget_killed(cache: Path) -> None:
     """Remove what processes left half-done that are no more."""
-    for folder in cache.glob(".*.building-*") if cache.is_dir() else ():
-        process = folder.name.rpartition("-")[2].partition(".")[0]
+    for folder in cache.glob(".*-*") if cache.is_dir() else ():
+        process = folder.name.partition("-")[2].partition(".")[0].partition("-")[0]
         if process.isdigit() and not Path(f"/proc/{process}").exists() and Path("/proc").exists():
             shutil.rmtree(folder, ignore_errors=True)
 
@@ -169,13 +189,13 @@ class Preparation:
             "settings": settings,
             "micro_batch": None if data.packing else train.tokens_per_micro_batch,
             "seed": train.seed,
+            "ends": sorted(_generation_ends(self.tokenizer)),
             "code": _code_hash(),
         }
         return hashlib.sha256(json.dumps(parts, sort_keys=True).encode()).hexdigest()[:20]
 
     def build(self, folder: Path) -> None:
         """Writes everything into `folder`. Findings that stop a run are written too; who reads them decides."""
-        data = self.recipe.data
         names: list[str] = []
         formats: dict[str, str] = {}
         self._findings = findings = Findings()
@@ -185,10 +205,6 @@ class Preparation:
         with ExampleWriter(folder / "examples.arrow") as writer:
             train, validation = self._read_all(writer, names, formats)
         lengths, targets = writer.lengths, writer.targets
-        if not len(train) and self._training:
-            findings.require_none(data.allow)
-            fix = "raise data.max_seq_len, or look at what train: false leaves out"
-            raise LoraError("no row is left to train on", where=_name(data.train[0]), fix=fix)
         rows = self._rows_of(lengths[train])
         write_indices(folder / "train.arrow", train)
         write_indices(folder / "validation.arrow", validation)
@@ -225,12 +241,12 @@ class Preparation:
         seen, held = _Seen(), _Seen()
         ends = []
         for at, (_, source) in enumerate(self.sources):
-            times = times_of(source)
+            source.identity  # taken before the rows are read  # noqa: B018
             self._read(source, held if at >= len(self._training) else seen, writer, names, formats)
-            require_unchanged(source, times)
+            source.require_unchanged()
             ends.append(writer.count)
         self._close_gate(seen, held, names)
-        return self._split(seen, ends)
+        return self._split(seen, ends, names)
 
     def _read(
         self, source: Source, seen: _Seen, writer: ExampleWriter, names: list[str], formats: dict[str, str]
@@ -253,7 +269,8 @@ class Preparation:
             if encoded.example is None:
                 continue
             ids = np.array(encoded.example.ids, np.int32)
-            content = xxhash.xxh3_64_intdigest(ids.tobytes() + repr(encoded.example.spans).encode())
+            trained = [(first, last) for first, last, _ in encoded.example.spans]
+            content = xxhash.xxh3_64_intdigest(ids.tobytes() + repr(trained).encode())
             seen.file.append(file)
             seen.row.append(row.number)
             seen.content.append(content)
@@ -291,7 +308,7 @@ class Preparation:
                 error = LoraError(f"trained turns end in {shown}, but the model's end token is another")
                 findings.note("stop_not_end", error)
 
-    def _split(self, seen: _Seen, ends: list[int]) -> tuple[np.ndarray, np.ndarray]:
+    def _split(self, seen: _Seen, ends: list[int], names: list[str]) -> tuple[np.ndarray, np.ndarray]:
         """Indices of the examples to train on, repeated by the weights of their sources, and of those held out.
 
         ends: one behind the last example of each source.
@@ -304,6 +321,9 @@ class Preparation:
             groups = _numbers(seen.group if data.group_by is not None else seen.content, np.uint64)
             rows = np.zeros(len(groups), bool)
             rows[hold_out(groups, data.validation, seed, _name(data.train[0]))] = True
+            content = _numbers(seen.content, np.uint64)
+            for at in np.flatnonzero(rows & np.isin(content, content[~rows])).tolist():  # equal rows of other groups
+                self._findings.add("overlap", *seen.where(at, names))
             held = np.repeat(rows, _numbers(seen.pieces, np.int32))
         train = [np.empty(0, np.int64)]
         for number, (recipe, start, end) in enumerate(zip(self._training, [0, *ends], ends, strict=False)):

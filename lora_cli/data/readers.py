@@ -24,6 +24,7 @@ from lora_cli.errors import LoraError
 PACKED = (".gz", ".zst")  # what text kinds may be compressed with
 _LONGEST_FIELD = 2**31 - 1  # characters of a CSV field; the csv module stops at 131,072 on its own
 _ROWS_AT_ONCE = 1000
+_END_OF_STREAM = b"\xff\xff\xff\xff\0\0\0\0"  # of an Arrow stream (format specification, "IPC streaming format")
 
 Values = dict[str, Any]
 
@@ -194,7 +195,7 @@ def _checked_row(row: Any, where: str) -> Values:
 
 def _separated(path: Path, delimiter: str) -> Iterator[Values]:
     """CSV and TSV. Every value is text, also one that looks like a number; an empty one is empty text."""
-    limit = csv.field_size_limit(_LONGEST_FIELD)
+    csv.field_size_limit(_LONGEST_FIELD)  # of the whole process; others may be reading too, so it stays
     begin = 1
     try:
         with _opened(path) as stream:
@@ -214,8 +215,6 @@ def _separated(path: Path, delimiter: str) -> Iterator[Values]:
         fix = f'put values that hold {name}, quotes or line ends into quotes, and double the quotes inside: "a ""b"""'
         kind = {",": "CSV", "\t": "TSV"}[delimiter]
         raise LoraError(f"broken {kind}: {error}", where=f"{path}:{begin}", fix=fix) from None
-    finally:
-        csv.field_size_limit(limit)
 
 
 def _parquet(path: Path) -> Iterator[Values]:
@@ -240,9 +239,13 @@ def _arrow(path: Path) -> Iterator[Values]:
                 reader = pyarrow.ipc.open_file(file)
                 batches = (reader.get_batch(at) for at in range(reader.num_record_batches))
             else:
+                file.seek(max(0, file.size() - len(_END_OF_STREAM)))
+                if file.read() != _END_OF_STREAM:
+                    raise ValueError("the stream has no end; it was cut")
                 file.seek(0)
                 batches = iter(pyarrow.ipc.open_stream(file))
             for batch in batches:
+                batch.validate(full=True)  # offsets that point outside would crash the interpreter
                 yield from batch.to_pylist()
     except (pyarrow.ArrowException, OSError, ValueError) as error:
         raise _unreadable(path, "Arrow", error) from None

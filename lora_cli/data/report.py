@@ -27,6 +27,8 @@ def data_lines(data: PreparedData, recipe: Recipe) -> list[str]:
         lines.append(f"what is trained ends in {', '.join(summary.stop_tokens)}")
     held_out = f", {len(data.validation):,} held out" if len(data.validation) else ", none held out"
     lines.append(f"{counted(len(data.train), 'example')} an epoch{held_out}")
+    if not tokens:
+        return lines
     share = summary.train.target_tokens / tokens
     lines.append(f"{tokens:,} tokens an epoch, {summary.train.target_tokens:,} trained ({share:.0%})")
     lengths = ", ".join(f"{name} {value:,}" for name, value in summary.train.percentiles.items())

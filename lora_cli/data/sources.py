@@ -5,12 +5,10 @@ from __future__ import annotations
 import difflib
 import glob
 import hashlib
-import os
 from collections.abc import Iterator
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
-from typing import Any
 
 from lora_cli.data.hub import HubSource
 from lora_cli.data.readers import Row, kind_of, read_file
@@ -32,14 +30,25 @@ class FileSource:
     @cached_property
     def identity(self) -> dict[str, str]:
         """path → sha256 of its bytes."""
+        self._stamps  # taken before the bytes are read  # noqa: B018
         return {str(path): file_hash(path) for path in self.paths}
 
-    def changed_since(self, times: dict[str, int]) -> list[str]:
-        """Files whose modification time is not the one in `times` any more."""
-        return [str(path) for path in self.paths if os.stat(path).st_mtime_ns != times.get(str(path))]
+    @cached_property
+    def _stamps(self) -> dict[Path, tuple[int, int]]:
+        return {path: _stamp(path) for path in self.paths}
 
-    def times(self) -> dict[str, int]:
-        return {str(path): os.stat(path).st_mtime_ns for path in self.paths}
+    def require_unchanged(self) -> None:
+        """Raises LoraError if a file was written to since its identity was taken: some of it may be new, some old."""
+        for path, before in self._stamps.items():
+            if not path.exists() or _stamp(path) != before:
+                raise LoraError(
+                    "the file was changed while it was read", where=str(path), fix="wait for its writer, run again"
+                )
+
+
+def _stamp(path: Path) -> tuple[int, int]:
+    stat = path.stat()
+    return stat.st_size, stat.st_mtime_ns
 
 
 Source = FileSource | HubSource
@@ -95,16 +104,3 @@ def _nearby(path: Path) -> str:
     if near:
         return f"did you mean {path.parent / near[0]}?"
     return "check the path (relative paths start at the recipe's folder); a data set of the hub is {hub: owner/name}"
-
-
-def times_of(source: Source) -> dict[str, int]:
-    return source.times() if isinstance(source, FileSource) else {}
-
-
-def require_unchanged(source: Source, times: dict[str, int]) -> None:
-    """Raises LoraError if a file was written to while it was read: half of it may be old and half new."""
-    changed: Any = source.changed_since(times) if isinstance(source, FileSource) else []
-    if changed:
-        raise LoraError(
-            "the file was changed while it was read", where=changed[0], fix="wait for its writer, run again"
-        )
