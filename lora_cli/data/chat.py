@@ -117,10 +117,10 @@ class ChatTemplate:
     def special_in_text(self, turns: Turns, tools: Any = None) -> tuple[int, str] | None:
         """The first turn (counted from 1; 0 is the tools) whose text holds a special token, and that token."""
         for number, turn in enumerate(turns, 1):
-            text = turn["content"] if len(turn) == 2 else json.dumps(turn, ensure_ascii=False)
+            text = turn["content"] if len(turn) == 2 else json.dumps(turn, ensure_ascii=False, default=str)
             if found := self._special.search(text):
                 return number, found[0]
-        found = self._special.search(json.dumps(tools, ensure_ascii=False)) if tools else None
+        found = self._special.search(json.dumps(tools, ensure_ascii=False, default=str)) if tools else None
         return (0, found[0]) if found else None
 
     @cached_property

@@ -313,7 +313,10 @@ def _decoded(value: Any) -> Any:
     """A value that may have been stored as JSON text, as tables without nested columns do."""
     if isinstance(value, str) and value.lstrip()[:1] in ("[", "{"):
         try:
-            return json.loads(value)
+            decoded = json.loads(value)
+            if "\\ud" in value.lower():  # a half of a character is no text
+                json.dumps(decoded, ensure_ascii=False).encode()
+            return decoded
         except (ValueError, RecursionError):
             return value
     return value

@@ -8,6 +8,7 @@ from __future__ import annotations
 import hashlib
 import json
 import os
+import re
 import shutil
 import tempfile
 import time
@@ -38,6 +39,7 @@ from lora_cli.files import disk_errors, written_whole
 from lora_cli.recipe import DataRecipe, Recipe, SourceRecipe
 
 _ROWS_TO_DETECT = 1000
+_HALF_DONE = re.compile(r"\.+[0-9a-f]{20}\.(?:building|damaged)-(\d+)(?:[.-].*)?")
 
 
 def cache_folder(recipe: Recipe) -> Path:
@@ -58,7 +60,7 @@ def prepare(
     if data is None and keep:
         data = _build_in_place(preparation, place, own=recipe.data.cache is None)
     elif data is None:
-        data = _build_for_now(preparation)
+        data = build_for_now(preparation)
     assert data is not None
     if not inspect:
         data.findings.require_none(recipe.data.allow)
@@ -66,7 +68,7 @@ def prepare(
     return data
 
 
-def _build_for_now(preparation: Preparation) -> PreparedData:
+def build_for_now(preparation: Preparation) -> PreparedData:
     """Prepared in a temporary folder that goes when the data are no longer used."""
     folder = Path(tempfile.mkdtemp(prefix="lora-"))
     try:
@@ -135,9 +137,12 @@ def _remove_damaged(place: Path) -> None:
 
 def _forget_killed(cache: Path) -> None:
     """Remove what processes left half-done that are no more."""
-    for folder in cache.glob(".*-*") if cache.is_dir() else ():
-        process = folder.name.partition("-")[2].partition(".")[0].partition("-")[0]
-        if process.isdigit() and not Path(f"/proc/{process}").exists() and Path("/proc").exists():
+    for folder in cache.iterdir() if cache.is_dir() else ():
+        left = _HALF_DONE.fullmatch(folder.name)
+        if left is None:
+            continue
+        alive = Path(f"/proc/{left[1]}").exists() or not Path("/proc").exists()
+        if not alive or int(left[1]) == os.getpid():  # of this number in an earlier life
             shutil.rmtree(folder, ignore_errors=True)
 
 

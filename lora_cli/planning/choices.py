@@ -1,29 +1,33 @@
-"""What a first recipe chooses, from numbers alone: the model's shape, the lengths of the rows, the memory of the device."""
+"""What a first recipe chooses, from numbers: the shape of the model, the lengths of the rows, the memory there is."""
 
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
+from functools import cache, partial
 
 import numpy as np
 
 from lora_cli.adapters.targets import find_targets
-from lora_cli.base.attention import PER_EXAMPLE, PLAIN_UP_TO, attention_implementation
+from lora_cli.base.attention import attention_implementation
 from lora_cli.base.linear import features
 from lora_cli.errors import LoraError
-from lora_cli.planning.memory import GIB, OVERHEAD, Memory, ModelShape, estimate_memory, shape_of
-from lora_cli.planning.survey import BaseModel, DataSurvey
+from lora_cli.planning.memory import GIB, OVERHEAD, Memory, ModelShape, estimate_memory
+from lora_cli.planning.skeleton import BaseModel
+from lora_cli.planning.survey import DataSurvey
 
-USABLE = 0.9  # of the memory: the rest is for what the estimate does not know, and for a desktop
-SMALL = 0.5  # of the memory: what an unquantized model may need in all
+USABLE = 0.85  # of the memory: the rest is for what the estimate does not know, and for a desktop
+SMALL = 0.5  # of the memory: the most that training on unquantized weights may need
 STEP_TOKENS = 8192
-FEWEST_STEPS = 100  # about, in a run of few tokens: its steps are smaller
-FULL_MICRO_BATCH, SMALL_MICRO_BATCH = 4096, 1024  # tokens: more is hardly faster; fewer leave a GPU idle
-TEXT_PIECE = 2048  # tokens that long texts are cut into
-HELD_OUT, FEWEST_HELD_OUT, MOST_HELD_OUT = 0.05, 8, 1000  # share, rows, rows
+FEWEST_STEPS = 100  # or about so many: of few tokens the steps are smaller
 MOST_STEPS = 5000
-_SIZES = (6, 8, 10, 12, 16, 20, 24, 32, 40, 48, 80, 96, 128, 141, 180)  # GiB that GPUs are made with
+FULL_MICRO_BATCH, SMALL_MICRO_BATCH = 4096, 1024  # tokens: more are hardly faster; fewer leave a GPU idle
+TEXT_PIECE = 2048  # tokens that longer texts are cut into
+SHORTEST_PIECE = 256
+HELD_OUT, FEWEST_HELD_OUT, MOST_HELD_OUT = 0.05, 8, 1000  # share, rows, rows
+_CPU_SCORES = 512  # tokens of an example up to which base/attention.py keeps its scores on a CPU
+_SIZES = (4, 6, 8, 10, 12, 16, 20, 24, 32, 40, 48, 80, 96, 128, 141, 180)  # GiB that GPUs are made with
 
 
 @dataclass(frozen=True)
@@ -37,48 +41,54 @@ class Device:
 
 
 @dataclass(frozen=True)
-class Fit:
-    """What the memory allows, and the estimate for it. too_long: what happens to longer rows, if there are any."""
+class Adapter:
+    """Which layers are adapted, at which rank, and how many parameters that trains."""
 
-    quantization: str
-    max_seq_len: int
-    micro_batch_size: int
-    gradient_checkpointing: bool
-    memory: Memory
-    too_long: str | None = None
-    shortened_by: str | None = None  # "model" or "memory" or "text"
+    target_modules: str
+    rank: int
+    layers: tuple[str, ...]
+    parameters: int
 
 
 @dataclass(frozen=True)
-class Adapter:
-    """Which layers, and how large an update. parameters: what is trained."""
+class Row:
+    """Length of a row. too_long: what happens to longer examples, if there are any. limit: why it is not longer."""
 
-    target_modules: str
-    ranks: dict[str, int]
-    parameters: int
+    tokens: int
+    too_long: str | None = None
+    limit: str | None = None  # model, memory or text
 
-    @property
-    def rank(self) -> int:
-        return next(iter(self.ranks.values()))
+
+@dataclass(frozen=True)
+class Fit:
+    """What the memory allows, with the estimate of what that takes; and of what all activations kept would take."""
+
+    quantization: str
+    row: Row
+    micro_batch_size: int
+    gradient_accumulation_steps: int
+    gradient_checkpointing: bool
+    memory: Memory
+    without_checkpointing: Memory
 
 
 def choose_adapter(base: BaseModel, target_tokens: float) -> Adapter:
-    """All linear layers, at rank 16; more where there are more than two trained tokens for each parameter.
+    """All linear layers at rank 16, or more where there are more than two trained tokens for each parameter.
 
     Attention alone where a linear layer is too narrow to have a rank, such as the gate of a shared expert.
     """
     for modules in ("all-linear", "attention"):
-        names = [target.name for target in find_targets(base.skeleton, modules, rank=1, alpha=1)]
-        sizes = [features(base.skeleton.get_submodule(name)) for name in names]
-        widest = min(map(min, sizes))
-        if widest >= 8:
+        layers = [target.name for target in find_targets(base.skeleton, modules, rank=1, alpha=1)]
+        sizes = [features(base.skeleton.get_submodule(name)) for name in layers]
+        narrowest = min(map(min, sizes))
+        if narrowest >= 8:
             break
-    one = sum(map(sum, sizes))  # parameters of rank 1
+    of_rank_1 = sum(map(sum, sizes))
     rank = 16
-    while rank < 64 and rank * one < target_tokens / 2:
+    while rank < 64 and rank * of_rank_1 < target_tokens / 2:
         rank *= 2
-    rank = min(rank, 1 << (widest.bit_length() - 1))
-    return Adapter(modules, dict.fromkeys(names, rank), rank * one)
+    rank = min(rank, 1 << (narrowest.bit_length() - 1))
+    return Adapter(modules, rank, tuple(layers), rank * of_rank_1)
 
 
 def choose_epochs(tokens: float) -> int:
@@ -86,35 +96,143 @@ def choose_epochs(tokens: float) -> int:
 
 
 def choose_learning_rate(parameters: int) -> tuple[float, str]:
-    if parameters < 5e8:
-        return 1e-3, "small models take more: with this the project's demo trains one of 135 million parameters"
-    if parameters <= 1.4e10:
+    if parameters < 500e6:
+        return 1e-3, "small models take more than large ones; the demo of `lora` trains 135 million parameters so"
+    if parameters < 14e9:
         return 2e-4, "what QLoRA used up to 13 billion parameters (Dettmers et al. 2023, table 9)"
     return 1e-4, "what QLoRA used above 13 billion parameters (Dettmers et al. 2023, table 9)"
 
 
-def choose_validation(survey: DataSurvey) -> float | None:
-    """Share of the rows to hold out: enough to judge by, and no more than is quickly scored; None: too few rows."""
-    if round(min(survey.rows, survey.distinct if survey.sample is None else survey.rows) * HELD_OUT) < FEWEST_HELD_OUT:
-        return None
-    most = MOST_HELD_OUT / survey.rows
-    return HELD_OUT if most >= HELD_OUT else float(f"{most:.0e}")
+def choose_validation(rows: int, distinct: int) -> float | None:
+    """Share of the rows to hold out: enough to judge by, and no more than is quickly scored. None: too few rows.
 
-
-@dataclass(frozen=True)
-class Sizes:
-    """What fits. Candidates are tried from the fastest to the one that needs least; a smaller device gets a later one.
-
-    Along them rows and micro-batches only shrink, so no device gets more than a larger one.
+    distinct: unequal rows; equal ones are held out together.
     """
+    if round(min(rows, distinct) * HELD_OUT) < FEWEST_HELD_OUT:
+        return None
+    return min(HELD_OUT, float(f"{MOST_HELD_OUT / rows:.0e}"))
 
-    base: BaseModel
-    survey: DataSurvey
-    device: Device
-    shape: ModelShape
-    rows_per_step: int  # as many as a step wants; a row being max_seq_len tokens
 
-    @classmethod
-    def of(cls, base: BaseModel, survey: DataSurvey, device: Device, adapter: Adapter) -> Sizes:
-        shape = shape_of(base.skeleton, adapter.ranks, on_cpu=device.on_cpu)
-        return cls(base, survey, device, shape, 0)
+def choose_sizes(base: BaseModel, survey: DataSurvey, device: Device, shape: ModelShape, epochs: int) -> Fit:
+    """Row length, micro-batch and what else decides over memory: the fastest way that fits.
+
+    Ways are tried from the fastest to the one that needs least, and along them rows and micro-batches only shrink: a
+    smaller device never gets more than a larger one. Raises LoraError if none fits.
+    """
+    step_tokens = min(STEP_TOKENS, survey.tokens * epochs / FEWEST_STEPS)
+    estimate = _estimator(base, survey, device, shape)
+    tried: Fit | None = None
+    for quantization, row, micro_batch, checkpointing in _ways(base, survey, step_tokens):
+        memory = estimate(quantization, row.tokens, micro_batch, checkpointing)
+        filled = row.tokens if base.packs else min(row.tokens, survey.tokens / survey.rows)
+        wanted = step_tokens / filled / micro_batch
+        micro_steps = math.ceil(wanted) if step_tokens == STEP_TOKENS else max(1, round(wanted))
+        plain = estimate(quantization, row.tokens, micro_batch, False)
+        tried = Fit(quantization, row, micro_batch, micro_steps, checkpointing, memory, plain)
+        usable = SMALL if quantization == "none" else USABLE
+        if memory.total <= usable * device.memory:
+            return tried
+    assert tried is not None
+    raise _does_not_fit(base, tried, device, shape)
+
+
+def _ways(base: BaseModel, survey: DataSurvey, step_tokens: float) -> Iterator[tuple[str, Row, int, bool]]:
+    """Quantization, row, micro-batch and gradient checkpointing, the fastest way first."""
+    row = _row_length(base, survey)
+    most = _power_of_two(min(FULL_MICRO_BATCH, step_tokens) / row.tokens)
+    least = min(most, _power_of_two(SMALL_MICRO_BATCH / row.tokens))
+    if base.stored is None:
+        yield "none", row, most, False
+    smallest = base.stored or "nf4"
+    micro_batch = most
+    while micro_batch >= least:
+        yield smallest, row, micro_batch, False
+        micro_batch //= 2
+    while least:
+        yield smallest, row, least, True
+        least //= 2
+    for shorter in _shorter_rows(survey, row):
+        yield smallest, shorter, 1, True
+
+
+def _row_length(base: BaseModel, survey: DataSurvey) -> Row:
+    """The smallest multiple of 64 that holds every row; what the model sees, if that is less; text goes in pieces."""
+    longest, positions = int(survey.lengths.max()), base.positions or math.inf
+    is_text = survey.reading.name == "text"
+    if is_text and longest > min(TEXT_PIECE, positions):
+        return Row(int(min(TEXT_PIECE, positions)), "split", "text" if positions >= TEXT_PIECE else "model")
+    if longest <= positions:
+        return Row(int(min(_multiple_of_64(longest), positions)))
+    held = survey.lengths[survey.lengths <= positions]
+    if 2 * len(held) < len(survey.lengths):
+        raise LoraError(
+            f"{len(survey.lengths) - len(held):,} of {len(survey.lengths):,} rows are longer than the {positions:,} "
+            f"tokens that {base.source.name} sees; the longest has {longest:,}",
+            where=survey.source.name,
+            fix="use a model that sees more, or shorten the rows",
+        )
+    return Row(int(min(_multiple_of_64(int(held.max())), positions)), "drop", "model")
+
+
+def _shorter_rows(survey: DataSurvey, row: Row) -> Iterator[Row]:
+    """Rows that hold at least half of the examples, the longest first; of text, pieces down to 256 tokens."""
+    if survey.reading.name == "text":
+        for tokens in range(_multiple_of_64(row.tokens) - 64, SHORTEST_PIECE - 1, -64):
+            yield Row(tokens, "split", "memory")
+        return
+    held = np.unique(-(-survey.lengths // 64) * 64)[::-1]
+    for tokens in held[(held < row.tokens) & (held >= np.median(survey.lengths))].tolist():
+        yield Row(tokens, "drop", "memory")
+
+
+def _estimator(
+    base: BaseModel, survey: DataSurvey, device: Device, shape: ModelShape
+) -> Callable[[str, int, int, bool], Memory]:
+    """Estimate for (quantization, row, micro-batch, gradient checkpointing)."""
+    densest = cache(partial(survey.densest_row, packed=base.packs))
+    implementation = attention_implementation(base.config)
+
+    def estimate(quantization: str, row: int, micro_batch: int, checkpointing: bool) -> Memory:
+        scores = 0
+        if implementation == "eager":  # all examples of a micro-batch lie on one row, unless they are padded
+            scores = row * micro_batch if base.packs else row
+        elif device.on_cpu:
+            scores = min(_CPU_SCORES, row)
+        return estimate_memory(
+            shape,
+            quantization=quantization,
+            tokens=row * micro_batch,
+            target_tokens=densest(row) * micro_batch,
+            gradient_checkpointing=checkpointing,
+            value_bytes=device.value_bytes,
+            scores=scores,
+        )
+
+    return estimate
+
+
+def _does_not_fit(base: BaseModel, least: Fit, device: Device, shape: ModelShape) -> LoraError:
+    needed, usable = least.memory.total, USABLE * device.memory
+    size = next((size for size in _SIZES if size * GIB * USABLE >= needed), math.ceil(needed / USABLE / GIB))
+    smaller = shape.parameters * max(0.0, usable - OVERHEAD) / (needed - OVERHEAD)
+    fix = f"use a {'machine' if device.on_cpu else 'GPU'} of {size} GB or more"
+    if smaller > 1e8:
+        fix += f", or a model of at most about {smaller / 1e9:.1f} billion parameters"
+    return LoraError(
+        f"{base.source.name} ({shape.parameters / 1e9:.1f} billion parameters) does not fit into {device.name}",
+        details=[
+            f"quantized, with gradient checkpointing and one row of {least.row.tokens:,} tokens at a time it needs "
+            f"about {least.memory}",
+            f"of {device.memory / GIB:.1f} GiB at most {usable / GIB:.1f} are counted on; none of this is measured",
+        ],
+        fix=fix,
+    )
+
+
+def _multiple_of_64(tokens: int) -> int:
+    return -(-tokens // 64) * 64
+
+
+def _power_of_two(limit: float) -> int:
+    """The largest power of two up to the limit, at least 1."""
+    return 1 << max(0, math.floor(math.log2(max(limit, 1))))

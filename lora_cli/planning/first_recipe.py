@@ -1,75 +1,50 @@
 """`lora init`: a first recipe for a model and data, with the numbers that each choice was made from.
 
-What is chosen is chosen here, what is looked at is in survey.py, and what fits is in memory.py.
+survey.py looks, choices.py chooses, memory.py estimates; here the recipe is written, after it was tried on the data.
 """
 
 from __future__ import annotations
 
+import math
 import os
 import re
-import tempfile
 from collections.abc import Iterator
-from dataclasses import dataclass, replace
+from contextlib import contextmanager
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
-import yaml
 
-from lora_cli.adapters.targets import find_targets
-from lora_cli.base.attention import attention_implementation
 from lora_cli.base.device import describe_device, pick_device, pick_dtype
 from lora_cli.data.prepared import PreparedData
+from lora_cli.data.report import finding_lines
 from lora_cli.errors import LoraError
 from lora_cli.files import disk_errors
-from lora_cli.planning.memory import GIB, OVERHEAD, Memory, ModelShape, estimate_memory, parse_size, shape_of
-from lora_cli.planning.survey import BaseModel, DataSurvey, choose_template, look_at_model, look_at_rows
-from lora_cli.planning.survey import prepared as prepare_all_or_sample
-from lora_cli.planning.survey import survey_data
+from lora_cli.planning import choices
+from lora_cli.planning.choices import Device
+from lora_cli.planning.memory import GIB, Memory, parse_size, shape_of
+from lora_cli.planning.recipe_text import Chosen, Names, Tried, recipe_text
+from lora_cli.planning.skeleton import BaseModel, look_at_model
+from lora_cli.planning.survey import DataSurvey, choose_template, look_at_rows, prepare_rows, survey_data
 from lora_cli.recipe import Recipe
 from lora_cli.recipe_file import load_recipe
-
-_USABLE = 0.9  # of a device: the rest is for what the estimate does not know, and for a desktop
-_STEP_TOKENS = 8192
-_STEPS = 100  # at least about so many in a run, even of few rows
-_FULL_MICRO_BATCH, _SMALL_MICRO_BATCH = 4096, 1024  # tokens: more brings no speed; less leaves a GPU idle
-_TEXT_PIECE = 2048
-_HELD_OUT = 0.05
-_FEWEST_HELD_OUT, _MOST_HELD_OUT = 8, 1000  # rows
-_MOST_STEPS = 5000
-_SIZES = (6, 8, 10, 12, 16, 20, 24, 32, 40, 48, 80, 96, 128, 141, 180)  # GiB that GPUs are made with
-
-
-@dataclass(frozen=True)
-class Device:
-    """Where training is to run. value_bytes: of the compute dtype."""
-
-    name: str
-    memory: int
-    value_bytes: int
-    on_cpu: bool
-
-
-@dataclass(frozen=True)
-class Fit:
-    """What the memory of a device allows, with the estimate for it."""
-
-    quantization: str
-    max_seq_len: int
-    micro_batch_size: int
-    gradient_checkpointing: bool
-    memory: Memory
 
 
 @dataclass(frozen=True)
 class FirstRecipe:
-    """What was written. notes: what a person should know and the recipe does not say."""
+    """What was written. notes: what the gate found in the data that does not stop a run."""
 
     path: Path
-    output: str
+    recipe: Recipe
     memory: Memory
     device: Device
     notes: list[str]
+
+    def as_dict(self) -> dict[str, Any]:
+        """For --json. Memory in bytes, by an estimate that is not measured."""
+        memory = vars(self.memory) | {"total": self.memory.total, "available": self.device.memory}
+        return {"recipe": str(self.path), "output": self.recipe.output, "memory": memory, "notes": self.notes}
 
 
 def write_first_recipe(
@@ -78,33 +53,120 @@ def write_first_recipe(
     """Looks at model and data, chooses, tries the recipe on the data, and writes it.
 
     gpu: memory of the GPU to train on, such as 12GB; None: what is here. Raises LoraError if the file exists, for
-    whatever is wrong with model or data, and if no recipe fits into the memory; then nothing is written.
+    whatever is wrong with model or data, and if nothing fits into the memory; then nothing is written.
     """
     if path.exists() or path.is_symlink():
-        raise LoraError(
-            "this file exists and would be overwritten", where=str(path), fix="choose another --output, or remove it"
-        )
+        raise LoraError("this file exists", where=str(path), fix="name another with --output, or remove it first")
     if not path.parent.is_dir():
-        raise LoraError("no such folder", where=str(path.parent), fix="make it first, or choose another --output")
-    memory = parse_size(gpu) if gpu is not None else None
+        raise LoraError("no such folder", where=str(path.parent), fix="make it first, or name another --output")
+    device = _device_here() if gpu is None else Device(f"a GPU of {parse_size(gpu) / GIB:g} GiB", parse_size(gpu))
     source, reading = look_at_rows(data)
     base = look_at_model(model, trust_remote_code=trust_remote_code)
-    device = _device_here() if memory is None else Device(f"a GPU of {_gib(memory)}", memory, 2, False)
     template = choose_template(reading, base.tokenizer)
-    settings: dict[str, Any] = {"train": data, "format": reading.wanted, "columns": reading.columns}
-    settings |= {"template": template[0]} if template else {}
-    with tempfile.TemporaryDirectory(prefix="lora-") as temporary:
-        uncut = {**settings, "max_seq_len": 2**31 - 1, "packing": False}
-        measuring = Recipe.model_validate({"base_model": model, "data": uncut, "output": temporary})
-        survey = survey_data(measuring, source, reading, base.tokenizer)
-    choice = _Choice(base, survey, device, template)
-    place = _Place(path, model, data)
-    draft = _recipe_text(choice, place, None)
-    tried = _tried(draft, path, base, survey)
-    text = _recipe_text(choice, place, tried)
-    _tried(text, path, base, survey, data=tried)
-    with disk_errors(path):
-        temporary_file = path.with_name(f".{path.name}.tmp-{os.getpid()}")
-        temporary_file.write_text(text, encoding="utf-8")
-        temporary_file.rename(path)
-    return FirstRecipe(path, place.output, choice.fit.memory, device, _notes(survey, tried))
+    survey = survey_data(source, reading, base.tokenizer, template[0] if template else None)
+    chosen = _choose(base, survey, device, template)
+    names = _names(path, model, data)
+    with _beside(path) as temporary:
+        recipe = _as_recipe(recipe_text(chosen, names, None), temporary)
+        prepared = _prepared(recipe, chosen)
+        final = _as_recipe(recipe_text(chosen, names, _tried(recipe, prepared, survey)), temporary)
+        assert final.data == recipe.data, "what was tried is not what is written"
+        temporary.rename(path)
+    return FirstRecipe(path, final, chosen.fit.memory, device, finding_lines(prepared))
+
+
+def _device_here() -> Device:
+    """What a run on this machine would be given; of a CPU, the machine's memory."""
+    device = pick_device("auto")
+    dtype, _ = pick_dtype("auto", device)
+    if device.type == "cpu":
+        memory = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
+        return Device(f"the CPU here and {memory / GIB:.1f} GiB", memory, dtype.itemsize, on_cpu=True)
+    if device.type == "mps":
+        memory = torch.mps.recommended_max_memory()
+    else:
+        memory = getattr(torch, device.type).get_device_properties(device).total_memory
+    return Device(f"the GPU here, {describe_device(device)}", memory, dtype.itemsize)
+
+
+def _choose(base: BaseModel, survey: DataSurvey, device: Device, template: tuple[str, str] | None) -> Chosen:
+    adapter = choices.choose_adapter(base, survey.target_tokens)
+    shape = shape_of(base.skeleton, dict.fromkeys(adapter.layers, adapter.rank), on_cpu=device.on_cpu)
+    epochs = choices.choose_epochs(survey.tokens)
+    validation = choices.choose_validation(survey.rows, survey.distinct)
+    fit = choices.choose_sizes(base, survey, device, shape, epochs)
+    return Chosen(base, survey, device, template, adapter, shape, epochs, validation, fit)
+
+
+# ── trying it ───────────────────────────────────────────────────────────────────────────────────────────────────
+
+
+@contextmanager
+def _beside(path: Path) -> Iterator[Path]:
+    """A file beside `path`, from where relative paths lead to the same; removed unless it was renamed."""
+    temporary = path.with_name(f".{path.name}.tmp-{os.getpid()}")
+    try:
+        yield temporary
+    finally:
+        temporary.unlink(missing_ok=True)
+
+
+def _as_recipe(text: str, file: Path) -> Recipe:
+    with disk_errors(file.parent):
+        file.write_text(text, encoding="utf-8")
+    return load_recipe(file)
+
+
+def _prepared(recipe: Recipe, chosen: Chosen) -> PreparedData:
+    """The data as `lora check` prepares them, or of large data the sample. Raises LoraError as that does."""
+    trial = recipe.model_copy(update={"output": os.devnull})  # where nothing prepared can lie
+    if chosen.survey.sample and isinstance(recipe.data.validation, float):
+        whole = recipe.data.model_copy(update={"validation": choices.HELD_OUT})  # of a sample, a small share is no row
+        trial = trial.model_copy(update={"data": whole})
+    prepared = prepare_rows(trial, chosen.base.tokenizer, chosen.survey.sample)
+    prepared.require_fit(chosen.base.config, chosen.base.source.name)
+    return prepared
+
+
+def _tried(recipe: Recipe, prepared: PreparedData, survey: DataSurvey) -> Tried:
+    """Exact where all rows were tokenized; else what the sample makes likely for all."""
+    order = prepared.order(recipe)
+    tokens, examples = prepared.summary.train.tokens, len(prepared.train) + len(prepared.validation)
+    epochs, held_out = recipe.train.epochs, len(prepared.validation)
+    if survey.sample is None:
+        return Tried(order.total_steps(epochs, None), tokens / order.steps_per_epoch, examples, held_out)
+    fraction = recipe.data.validation if isinstance(recipe.data.validation, float) else 0.0
+    rows = len(order.rows) * survey.tokens * (1 - fraction) / tokens
+    steps_per_epoch = math.ceil(rows / order.rows_per_step)
+    return Tried(
+        math.ceil(steps_per_epoch * epochs),
+        survey.tokens * (1 - fraction) / steps_per_epoch,
+        round(examples * survey.rows / len(survey.lengths)),
+        round(survey.rows * fraction),
+    )
+
+
+# ── names and paths ─────────────────────────────────────────────────────────────────────────────────────────────
+
+
+def _names(path: Path, model: str, data: str) -> Names:
+    """Model, data and run folder as the recipe writes them: from its own folder, unless they were given absolute."""
+    folder = path.resolve().parent
+    called = re.sub(r"[^A-Za-z0-9._]+", "-", f"{Path(model).resolve().name}-{_stem(data)}").strip("-.")
+    output = f"runs/{called or 'first'}"
+    taken = 1
+    while (folder / (output if taken == 1 else f"{output}-{taken}")).exists():
+        taken += 1
+    base_model = _path(model, folder) if Path(model).is_dir() else model
+    return Names(base_model, _path(data, folder), output if taken == 1 else f"{output}-{taken}", path.name)
+
+
+def _stem(data: str) -> str:
+    path = Path(data)
+    return path.resolve().name if path.is_dir() else path.name.split(".")[0].replace("*", "")
+
+
+def _path(given: str, folder: Path) -> str:
+    text = os.path.normpath(given) if os.path.isabs(given) else os.path.relpath(Path.cwd() / given, folder)
+    text = f"./{text}" if text.startswith("~") else text
+    return text.replace("$", "$$")

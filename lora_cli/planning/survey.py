@@ -1,143 +1,31 @@
-"""What a first recipe is made from: what the base model is, without its weights, and what the data are."""
+"""What the data are: their format, how many rows there are and how long, and which template they need."""
 
 from __future__ import annotations
 
-import copy
-import json
+import os
 import random
-import tempfile
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
-from itertools import islice
-from pathlib import Path
-from typing import Any
+from itertools import chain, islice
 
 import numpy as np
-import torch
-from transformers import AutoModelForCausalLM, PreTrainedTokenizerBase
+from transformers import PreTrainedTokenizerBase
 
-from lora_cli.base.attention import attention_implementation
-from lora_cli.base.load import load_tokenizer, model_config
-from lora_cli.base.source import BaseSource, find_base
 from lora_cli.data.formats import _USUAL, NEEDED, detect_format
 from lora_cli.data.packing import pack
-from lora_cli.data.prepare import Preparation, prepare
-from lora_cli.data.prepared import PreparedData, open_prepared
+from lora_cli.data.prepare import Preparation, build_for_now, prepare
+from lora_cli.data.prepared import PreparedData
 from lora_cli.data.readers import Row
 from lora_cli.data.sources import FileSource, Source, open_source
 from lora_cli.errors import LoraError
-from lora_cli.evaluation.packing_check import require_no_leak
 from lora_cli.recipe import Recipe, SourceRecipe
-
-# Configuration and tokenizer. The weights of a hub model stay there until it is trained.
-_LIGHT = ["*.json", "*.txt", "*.model", "*.jinja", "tokenizer*"]
-_HEAVY = ["*.safetensors", "original/*", "onnx/*", "openvino/*", "*.bin", "*.pth", "*.gguf"]
-_TRIED_PARAMETERS = 300_000_000  # of the largest block that is made to see whether examples can share a row
 
 WHOLE_BYTES = 64 * 2**20  # of data files that are tokenized whole, in well under a minute; of larger ones a sample is
 SAMPLE_ROWS = 5_000
-_READ_ROWS, _READ_BYTES = 1_000_000, 2**30  # what is read of large data, to count rows and to choose the sample from
+READ_BYTES = 2**30  # about, of large data: to count the rows and to choose the sample from
 _HEAD_ROWS = 1_000  # as prepare() looks at
 _SHARE_ROWS = 20_000  # whose trained tokens are looked at one by one
-
-
-# ── the base model ──────────────────────────────────────────────────────────────────────────────────────────────
-
-
-@dataclass(frozen=True)
-class BaseModel:
-    """A causal language model without its weights. skeleton: its modules on the device meta.
-
-    stored: how the checkpoint is quantized already; None as a rule.
-    """
-
-    source: BaseSource
-    tokenizer: PreTrainedTokenizerBase
-    config: Any
-    skeleton: Any
-    stored: str | None
-    trust_remote_code: bool
-
-    @property
-    def positions(self) -> int | None:
-        """The longest example that the model can see, in tokens."""
-        return getattr(self.config, "max_position_embeddings", None)
-
-    @cached_property
-    def packs(self) -> bool:
-        """Whether examples can share a row, tried on one random block of each kind; training tries it on the model."""
-        config = copy.deepcopy(self.config)
-        kinds = getattr(config, "layer_types", None)
-        if kinds:
-            config.layer_types = list(dict.fromkeys(kinds))
-        config.num_hidden_layers = len(config.layer_types) if kinds else 1
-        config.vocab_size = min(config.vocab_size, 64)
-        config.pad_token_id = config.bos_token_id = config.eos_token_id = None
-        for name in ("num_experts", "num_local_experts", "n_routed_experts"):
-            if getattr(config, name, None):
-                setattr(config, name, min(getattr(config, name), 8))
-        try:
-            with torch.device("meta"):
-                parameters = sum(p.numel() for p in self._made_from(config).parameters())
-            if parameters > _TRIED_PARAMETERS:
-                return True
-            with torch.random.fork_rng(devices=[]):
-                torch.manual_seed(0)
-                model = self._made_from(config)
-        except Exception:  # what a cut configuration makes of code that is not ours
-            return True
-        try:
-            require_no_leak(model, torch.device("cpu"))
-        except LoraError:
-            return False
-        return True
-
-    def _made_from(self, config: Any) -> Any:
-        return AutoModelForCausalLM.from_config(
-            config,
-            dtype=torch.float32,
-            attn_implementation=attention_implementation(config),
-            trust_remote_code=self.trust_remote_code,
-        )
-
-
-def look_at_model(name: str, *, trust_remote_code: bool = False) -> BaseModel:
-    """Raises LoraError, as loading it would, if it is missing, no causal language model, or has no usable tokenizer."""
-    source = _without_weights(name, trust_remote_code)
-    tokenizer = load_tokenizer(source, trust_remote_code=trust_remote_code)
-    config = model_config(source, trust_remote_code)
-    with torch.device("meta"):
-        skeleton = AutoModelForCausalLM.from_config(config, trust_remote_code=trust_remote_code)
-    stored = source.config.get("quantization_config") or {}
-    kind = "nf4" if stored.get("load_in_4bit") else "int8" if stored.get("load_in_8bit") else stored.get("quant_method")
-    if kind not in (None, "nf4", "int8"):
-        raise LoraError(
-            f"the checkpoint is already quantized ({kind}), which cannot be trained on",
-            where=str(source.folder),
-            fix="use the unquantized model",
-        )
-    return BaseModel(source, tokenizer, config, skeleton, kind, trust_remote_code)
-
-
-def _without_weights(name: str, trust_remote_code: bool) -> BaseSource:
-    """As find_base, but the weights of a hub model are only looked for, not downloaded."""
-    from huggingface_hub import file_exists, snapshot_download
-
-    if not Path(name).is_dir() and not name.startswith((".", "/", "~")) and name.count("/") < 2:
-        wanted = [*_LIGHT, "*.py"] if trust_remote_code else _LIGHT
-        try:
-            folder = Path(snapshot_download(name, allow_patterns=wanted, ignore_patterns=_HEAVY))
-            source = BaseSource(name, folder, revision=folder.name)
-            weights = ("model.safetensors", "model.safetensors.index.json")
-            if isinstance(source.config, dict) and (
-                any((folder / file).exists() for file in weights)
-                or file_exists(name, weights[0], revision=source.revision)
-            ):
-                return source
-        except Exception:  # find_base finds it in the cache, or says what is wrong
-            pass
-    return find_base(name, trust_remote_code=trust_remote_code)
 
 
 # ── columns and template ────────────────────────────────────────────────────────────────────────────────────────
@@ -192,18 +80,19 @@ def _by_usual_names(present: Sequence[str]) -> tuple[str | None, dict[str, str |
         return next(iter([*own, *usual]), None)
 
     asked, answer, more = called("instruction", "prompt"), called("output", "completion"), called("input")
-    found: dict[str, str | None]
-    if (turns := called("messages", "conversations")) is not None:
-        name, found = "chat", {"messages": turns}
+    turns, text = called("messages", "conversations"), called("text")
+    found: Sequence[tuple[str, str | None]]
+    if turns:
+        name, found = "chat", [("messages", turns)]
     elif asked and answer and (more or asked == "instruction"):  # without its input, a question could not be answered
-        name, found = "instruction", {"instruction": asked, "output": answer, "input": more}
+        name, found = "instruction", [("instruction", asked), ("output", answer), ("input", more)]
     elif asked and answer:
-        name, found = "completion", {"prompt": asked, "completion": answer}
-    elif (text := called("text")) is not None:
-        name, found = "text", {"text": text}
+        name, found = "completion", [("prompt", asked), ("completion", answer)]
+    elif text:
+        name, found = "text", [("text", text)]
     else:
         return None, {}
-    return name, {meaning: column for meaning, column in found.items() if column not in (None, meaning)}
+    return name, {meaning: column for meaning, column in found if column not in (None, meaning)}
 
 
 def _shown(name: str, columns: dict[str, str | None], present: Sequence[str]) -> str:
@@ -226,7 +115,7 @@ def choose_template(reading: Reading, tokenizer: PreTrainedTokenizerBase) -> tup
 
 
 @dataclass(frozen=True)
-class _Sample(FileSource):
+class RowSample(FileSource):
     """Some rows of files, in memory."""
 
     kept: tuple[Row, ...] = ()
@@ -241,7 +130,7 @@ class _Sample(FileSource):
 
 @dataclass
 class _OfSample(Preparation):
-    sample: _Sample
+    sample: RowSample
 
     @cached_property
     def sources(self) -> list[tuple[SourceRecipe, Source]]:
@@ -250,30 +139,40 @@ class _OfSample(Preparation):
 
 @dataclass(frozen=True)
 class DataSurvey:
-    """What is known of the data before the recipe is. rows: counted, or where `counted` is false guessed from sizes.
+    """What is known of the data before the recipe is.
 
-    lengths: tokens of each example that was tokenized, uncut. target_share: of their tokens. distinct: unequal ones.
+    rows: that give examples; counted, or where `counted` is false guessed from sizes. sample: the rows that were
+    tokenized; None: all. lengths: tokens of each example of them, uncut. targets: trained tokens of every stride-th.
+    distinct: unequal rows.
     """
 
     source: FileSource
     reading: Reading
     rows: int
     counted: bool
-    sample: _Sample | None
+    sample: RowSample | None
     lengths: np.ndarray
-    targets: np.ndarray  # of every `stride`-th example
+    targets: np.ndarray
     stride: int
     target_share: float
     distinct: int
     percentiles: dict[str, int]
 
     @property
+    def exact(self) -> bool:
+        return self.sample is None
+
+    @property
     def tokens(self) -> float:
-        """Of all rows, the others as long as those of the sample."""
-        return float(self.lengths.sum()) * (self.rows / len(self.lengths) if self.sample else 1)
+        """Of all rows, those outside the sample being as long as those in it."""
+        return float(self.lengths.sum()) * (1 if self.sample is None else self.rows / len(self.lengths))
+
+    @property
+    def target_tokens(self) -> float:
+        return self.tokens * self.target_share
 
     def densest_row(self, max_seq_len: int, packed: bool) -> int:
-        """Most target tokens on one row of at most max_seq_len tokens."""
+        """Most target tokens on a row of max_seq_len tokens: of the rows that these examples pack to, or of one."""
         lengths = self.lengths[:: self.stride]
         if lengths.max() > max_seq_len:  # some are cut or left out: whatever is left may be trained whole
             return max_seq_len
@@ -287,58 +186,74 @@ def look_at_rows(path: str) -> tuple[FileSource, Reading]:
     """The files and the format of their rows. Raises LoraError for what cannot be read."""
     source = open_source(SourceRecipe.model_validate({"path": path}))
     assert isinstance(source, FileSource)
-    head = list(islice(source.rows(), _HEAD_ROWS))
-    return source, choose_reading(head)
+    return source, choose_reading(list(islice(source.rows(), _HEAD_ROWS)))
 
 
-def survey_data(recipe: Recipe, source: FileSource, reading: Reading, tokenizer: PreTrainedTokenizerBase) -> DataSurvey:
-    """Tokenizes all rows, or of large data a sample. recipe: one that cuts nothing and holds nothing out.
-
-    Raises LoraError with what the gate finds in them.
-    """
+def survey_data(
+    source: FileSource, reading: Reading, tokenizer: PreTrainedTokenizerBase, template: str | None
+) -> DataSurvey:
+    """Tokenizes all rows, or of large data a sample. Raises LoraError with what the gate finds in them."""
+    uncut = {"max_seq_len": 2**31 - 1, "packing": False, "train": source.name, "template": template}
+    settings = uncut | {"format": reading.wanted, "columns": reading.columns}
+    recipe = Recipe.model_validate({"base_model": "-", "data": settings, "output": os.devnull})
     sample, rows, counted = _sample_of(source)
-    data = prepared(recipe, tokenizer, sample)
-    data.findings.require_none()
+    data = prepare_rows(recipe, tokenizer, sample)
     stride = -(-len(data.train) // _SHARE_ROWS)
-    lengths, summary = data.train.lengths, data.summary.train
-    targets = np.array([example.targets for example in data.train[::stride]], np.int64)
-    distinct = len(lengths) - data.findings.counts.get("duplicate", 0)
-    rows = rows if sample else len(lengths)
-    share = summary.target_tokens / summary.tokens
+    summary = data.summary.train
     return DataSurvey(
-        source, reading, rows, counted, sample, lengths, targets, stride, share, distinct, summary.percentiles
+        source=source,
+        reading=reading,
+        rows=rows if sample else len(data.train),
+        counted=counted,
+        sample=sample,
+        lengths=data.train.lengths,
+        targets=np.array([example.targets for example in data.train[::stride]], np.int64),
+        stride=stride,
+        target_share=summary.target_tokens / summary.tokens,
+        distinct=rows if sample else len(data.train) - data.findings.counts.get("duplicate", 0),
+        percentiles=summary.percentiles,
     )
 
 
-def prepared(recipe: Recipe, tokenizer: PreTrainedTokenizerBase, sample: _Sample | None) -> PreparedData:
-    """What prepare() makes of the recipe's data, or of a sample of them; findings are not raised."""
+def prepare_rows(recipe: Recipe, tokenizer: PreTrainedTokenizerBase, sample: RowSample | None) -> PreparedData:
+    """What prepare() makes of the recipe's data, or of a sample of them; raises as that does."""
     if sample is None:
-        return prepare(recipe, tokenizer, inspect=True)
-    temporary = tempfile.TemporaryDirectory(prefix="lora-")
-    _OfSample(recipe, tokenizer, sample).build(Path(temporary.name))
-    data = open_prepared(Path(temporary.name), kept=temporary)
-    assert data is not None
+        return prepare(recipe, tokenizer)
+    data = build_for_now(_OfSample(recipe, tokenizer, sample))
+    data.findings.require_none(recipe.data.allow)
+    if not len(data.train):
+        raise LoraError("no row of a sample is to be trained", where=sample.name, fix="look at train: false and weight")
     return data
 
 
-def _sample_of(source: FileSource) -> tuple[_Sample | None, int, bool]:
-    """Rows to tokenize (None: all), how many there are, and whether that was counted."""
+def _sample_of(source: FileSource) -> tuple[RowSample | None, int, bool]:
+    """Rows to tokenize (None: all), how many there are, and whether that was counted or is a guess by size."""
     packed = any(path.suffix.lower() in (".gz", ".zst", ".parquet") for path in source.paths)
     size = sum(path.stat().st_size for path in source.paths) * (4 if packed else 1)
     if size <= WHOLE_BYTES:
         return None, 0, True
-    most = max(SAMPLE_ROWS, round(_READ_ROWS * min(1.0, _READ_BYTES / size)))
-    rng = random.Random(0)
-    kept: dict[int, Row] = {}
-    at = -1
     rows = source.rows()
-    for at, row in enumerate(islice(rows, most)):  # each row is kept with the same chance: Vitter 1985, algorithm R
-        place = at if at < SAMPLE_ROWS else rng.randrange(at + 1)
-        if place < SAMPLE_ROWS:
+    first = list(islice(rows, 100))
+    most = min(SAMPLE_ROWS, max(1, WHOLE_BYTES * len(first) // sum(map(_characters, first))))
+    rng = random.Random(0)
+    kept: list[Row] = []
+    read, number, counted = 0, 0, True
+    for row in chain(first, rows):
+        number += 1
+        if len(kept) < most:
+            kept.append(row)
+        elif (place := rng.randrange(number)) < most:  # each row has the same chance: Vitter 1985, algorithm R
             kept[place] = row
-    counted = next(rows, None) is None
-    read = sum(len(json.dumps(row.values, default=str, ensure_ascii=False)) for row in kept.values()) / len(kept)
-    number = at + 1 if counted else max(most, round(size / read))
-    order = {str(path): number for number, path in enumerate(source.paths)}
-    chosen = sorted(kept.values(), key=lambda row: (order[row.file], row.number))
-    return _Sample(source.name, source.paths, tuple(chosen)), number, counted
+        read += _characters(row)
+        if read > READ_BYTES:
+            number, counted = max(number, round(size * number / read)), False
+            break
+    order = {str(path): at for at, path in enumerate(source.paths)}
+    kept.sort(key=lambda row: (order[row.file], row.number))
+    return RowSample(source.name, source.paths, tuple(kept)), number, counted
+
+
+def _characters(row: Row) -> int:
+    """About what the row takes in its file; of JSON, its keys too."""
+    keys = sum(len(name) + 6 for name in row.values) if ".json" in row.file else 0
+    return 1 + keys + sum(len(value) if isinstance(value, str) else len(repr(value)) for value in row.values.values())
