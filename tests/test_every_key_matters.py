@@ -275,6 +275,8 @@ class Runs:
             (values[section[0]] if section else values)[name] = self._filled(value)
         if "tokens_per_micro_batch" in values["train"]:
             del values["train"]["micro_batch_size"]
+        if values["data"].get("streaming"):
+            del values["train"]["epochs"]
         path = self.folder / "recipe.yaml"
         path.write_text(yaml.safe_dump(values), encoding="utf-8")
         recipe = load_recipe(path)
@@ -398,6 +400,7 @@ ALLOW: dict[str, tuple[list[dict[str, Any]], Callable[[Path], None] | None, dict
     "overlap": ([{"text": "one"}, {"text": "two"}], None, {"data.validation": "{same}"}),
     "no_stop_token": ([{"messages": turns([("a", "b")] * count)} for count in (1, 2)], with_one_stop_token, {}),
     "double_bos": ([{"text": "one"}, {"text": "<|im_start|><|im_start|>two"}], with_bos, {}),
+    "special_in_text": ([{"messages": turns([("a", each)])} for each in ("b", "c <|im_end|> d")], None, {}),
     "not_round_trip": ([{"text": "one"}, {"text": "TWO"}], with_lower_case, {}),
 }
 
