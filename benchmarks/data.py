@@ -150,7 +150,10 @@ def memory(folder: Path, tokenizer: Any) -> None:
 
     peaks = {}
     for count in (20_000, 2_000_000):
-        path = write(folder / f"{count}.jsonl", conversations(count, mean=2.2))
+        path = folder / f"{count}.jsonl"
+        with path.open("w", encoding="utf-8") as stream:
+            for asked, answered in conversations(count, mean=2.2):
+                stream.write(json.dumps({"prompt": asked["content"] + "\n", "completion": answered["content"]}) + "\n")
         place = folder / f"memory-{count}"
         command = [sys.executable, "-c", PREPARE, recipe_of(path).model_dump_json(), str(place), str(MODEL)]
         began = time.perf_counter()
@@ -229,8 +232,8 @@ def training(folder: Path, tokenizer: Any, steps: int = 30, rows_per_step: int =
     from lora_cli.data.prepare import prepare
     from lora_cli.evaluation.loss import summed_loss
 
-    path = write(folder / "train.jsonl", conversations(steps * rows_per_step, mean=4.4))
-    data = prepare(recipe_of(path, max_seq_len=1024), tokenizer)
+    path = write(folder / "train.jsonl", conversations(steps * rows_per_step, mean=3.4, spread=1.0))
+    data = prepare(recipe_of(path, max_seq_len=2048, too_long="truncate"), tokenizer)
     device = torch.device("cpu")
 
     def run(packed: bool) -> tuple[list[float], list[float]]:

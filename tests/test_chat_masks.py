@@ -24,6 +24,7 @@ from tokenizers.processors import TemplateProcessing
 from transformers import PreTrainedTokenizerFast
 
 from lora_cli.data.batches import collate
+from lora_cli.data.chat import ChatTemplate
 from lora_cli.data.encode import Encoded
 from lora_cli.data.example import Example
 from lora_cli.data.gate import KINDS, Findings
@@ -80,7 +81,11 @@ class Case:
         text = self.tokenizer.apply_chat_template(
             turns, chat_template=self.jinja, tools=tools, tokenize=False, add_generation_prompt=prompt
         )
-        return text.replace(datetime.now().strftime("%d %B %Y"), "26 July 2024")
+        return text.replace(*self.dates)
+
+    @property
+    def dates(self) -> tuple[str, str]:
+        return datetime.now().strftime("%d %B %Y"), "26 July 2024"
 
     def encode(self, turns: Turns, **settings: Any) -> Encoded:
         return encode({"messages": turns}, self.tokenizer, template=self.template, **settings)
@@ -293,6 +298,31 @@ def test_default_system_prompts_are_not_trained(name, opening, called):
     everything = text_of(np.asarray(example.ids)[example.trained], case.tokenizer)
     assert DEFAULTS[name] not in everything
     assert "assistant" not in everything  # nor the prompt
+
+
+JINJA = {
+    "indented blocks": "{% for m in messages %}\n    {% if m.role == 'user' %}\n  {{ m.content }}\n    {% else %}\n"
+    "{{ m.content }}<|im_end|>\n    {% endif %}\n{% endfor %}",
+    "loop controls": "{% for m in messages %}{% if loop.index > 2 %}{% break %}{% endif %}{{ m.content }}{% endfor %}",
+    "tojson": "{{ messages | tojson }}{{ messages[0] | tojson(indent=2) }}{{ 'Äpfel <b> &' | tojson }}",
+    "generation": "{% for m in messages %}{% generation %}{{ m.content }}{% endgeneration %}{% endfor %}",
+    "variables": "{{ tools is none }}{{ documents is defined }}{{ add_generation_prompt }}{{ nothing is defined }}"
+    "{{ bos_token is defined }}{{ eos_token }}{{ pad_token }}{{ unk_token is defined }}",
+    "undefined": "{{ messages[0].nothing }}{{ nothing }}{% if messages[0].tool_calls %}x{% endif %}",
+    "namespace": "{% set ns = namespace(n=0) %}{% for m in messages %}{% set ns.n = ns.n + 1 %}{% endfor %}{{ ns.n }}",
+    "filters": "{{ messages | map(attribute='role') | list }}{{ messages[-1].content | trim | upper | length }}",
+    "date": "{{ strftime_now('%d %B %Y') }}",
+}
+
+
+@pytest.mark.parametrize("which", JINJA)
+@pytest.mark.parametrize("prompt", [False, True])
+def test_templates_are_rendered_as_transformers_renders_them(which, prompt):
+    tokenizer = with_template(JINJA[which])
+    case = Case("tiny", None, "")
+    text = tokenizer.apply_chat_template(TURNS, tokenize=False, add_generation_prompt=prompt)
+    own = ChatTemplate(JINJA[which], tokenizer, "own")
+    assert own.render(TURNS, "row", generation_prompt=prompt) == text.replace(*case.dates)
 
 
 # ── a second way to the same mask ───────────────────────────────────────────────────────────────────────────────

@@ -688,6 +688,8 @@ def test_whole_groups_are_held_out_until_they_are_the_fraction(groups, fraction,
     assert len(held) >= count
     assert len(held) - max(groups.count(group) for group in inside) < count
     assert held.tolist() == hold_out(numbers, fraction, seed).tolist()
+    renamed = (1000 - 7 * numbers.astype(np.int64)).astype(np.uint64)
+    assert held.tolist() == hold_out(renamed, fraction, seed).tolist()  # which groups there are, not their numbers
 
 
 def test_the_seed_chooses_who_is_held_out():

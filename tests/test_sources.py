@@ -294,6 +294,7 @@ BROKEN = {  # name → bytes, and where it is broken: line, line:column or row
     "latin.json": (b'[\n"\xe9"]', ":2"),
     "wide.csv": (b'a,b\n1,"2\n2"\n3,4,5\n', ":4"),
     "narrow.tsv": (b"a\tb\n1\t2\n3\n", ":3"),
+    "at once.csv": (b'"a\na",b\n1\n', ":3"),
     "open.csv": (b'a,b\n1,2\n3,"4\n5,6\n', ":3"),
     "inside.csv": (b'a,b\n1,2\n"3"4,5\n', ":3"),
     "same.tsv": (b"a\ta\n1\t2\n", ":1"),
