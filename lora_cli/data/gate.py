@@ -175,6 +175,7 @@ class Lengths:
 def duplicates(hashes: np.ndarray) -> np.ndarray:
     """Indices whose hash stands earlier too, in order."""
     order = np.argsort(hashes, kind="stable")
+    ordered = hashes[order]
     repeated = np.zeros(len(hashes), bool)
-    repeated[order[1:]] = hashes[order[1:]] == hashes[order[:-1]]
+    repeated[order[1:]] = ordered[1:] == ordered[:-1]
     return np.flatnonzero(repeated)
