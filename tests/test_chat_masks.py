@@ -952,6 +952,16 @@ def test_an_end_token_that_stands_there_already_is_not_doubled(which):
         assert ids[-1] == tokenizer.eos_token_id
 
 
+@pytest.mark.parametrize("which", WHOLE)
+def test_a_text_that_is_but_an_end_token_has_a_target_only_behind_a_bos(which):
+    tokenizer = whole_tokenizer(which)
+    encoded = encode({"text": tokenizer.eos_token}, tokenizer)
+    if opening(tokenizer):
+        assert example_of(encoded).targets == 1
+    else:
+        assert refusal(encoded)[0] == "no_target"
+
+
 @pytest.mark.parametrize("settings", [{}, {"train_on": "all"}])
 @pytest.mark.parametrize("said", [{"train": False}, {"weight": 0}, {"weight": 5}])
 def test_what_is_said_of_a_users_turn_changes_no_weight(settings, said):

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+from array import array
 from collections.abc import Iterator, Sequence
 from functools import lru_cache
 from pathlib import Path
@@ -35,8 +36,7 @@ class ExampleWriter:
         self._writer = pa.ipc.new_file(self._sink, _SCHEMA)
         self._digest = hashlib.sha256()
         self._waiting: list[tuple[np.ndarray, Example, int]] = []
-        self._lengths: list[np.ndarray] = []
-        self._targets: list[np.ndarray] = []
+        self._lengths, self._targets = array("i"), array("i")
         self.count = 0
         self.largest_id = 0
         self.longest: tuple[int, str] = (0, "")
@@ -70,11 +70,11 @@ class ExampleWriter:
     @property
     def lengths(self) -> np.ndarray:
         """Tokens of each example so far that was flushed: (examples,) int32."""
-        return np.concatenate([np.empty(0, np.int32), *self._lengths])
+        return np.frombuffer(self._lengths, np.int32) if self._lengths else np.empty(0, np.int32)
 
     @property
     def targets(self) -> np.ndarray:
-        return np.concatenate([np.empty(0, np.int32), *self._targets])
+        return np.frombuffer(self._targets, np.int32) if self._targets else np.empty(0, np.int32)
 
     def _flush(self) -> None:
         waiting = self._waiting
@@ -98,8 +98,8 @@ class ExampleWriter:
             for buffer in column.buffers():
                 if buffer is not None:
                     self._digest.update(buffer)
-        self._lengths.append(lengths)
-        self._targets.append(np.array([example.targets for _, example, _ in waiting], np.int32))
+        self._lengths.frombytes(lengths.tobytes())
+        self._targets.extend(example.targets for _, example, _ in waiting)
         self.largest_id = max(self.largest_id, int(ids.max()))
 
 
