@@ -38,3 +38,30 @@ def test_packing_is_exact_on_a_gpu(run_recipe, tmp_path):
         )
         curves.append(losses(run))
     assert curves[0] == pytest.approx(curves[1], abs=1e-4)
+
+
+@pytest.mark.parametrize("window", [None, 1, 3, 64])
+@pytest.mark.parametrize("kv_heads", [1, 4])
+def test_variable_length_attention_is_attention_example_by_example(window, kv_heads, monkeypatch):
+    """Forward and gradients, in bf16: the kernel rounds in another order."""
+    from lora_cli.base import attention
+
+    device = torch.device("cuda")
+    lengths = [5, 1, 33, 64]
+    generator = torch.Generator().manual_seed(0)
+    made = [torch.randn(1, heads, sum(lengths), 64, generator=generator) for heads in (4, kv_heads, kv_heads)]
+    inputs = attention.packed_inputs(lengths, device)
+
+    def run() -> list[torch.Tensor]:
+        q, k, v = (x.to(device, torch.bfloat16).requires_grad_() for x in made)
+        ends, longest = inputs["cu_seq_lens_q"], inputs["max_length_q"]
+        module = torch.nn.Module()
+        out, _ = attention.per_example_attention(module, q, k, v, None, 0.0, None, ends, window, max_length_q=longest)
+        out.float().square().sum().backward()
+        return [out, *(x.grad for x in (q, k, v))]
+
+    assert attention.varlen_fits(device, torch.bfloat16, 64)
+    ours = run()
+    monkeypatch.setattr(attention, "varlen_fits", lambda *_: False)
+    for found, expected in zip(ours, run(), strict=True):
+        torch.testing.assert_close(found, expected, rtol=2e-2, atol=2e-2)
