@@ -156,3 +156,11 @@ def test_resuming_with_changed_files_is_refused(run_recipe, sums):
     sums.write_text(sums.read_text() + '{"prompt": "new", "completion": "row"}\n')
     with pytest.raises(LoraError, match="data changed"):
         run_recipe(resume=True, **STREAM)
+
+
+def test_the_first_window_says_what_the_columns_mean_for_all(feed, tmp_path):
+    rows = [{"text": f"row {at}"} | ({"score": 0.5} if at < 10 else {}) for at in range(30)]
+    data = {"train": str(write_rows(tmp_path / "rows.jsonl", rows)), "columns": {"weight": "score"}}
+    given = feed(data=data)
+    seen = {e.row: e.spans[0][2] for step in range(1, 5) for batch in given.step(step) for e in batch}
+    assert seen == {at: 0.5 if at <= 10 else 1.0 for at in range(1, 31)}

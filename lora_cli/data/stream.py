@@ -160,7 +160,9 @@ class StreamFeed:
         made: dict[int, Iterator[list[Example]]] = {}
         for at in sorted({at for at, _ in rows}):
             own = [row for owner, row in rows if owner == at]
-            encoder = self._encoders.setdefault(at, RowEncoder(data, self._tokenizer, own))
+            if at not in self._encoders:  # the first window shows a source's format, for all of them
+                self._encoders[at] = RowEncoder(data, self._tokenizer, own)
+            encoder = self._encoders[at]
             made[at] = iter(
                 [
                     [] if each.example is None else self._fitted(each.example, encoder.format.name, findings)
