@@ -4,24 +4,9 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Protocol
 
 from lora_cli.data.example import Example
 from lora_cli.data.order import Order
-
-
-class Feed(Protocol):
-    def step(self, step: int) -> list[list[Example]]:
-        """The examples of each micro-batch of a step, counted from 1."""
-        ...
-
-    def position(self) -> dict[str, int]:
-        """What a checkpoint has to remember, beside the step, to go on from here."""
-        ...
-
-    def seek(self, position: dict[str, int]) -> None:
-        """Go on where a checkpoint stopped."""
-        ...
 
 
 def split_by_length(batches: list[list[Example]], size: int) -> list[list[Example]]:
@@ -47,6 +32,7 @@ class IndexedFeed:
         return split_by_length(batches, self.order.rows_per_micro_batch) if self.by_length else batches
 
     def position(self) -> dict[str, int]:
+        """What a checkpoint has to remember beside the step: nothing, where any step can be asked for."""
         return {}
 
     def seek(self, position: dict[str, int]) -> None:
