@@ -32,6 +32,10 @@ class AdapterRecipe(Section):
     alpha: Number = Field(
         32.0, gt=0, description="Strength of the update: it is scaled by alpha / rank (Hu et al. 2021, section 4.1)."
     )
+    rank_stabilized: bool = Field(
+        False,
+        description="Scale by alpha / √rank, so that large ranks learn as fast as small ones (Kalajdzievski 2023).",
+    )
     dropout: Number = Field(
         0.0, ge=0, lt=1, description="Probability of dropping an input of the LoRA path; the frozen path never drops."
     )
@@ -189,10 +193,20 @@ class DataRecipe(Section):
     )
 
 
+def _as_mode(value: Any) -> Any:
+    """`gradient_checkpointing: true`, as most tools call it, is `full`."""
+    return {True: "full", False: "none"}[value] if isinstance(value, bool) else value
+
+
 class TrainRecipe(Section):
     epochs: Number = Field(1.0, gt=0, description="Passes over the training data; a fraction is allowed.")
     max_steps: int | None = Field(None, ge=1, description="Stop after this many steps even if epochs remain.")
-    micro_batch_size: int = Field(4, ge=1, description="Rows per forward: examples, or packed rows of max_seq_len.")
+    micro_batch_size: Annotated[int, Field(ge=1)] | Literal["auto"] = Field(
+        4,
+        description="Rows per forward: examples, or packed rows of max_seq_len; `auto`: as many of batch_size as fit "
+        "into memory. One that does not fit is halved; the result does not depend on it.",
+    )
+    batch_size: int | None = Field(None, ge=1, description="With micro_batch_size: auto: rows per optimizer step.")
     tokens_per_micro_batch: int | None = Field(
         None, ge=2, description="Instead of micro_batch_size: as many rows per forward as fit into this many tokens."
     )
@@ -225,9 +239,29 @@ class TrainRecipe(Section):
     max_grad_norm: Number = Field(
         0.3, gt=0, description="Gradients are scaled down to this L2 norm (0.3: Dettmers et al. 2023, appendix B)."
     )
-    gradient_checkpointing: bool = Field(
+    z_loss: Number = Field(
+        0.0,
+        ge=0,
+        description="Adds this times log² Z of each target token to what is minimized, so that logits do not drift; "
+        "PaLM used 1e-4 (Chowdhery et al. 2022, section 5). The loss that is shown is without it.",
+    )
+    gradient_checkpointing: Annotated[Literal["none", "selective", "full"], BeforeValidator(_as_mode)] = Field(
+        "none",
+        description="Recompute activations in the backward pass: less memory, up to a third more time, same result. "
+        "`full` (or true): of all blocks; `selective`: of as few as activation_memory allows.",
+    )
+    activation_memory: Number | None = Field(
+        None,
+        gt=0,
+        description="With gradient_checkpointing: selective: GiB that activations may keep. Nothing: 80 % of what is "
+        "free when the model is loaded.",
+    )
+    offload_activations: bool = Field(
+        False, description="On a GPU: keep activations in host memory until the backward pass. Slower, same result."
+    )
+    compile: bool = Field(
         False,
-        description="Recompute activations in the backward pass: less memory, about a third more time, same result.",
+        description="Compile the transformer blocks with torch.compile: minutes at the start, faster steps after.",
     )
     seed: int = Field(
         0, ge=0, lt=2**32, description="Seed of the initial A, the order of rows, the hold-out and dropout."
@@ -320,6 +354,38 @@ def contradictions(recipe: Recipe) -> list[tuple[str, str, str]]:
         "train.micro_batch_size",
         "micro_batch_size and tokens_per_micro_batch both say how large a micro-batch is",
         "remove one of them",
+    )
+    auto = train.micro_batch_size == "auto"
+    refuse(
+        auto and train.batch_size is None,
+        "train.micro_batch_size",
+        "auto decides how a step is split, but not how large it is",
+        "set train.batch_size to the rows of a step, such as 16",
+    )
+    refuse(
+        train.batch_size is not None and not auto,
+        "train.batch_size",
+        "the rows of a step already follow from micro_batch_size and gradient_accumulation_steps",
+        "remove batch_size, or write micro_batch_size: auto",
+    )
+    refuse(
+        auto and "gradient_accumulation_steps" in train.model_fields_set,
+        "train.gradient_accumulation_steps",
+        "with micro_batch_size: auto the number of micro-batches follows from what fits",
+        "remove gradient_accumulation_steps; batch_size says how large a step is",
+    )
+    refuse(
+        train.activation_memory is not None and train.gradient_checkpointing != "selective",
+        "train.activation_memory",
+        f"activation_memory is for selective checkpointing, but gradient_checkpointing is "
+        f"{train.gradient_checkpointing}",
+        "write gradient_checkpointing: selective, or remove activation_memory",
+    )
+    refuse(
+        train.offload_activations and recipe.device == "cpu",
+        "train.offload_activations",
+        "on a CPU activations are in host memory already",
+        "remove offload_activations, or use gradient_checkpointing: full",
     )
     refuse(
         train.tokens_per_micro_batch is not None and train.tokens_per_micro_batch < data.max_seq_len,

@@ -70,6 +70,8 @@ def recipe_values(recipe: Recipe) -> dict[str, Any]:
         del values["double_quantization"]
     if recipe.train.tokens_per_micro_batch is not None:
         del values["train"]["micro_batch_size"]
+    if recipe.train.batch_size is not None:
+        del values["train"]["gradient_accumulation_steps"]
     if recipe.data.streaming:
         del values["train"]["epochs"]
     return values

@@ -5,12 +5,15 @@ from __future__ import annotations
 import math
 from collections.abc import Iterator
 from contextlib import contextmanager
+from typing import Any
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.autograd.function import once_differentiable
 
+from lora_cli.adapters.dropout import feature_keys, keep_mask
 from lora_cli.base.linear import features
+from lora_cli.errors import LoraError
 
 
 class LoRALinear(nn.Module):
@@ -36,9 +39,12 @@ class LoRALinear(nn.Module):
         self.rank, self.alpha, self.dropout = rank, alpha, dropout
         self.scaling = alpha / rank
         self.active = True
+        self.token_keys: Tensor | None = None  # of the micro-batch in work; see `micro_batch_of`
+        self.low_precision: tuple[Tensor, Tensor] | None = None
         self.lora_A = nn.Parameter(torch.zeros(rank, in_features, dtype=torch.float32, device=device))
         self.lora_B = nn.Parameter(torch.zeros(out_features, rank, dtype=torch.float32, device=device))
         self.register_buffer("output_mask", None if output_mask is None else output_mask.to(device), persistent=False)
+        self.register_buffer("feature_keys", None, persistent=False)
 
     def init_A(self, init: str, generator: torch.Generator) -> None:
         """Draw A. `kaiming`: uniform within ±1/√in_features; `gaussian`: normal with deviation 1 / rank.
@@ -58,11 +64,29 @@ class LoRALinear(nn.Module):
         base = self.base_layer(x)
         if not self.active:
             return base
-        if self.dropout and self.training:
-            x = F.dropout(x, self.dropout)
-        low = F.linear(x, self.lora_A.to(x.dtype))  # (..., rank)
-        update = F.linear(low * self.scaling, self._masked_B().to(x.dtype))
-        return base + update.to(base.dtype)
+        low_A, low_B = self.low_precision or (None, None)
+        if low_A is None or low_A.dtype != x.dtype:
+            low_A, low_B = self.cast(x.dtype)
+        dropout = self.dropout if self.training else 0.0
+        tokens, inputs = self._dropout_keys(x) if dropout else (None, None)
+        out: Any = _AddUpdate.apply(  # the model's code may change what it gets in place: no view of what is saved
+            *(base.reshape(-1, base.shape[-1]), x.reshape(-1, x.shape[-1]), self.lora_A, self.lora_B, low_A, low_B),
+            *(self.output_mask, self.scaling, dropout, tokens, inputs),
+        )
+        return out.view(base.shape)
+
+    def cast(self, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
+        """A and B in a compute dtype, B with its mask; outside autograd, as `_AddUpdate` wants them."""
+        with torch.no_grad():
+            return self.lora_A.to(dtype), self._masked_B().to(dtype)
+
+    def _dropout_keys(self, x: Tensor) -> tuple[Tensor, Tensor]:
+        if self.token_keys is None or self.token_keys.numel() * x.shape[-1] != x.numel():
+            raise LoraError(
+                "dropout is not possible in a layer that sees only some of the tokens, such as an expert",
+                fix="write adapter.dropout: 0, or leave such layers out with adapter.exclude_modules",
+            )
+        return self.token_keys, self.feature_keys  # type: ignore[return-value]
 
     def delta_weight(self) -> Tensor:
         """Dense update this adapter adds to its base layer: scaling · B @ A.
@@ -88,6 +112,66 @@ class LoRALinear(nn.Module):
         return f"rank={self.rank}, alpha={self.alpha}, dropout={self.dropout}"
 
 
+class _AddUpdate(torch.autograd.Function):
+    """base + scaling · B A dropout(x), and the gradients of base, x, A and B.
+
+    Kept for the backward pass: x, which layers beside each other share, and low = A dropout(x), which is rank /
+    in_features of its size. The dropped input is made again. The base layer has its own backward, so its kind does not
+    matter here, and none of its weight is kept in another form.
+
+    base: (tokens, out). x: (tokens, in). A, B: fp32 masters, (rank, in) and (out, rank). low_A, low_B: the same in the
+    dtype of x, B with its mask. mask: of B. tokens, inputs: keys of dropout. With U the gradient of the result and
+    G = scaling · U B: dA = Gᵀ dropout(x), dB = scaling · Uᵀ low, dx = dropout(G A) beside what the base layer gives.
+    """
+
+    @staticmethod
+    def forward(  # type: ignore[override]
+        ctx: Any,
+        base: Tensor,
+        x: Tensor,
+        A: Tensor,
+        B: Tensor,
+        low_A: Tensor,
+        low_B: Tensor,
+        mask: Tensor | None,
+        scaling: float,
+        dropout: float,
+        tokens: Tensor | None,
+        inputs: Tensor | None,
+    ) -> Tensor:
+        ctx.scaling, ctx.dropout, ctx.tokens, ctx.inputs, ctx.mask = scaling, dropout, tokens, inputs, mask
+        ctx.master = A.dtype
+        low = _dropped(ctx, x) @ low_A.T  # (tokens, rank)
+        ctx.save_for_backward(x, low, low_A, low_B)
+        if base.dtype == x.dtype:
+            return torch.addmm(base, low, low_B.T, alpha=scaling)
+        return base + (scaling * (low @ low_B.T)).to(base.dtype)
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, upstream: Tensor) -> tuple[Tensor | None, ...]:  # type: ignore[override]
+        x, low, low_A, low_B = ctx.saved_tensors
+        wants_base, wants_x, wants_A, wants_B = ctx.needs_input_grad[:4]
+        above = upstream.to(low.dtype)
+        through = (above @ low_B).mul_(ctx.scaling)  # (tokens, rank)
+        grad_x = grad_A = grad_B = None
+        if wants_A:
+            grad_A = (through.T @ _dropped(ctx, x)).to(ctx.master)
+        if wants_B:
+            grad_B = (above.T @ low).to(ctx.master).mul_(ctx.scaling)
+            grad_B = grad_B if ctx.mask is None else grad_B.mul_(ctx.mask)
+        if wants_x:
+            grad_x = _dropped(ctx, through @ low_A)
+        return upstream if wants_base else None, grad_x, grad_A, grad_B, *(None,) * 7
+
+
+def _dropped(ctx: Any, values: Tensor) -> Tensor:
+    """values ⊙ keep / (1 - p): the same elements are dropped of the input and of its gradient."""
+    if not ctx.dropout:
+        return values
+    return values * keep_mask(ctx.tokens, ctx.inputs, ctx.dropout) / (1 - ctx.dropout)
+
+
 def lora_layers(model: nn.Module) -> dict[str, LoRALinear]:
     """Adapted layers by the module name they have in the base model, in the model's order."""
     return {name: module for name, module in model.named_modules() if isinstance(module, LoRALinear)}
@@ -105,3 +189,32 @@ def adapters_disabled(model: nn.Module) -> Iterator[None]:
     finally:
         for layer, active in zip(layers, before, strict=True):
             layer.active = active
+
+
+@contextmanager
+def dropout_keys(layers: dict[str, LoRALinear], tokens: Tensor | None) -> Iterator[None]:
+    """Within this block dropout is drawn for a micro-batch with these token keys: (tokens,) int32, padding included.
+
+    The block must hold the backward pass as well when activations are recomputed in it.
+    """
+    for name, layer in layers.items():
+        layer.token_keys = tokens
+        if layer.dropout and layer.feature_keys is None:
+            layer.feature_keys = feature_keys(name, layer.lora_A.shape[1]).to(layer.lora_A.device)
+    try:
+        yield
+    finally:
+        for layer in layers.values():
+            layer.token_keys = None
+
+
+@contextmanager
+def cast_once(layers: dict[str, LoRALinear], dtype: torch.dtype) -> Iterator[None]:
+    """Within this block A and B must not change: they are cast to the compute dtype here, and not in every forward."""
+    for layer in layers.values():
+        layer.low_precision = layer.cast(dtype)
+    try:
+        yield
+    finally:
+        for layer in layers.values():
+            layer.low_precision = None

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import difflib
+import math
 import re
 from collections import Counter
 from collections.abc import Sequence
@@ -40,6 +41,7 @@ def targets_of(model: Any, adapter: AdapterRecipe) -> list[Target]:
         layers=adapter.layers,
         rank_pattern=adapter.rank_pattern,
         alpha_pattern=adapter.alpha_pattern,
+        rank_stabilized=adapter.rank_stabilized,
     )
 
 
@@ -54,8 +56,11 @@ def find_targets(
     layers: Sequence[int] | None = None,
     rank_pattern: dict[str, int] | None = None,
     alpha_pattern: dict[str, float] | None = None,
+    rank_stabilized: bool = False,
 ) -> list[Target]:
     """The layers that a recipe's `adapter` section names, in the model's order.
+
+    rank_stabilized: the scaling is alpha / √rank instead of alpha / rank (Kalajdzievski 2023, arXiv:2312.03732).
 
     Raises LoraError, listing the linear layers that exist, when a name, pattern or layer index matches nothing or a
     rank is larger than its layer.
@@ -78,6 +83,8 @@ def find_targets(
         targets |= {n: replace(targets[n], rank=value) for n in _require(pattern, names, "rank_pattern", linear)}
     for pattern, value in (alpha_pattern or {}).items():
         targets |= {n: replace(targets[n], alpha=value) for n in _require(pattern, names, "alpha_pattern", linear)}
+    if rank_stabilized:  # written as the alpha that gives the same scaling, which every reader of adapters knows
+        targets = {n: replace(each, alpha=each.alpha * math.sqrt(each.rank)) for n, each in targets.items()}
     asked = targets
     if set(projections) != {"q", "k", "v", "o"}:
         targets = _only_projections(model, targets, projections)

@@ -10,13 +10,13 @@ from __future__ import annotations
 from typing import Any
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
-from torch.nn.utils.rnn import pad_sequence
 from transformers import AttentionInterface, AttentionMaskInterface
 from transformers.integrations.sdpa_attention import sdpa_attention_forward
 from transformers.masking_utils import sdpa_mask
 from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING
+
+from lora_cli.base.causal_attention import causal_attention
 
 try:
     from torch.nn.attention.varlen import varlen_attn
@@ -24,7 +24,6 @@ except ImportError:  # torch before 2.10
     varlen_attn = None
 
 PER_EXAMPLE = "sdpa_per_example"
-_PLAIN_UP_TO = 512  # tokens of an example; above it the memory of its scores outweighs the speed
 
 
 def attention_implementation(config: Any) -> str:
@@ -75,18 +74,11 @@ def per_example_attention(
         return sdpa_attention_forward(module, query, key, value, attention_mask, dropout, scaling, **kwargs)
     if attention_mask is not None:
         sliding_window = int(attention_mask[0, 0, 0, 0])
-    if dropout == 0 and varlen_fits(query.device, query.dtype, query.shape[-1]):
+    if varlen_fits(query.device, query.dtype, query.shape[-1]):
         return _varlen(query, key, value, sliding_window, scaling, cu_seq_lens_q, kwargs["max_length_q"]), None
+    assert dropout == 0, "the frozen path never drops"  # base/load.py switches it off
     lengths = cu_seq_lens_q.diff().tolist()
-    parts = [x[0].transpose(0, 1).split(lengths) for x in (query, key, value)]  # each (length, heads, head_dim)
-    outputs: list[Tensor | None] = [None] * len(lengths)
-    for bucket in _similar_lengths(lengths):
-        # Padded at the end: a causal token never looks there, and what is computed there is cut off again.
-        q, k, v = (pad_sequence([part[at] for at in bucket], batch_first=True).transpose(1, 2) for part in parts)
-        out = _causal_attention(q, k, v, sliding_window, dropout, scaling)  # (examples, heads, longest, head_dim)
-        for row, at in enumerate(bucket):
-            outputs[at] = out[row, :, : lengths[at]].transpose(0, 1)
-    return torch.cat(outputs).unsqueeze(0), None  # type: ignore[arg-type]
+    return causal_attention(query, key, value, lengths, sliding_window, scaling), None
 
 
 def varlen_fits(device: torch.device, dtype: torch.dtype, head_dim: int) -> bool:
@@ -142,41 +134,6 @@ def _varlen(
         enable_gqa=query.shape[1] != key.shape[1],
     )
     return out.unsqueeze(0)  # type: ignore[union-attr]
-
-
-def _similar_lengths(lengths: list[int]) -> list[list[int]]:
-    """Indices of examples that are padded to one length: in a bucket the shortest has two thirds of the longest."""
-    buckets: list[list[int]] = []
-    for at in sorted(range(len(lengths)), key=lambda index: -lengths[index]):
-        if not buckets or lengths[at] * 3 < lengths[buckets[-1][0]] * 2:
-            buckets.append([])
-        buckets[-1].append(at)
-    return buckets
-
-
-def _causal_attention(
-    q: Tensor, k: Tensor, v: Tensor, window: int | None, dropout: float, scaling: float | None
-) -> Tensor:
-    """(batch, heads, length, head_dim); window: how many tokens back a token sees, itself included."""
-    length = q.shape[2]
-    banded = window is not None and length > window
-    plain = q.device.type == "cpu" and length <= _PLAIN_UP_TO
-    mask = None
-    if banded or plain:
-        at = torch.arange(length, device=q.device)
-        distance = at[:, None] - at[None, :]
-        mask = (distance >= 0) & (distance < (window or length))
-    grouped = q.shape[1] != k.shape[1]
-    if not plain:
-        return F.scaled_dot_product_attention(
-            q, k, v, attn_mask=mask, dropout_p=dropout, is_causal=mask is None, scale=scaling, enable_gqa=grouped
-        )
-    # Two matrix products and a softmax: on a CPU faster than its fused kernel, whose backward is slow when short.
-    if grouped:
-        k, v = (x.repeat_interleave(q.shape[1] // k.shape[1], 1) for x in (k, v))
-    scores = (q * (scaling if scaling is not None else q.shape[-1] ** -0.5)) @ k.transpose(2, 3)
-    weights = scores.masked_fill(~mask, float("-inf")).softmax(-1)  # type: ignore[operator]
-    return F.dropout(weights, dropout) @ v
 
 
 def _mask(

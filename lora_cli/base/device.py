@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import re
 import resource
 import sys
@@ -76,6 +77,31 @@ def peak_memory_bytes(device: torch.device) -> int:
             return int(found[1]) * 1024
     peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
     return peak if sys.platform == "darwin" else peak * 1024  # Linux counts KiB
+
+
+def free_memory_bytes(device: torch.device) -> int:
+    """Memory that may still be taken: what the driver counts as free on a GPU, as available to programs on Linux."""
+    if device.type == "cuda":
+        return torch.cuda.mem_get_info(device)[0]
+    meminfo = Path("/proc/meminfo")
+    found = re.search(r"MemAvailable:\s*(\d+) kB", meminfo.read_text()) if meminfo.exists() else None
+    if found:
+        return min(int(found[1]) * 1024, *_limits())
+    return os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") // 2
+
+
+def _limits() -> list[int]:
+    """What a container and the shell leave to this process, where they limit it."""
+    left = [2**62]
+    group = Path("/sys/fs/cgroup")
+    if (group / "memory.max").exists() and (limit := (group / "memory.max").read_text().strip()).isdigit():
+        cached = re.search(r"^inactive_file (\d+)", (group / "memory.stat").read_text(), re.M)  # given back when needed
+        left.append(int(limit) - int((group / "memory.current").read_text()) + int(cached[1] if cached else 0))
+    soft, _ = resource.getrlimit(resource.RLIMIT_AS)
+    if soft != resource.RLIM_INFINITY:
+        mapped = int(Path("/proc/self/statm").read_text().split()[0]) * os.sysconf("SC_PAGE_SIZE")
+        left.append(soft - mapped)
+    return [max(0, each) for each in left]
 
 
 def describe_device(device: torch.device) -> str:

@@ -94,13 +94,6 @@ def load_tokenizer(source: BaseSource, *, trust_remote_code: bool = False) -> Pr
     return tokenizer
 
 
-def checkpoint_activations(model: Any) -> None:
-    """Recompute each block's activations in the backward pass instead of keeping them."""
-    # transformers 5.22 renamed it, and warns of the old name
-    enable = getattr(model, "activation_checkpointing_enable", None) or model.gradient_checkpointing_enable
-    enable({"use_reentrant": False})
-
-
 def quiet_libraries() -> None:
     """Silence progress bars and notices of the libraries below; what matters is said by this program."""
     from transformers.utils import logging as transformers_logging
@@ -140,9 +133,12 @@ def model_config(source: BaseSource, trust_remote_code: bool) -> Any:
 
 
 def _without_dropout(config: Any) -> None:
-    """The frozen path never drops: a recipe with dropout 0 then is deterministic, also for GPT-2's built-in 0.1."""
+    """The frozen path draws nothing: a recipe with dropout 0 then is deterministic, also for GPT-2's built-in 0.1.
+
+    Nor do routers of experts add noise (jitter).
+    """
     for key, value in vars(config).items():
-        if "drop" in key and isinstance(value, float):
+        if ("drop" in key or "jitter" in key) and isinstance(value, float):
             setattr(config, key, 0.0)
         elif hasattr(value, "model_type"):  # a configuration inside a configuration, such as MPT's attention
             _without_dropout(value)

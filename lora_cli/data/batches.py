@@ -10,6 +10,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from lora_cli.adapters.dropout import token_keys
 from lora_cli.base.attention import packed_inputs
 from lora_cli.data.example import Example
 
@@ -27,12 +28,21 @@ class MicroBatch:
     targets: Tensor  # (targets,)
     weights: Tensor | None  # (targets,)
     tokens: int  # without padding
+    dropout_keys: Tensor | None = None  # (rows · tokens,) int32, padding included
 
 
-def collate(examples: Sequence[Example], *, packed: bool, pad_id: int, device: torch.device) -> MicroBatch:
+def collate(
+    examples: Sequence[Example],
+    *,
+    packed: bool,
+    pad_id: int,
+    device: torch.device,
+    dropout: tuple[int, int] | None = None,
+) -> MicroBatch:
     """Tensors for one forward: all examples on one row, or one padded row each.
 
-    Padding is known by its position, never by its id, so a pad token that equals the end token does no harm.
+    Padding is known by its position, never by its id, so a pad token that equals the end token does no harm. dropout:
+    seed and step to draw dropout for.
     """
     lengths = [len(example.ids) for example in examples]
     if packed:
@@ -54,6 +64,13 @@ def collate(examples: Sequence[Example], *, packed: bool, pad_id: int, device: t
     aimed = np.concatenate([np.asarray(e.ids)[at] for e, at in zip(examples, targets, strict=True)])
     weight = np.concatenate([each[at] for each, at in zip(weights, targets, strict=True)])
 
+    keys = None
+    if dropout is not None:
+        keys = np.ones(ids.shape, np.int32)
+        for row, example in enumerate(examples):
+            at = (0, slice(starts[row], starts[row] + lengths[row])) if packed else (row, slice(0, lengths[row]))
+            keys[at] = token_keys(*dropout, np.asarray(example.ids))
+
     def tensor(values: np.ndarray) -> Tensor:
         return torch.from_numpy(values.astype(np.int64)).to(device)
 
@@ -63,6 +80,7 @@ def collate(examples: Sequence[Example], *, packed: bool, pad_id: int, device: t
         tensor(aimed),
         None if (weight == 1).all() else torch.from_numpy(weight).to(device),
         sum(lengths),
+        None if keys is None else torch.from_numpy(keys.reshape(-1)).to(device),
     )
 
 

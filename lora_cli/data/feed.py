@@ -5,8 +5,11 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass
 
+import numpy as np
+
 from lora_cli.data.example import Example
 from lora_cli.data.order import Order
+from lora_cli.data.store import Examples
 
 
 def split_by_length(batches: list[list[Example]], size: int) -> list[list[Example]]:
@@ -30,6 +33,17 @@ class IndexedFeed:
     def step(self, step: int) -> list[list[Example]]:
         batches = [[self.examples[index] for index in batch] for batch in self.order.step(step)]
         return split_by_length(batches, self.order.rows_per_micro_batch) if self.by_length else batches
+
+    def largest(self) -> list[Example]:
+        """As many of the rows with most tokens as a micro-batch has: none of this run is larger."""
+        lengths = np.asarray(self.lengths)
+        most = np.argsort(-self.order.rows.sums(lengths), kind="stable")[: self.order.rows_per_micro_batch]
+        return [self.examples[index] for row in most.tolist() for index in self.order.rows[row]]
+
+    @property
+    def lengths(self) -> Sequence[int] | np.ndarray:
+        examples = self.examples
+        return examples.lengths if isinstance(examples, Examples) else [len(example.ids) for example in examples]
 
     def position(self) -> dict[str, int]:
         """What a checkpoint has to remember beside the step: nothing, where any step can be asked for."""

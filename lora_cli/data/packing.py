@@ -24,6 +24,11 @@ class Groups:
         start = self.ends[at - 1] if at else 0
         return self.members[start : self.ends[at]].tolist()
 
+    def sums(self, values: np.ndarray) -> np.ndarray:
+        """Sum of the values of each group's members: (groups,)."""
+        up_to = np.concatenate([[0], np.cumsum(values[self.members])])
+        return np.diff(up_to[np.concatenate([[0], self.ends])])
+
     @classmethod
     def of(cls, lists: Sequence[Sequence[int]]) -> Groups:
         members = np.fromiter((index for group in lists for index in group), np.int64)

@@ -71,7 +71,7 @@ class PreparedData:
             )
 
     def order(self, recipe: Recipe) -> Order:
-        return Order(self.rows, rows_per_micro_batch(recipe), *_accumulation_and_seed(recipe))
+        return Order(self.rows, rows_per_micro_batch(recipe), micro_batches_per_step(recipe), recipe.train.seed)
 
 
 def open_prepared(folder: Path) -> PreparedData | None:
@@ -126,7 +126,9 @@ def rows_per_micro_batch(recipe: Recipe) -> int:
     """Rows of the order in a micro-batch: packed rows, or examples, or one group that fills the budget of tokens."""
     tokens = recipe.train.tokens_per_micro_batch
     if tokens is None:
-        return recipe.train.micro_batch_size
+        rows = recipe.train.batch_size or recipe.train.micro_batch_size  # with auto, the loop cuts the whole step
+        assert isinstance(rows, int)
+        return rows
     return tokens // recipe.data.max_seq_len if recipe.data.packing else 1
 
 
@@ -135,5 +137,5 @@ def split_in_step(recipe: Recipe) -> bool:
     return not recipe.data.packing and recipe.train.tokens_per_micro_batch is None
 
 
-def _accumulation_and_seed(recipe: Recipe) -> tuple[int, int]:
-    return recipe.train.gradient_accumulation_steps, recipe.train.seed
+def micro_batches_per_step(recipe: Recipe) -> int:
+    return 1 if recipe.train.batch_size is not None else recipe.train.gradient_accumulation_steps

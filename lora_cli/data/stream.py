@@ -22,7 +22,7 @@ from lora_cli.data.feed import split_by_length
 from lora_cli.data.gate import TOO_LONG_SHARE, Findings, Lengths
 from lora_cli.data.order import Permutation
 from lora_cli.data.packing import Groups, rows_to_shuffle
-from lora_cli.data.prepared import rows_per_micro_batch, split_in_step
+from lora_cli.data.prepared import micro_batches_per_step, rows_per_micro_batch, split_in_step
 from lora_cli.data.readers import Row
 from lora_cli.data.row_encoder import RowEncoder, fit_length
 from lora_cli.data.sources import FileSource, open_source
@@ -101,10 +101,16 @@ class StreamFeed:
             raise ValueError(f"a stream gives step {self._step} next, not {step}")
         self._step += 1
         per_batch = rows_per_micro_batch(self._recipe)
-        units = [self._unit() for _ in range(per_batch * self._recipe.train.gradient_accumulation_steps)]
+        units = [self._unit() for _ in range(per_batch * micro_batches_per_step(self._recipe))]
         batches = [units[at : at + per_batch] for at in range(0, len(units), per_batch)]
         made = [[example for unit in batch for example in unit] for batch in batches]
         return split_by_length(made, per_batch) if split_in_step(self._recipe) else made
+
+    def largest(self) -> list[Example]:
+        """A micro-batch as large as any can be; of a stream only the limits are known."""
+        length = self._recipe.data.max_seq_len
+        filled = Example(np.zeros(length, np.int64), [(0, length, 1.0)])
+        return [filled] * rows_per_micro_batch(self._recipe)
 
     def position(self) -> dict[str, int]:
         """For a checkpoint: where the next step begins."""

@@ -1,13 +1,18 @@
-"""The loss: summed over target tokens, with logits for those tokens alone."""
+"""The loss: summed over target tokens, with logits for those tokens alone, a chunk of them at a time."""
 
 from __future__ import annotations
 
 from typing import Any
+from weakref import WeakKeyDictionary
 
+import torch
 import torch.nn.functional as F
 from torch import Tensor
 
 from lora_cli.data.batches import MicroBatch
+from lora_cli.evaluation.cross_entropy import LogitRule, linear_cross_entropy
+
+_rules: WeakKeyDictionary[Any, LogitRule | None] = WeakKeyDictionary()
 
 
 def summed_loss(model: Any, batch: MicroBatch, *, weighted: bool = True) -> Tensor:
@@ -15,26 +20,101 @@ def summed_loss(model: Any, batch: MicroBatch, *, weighted: bool = True) -> Tens
 
     A sum and not a mean: divided once by the target tokens of the whole step, the gradient does not depend on how the
     step is split. The output head sees only the hidden states that predict a target, so logits of prompts and padding
-    are never made; what an architecture does to its logits afterwards (soft-capping, scaling) still happens.
+    are never made.
     """
-    logits = target_logits(model, batch)
-    if batch.weights is None or not weighted:
-        return F.cross_entropy(logits.float(), batch.targets, reduction="sum")
-    return (F.cross_entropy(logits.float(), batch.targets, reduction="none") * batch.weights).sum()
+    return training_loss(model, batch, weighted=weighted)[0]
+
+
+def training_loss(
+    model: Any, batch: MicroBatch, *, weighted: bool = True, z_loss: float = 0.0
+) -> tuple[Tensor, Tensor]:
+    """(what is minimized, the cross-entropy in it), both as `summed_loss`. z_loss: see `linear_cross_entropy`."""
+    weights = batch.weights if weighted else None
+    rule = logit_rule(model)
+    if rule is not None:
+        hidden = _target_hidden(model, batch)
+        return linear_cross_entropy(
+            model.get_output_embeddings(), hidden, batch.targets, weights, rule=rule, z_loss=z_loss
+        )
+    logits = target_logits(model, batch).float()
+    cross_entropy = F.cross_entropy(logits, batch.targets, reduction="none")
+    loss = cross_entropy + z_loss * logits.logsumexp(-1) ** 2 if z_loss else cross_entropy
+    if weights is not None:
+        loss, cross_entropy = loss * weights, cross_entropy * weights
+    return loss.sum(), cross_entropy.detach().sum()
 
 
 def target_logits(model: Any, batch: MicroBatch) -> Tensor:
-    """Logits at the positions that predict a target: (targets, vocabulary)."""
+    """Logits at the positions that predict a target, by the model's own code: (targets, vocabulary)."""
 
     def select(_head: Any, inputs: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
         hidden = inputs[0].flatten(0, 1).index_select(0, batch.positions)  # (targets, hidden)
         return (hidden.unsqueeze(0), *inputs[1:])
 
-    head = model.get_output_embeddings()
-    hook = head.register_forward_pre_hook(select)
-    try:
-        logits = model(**batch.inputs, use_cache=False).logits
-    finally:
-        hook.remove()
+    logits = _with_hook(model, select, batch.inputs).logits
     assert logits.shape[:2] == (1, len(batch.targets)), "the output head did not make the logits"
     return logits[0]
+
+
+def logit_rule(model: Any) -> LogitRule | None:
+    """What the model does to its head's output, tried on the model; None if it is nothing that is known here.
+
+    Then logits of all targets are made at once by the model's own code: right as well, but not as small.
+    """
+    if model not in _rules:
+        rule = _stated_rule(model.config.get_text_config())
+        _rules[model] = rule if _holds(model, rule) else None
+    return _rules[model]
+
+
+def _stated_rule(config: Any) -> LogitRule:
+    multiplier = getattr(config, "logit_scale", None) or 1.0  # Cohere
+    multiplier *= getattr(config, "lm_head_multiplier", None) or 1.0  # Falcon-H1
+    multiplier /= getattr(config, "logits_scaling", None) or 1.0  # Granite
+    caps = ("final_logit_softcapping", "logits_soft_cap", "output_logit_soft_cap")  # Gemma, RecurrentGemma, xLSTM
+    return LogitRule(multiplier, next((cap for name in caps if (cap := getattr(config, name, None))), None))
+
+
+@torch.no_grad()
+def _holds(model: Any, rule: LogitRule) -> bool:
+    """Whether head and rule give the model's own logits for a few tokens; leaves mode and random state alone."""
+    seen: list[Tensor] = []
+
+    def see(_head: Any, inputs: tuple[Tensor, ...]) -> None:
+        seen.append(inputs[0])
+
+    device = model.get_input_embeddings().weight.device
+    ids = torch.arange(min(8, model.config.get_text_config().vocab_size), device=device)
+    training = model.training
+    model.eval()
+    try:
+        stated = _with_hook(model, see, {"input_ids": ids[None]}).logits
+        if len(seen) != 1:
+            return False
+        own = model.get_output_embeddings()(seen[0])
+    finally:
+        model.train(training)
+    if own.shape != stated.shape:
+        return False
+    rounding = 16 * torch.finfo(stated.dtype).eps
+    return bool(torch.allclose(rule.apply_(own.float()), stated.float(), rtol=rounding, atol=rounding))
+
+
+def _target_hidden(model: Any, batch: MicroBatch) -> Tensor:
+    """Hidden states that predict a target, as the output head would get them: (targets, hidden)."""
+    taken: list[Tensor] = []
+
+    def take(_head: Any, inputs: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
+        taken.append(inputs[0].flatten(0, 1).index_select(0, batch.positions))
+        return (inputs[0][:, :0], *inputs[1:])  # nothing is left for the head to do
+
+    _with_hook(model, take, batch.inputs)
+    return taken[0]
+
+
+def _with_hook(model: Any, before_head: Any, inputs: dict[str, Any]) -> Any:
+    hook = model.get_output_embeddings().register_forward_pre_hook(before_head)
+    try:
+        return model(**inputs, use_cache=False)
+    finally:
+        hook.remove()

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import hashlib
 import math
 import signal
 import time
@@ -14,18 +13,19 @@ from typing import Any
 
 import torch
 from accelerate import Accelerator
-from accelerate.utils import set_seed
 from rich.console import Console
 
 from lora_cli.adapters.attach import adapter_parameters, is_inert
 from lora_cli.adapters.file import save_adapter
 from lora_cli.base.device import describe_device, peak_memory_bytes, pick_device, pick_dtype, reset_peak_memory
+from lora_cli.data.example import Example
+from lora_cli.data.prepared import micro_batches_per_step, rows_per_micro_batch
 from lora_cli.errors import CheckFailed, Interrupted, LoraError
-from lora_cli.evaluation.loss import summed_loss
 from lora_cli.evaluation.perplexity import mean_loss
 from lora_cli.files import human_bytes, write_json, written_whole
 from lora_cli.recipe import Recipe
 from lora_cli.training.checkpoint import load_checkpoint, prune_checkpoints, save_checkpoint
+from lora_cli.training.micro_batches import DoesNotFit, MicroBatches
 from lora_cli.training.optimizer import learning_rate, make_optimizer
 from lora_cli.training.progress import Progress
 from lora_cli.training.run_folder import RunFolder, environment_of
@@ -48,6 +48,7 @@ class State:
     target_tokens: int = 0
     seconds: float = 0.0
     peak_memory_bytes: int = 0
+    parts: int = 1  # pieces that each micro-batch of the recipe is cut into, because it did not fit whole
     loss_scale: dict[str, Any] = field(default_factory=dict)
     position: dict[str, int] = field(default_factory=dict)  # of the data, where the step does not say it
 
@@ -92,8 +93,8 @@ def _accelerator(recipe: Recipe) -> Accelerator:
         log_with=list(recipe.trackers) or None,
         project_dir=recipe.output if recipe.trackers else None,
     )
-    micro_batches = recipe.train.gradient_accumulation_steps
-    if accelerator.num_processes > micro_batches:
+    micro_batches = micro_batches_per_step(recipe)
+    if recipe.train.batch_size is None and accelerator.num_processes > micro_batches:
         raise LoraError(
             f"{accelerator.num_processes} processes, but {micro_batches} micro-batches a step",
             fix="raise train.gradient_accumulation_steps to the number of processes or more",
@@ -112,6 +113,7 @@ class _Run:
         self.optimizer = accelerator.prepare(make_optimizer(self.recipe, self.parameters))
         self.state = State()
         self.stop_requested = False
+        self.micro_batches = MicroBatches(session, accelerator, self.parameters)
 
     def to_the_end(self, resume: bool) -> dict[str, Any]:
         if resume:
@@ -122,6 +124,7 @@ class _Run:
             if first == 1:
                 self._evaluate_base(progress)
             reset_peak_memory(self.session.device)
+            self.state.parts = self.micro_batches.rehearse(first, self.state.parts, progress.say)
             for step in range(first, self.session.total_steps + 1):
                 self._one_step(step, progress, track)
                 if self.stop_requested:
@@ -160,24 +163,15 @@ class _Run:
         rate = learning_rate(self.recipe, step, self.session.total_steps)
         for group in self.optimizer.param_groups:
             group["lr"] = rate
-        self.model.train()
-        total = torch.zeros((), dtype=torch.float64)
-        for at in range(self.accelerator.process_index, len(batches), self.accelerator.num_processes):
-            _seed_dropout(self.recipe.seed, step, at)
-            micro_batch = self.session.collate(batches[at])
-            with self.accelerator.autocast():
-                loss = summed_loss(self.model, micro_batch)
-            self.accelerator.backward(loss / weight)
-            total += loss.detach().double().cpu()
-        mean = self._sum_over_processes(total).item() / weight
+        mean = self._gradients(step, batches, weight) / weight
         if not math.isfinite(mean):
             raise self._not_finite(f"the loss is {mean}", step)
-        self._add_gradients()
         norm = float(self.accelerator.clip_grad_norm_(self.parameters, self.recipe.max_grad_norm))  # type: ignore[arg-type]
         if not math.isfinite(norm) and self.accelerator.scaler is None:  # fp16 overflows now and then; its scaler skips
             raise self._not_finite(f"the gradient norm is {norm}", step)
         self.optimizer.step()
         self.optimizer.zero_grad()
+        self.state.position = self.session.feed.position()
         tokens = sum(len(example.ids) for batch in batches for example in batch)
         return {
             "step": step,
@@ -188,20 +182,20 @@ class _Run:
             "tokens": tokens,
         }
 
-    def _add_gradients(self) -> None:
-        """Sum the adapter's gradients over processes: all that they need to tell each other in a step."""
-        if self.accelerator.num_processes == 1:
-            return
-        for parameter in self.parameters:
-            gradient = parameter.grad if parameter.grad is not None else torch.zeros_like(parameter)
-            parameter.grad = self._sum_over_processes(gradient)
-
-    def _sum_over_processes(self, value: torch.Tensor) -> torch.Tensor:
-        return (
-            self.accelerator.reduce(value.to(self.session.device), "sum")
-            if self.accelerator.num_processes > 1
-            else value
-        )  # type: ignore[return-value]
+    def _gradients(self, step: int, batches: list[list[Example]], weight: float) -> float:
+        """Cross-entropy summed over a step, whose gradients are then there; in smaller micro-batches if need be."""
+        while True:
+            try:
+                return self.micro_batches.run(step, batches, weight, self.state.parts)
+            except DoesNotFit as problem:
+                self.state.parts = self.micro_batches.smaller(batches, self.state.parts, problem)
+                self.console.print(
+                    f"out of memory in step {step}: micro-batches are now cut into {self.state.parts} pieces, which "
+                    "changes nothing in the result",
+                    highlight=False,
+                )
+                if self.state.step:  # the last step that is complete
+                    self._checkpoint()
 
     # ── evaluation and what is kept ─────────────────────────────────────────────────────────────────────────────
 
@@ -231,8 +225,8 @@ class _Run:
 
     @property
     def _micro_batch_tokens(self) -> int:
-        by_rows = self.recipe.micro_batch_size * self.session.recipe.data.max_seq_len
-        return self.recipe.tokens_per_micro_batch or by_rows
+        rows = rows_per_micro_batch(self.session.recipe) / self.state.parts
+        return self.recipe.tokens_per_micro_batch or math.ceil(rows) * self.session.recipe.data.max_seq_len
 
     def _save_adapter(self, place: Path) -> None:
         """Ship the adapter as it is now, unless it is still inert: nobody should take such a folder for a result."""
@@ -253,7 +247,6 @@ class _Run:
         if self.accelerator.is_main_process:
             if self.accelerator.scaler is not None:
                 self.state.loss_scale = self.accelerator.scaler.state_dict()
-            self.state.position = self.session.feed.position()
             place = self.folder.checkpoints / f"step_{self.state.step:06d}"
             save_checkpoint(place, self.model, self.optimizer, vars(self.state))
             prune_checkpoints(self.folder.checkpoints, self.recipe.keep_checkpoints)
@@ -370,9 +363,3 @@ class _Run:
             f"peak memory {human_bytes(report['peak_memory_bytes'])}"
         )
         say(f"adapter in {report['adapter']}")
-
-
-def _seed_dropout(seed: int, step: int, micro_batch: int) -> None:
-    """Dropout is a function of seed, step and micro-batch: resuming and other process counts draw the same."""
-    digest = hashlib.sha256(f"{seed}/{step}/{micro_batch}".encode()).digest()
-    set_seed(int.from_bytes(digest[:4], "little"))

@@ -7,31 +7,37 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 from accelerate import PartialState
 from rich.console import Console
 from transformers import PreTrainedTokenizerBase
 
 from lora_cli.adapters.attach import adapter_parameters, attach
-from lora_cli.adapters.layer import LoRALinear
-from lora_cli.adapters.targets import targets_of
+from lora_cli.adapters.layer import LoRALinear, dropout_keys
+from lora_cli.adapters.targets import block_lists, targets_of
+from lora_cli.base.activations import ActivationPlan, follow, measured, plan_activations, to_pinned_memory
 from lora_cli.base.attention import packed_attention_name
-from lora_cli.base.device import describe_device, pick_device, pick_dtype
+from lora_cli.base.device import describe_device, free_memory_bytes, pick_device, pick_dtype
 from lora_cli.base.linear import quantized_bytes, unquantized_layers
-from lora_cli.base.load import checkpoint_activations, load_model, load_tokenizer
+from lora_cli.base.load import load_model, load_tokenizer
 from lora_cli.base.source import BaseSource, find_base
 from lora_cli.data.batches import collate
+from lora_cli.data.example import Example
 from lora_cli.data.feed import IndexedFeed
 from lora_cli.data.prepare import prepare
 from lora_cli.data.prepared import PreparedData, split_in_step
 from lora_cli.data.report import data_lines, finding_lines, stream_lines
 from lora_cli.data.stream import StreamFeed
 from lora_cli.errors import LoraError
+from lora_cli.evaluation.loss import logit_rule, summed_loss
 from lora_cli.evaluation.packing_check import require_no_leak
 from lora_cli.files import human_bytes, require_space
 from lora_cli.recipe import Recipe
 
 Collate = Any  # (examples) -> MicroBatch
+_SAMPLE_TOKENS = 64  # enough to see what a token keeps
+_FREE_SHARE = 0.8  # of free memory, for activations: the rest is for what kernels need while they run
 
 
 @dataclass(frozen=True)
@@ -46,6 +52,7 @@ class Session:
     device: torch.device
     dtype: torch.dtype
     collate: Collate
+    activations: ActivationPlan
 
     @property
     def total_steps(self) -> int:
@@ -103,8 +110,6 @@ def open_session(recipe: Recipe, console: Console) -> Session:
     if isinstance(feed, StreamFeed):
         feed.require_fit(model.config, source.name)
     layers = attach_from_recipe(model, recipe)
-    if recipe.train.gradient_checkpointing:
-        checkpoint_activations(model)
     held = human_bytes(quantized_bytes(model))
     say(f"         compute in {str(dtype).removeprefix('torch.')} ({reason}), {held} held")
     if recipe.quantization == "nf4" and (plain := unquantized_layers(model)):
@@ -115,7 +120,12 @@ def open_session(recipe: Recipe, console: Console) -> Session:
     require_space(Path(recipe.output), disk_needed(recipe, trained), "the run (adapter and checkpoints)")
     pad_id: Any = tokenizer.eos_token_id
     lay_out = partial(collate, packed=side_by_side, pad_id=pad_id, device=device)
-    return Session(recipe, source, tokenizer, data, model, layers, feed, device, dtype, lay_out)
+    if logit_rule(model) is None:
+        say(f"loss     logits of all targets at once: what {type(model).__name__} does to them is not known here")
+    tokens = sum(len(example.ids) for example in feed.largest())
+    plan = _plan_activations(model, layers, recipe, lay_out, tokens, device)
+    say(f"memory   {_describe_plan(plan, tokens)}")
+    return Session(recipe, source, tokenizer, data, model, layers, feed, device, dtype, lay_out, plan)
 
 
 def _layout(model: Any, recipe: Recipe, device: torch.device, say: Any) -> bool:
@@ -130,6 +140,47 @@ def _layout(model: Any, recipe: Recipe, device: torch.device, say: Any) -> bool:
     how = packed_attention_name(model.config, device, model.dtype)
     say(f"rows     examples side by side without padding, by {how}; each sees only itself (tried on this model)")
     return True
+
+
+def _plan_activations(
+    model: Any, layers: dict[str, LoRALinear], recipe: Recipe, lay_out: Collate, tokens: int, device: torch.device
+) -> ActivationPlan:
+    """Measure what autograd keeps of each block, plan with it for micro-batches of `tokens`, make the blocks obey."""
+    train = recipe.train
+    if train.offload_activations and device.type == "cpu":
+        raise LoraError(
+            "train.offload_activations: on a CPU activations are in host memory already",
+            fix="remove it, or use gradient_checkpointing: full",
+        )
+    blocks = [block for name in block_lists(model) for block in model.get_submodule(name)]
+    ids = np.arange(_SAMPLE_TOKENS) % model.config.get_text_config().vocab_size
+    sample = [Example(ids, [(1, _SAMPLE_TOKENS, 1.0)])]
+    batch = lay_out(sample, dropout=(0, 0))
+    training = model.training
+    model.train()
+    with dropout_keys(layers, batch.dropout_keys), measured(blocks) as kept:
+        summed_loss(model, batch)
+    model.train(training)
+    hidden = model.config.get_text_config().hidden_size * torch.finfo(model.dtype).bits // 8
+    budget = train.activation_memory and train.activation_memory * 2**30
+    plan = plan_activations(
+        train.gradient_checkpointing,
+        [each / _SAMPLE_TOKENS for each in kept],
+        hidden,
+        tokens=tokens,
+        budget_bytes=budget or _FREE_SHARE * free_memory_bytes(device),
+        offloaded=train.offload_activations,
+    )
+    follow(plan, blocks, to_host=to_pinned_memory)
+    return plan
+
+
+def _describe_plan(plan: ActivationPlan, tokens: int) -> str:
+    kept = human_bytes(plan.kept_bytes(tokens))
+    where = "in host memory" if plan.offloaded else "kept"
+    text = f"activations of up to {tokens:,} tokens at once: {kept} {where}"
+    again = sum(plan.recomputed)
+    return f"{text}, {again} of {len(plan.recomputed)} blocks recomputed" if again else text
 
 
 def attach_from_recipe(model: Any, recipe: Recipe) -> dict[str, LoRALinear]:

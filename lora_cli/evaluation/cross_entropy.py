@@ -1,0 +1,136 @@
+"""Cross-entropy of an output head, in chunks of targets: logits of all of them never exist at once."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.autograd.function import once_differentiable
+
+CHUNK_BYTES = 64 * 2**20  # of logits in fp32, beside the same in the compute dtype
+
+
+@dataclass(frozen=True)
+class LogitRule:
+    """What an architecture does to the output of its head: multiplies it, then soft-caps it to ±cap.
+
+    cap · tanh(multiplier · head(hidden) / cap). Cohere and Granite multiply; Gemma soft-caps (Gemma team 2024,
+    arXiv:2408.00118, section 2).
+    """
+
+    multiplier: float = 1.0
+    cap: float | None = None
+
+    def apply_(self, logits: Tensor) -> Tensor:
+        if self.multiplier != 1:
+            logits.mul_(self.multiplier)
+        return logits if self.cap is None else logits.div_(self.cap).tanh_().mul_(self.cap)
+
+    def backward_(self, gradient: Tensor, logits: Tensor | None) -> Tensor:
+        """From the gradient of the logits, which `apply_` made, to that of the head's output."""
+        if self.cap is not None:
+            assert logits is not None
+            gradient.mul_(1 - (logits / self.cap) ** 2)
+        return gradient if self.multiplier == 1 else gradient.mul_(self.multiplier)
+
+
+def linear_cross_entropy(
+    head: nn.Module,
+    hidden: Tensor,
+    targets: Tensor,
+    weights: Tensor | None = None,
+    *,
+    rule: LogitRule,
+    z_loss: float = 0.0,
+    chunk_bytes: int = CHUNK_BYTES,
+) -> tuple[Tensor, Tensor]:
+    """(loss, cross-entropy alone), both summed over the targets, in nats, fp32; only the first has a gradient.
+
+    head: whatever makes logits of hidden states; if it or its adapter is trained, it gets its gradients. hidden:
+    (targets, hidden). targets: (targets,) ids. weights: (targets,) of the loss of each. z_loss: adds z_loss · log² Z of
+    each target, which keeps logits from drifting (Chowdhery et al. 2022, arXiv:2204.02311, section 5).
+
+    Forward and backward happen chunk by chunk in one pass: of a chunk's logits only the gradient of `hidden` is left.
+    """
+    parameters = [parameter for parameter in head.parameters() if parameter.requires_grad]
+    settings = _Settings(head, rule, z_loss, chunk_bytes, torch.is_grad_enabled(), parameters)
+    return _LinearCrossEntropy.apply(hidden, targets, weights, settings, *parameters)  # type: ignore[return-value]
+
+
+@dataclass(frozen=True)
+class _Settings:
+    head: nn.Module
+    rule: LogitRule
+    z_loss: float
+    chunk_bytes: int
+    differentiate: bool
+    parameters: list[nn.Parameter]
+
+    def buffer(self, hidden: Tensor, dtype: torch.dtype) -> Tensor:
+        """For the logits of a chunk: (targets of a chunk, vocabulary)."""
+        with torch.no_grad():
+            vocabulary = self.head(hidden[:0].unsqueeze(0)).shape[-1]
+        size = max(1, self.chunk_bytes // (vocabulary * dtype.itemsize))
+        return hidden.new_empty(min(size, len(hidden)), vocabulary, dtype=dtype)
+
+
+class _LinearCrossEntropy(torch.autograd.Function):
+    @staticmethod
+    def forward(  # type: ignore[override]
+        ctx: Any, hidden: Tensor, targets: Tensor, weights: Tensor | None, settings: _Settings, *_: Tensor
+    ) -> tuple[Tensor, Tensor]:
+        sums = torch.zeros(2, dtype=torch.promote_types(hidden.dtype, torch.float32), device=hidden.device)
+        wanted = settings.differentiate and any(ctx.needs_input_grad)
+        of_hidden = torch.empty_like(hidden) if wanted and hidden.requires_grad else None
+        totals = [torch.zeros_like(p, dtype=sums.dtype) for p in settings.parameters] if wanted else []
+        buffer = settings.buffer(hidden, sums.dtype)
+        for start in range(0, len(targets), len(buffer)):
+            part = slice(start, start + len(buffer))
+            with torch.set_grad_enabled(wanted):
+                state = hidden[part].detach().requires_grad_(of_hidden is not None)
+                raw = settings.head(state.unsqueeze(0))[0]  # (chunk, vocabulary)
+            weight = None if weights is None else weights[part]
+            sums += _losses_(raw.detach(), targets[part], weight, buffer[: len(raw)], settings, wanted)
+            if wanted:
+                inputs = [*([] if of_hidden is None else [state]), *settings.parameters]
+                found = list(torch.autograd.grad(raw, inputs, raw.detach()))
+                if of_hidden is not None:
+                    of_hidden[part] = found.pop(0)
+                for total, one in zip(totals, found, strict=True):
+                    total.add_(one)
+        ctx.of_hidden, ctx.totals, ctx.kinds = of_hidden, totals, [p.dtype for p in settings.parameters]
+        loss, cross_entropy = sums.unbind()
+        ctx.mark_non_differentiable(cross_entropy)
+        return loss, cross_entropy
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, upstream: Tensor, _: Tensor) -> tuple[Tensor | None, ...]:  # type: ignore[override]
+        of_hidden = None if ctx.of_hidden is None else ctx.of_hidden * upstream.to(ctx.of_hidden.dtype)
+        return of_hidden, None, None, None, *((t * upstream).to(k) for t, k in zip(ctx.totals, ctx.kinds, strict=True))
+
+
+def _losses_(
+    raw: Tensor, targets: Tensor, weights: Tensor | None, buffer: Tensor, settings: _Settings, wanted: bool
+) -> Tensor:
+    """(loss, cross-entropy) summed over a chunk; in place of `raw`, the head's output, stands its gradient if wanted.
+
+    Everything happens in `buffer`: passes over the logits are what a chunk costs beside its matrix products.
+    """
+    rule, z_loss = settings.rule, settings.z_loss
+    logits = rule.apply_(buffer.copy_(raw))
+    capped = logits.clone() if wanted and rule.cap is not None else None
+    highest = logits.amax(-1, keepdim=True)
+    logits.sub_(highest)
+    at_target = logits.gather(1, targets[:, None])  # (chunk, 1)
+    partition = logits.exp_().sum(-1, keepdim=True)
+    cross_entropy, log_z = partition.log() - at_target, partition.log() + highest
+    weight = torch.ones_like(log_z) if weights is None else weights[:, None].to(log_z.dtype)
+    sums = (torch.cat([cross_entropy + z_loss * log_z**2, cross_entropy], 1) * weight).sum(0)
+    if wanted:
+        gradient = logits.mul_(weight * (1 + 2 * z_loss * log_z) / partition)
+        gradient.scatter_add_(1, targets[:, None], -weight)
+        raw.copy_(rule.backward_(gradient, capped))
+    return sums

@@ -1,0 +1,198 @@
+"""How a step is cut into micro-batches, the gradients of each, and what is done when one does not fit into memory."""
+
+from __future__ import annotations
+
+import gc
+import hashlib
+from collections.abc import Callable, Sequence
+
+import torch
+from accelerate import Accelerator
+from torch import nn
+
+from lora_cli.adapters.layer import cast_once, dropout_keys
+from lora_cli.base.device import free_memory_bytes
+from lora_cli.data.example import Example
+from lora_cli.errors import LoraError
+from lora_cli.evaluation.loss import training_loss
+from lora_cli.files import human_bytes
+from lora_cli.training.session import Session
+
+_CPU_SAYS = ("can't allocate memory", "not enough memory", "bad_alloc")
+_HARDLY_LARGER = 1.1  # than what step 1 brings anyway
+
+
+class DoesNotFit(Exception):
+    """A micro-batch did not fit into the memory of some process."""
+
+
+class MicroBatches:
+    """Runs the micro-batches of a step, on all processes, and adds up their gradients.
+
+    `parts`: how many pieces each micro-batch of the recipe is cut into. The loss is a sum over the step and dropout a
+    function of the token, so that this changes nothing in the result.
+    """
+
+    def __init__(self, session: Session, accelerator: Accelerator, parameters: Sequence[nn.Parameter]):
+        self.session, self.accelerator, self.parameters = session, accelerator, parameters
+        self.recipe = session.recipe.train
+
+    def run(self, step: int, batches: Sequence[Sequence[Example]], weight: float, parts: int) -> float:
+        """Cross-entropy summed over the step; the gradient of what is minimized, over `weight`, is then in place.
+
+        Raises DoesNotFit, on all processes alike, with no gradient left.
+        """
+        pieces = cut(batches, max(parts, self._fewest_parts(len(batches))))
+        total = torch.zeros((), dtype=torch.float64)
+        failed = ""
+        self.session.model.train()
+        with cast_once(self.session.layers, self.session.dtype):
+            for at in range(self.accelerator.process_index, len(pieces), self.accelerator.num_processes):
+                try:
+                    total += self._forward_backward(pieces[at], step, at, weight)
+                except (RuntimeError, MemoryError) as error:
+                    if not is_out_of_memory(error):
+                        raise
+                    failed = _first_line(error)
+                    break
+        summed, failures = self._sum_over_processes(torch.stack([total, torch.tensor(float(bool(failed)))])).tolist()
+        if failures:
+            self._forget_gradients()
+            raise DoesNotFit(failed or "in another process")
+        self._add_gradients()
+        return summed
+
+    def smaller(self, batches: Sequence[Sequence[Example]], parts: int, problem: DoesNotFit) -> int:
+        """Parts with which the largest piece has about half as many tokens. Raises LoraError for a single example."""
+        largest = cut(batches, max(parts, self._fewest_parts(len(batches))))[0]
+        if len(largest) == 1:
+            raise LoraError(
+                f"a single example of {len(largest[0].ids):,} tokens does not fit into memory ({problem})",
+                where=largest[0].source,
+                fix="use train.gradient_checkpointing: full, a smaller data.max_seq_len, or quantization: nf4",
+            )
+        while len(cut(batches, parts)[0]) >= len(largest):
+            parts *= 2
+        return parts
+
+    def rehearse(self, first: int, parts: int, say: Callable[[str], None]) -> int:
+        """Try the largest micro-batch that this run can have, so that what does not fit shows now and not in the night.
+
+        Returns the parts to begin with: with micro_batch_size: auto the fewest that fit, else more only if need be. Not
+        tried is what step `first` brings in about the same size.
+        """
+        largest = [self.session.feed.largest()]
+        auto = self.recipe.micro_batch_size == "auto"
+        if not auto and first == 1 and not self.session.recipe.data.streaming:
+            begins = cut(self.session.feed.step(first), parts)[0]
+            if _tokens(cut(largest, parts)[0]) <= _HARDLY_LARGER * _tokens(begins):
+                return parts
+        fitting = self._fewest_that_fit(largest, parts, auto, say)
+        if auto:
+            piece = cut(largest, fitting)[0]
+            say(f"micro-batches of up to {_tokens(piece):,} tokens fit: a step is cut into up to {fitting}")
+        return fitting
+
+    def _fewest_that_fit(self, largest: list[list[Example]], parts: int, auto: bool, say: Callable[[str], None]) -> int:
+        too_few = 0
+        while (problem := self._trial(largest, parts)) is not None:
+            too_few = parts
+            parts = self.smaller(largest, parts, problem)
+            if not auto:
+                say(f"out of memory ({problem}): micro-batches are cut into {parts}; the result stays the same")
+        while auto and parts - too_few > 1:
+            middle = (parts + too_few) // 2
+            if self._trial(largest, middle) is None:
+                parts = middle
+            else:
+                too_few = middle
+        return parts
+
+    def _trial(self, largest: list[list[Example]], parts: int) -> DoesNotFit | None:
+        """Forward and backward of the largest piece, forgotten afterwards; None if it fits."""
+        piece = cut(largest, parts)[0]
+        needed, free = self.session.activations.kept_bytes(_tokens(piece)), free_memory_bytes(self.session.device)
+        if self.session.device.type == "cpu" and needed > free:  # there the system kills instead of refusing
+            return DoesNotFit(f"{human_bytes(needed)} of activations, {human_bytes(free)} free")
+        try:
+            self.run(1, [piece], 1.0, 1)
+        except DoesNotFit as problem:
+            return problem
+        self._forget_gradients()
+        return None
+
+    def _forward_backward(self, piece: list[Example], step: int, at: int, weight: float) -> float:
+        recipe, session = self.recipe, self.session
+        dropout = (recipe.seed, step) if session.recipe.adapter.dropout else None
+        batch = session.collate(piece, dropout=dropout)
+        _seed(recipe.seed, step, at)
+        with dropout_keys(session.layers, batch.dropout_keys):  # also for what the backward pass computes again
+            with self.accelerator.autocast():
+                loss, cross_entropy = training_loss(session.model, batch, z_loss=recipe.z_loss)
+            self.accelerator.backward(loss / weight)
+        return cross_entropy.item()
+
+    def _fewest_parts(self, batches: int) -> int:
+        """No process goes without: micro_batch_size: auto makes one micro-batch of a step."""
+        return -(-self.accelerator.num_processes // batches) if self.recipe.batch_size is not None else 1
+
+    def _forget_gradients(self) -> None:
+        for parameter in self.parameters:
+            parameter.grad = None
+        gc.collect()
+        if self.session.device.type == "cuda":
+            torch.cuda.empty_cache()
+
+    def _add_gradients(self) -> None:
+        """Sum the adapter's gradients over processes: all that they need to tell each other in a step."""
+        if self.accelerator.num_processes == 1:
+            return
+        for parameter in self.parameters:
+            gradient = parameter.grad if parameter.grad is not None else torch.zeros_like(parameter)
+            parameter.grad = self._sum_over_processes(gradient)
+
+    def _sum_over_processes(self, value: torch.Tensor) -> torch.Tensor:
+        if self.accelerator.num_processes == 1:
+            return value
+        return self.accelerator.reduce(value.to(self.session.device), "sum")  # type: ignore[return-value]
+
+
+def cut(batches: Sequence[Sequence[Example]], parts: int) -> list[list[Example]]:
+    """Each micro-batch in up to `parts` pieces of about equal numbers of tokens; the largest of all comes first.
+
+    Largest first: what does not fit shows at once, and the memory that the others need is there.
+    """
+    pieces = [piece for batch in batches for piece in _in_parts(batch, parts)]
+    return sorted(pieces, key=lambda piece: -_tokens(piece))
+
+
+def _in_parts(examples: Sequence[Example], parts: int) -> list[list[Example]]:
+    """Neighbours stay together: each example goes where its middle lies among the tokens of all."""
+    total = _tokens(examples)
+    pieces: list[list[Example]] = [[] for _ in range(parts)]
+    before = 0
+    for example in examples:
+        pieces[min(parts - 1, int((before + len(example.ids) / 2) * parts / total))].append(example)
+        before += len(example.ids)
+    return [piece for piece in pieces if piece]
+
+
+def is_out_of_memory(error: BaseException) -> bool:
+    """Whether an allocation failed: on a GPU, or on a CPU under a limit."""
+    if isinstance(error, torch.OutOfMemoryError | MemoryError):
+        return True
+    return isinstance(error, RuntimeError) and any(words in str(error) for words in _CPU_SAYS)
+
+
+def _tokens(examples: Sequence[Example]) -> int:
+    return sum(len(example.ids) for example in examples)
+
+
+def _seed(seed: int, step: int, micro_batch: int) -> None:
+    """What a model may draw by itself is a function of seed, step and micro-batch: the same when it is resumed."""
+    digest = hashlib.blake2b(f"{seed}/{step}/{micro_batch}".encode(), digest_size=4).digest()
+    torch.manual_seed(int.from_bytes(digest, "little"))
+
+
+def _first_line(error: BaseException) -> str:
+    return (str(error).strip() or type(error).__name__).splitlines()[0][:200]
