@@ -514,7 +514,7 @@ _modules = st.text("abcq_.*()", min_size=1, max_size=8)
 _columns = st.text("abc _.$1", min_size=1, max_size=6)
 
 
-def _sources(path: Any, more: dict[str, st.SearchStrategy[Any]] | None = None) -> st.SearchStrategy[Any]:
+def _sources(path: Any, hubs: list[str], more: dict[str, st.SearchStrategy[Any]] | None = None) -> Any:
     """A path, a file or data set with settings of its own, or a list of these."""
     hub = {
         "config": st.text("ab1"),
@@ -522,7 +522,7 @@ def _sources(path: Any, more: dict[str, st.SearchStrategy[Any]] | None = None) -
         "revision": st.sampled_from(["v1"]),
     }
     file = st.fixed_dictionaries({"path": path}, optional=more or {})
-    dataset = st.fixed_dictionaries({"hub": st.sampled_from(["owner/name", "squad"])}, optional=hub | (more or {}))
+    dataset = st.fixed_dictionaries({"hub": st.sampled_from(hubs)}, optional=hub | (more or {}))
     one = path | file | dataset
     return one | st.lists(one, min_size=1, max_size=3)
 
@@ -538,8 +538,10 @@ VALUES: dict[str, st.SearchStrategy[Any]] = {
     "adapter.layers": st.none() | st.lists(st.integers(-9, 9), min_size=1, max_size=3),
     "adapter.rank_pattern": st.dictionaries(_modules, _counts, max_size=2),
     "adapter.alpha_pattern": st.dictionaries(_modules, _positive, max_size=2),
-    "data.train": _sources(_names, {"weight": _positive}),
-    "data.validation": st.none() | st.floats(0.01, 0.99) | _sources(_names.map(lambda name: f"{name}.jsonl")),
+    "data.train": _sources(_names, ["owner/name", "squad"], {"weight": _positive}),
+    "data.validation": st.none()
+    | st.floats(0.01, 0.99)
+    | _sources(_names.map(lambda name: f"{name}.jsonl"), ["owner/held"]),  # other sources than those of data.train
     "data.group_by": st.none() | _columns,
     "data.columns": st.dictionaries(st.sampled_from(FIELDS), st.none() | _columns, max_size=3),
     "data.template": st.none() | st.sampled_from(TEMPLATES) | _names.map(lambda name: f"./{name}.jinja"),
