@@ -319,6 +319,17 @@ def test_validation_is_a_fraction_or_a_file(load: Any, problem: Any, tmp_path: P
             "train.min_learning_rate_ratio",
             "remove min_learning_rate_ratio, or choose schedule: cosine or linear",
         ),
+        (
+            "train: {optimizer: schedule_free_adamw, schedule: linear}",
+            "train.schedule",
+            "remove schedule, or write schedule: constant",
+        ),
+        (
+            "train: {optimizer: schedule_free_adamw, min_learning_rate_ratio: 0.1}",
+            "train.min_learning_rate_ratio",
+            "remove min_learning_rate_ratio, or choose optimizer: adamw",
+        ),
+        ("train: {optimizer: schedule_free_adamw, beta1: 0}", "train.beta1", "write a beta1 above 0, such as 0.9"),
     ],
 )
 def test_contradictions(problem: Any, settings: str, key: str, fix: str):
@@ -551,6 +562,7 @@ VALUES: dict[str, st.SearchStrategy[Any]] = {
     "train.max_steps": st.none() | _counts,
     "train.tokens_per_micro_batch": st.none() | st.integers(2, 10**7),
     "train.learning_rate": _positive,
+    "train.lora_plus_ratio": st.floats(1, 100),
     "train.warmup_ratio": _share,
     "train.min_learning_rate_ratio": _share,
     "train.weight_decay": st.floats(0, 1),
@@ -606,6 +618,12 @@ def recipes(draw: Any) -> dict[str, Any]:
         train.pop("eval_every", None)
     if train.get("schedule") == "constant":
         train.pop("min_learning_rate_ratio", None)
+    if train.get("optimizer") == "schedule_free_adamw":
+        train.pop("min_learning_rate_ratio", None)
+        if train.get("schedule") != "constant":
+            train.pop("schedule", None)
+        if train.get("beta1") == 0:
+            del train["beta1"]
     if data.get("streaming"):
         data.pop("cache", None)
         values["train"] = train
