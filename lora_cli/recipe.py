@@ -219,7 +219,15 @@ class TrainRecipe(Section):
     learning_rate: Number = Field(
         2e-4, gt=0, description="Peak learning rate; 2e-4 is what QLoRA used up to 13B (Dettmers et al. 2023, table 9)."
     )
-    schedule: Literal["cosine", "linear", "constant"] = Field("cosine", description="Learning rate after the warm-up.")
+    lora_plus_ratio: Number = Field(
+        1.0,
+        ge=1,
+        description="B's learning rate is this many times learning_rate, which is A's: LoRA+, with 16 in its paper "
+        "(Hayou et al. 2024).",
+    )
+    schedule: Literal["cosine", "linear", "constant"] = Field(
+        "cosine", description="Learning rate after the warm-up; with schedule_free_adamw it is always constant."
+    )
     warmup_ratio: Number = Field(
         0.03,
         ge=0,
@@ -229,9 +237,10 @@ class TrainRecipe(Section):
     min_learning_rate_ratio: Number = Field(
         0.0, ge=0, le=1, description="Where cosine and linear end, as a share of the peak rate."
     )
-    optimizer: Literal["adamw", "adamw_8bit", "paged_adamw", "paged_adamw_8bit"] = Field(
+    optimizer: Literal["adamw", "adamw_8bit", "paged_adamw", "paged_adamw_8bit", "schedule_free_adamw"] = Field(
         "adamw",
-        description="AdamW of torch; or of bitsandbytes with 8-bit states, or with states that page to host memory.",
+        description="AdamW of torch; or of bitsandbytes with 8-bit states, or with states that page to host memory; "
+        "or schedule-free, which averages the weights instead of lowering the rate (Defazio et al. 2024).",
     )
     weight_decay: Number = Field(0.0, ge=0, description="Decoupled weight decay of A and B.")
     beta1: Number = Field(0.9, ge=0, lt=1, description="Adam's decay of the mean of gradients.")
@@ -432,7 +441,30 @@ def contradictions(recipe: Recipe) -> list[tuple[str, str, str]]:
         "a constant schedule has no lower end",
         "remove min_learning_rate_ratio, or choose schedule: cosine or linear",
     )
+    if train.optimizer == "schedule_free_adamw":
+        _refuse_with_schedule_free(train, refuse)
     return found
+
+
+def _refuse_with_schedule_free(train: TrainRecipe, refuse: Callable[[bool, str, str, str], None]) -> None:
+    refuse(
+        "schedule" in train.model_fields_set and train.schedule != "constant",
+        "train.schedule",
+        f"schedule_free_adamw takes the place of a schedule, but schedule is {train.schedule}",
+        "remove schedule, or write schedule: constant",
+    )
+    refuse(
+        train.min_learning_rate_ratio > 0 and train.schedule != "constant",
+        "train.min_learning_rate_ratio",
+        "schedule_free_adamw keeps the learning rate constant, so it has no lower end",
+        "remove min_learning_rate_ratio, or choose optimizer: adamw",
+    )
+    refuse(
+        train.beta1 == 0,
+        "train.beta1",
+        "schedule_free_adamw mixes its average by beta1 and divides by it",
+        "write a beta1 above 0, such as 0.9",
+    )
 
 
 def _refuse_sources(data: DataRecipe, refuse: Callable[[bool, str, str, str], None]) -> None:

@@ -74,6 +74,8 @@ def recipe_values(recipe: Recipe) -> dict[str, Any]:
         del values["train"]["gradient_accumulation_steps"]
     if recipe.data.streaming:
         del values["train"]["epochs"]
+    if recipe.train.optimizer == "schedule_free_adamw" and recipe.train.schedule != "constant":
+        del values["train"]["schedule"]
     return values
 
 

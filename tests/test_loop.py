@@ -29,6 +29,7 @@ HARD = {  # everything on that could make a resumed run another run
     "adapter": {"rank": 4, "alpha": 8, "dropout": 0.1},
     "train": {"optimizer": "adamw_8bit", "max_steps": 60, "epochs": 100, "checkpoint_every": 3, "eval_every": 4},
 }
+EIGHT_BIT = {"rank": 64, "projections": ["q", "o"]}  # bitsandbytes keeps tensors of less than 4096 values in 32 bits
 
 
 def adapter_bytes(run: Path) -> bytes:
@@ -133,13 +134,18 @@ def test_gradient_checkpointing_changes_nothing(run_recipe, tmp_path):
     assert losses(saved) == pytest.approx(losses(plain), abs=1e-5)  # E5
 
 
-def test_evaluating_in_between_changes_nothing_in_training_in_nf4(run_recipe, tmp_path, sums):
-    """E6, bitwise, on a 4-bit base and with dropout: neither weights nor random states may move."""
+@pytest.mark.parametrize("optimizer", ["adamw", "schedule_free_adamw"])
+def test_evaluating_in_between_changes_nothing_in_training_in_nf4(run_recipe, tmp_path, sums, optimizer):
+    """E6, bitwise, on a 4-bit base and with dropout: neither weights nor random states may move.
+
+    Schedule-free AdamW has to come back from the weights that are evaluated to those in training.
+    """
     held_out = write_rows(tmp_path / "held.jsonl", [{"prompt": "What is 2 plus 2?\n", "completion": "4"}])
     settings = {"quantization": "nf4", "dtype": "auto", "adapter": {"dropout": 0.1}}
-    without, _ = run_recipe(**settings, output=str(tmp_path / "without"))
+    own = {"optimizer": optimizer}
+    without, _ = run_recipe(**settings, output=str(tmp_path / "without"), train=own)
     often, _ = run_recipe(
-        **settings, output=str(tmp_path / "often"), data={"validation": str(held_out)}, train={"eval_every": 1}
+        **settings, output=str(tmp_path / "often"), data={"validation": str(held_out)}, train=own | {"eval_every": 1}
     )
     assert losses(often) == losses(without)
     assert (often / "adapter_last" / "adapter_model.safetensors").read_bytes() == adapter_bytes(without)
@@ -153,11 +159,21 @@ def test_same_recipe_same_bytes_and_the_resolved_recipe_repeats_the_run(run_reci
     assert losses(first) == losses(tmp_path / "again")
 
 
-def test_resume_from_a_stop_between_steps_is_the_uninterrupted_run(recipe_file, tmp_path, monkeypatch):
+@pytest.mark.parametrize(
+    ("own", "adapter"),
+    [
+        ({"optimizer": "adamw", "lora_plus_ratio": 4}, {}),
+        ({"optimizer": "adamw_8bit", "lora_plus_ratio": 4}, EIGHT_BIT),
+        ({"optimizer": "schedule_free_adamw", "lora_plus_ratio": 4}, {}),
+    ],
+    ids=["adamw", "adamw_8bit", "schedule_free_adamw"],
+)
+def test_resume_from_a_stop_between_steps_is_the_uninterrupted_run(recipe_file, tmp_path, monkeypatch, own, adapter):
     """E7 within one process: the run fails at a step after a checkpoint, as a crash would."""
     from lora_cli.training import loop
 
-    settings = HARD | {"train": HARD["train"] | {"max_steps": 10}, "data": {"validation": 0.25}}
+    settings = HARD | {"train": HARD["train"] | {"max_steps": 10} | own, "data": {"validation": 0.25}}
+    settings["adapter"] = HARD["adapter"] | adapter
     straight = load_recipe(recipe_file(**settings, output=str(tmp_path / "straight")))
     train(straight, quiet_console())
     crashed = load_recipe(recipe_file(**settings, output=str(tmp_path / "crashed")))

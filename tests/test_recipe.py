@@ -319,6 +319,17 @@ def test_validation_is_a_fraction_or_a_file(load: Any, problem: Any, tmp_path: P
             "train.min_learning_rate_ratio",
             "remove min_learning_rate_ratio, or choose schedule: cosine or linear",
         ),
+        (
+            "train: {optimizer: schedule_free_adamw, schedule: linear}",
+            "train.schedule",
+            "remove schedule, or write schedule: constant",
+        ),
+        (
+            "train: {optimizer: schedule_free_adamw, min_learning_rate_ratio: 0.1}",
+            "train.min_learning_rate_ratio",
+            "remove min_learning_rate_ratio, or choose optimizer: adamw",
+        ),
+        ("train: {optimizer: schedule_free_adamw, beta1: 0}", "train.beta1", "write a beta1 above 0, such as 0.9"),
     ],
 )
 def test_contradictions(problem: Any, settings: str, key: str, fix: str):
@@ -514,7 +525,7 @@ _modules = st.text("abcq_.*()", min_size=1, max_size=8)
 _columns = st.text("abc _.$1", min_size=1, max_size=6)
 
 
-def _sources(path: Any, more: dict[str, st.SearchStrategy[Any]] | None = None) -> st.SearchStrategy[Any]:
+def _sources(path: Any, hubs: list[str], more: dict[str, st.SearchStrategy[Any]] | None = None) -> Any:
     """A path, a file or data set with settings of its own, or a list of these."""
     hub = {
         "config": st.text("ab1"),
@@ -522,7 +533,7 @@ def _sources(path: Any, more: dict[str, st.SearchStrategy[Any]] | None = None) -
         "revision": st.sampled_from(["v1"]),
     }
     file = st.fixed_dictionaries({"path": path}, optional=more or {})
-    dataset = st.fixed_dictionaries({"hub": st.sampled_from(["owner/name", "squad"])}, optional=hub | (more or {}))
+    dataset = st.fixed_dictionaries({"hub": st.sampled_from(hubs)}, optional=hub | (more or {}))
     one = path | file | dataset
     return one | st.lists(one, min_size=1, max_size=3)
 
@@ -538,8 +549,10 @@ VALUES: dict[str, st.SearchStrategy[Any]] = {
     "adapter.layers": st.none() | st.lists(st.integers(-9, 9), min_size=1, max_size=3),
     "adapter.rank_pattern": st.dictionaries(_modules, _counts, max_size=2),
     "adapter.alpha_pattern": st.dictionaries(_modules, _positive, max_size=2),
-    "data.train": _sources(_names, {"weight": _positive}),
-    "data.validation": st.none() | st.floats(0.01, 0.99) | _sources(_names.map(lambda name: f"{name}.jsonl")),
+    "data.train": _sources(_names, ["owner/name", "squad"], {"weight": _positive}),
+    "data.validation": st.none()
+    | st.floats(0.01, 0.99)
+    | _sources(_names.map(lambda name: f"{name}.jsonl"), ["owner/held"]),  # other sources than those of data.train
     "data.group_by": st.none() | _columns,
     "data.columns": st.dictionaries(st.sampled_from(FIELDS), st.none() | _columns, max_size=3),
     "data.template": st.none() | st.sampled_from(TEMPLATES) | _names.map(lambda name: f"./{name}.jinja"),
@@ -549,6 +562,7 @@ VALUES: dict[str, st.SearchStrategy[Any]] = {
     "train.max_steps": st.none() | _counts,
     "train.tokens_per_micro_batch": st.none() | st.integers(2, 10**7),
     "train.learning_rate": _positive,
+    "train.lora_plus_ratio": st.floats(1, 100),
     "train.warmup_ratio": _share,
     "train.min_learning_rate_ratio": _share,
     "train.weight_decay": st.floats(0, 1),
@@ -604,6 +618,12 @@ def recipes(draw: Any) -> dict[str, Any]:
         train.pop("eval_every", None)
     if train.get("schedule") == "constant":
         train.pop("min_learning_rate_ratio", None)
+    if train.get("optimizer") == "schedule_free_adamw":
+        train.pop("min_learning_rate_ratio", None)
+        if train.get("schedule") != "constant":
+            train.pop("schedule", None)
+        if train.get("beta1") == 0:
+            del train["beta1"]
     if data.get("streaming"):
         data.pop("cache", None)
         values["train"] = train

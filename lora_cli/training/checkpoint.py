@@ -1,7 +1,7 @@
 """Checkpoints: everything that the next step depends on, in safetensors and JSON; complete or absent.
 
     checkpoints/step_000200/
-      adapter.safetensors     A and B, fp32
+      adapter.safetensors     A and B as they are in training, fp32
       optimizer.safetensors   every tensor of the optimizer's state
       state.json              step, what is best so far, the rest of the optimizer's state, fingerprints, versions
 
@@ -25,7 +25,7 @@ from lora_cli.adapters.layer import lora_layers
 from lora_cli.errors import LoraError
 from lora_cli.files import write_json, written_whole
 
-FORMAT = 1
+FORMAT = 2  # 1 had A and B in one group of the optimizer
 _TENSOR = "__tensor__"  # marks, in state.json, the place of a tensor of optimizer.safetensors
 
 

@@ -26,7 +26,7 @@ from lora_cli.files import human_bytes, write_json, written_whole
 from lora_cli.recipe import Recipe
 from lora_cli.training.checkpoint import load_checkpoint, prune_checkpoints, save_checkpoint
 from lora_cli.training.micro_batches import DoesNotFit, MicroBatches
-from lora_cli.training.optimizer import learning_rate, make_optimizer
+from lora_cli.training.optimizer import averaged_weights, learning_rate, make_optimizer, set_learning_rate
 from lora_cli.training.progress import Progress
 from lora_cli.training.run_folder import RunFolder, environment_of
 from lora_cli.training.session import Session, open_session
@@ -110,7 +110,7 @@ class _Run:
         self.recipe = session.recipe.train
         self.model = session.model
         self.parameters = adapter_parameters(self.model)
-        self.optimizer = accelerator.prepare(make_optimizer(self.recipe, self.parameters))
+        self.optimizer = accelerator.prepare(make_optimizer(self.recipe, self.model))
         self.state = State()
         self.stop_requested = False
         self.micro_batches = MicroBatches(session, accelerator, self.parameters)
@@ -129,7 +129,8 @@ class _Run:
                 self._one_step(step, progress, track)
                 if self.stop_requested:
                     self._interrupt(step)
-        return self._finish()
+        with averaged_weights(self.optimizer):
+            return self._finish()
 
     def _one_step(self, step: int, progress: Progress, track: Any) -> None:
         started = time.monotonic()
@@ -147,7 +148,8 @@ class _Run:
         last = step == self.session.total_steps
         if self.session.data.validation and (last or (self.recipe.eval_every and step % self.recipe.eval_every == 0)):
             progress.doing("evaluating")
-            line["validation_loss"] = self._evaluate(step)
+            with averaged_weights(self.optimizer):
+                line["validation_loss"] = self._evaluate(step)
         if self.accelerator.is_main_process:
             self.folder.append_metrics(line)
         track(line, step)
@@ -161,8 +163,7 @@ class _Run:
         targets = sum(example.targets for batch in batches for example in batch)
         weight = sum(example.target_weight for batch in batches for example in batch)
         rate = learning_rate(self.recipe, step, self.session.total_steps)
-        for group in self.optimizer.param_groups:
-            group["lr"] = rate
+        set_learning_rate(self.optimizer, rate)
         mean = self._gradients(step, batches, weight) / weight
         if not math.isfinite(mean):
             raise self._not_finite(f"the loss is {mean}", step)

@@ -3,38 +3,91 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Iterator
+from contextlib import contextmanager
 from typing import Any
 
 import torch
 from torch import nn
 
+from lora_cli.adapters.attach import adapter_parameters
+from lora_cli.adapters.layer import lora_layers
 from lora_cli.recipe import TrainRecipe
 
+_FUSED = ("cpu", "cuda", "mps", "xpu")  # devices for which torch has AdamW as one kernel over all tensors
 
-def make_optimizer(recipe: TrainRecipe, parameters: Sequence[nn.Parameter]) -> Any:
-    """AdamW over the adapter alone (Loshchilov & Hutter 2019, arXiv:1711.05101), with states as the recipe says."""
+
+def make_optimizer(recipe: TrainRecipe, model: nn.Module) -> Any:
+    """AdamW over the adapter alone (Loshchilov & Hutter 2019, arXiv:1711.05101), with states as the recipe says.
+
+    Two groups: A, and B with its own learning rate (LoRA+, Hayou et al. 2024, arXiv:2402.12354).
+    """
+    parameters = adapter_parameters(model)
+    of_B = {id(layer.lora_B) for layer in lora_layers(model).values()}
+    groups = [
+        {"params": [each for each in parameters if id(each) not in of_B], "rate_ratio": 1.0},
+        {"params": [each for each in parameters if id(each) in of_B], "rate_ratio": recipe.lora_plus_ratio},
+    ]
     options = {"lr": recipe.learning_rate, "betas": (recipe.beta1, recipe.beta2), "weight_decay": recipe.weight_decay}
+    device = parameters[0].device.type
     if recipe.optimizer == "adamw":
-        return torch.optim.AdamW(parameters, **options)
+        # An adapter is hundreds of small tensors, and a loop over them costs more than the arithmetic.
+        fused = device in _FUSED
+        return torch.optim.AdamW(groups, **options, fused=fused, foreach=not fused)
+    if recipe.optimizer == "schedule_free_adamw":
+        from schedulefree import AdamWScheduleFree
+
+        optimizer = AdamWScheduleFree(groups, **options, warmup_steps=0)  # the warm-up is in learning_rate
+        optimizer.train()
+        return optimizer
     import bitsandbytes as bnb
 
     # Paging moves states between GPU and host memory; on a CPU they are in host memory already.
-    paged = recipe.optimizer.startswith("paged") and parameters[0].device.type != "cpu"
+    paged = recipe.optimizer.startswith("paged") and device != "cpu"
     if recipe.optimizer.endswith("8bit"):
-        return (bnb.optim.PagedAdamW8bit if paged else bnb.optim.AdamW8bit)(parameters, **options)
-    return (bnb.optim.PagedAdamW32bit if paged else bnb.optim.AdamW32bit)(parameters, **options)
+        return (bnb.optim.PagedAdamW8bit if paged else bnb.optim.AdamW8bit)(groups, **options)
+    return (bnb.optim.PagedAdamW32bit if paged else bnb.optim.AdamW32bit)(groups, **options)
+
+
+def set_learning_rate(optimizer: Any, rate: float) -> None:
+    """Give A this rate, and B its multiple of it."""
+    for group in optimizer.param_groups:
+        group["lr"] = rate * group["rate_ratio"]
+
+
+@contextmanager
+def averaged_weights(optimizer: Any) -> Iterator[None]:
+    """Inside, the adapter holds the weights to judge and to ship: with schedule-free AdamW the average over all steps.
+
+    Afterwards it holds those in training again, bitwise: they are copied back, because computing them from the average
+    rounds. Inside itself, and with other optimizers, it does nothing.
+
+    Source: Defazio et al. 2024, arXiv:2405.15682, where the average is x and the gradient is taken at y.
+    """
+    if not optimizer.param_groups[0].get("train_mode"):  # a key of schedule-free optimizers
+        yield
+        return
+    parameters = [parameter for group in optimizer.param_groups for parameter in group["params"]]
+    in_training = [parameter.detach().clone() for parameter in parameters]
+    optimizer.eval()
+    try:
+        yield
+    finally:
+        optimizer.train()
+        with torch.no_grad():
+            for parameter, value in zip(parameters, in_training, strict=True):
+                parameter.copy_(value)
 
 
 def learning_rate(recipe: TrainRecipe, step: int, total_steps: int) -> float:
     """Rate of a step, counted from 1: a linear rise over warmup_ratio of all steps, then the schedule.
 
-    cosine: Loshchilov & Hutter 2017, arXiv:1608.03983, equation 5, one period.
+    cosine: Loshchilov & Hutter 2017, arXiv:1608.03983, equation 5, one period. Schedule-free AdamW has none.
     """
     warmup = math.ceil(recipe.warmup_ratio * total_steps)
     if step <= warmup:
         return recipe.learning_rate * step / warmup
-    if recipe.schedule == "constant":
+    if recipe.schedule == "constant" or recipe.optimizer == "schedule_free_adamw":
         return recipe.learning_rate
     progress = (step - 1 - warmup) / max(
         1, total_steps - warmup
