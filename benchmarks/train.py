@@ -67,16 +67,17 @@ class Side:
     train: Callable[[Path, Work], dict[str, Any]]
     changes: dict[str, Any] = field(default_factory=dict)  # of the work
     python: str | None = sys.executable
-    comparable: bool = True  # step by step: the same rows from the same initial A
+    same_order: bool = True
+    same_A: bool = True
 
 
 SIDES = {
     "lora": Side("lora", ours),
     "lora-unquantized": Side("lora, unquantized", ours, {"quantization": "none"}),
     "trl": Side("TRL + PEFT", peers.trl),
-    "trl-by-length": Side("TRL + PEFT, by length", peers.trl_by_length, comparable=False),
+    "trl-by-length": Side("TRL + PEFT, by length", peers.trl_by_length, same_order=False),
     "peft": Side("PEFT loop", peers.peft),
-    "litgpt": Side("litgpt, unquantized", peers.litgpt, python=os.environ.get("LITGPT_PYTHON"), comparable=False),
+    "litgpt": Side("litgpt, unquantized", peers.litgpt, python=os.environ.get("LITGPT_PYTHON"), same_A=False),
     "trainer": Side("Trainer, each step logged", peers.trainer),
     "trainer-quiet": Side("Trainer, every 500 logged", peers.trainer_quiet),
 }
@@ -108,7 +109,7 @@ NAMES = ("trl", "trl-checkpointing", "peft-dense", "litgpt", "curves", "overhead
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("sections", nargs="*", metavar="SECTION", help=", ".join(NAMES))
-    parser.add_argument("--steps", type=int, help="steps of each side, 3 or more (12; curves 60; overhead 301)")
+    parser.add_argument("--steps", type=int, help="steps of each side, at least 2 (12; curves 60; overhead 301)")
     parser.add_argument("--rows", type=int, help="rows a step (8; curves and overhead 4)")
     parser.add_argument("--dtype", choices=["bf16", "fp32"], help="of all sections but curves")
     parser.add_argument("--json", type=Path, help="also write the results here")
@@ -118,6 +119,8 @@ def main() -> None:
     arguments = parser.parse_args()
     if arguments.side:
         return one_side(arguments.side, arguments.folder)
+    if arguments.steps is not None and arguments.steps < 2:
+        parser.error("--steps: 2 or more; the first one is not measured")
     if unknown := sorted(set(arguments.sections) - set(NAMES)):
         parser.error(f"no section {', '.join(unknown)}; there are {', '.join(NAMES)}")
     results = json.loads(arguments.json.read_text()) if arguments.json and arguments.json.exists() else {}
@@ -170,12 +173,15 @@ def measure(name: str, folder: Path) -> dict[str, Any]:
     """What a side did, in a process of its own; or {"failed": why}: the others still count."""
     side = SIDES[name]
     if side.python is None:
-        return {"failed": "not run: set LITGPT_PYTHON to the Python of an environment with litgpt"}
+        return {"failed": "set LITGPT_PYTHON to the Python of an environment with litgpt"}
     print(f"  {side.label}", file=sys.stderr, flush=True)
     command = [side.python, __file__, "--side", name, "--folder", str(folder)]
     environment = os.environ | {"HF_HUB_OFFLINE": "1", "TOKENIZERS_PARALLELISM": "true"}
     with (folder / f"{name}.log").open("w+") as log:
-        code = subprocess.run(command, stdout=log, stderr=log, env=environment, check=False).returncode
+        try:
+            code = subprocess.run(command, stdout=log, stderr=log, env=environment, check=False).returncode
+        except OSError as error:
+            return {"failed": str(error)}
         log.seek(0)
         said = [line.strip() for line in log if line.strip()]
     if code:
@@ -198,7 +204,7 @@ def summary(result: dict[str, Any], folder: Path, side: Side) -> dict[str, Any]:
     """Speed and totals of a result; a side that trained other tokens than were given is refused."""
     expected = [(sum(len(row["ids"]) for row in rows), sum(targets(row) for row in rows)) for rows in steps_of(folder)]
     seen = list(zip(result["tokens"], result["targets"], strict=True))
-    if "by_length" in side.train.__name__:
+    if not side.same_order:
         expected, seen = [tuple(map(sum, zip(*each, strict=True))) for each in (expected, seen)]
     if seen != expected:
         return {"failed": f"it trained other tokens: (real, target) {seen} instead of {expected}"}
@@ -247,12 +253,12 @@ def show(name: str, result: dict[str, Any]) -> None:
             ]
         print(f"{title:24}" + "".join(f"{cell:>28}" for cell in cells))
     for side, each in sides.items():
-        if side != first and first in sides and SIDES[side].comparable and each["losses"]:
+        if side != first and first in sides and SIDES[side].same_order and SIDES[side].same_A and each["losses"]:
             gap, step = largest_gap(sides[first]["losses"], each["losses"])
             print(f"largest difference of the loss to {SIDES[side].label}: {gap:.3%}, at step {step}")
     for side, each in result["sides"].items():
         if "failed" in each:
-            print(f"{SIDES[side].label}: {each['failed']}")
+            print(f"{SIDES[side].label} did not run to its end: {each['failed']}")
     sys.stdout.flush()
 
 
@@ -272,7 +278,7 @@ def picture(results: dict[str, Any], place: Path) -> None:
     for name in SPEED:
         sides = results.get(name, {}).get("sides", {})
         ran = [(SIDES[side].label, each) for side, each in sides.items() if "failed" not in each]
-        bars += [(SECTIONS[name].title, {}), *ran] if ran else []
+        bars += [(SECTIONS[name].title, {}), *ran] if len(ran) > 1 else []
     if not bars:
         raise SystemExit("nothing to draw: give --json FILE with results of " + ", ".join(SPEED))
     figure, panels = pyplot.subplots(1, 2, figsize=(9, 0.3 * len(bars) + 0.9), sharey=True, layout="constrained")
@@ -289,13 +295,13 @@ def picture(results: dict[str, Any], place: Path) -> None:
                 panel.text(value, at, f" {value:{form}}", va="center", fontsize=9)
         panel.set_title(title, fontsize=10, loc="left")
         panel.set_xlim(0, 1.15 * max(values))
+        panel.set_ylim(len(bars) - 0.4, -0.6)  # the first section on top
         panel.set_xticks([])
         panel.tick_params(length=0)
         panel.spines[["top", "right", "bottom"]].set_visible(False)
     panels[0].set_yticks(range(len(bars)), [label for label, _ in bars], fontsize=9)
     for text, (_, each) in zip(panels[0].get_yticklabels(), bars, strict=True):
         text.set_fontweight("normal" if each else "bold")
-    panels[0].invert_yaxis()
     place.parent.mkdir(parents=True, exist_ok=True)
     figure.savefig(place, dpi=150)
     print(f"picture in {place}")

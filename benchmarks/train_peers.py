@@ -48,9 +48,7 @@ def trl(folder: Path, work: Work, by_length: bool = False) -> Result:
         processing_class=AutoTokenizer.from_pretrained(work.model),
         peft_config=adapter_settings(work),
     )
-    assert trainer.train_dataset["input_ids"] == [row["ids"] for row in ordered], (
-        "TRL makes the same tokens of the rows"
-    )
+    assert trainer.train_dataset["input_ids"] == [row["ids"] for row in ordered], "TRL makes the same tokens"
     return run(trainer)
 
 
@@ -102,14 +100,14 @@ def litgpt(folder: Path, work: Work) -> Result:
         def connect(self, *_: Any, **__: Any) -> None: ...
 
         def train_dataloader(self) -> Any:
-            rows = [litgpt_row(row) for step in steps_of(folder) for row in step]
-            return torch.utils.data.DataLoader(
-                rows,  # type: ignore[arg-type]
-                batch_size=work.rows_per_step,
-                collate_fn=get_sft_collate_fn(max_seq_length=work.max_tokens),
-            )
+            return loader([litgpt_row(row) for step in steps_of(folder) for row in step])
 
-        val_dataloader = train_dataloader
+        def val_dataloader(self) -> Any:
+            return loader([litgpt_row(steps_of(folder)[0][0])])  # litgpt tries one batch of it before it trains
+
+    def loader(rows: Any) -> Any:
+        collate = get_sft_collate_fn(max_seq_length=work.max_tokens)
+        return torch.utils.data.DataLoader(rows, batch_size=work.rows_per_step, collate_fn=collate)
 
     def counted(logits: Any, targets: Any, **options: Any) -> Any:
         if isinstance(logits, list):  # of training, not of the check before it
@@ -126,14 +124,9 @@ def litgpt(folder: Path, work: Work) -> Result:
     cross_entropy = finetune.chunked_cross_entropy
     finetune.chunked_cross_entropy = counted
     finetune.get_lr_scheduler = lambda optimizer, **_: Constant(optimizer, factor=1.0)
-    for name in (
-        "save_lora_checkpoint",
-        "copy_config_files",
-        "save_hyperparameters",
-        "save_prompt_style",
-        "merge_lora",
-    ):
-        setattr(finetune, name, lambda *_, **__: None)
+    for shipping in ("save_lora_checkpoint", "copy_config_files", "save_hyperparameters", "save_prompt_style"):
+        setattr(finetune, shipping, lambda *_, **__: None)
+    finetune.merge_lora = lambda *_, **__: None
     finetune.setup(
         litgpt_model(Path(work.model)),
         folder / "litgpt",
