@@ -1,4 +1,4 @@
-"""Runs every benchmark, the short ones first: `make bench`. About half an hour on two cores."""
+"""Runs every benchmark, the short ones first: `make bench`. About an hour on two cores."""
 
 from __future__ import annotations
 
@@ -7,6 +7,6 @@ import sys
 from pathlib import Path
 
 if __name__ == "__main__":
-    for name in ("startup.py", "load_memory.py", "data.py", "train_vs_trl.py"):
+    for name in ("startup.py", "load_memory.py", "data.py", "train.py"):
         print(f"\n── {name}", flush=True)
         subprocess.run([sys.executable, Path(__file__).parent / name], check=True)

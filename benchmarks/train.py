@@ -1,0 +1,311 @@
+"""Training side by side with peers: the same model, rows, order, rank and rate; each side in a process of its own.
+
+    python benchmarks/train.py [SECTION ...] [--steps N] [--json FILE]      all sections without a name
+
+trl                TRL + PEFT on instruction rows of 64 to 500 tokens, 8 a step
+trl-checkpointing  the same with gradient checkpointing on both sides
+peft-dense         a plain loop over PEFT on rows of exactly 512 tokens: nothing to gain from padding
+litgpt             litgpt's finetune_lora, where LITGPT_PYTHON names a Python that has it; unquantized, in bf16
+curves             loss over 60 steps against TRL + PEFT, in fp32 and in bf16, from the same initial A
+overhead           what a step costs beside its arithmetic: a tiny GPT-2 against transformers' Trainer
+picture            draws docs/pictures/train_vs_peers.png from --json FILE; after all sections also by itself
+
+Work: SmolLM2-135M-Instruct in NF4 with double quantization, rank 16 on q, k, v and o, no dropout, AdamW at a constant
+2e-4, clipping at 1.0, bf16 (--dtype fp32 for the other). Rows are functions of Python's standard library.
+Real tokens are those of the rows, padding not counted. Speed is the median over steps 2 to N of a step's real tokens by
+the time from the end of the step before it to its own end. Peak memory is the largest resident size (VmHWM).
+--json keeps the sections of an earlier run that this one does not repeat.
+"""
+
+from __future__ import annotations
+
+import argparse
+import itertools
+import json
+import os
+import statistics
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Callable
+from dataclasses import dataclass, field, replace
+from pathlib import Path
+from typing import Any
+
+import train_peers as peers
+from train_rows import MODEL, ROOT, Work, prepare_work, recipe_of, steps_of
+
+PICTURE = ROOT / "docs" / "pictures" / "train_vs_peers.png"
+TINY = "tiny-gpt2"  # made from its config; the name tells the peers what kind of model it is
+
+
+def ours(folder: Path, work: Work) -> dict[str, Any]:
+    from rich.console import Console
+
+    from lora_cli.base.load import quiet_libraries
+    from lora_cli.training import loop
+
+    stamps: list[float] = []
+    one_step = loop._Run._one_step
+
+    def stamped(*arguments: Any) -> None:
+        one_step(*arguments)
+        stamps.append(time.monotonic())
+
+    setattr(loop._Run, one_step.__name__, stamped)
+    quiet_libraries()
+    loop.train(recipe_of(work, folder, "run"), Console(stderr=True))
+    lines = [json.loads(line) for line in (folder / "run" / "metrics.jsonl").read_text().splitlines()]
+    names = {"losses": "loss", "tokens": "tokens", "targets": "target_tokens"}
+    return {name: [line[key] for line in lines] for name, key in names.items()} | {"stamps": stamps}
+
+
+@dataclass(frozen=True)
+class Side:
+    label: str
+    train: Callable[[Path, Work], dict[str, Any]]
+    changes: dict[str, Any] = field(default_factory=dict)  # of the work
+    python: str | None = sys.executable
+    same_order: bool = True
+    same_A: bool = True
+
+
+SIDES = {
+    "lora": Side("lora", ours),
+    "lora-unquantized": Side("lora, unquantized", ours, {"quantization": "none"}),
+    "trl": Side("TRL + PEFT", peers.trl),
+    "trl-by-length": Side("TRL + PEFT, by length", peers.trl_by_length, same_order=False),
+    "peft": Side("PEFT loop", peers.peft),
+    "litgpt": Side("litgpt, unquantized", peers.litgpt, python=os.environ.get("LITGPT_PYTHON"), same_A=False),
+    "trainer": Side("Trainer, each step logged", peers.trainer),
+    "trainer-quiet": Side("Trainer, every 500 logged", peers.trainer_quiet),
+}
+
+
+@dataclass(frozen=True)
+class Section:
+    title: str
+    sides: tuple[str, ...]
+    work: Work
+
+
+LONG, SHORT = Work("long", 12, 8), Work("short", 60, 4, max_tokens=128)
+TINY_WORK = Work("tiny", 301, 4, dtype="fp32", quantization="none", max_tokens=16)  # the last step also saves
+SECTIONS = {
+    "trl": Section("instruction rows", ("lora", "trl", "trl-by-length"), LONG),
+    "trl-checkpointing": Section("checkpointed", ("lora", "trl"), replace(LONG, checkpointing=True)),
+    "peft-dense": Section("rows of 512 tokens", ("lora", "peft"), replace(LONG, rows="dense")),
+    "litgpt": Section("without NF4", ("lora-unquantized", "litgpt"), LONG),
+    "curves-fp32": Section("loss in fp32", ("lora", "trl"), replace(SHORT, dtype="fp32")),
+    "curves-bf16": Section("loss in bf16", ("lora", "trl"), SHORT),
+    "overhead": Section("a tiny model", ("lora", "trainer", "trainer-quiet"), TINY_WORK),
+}
+SPEED = ("trl", "trl-checkpointing", "peft-dense", "litgpt")  # what the picture shows
+GROUPS = {"curves": ("curves-fp32", "curves-bf16")}
+NAMES = ("trl", "trl-checkpointing", "peft-dense", "litgpt", "curves", "overhead", "picture")
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("sections", nargs="*", metavar="SECTION", help=", ".join(NAMES))
+    parser.add_argument("--steps", type=int, help="steps of each side, at least 2 (12; curves 60; overhead 301)")
+    parser.add_argument("--rows", type=int, help="rows a step (8; curves and overhead 4)")
+    parser.add_argument("--dtype", choices=["bf16", "fp32"], help="of all sections but curves")
+    parser.add_argument("--json", type=Path, help="also write the results here")
+    parser.add_argument("--picture", type=Path, default=PICTURE, help="where the picture goes")
+    parser.add_argument("--side", choices=list(SIDES), help=argparse.SUPPRESS)
+    parser.add_argument("--folder", type=Path, help=argparse.SUPPRESS)
+    arguments = parser.parse_args()
+    if arguments.side:
+        return one_side(arguments.side, arguments.folder)
+    if arguments.steps is not None and arguments.steps < 2:
+        parser.error("--steps: 2 or more; the first one is not measured")
+    if unknown := sorted(set(arguments.sections) - set(NAMES)):
+        parser.error(f"no section {', '.join(unknown)}; there are {', '.join(NAMES)}")
+    results = json.loads(arguments.json.read_text()) if arguments.json and arguments.json.exists() else {}
+    wanted = arguments.sections or NAMES
+    for name in [each for group in wanted if group != "picture" for each in GROUPS.get(group, (group,))]:
+        work = SECTIONS[name].work
+        work = replace(work, steps=arguments.steps or work.steps, rows_per_step=arguments.rows or work.rows_per_step)
+        if arguments.dtype and not name.startswith("curves"):
+            work = replace(work, dtype=arguments.dtype)
+        results[name] = compare(name, work)
+        show(name, results[name])
+        if arguments.json:
+            arguments.json.write_text(json.dumps(results, indent=1) + "\n")
+    if "picture" in wanted:
+        picture(results, arguments.picture)
+
+
+# ── measuring ───────────────────────────────────────────────────────────────────────────────────────────────────
+
+
+def compare(name: str, work: Work) -> dict[str, Any]:
+    from lora_cli.base.load import quiet_libraries
+
+    quiet_libraries()
+    sys.path.insert(0, str(ROOT / "scripts"))
+    with tempfile.TemporaryDirectory() as place:
+        work = replace(work, model=str(tiny_model(Path(place)) if name == "overhead" else real_model()))
+        prepare_work(work, Path(place))
+        results = {side: measure(side, Path(place)) for side in SECTIONS[name].sides}
+    return {"steps": work.steps, "rows_per_step": work.rows_per_step, "dtype": work.dtype, "sides": results}
+
+
+def real_model() -> Path:
+    from real_model import make_real_model  # pyright: ignore[reportMissingImports]
+
+    return make_real_model(MODEL, ROOT / "build" / "downloads")
+
+
+def tiny_model(place: Path) -> Path:
+    from tiny_model import save_tiny  # pyright: ignore[reportMissingImports]
+    from transformers import GPT2Config
+
+    settings: dict[str, Any] = {"bos_token_id": 0, "eos_token_id": 0, "pad_token_id": 0}
+    settings |= {"resid_pdrop": 0.0, "embd_pdrop": 0.0, "attn_pdrop": 0.0}  # lora never drops in the base model
+    config = GPT2Config(vocab_size=512, n_positions=256, n_embd=64, n_layer=2, n_head=2, **settings)
+    return save_tiny(config, place / TINY)
+
+
+def measure(name: str, folder: Path) -> dict[str, Any]:
+    """What a side did, in a process of its own; or {"failed": why}: the others still count."""
+    side = SIDES[name]
+    if side.python is None:
+        return {"failed": "set LITGPT_PYTHON to the Python of an environment with litgpt"}
+    print(f"  {side.label}", file=sys.stderr, flush=True)
+    command = [side.python, __file__, "--side", name, "--folder", str(folder)]
+    environment = os.environ | {"HF_HUB_OFFLINE": "1", "TOKENIZERS_PARALLELISM": "true"}
+    with (folder / f"{name}.log").open("w+") as log:
+        try:
+            code = subprocess.run(command, stdout=log, stderr=log, env=environment, check=False).returncode
+        except OSError as error:
+            return {"failed": str(error)}
+        log.seek(0)
+        said = [line.strip() for line in log if line.strip()]
+    if code:
+        return {"failed": (said or [f"it ended with {code} and said nothing"])[-1], "log": said[-30:]}
+    return summary(json.loads((folder / f"{name}.json").read_text()), folder, side)
+
+
+def one_side(name: str, folder: Path) -> None:
+    result = SIDES[name].train(folder, replace(Work.read(folder), **SIDES[name].changes))
+    (folder / f"{name}.json").write_text(json.dumps(result | {"peak_memory_bytes": peak_memory_bytes()}))
+
+
+def peak_memory_bytes() -> int:
+    """Of this process alone; ru_maxrss would begin with what its parent held."""
+    lines = Path("/proc/self/status").read_text().splitlines()
+    return next(int(line.split()[1]) * 1024 for line in lines if line.startswith("VmHWM"))
+
+
+def summary(result: dict[str, Any], folder: Path, side: Side) -> dict[str, Any]:
+    """Speed and totals of a result; a side that trained other tokens than were given is refused."""
+    expected = [(sum(len(row["ids"]) for row in rows), sum(targets(row) for row in rows)) for rows in steps_of(folder)]
+    seen = list(zip(result["tokens"], result["targets"], strict=True))
+    if not side.same_order:
+        expected, seen = [tuple(map(sum, zip(*each, strict=True))) for each in (expected, seen)]
+    if seen != expected:
+        return {"failed": f"it trained other tokens: (real, target) {seen} instead of {expected}"}
+    stamps = result.pop("stamps")
+    seconds = [after - before for before, after in itertools.pairwise(stamps)]
+    speeds = [tokens / each for tokens, each in zip(result["tokens"][1:], seconds, strict=True)]
+    early, late = (49, -2) if len(stamps) > 100 else (0, -1)  # a long run: without its warm-up and its saving
+    return result | {
+        "seconds": seconds,  # of steps 2 to N
+        "tokens_per_second": statistics.median(speeds),
+        "steps_per_second": (len(stamps) + late - early) / (stamps[late] - stamps[early]),
+        "all_tokens": sum(result["tokens"]),
+        "all_targets": sum(result["targets"]),
+        "last_loss": result["losses"][-1] if result["losses"] else None,
+    }
+
+
+def targets(row: dict[str, Any]) -> int:
+    return len(row["ids"]) - row["prompt"]
+
+
+# ── showing ─────────────────────────────────────────────────────────────────────────────────────────────────────
+
+
+def show(name: str, result: dict[str, Any]) -> None:
+    sides = {side: each for side, each in result["sides"].items() if "failed" not in each}
+    first, steps = SECTIONS[name].sides[0], result["steps"]
+    print(f"\n{name}: {steps} steps of {result['rows_per_step']} rows, {result['dtype']}")
+    print(" " * 24 + "".join(f"{SIDES[side].label:>28}" for side in sides))
+    lines: list[tuple[str, str, float, int]] = [
+        ("real tokens/s", "tokens_per_second", 1, 0),
+        ("steps/s", "steps_per_second", 1, 3),
+        ("peak memory, GiB", "peak_memory_bytes", 2**30, 2),
+        (f"loss at step {steps}", "last_loss", 1, 4),
+        ("real tokens", "all_tokens", 1, 0),
+        ("target tokens", "all_targets", 1, 0),
+    ]
+    for title, key, unit, digits in lines:
+        values = {side: each[key] / unit for side, each in sides.items() if each[key] is not None}
+        cells = [f"{values[side]:.{digits}f}" if side in values else "" for side in sides]
+        if first in values and digits in (0, 3, 2) and not key.startswith("all"):
+            ratios = {side: values[first] / values[side] for side in values if side != first}
+            cells = [
+                f"{cell}  (lora {ratios[side]:.2f} ×)" if side in ratios else cell
+                for side, cell in zip(sides, cells, strict=True)
+            ]
+        print(f"{title:24}" + "".join(f"{cell:>28}" for cell in cells))
+    for side, each in sides.items():
+        if side != first and first in sides and SIDES[side].same_order and SIDES[side].same_A and each["losses"]:
+            gap, step = largest_gap(sides[first]["losses"], each["losses"])
+            print(f"largest difference of the loss to {SIDES[side].label}: {gap:.3%}, at step {step}")
+    for side, each in result["sides"].items():
+        if "failed" in each:
+            print(f"{SIDES[side].label} did not run to its end: {each['failed']}")
+    sys.stdout.flush()
+
+
+def largest_gap(ours: list[float], theirs: list[float]) -> tuple[float, int]:
+    """(relative difference, step) where two curves are farthest apart. Steps that were not logged do not count."""
+    return max((abs(a - b) / b, step) for step, (a, b) in enumerate(zip(ours, theirs, strict=True), 1))
+
+
+def picture(results: dict[str, Any], place: Path) -> None:
+    """Speed and peak memory of each side, one group of bars a section."""
+    import matplotlib
+    from matplotlib import pyplot
+
+    matplotlib.use("Agg")
+
+    bars: list[tuple[str, dict[str, Any]]] = []  # (label, result), from the top; an empty result is a heading
+    for name in SPEED:
+        sides = results.get(name, {}).get("sides", {})
+        ran = [(SIDES[side].label, each) for side, each in sides.items() if "failed" not in each]
+        bars += [(SECTIONS[name].title, {}), *ran] if len(ran) > 1 else []
+    if not bars:
+        raise SystemExit("nothing to draw: give --json FILE with results of " + ", ".join(SPEED))
+    figure, panels = pyplot.subplots(1, 2, figsize=(9, 0.3 * len(bars) + 0.9), sharey=True, layout="constrained")
+    wanted = (
+        ("real tokens a second", "tokens_per_second", 1, ".0f"),
+        ("peak memory, GiB", "peak_memory_bytes", 2**30, ".1f"),
+    )
+    for panel, (title, key, unit, form) in zip(panels, wanted, strict=True):
+        values = [each.get(key, 0) / unit for _, each in bars]
+        colors = ["#1f6feb" if label.startswith("lora") else "#b6bec9" for label, _ in bars]
+        panel.barh(range(len(bars)), values, color=colors, height=0.72)
+        for at, (value, (_, each)) in enumerate(zip(values, bars, strict=True)):
+            if each:
+                panel.text(value, at, f" {value:{form}}", va="center", fontsize=9)
+        panel.set_title(title, fontsize=10, loc="left")
+        panel.set_xlim(0, 1.15 * max(values))
+        panel.set_ylim(len(bars) - 0.4, -0.6)  # the first section on top
+        panel.set_xticks([])
+        panel.tick_params(length=0)
+        panel.spines[["top", "right", "bottom"]].set_visible(False)
+    panels[0].set_yticks(range(len(bars)), [label for label, _ in bars], fontsize=9)
+    for text, (_, each) in zip(panels[0].get_yticklabels(), bars, strict=True):
+        text.set_fontweight("normal" if each else "bold")
+    place.parent.mkdir(parents=True, exist_ok=True)
+    figure.savefig(place, dpi=150)
+    print(f"picture in {place}")
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,323 @@
+"""What benchmarks/train.py compares lora with: each peer on the same rows, set as its own guides set it.
+
+Each function trains the work in a folder and returns, one value a step: losses, tokens (padding not counted), targets
+(tokens that carry loss), both counted in the batches that the model was given, and stamps (clock at the end of a step).
+
+TRL could also lay rows side by side, with `packing` or `padding_free`. Both are left out: only flash attention keeps
+the rows of one sequence apart there, and it needs a GPU; with the attention that a CPU has, rows would see each other.
+"""
+
+from __future__ import annotations
+
+import csv
+import itertools
+import json
+import math
+import os
+import subprocess
+import sys
+import time
+from pathlib import Path
+from typing import Any
+
+from train_rows import ROOT, Work, steps_of
+
+Result = dict[str, list[Any]]
+
+
+def trl(folder: Path, work: Work, by_length: bool = False) -> Result:
+    """TRL's SFTTrainer over PEFT. It pads each batch to its longest row; logits are made in chunks (loss_type nll)."""
+    from datasets import Dataset
+    from transformers import AutoTokenizer
+    from trl import SFTConfig, SFTTrainer
+
+    rows = [json.loads(line) for line in (folder / "rows.jsonl").read_text(encoding="utf-8").splitlines()]
+    ordered = [row for step in steps_of(folder) for row in step]
+    data = Dataset.from_list([rows[row["row"] - 1] for row in ordered])
+    settings: dict[str, Any] = trainer_settings(folder, work) | {
+        "max_length": work.max_tokens,
+        "gradient_checkpointing": work.checkpointing,
+        "gradient_checkpointing_kwargs": {"use_reentrant": False} if work.checkpointing else None,
+        "bf16": work.dtype == "bf16",
+        "train_sampling_strategy": "group_by_length" if by_length else "sequential",
+    }
+    trainer = counting(SFTTrainer)(
+        model=base_model(work),
+        args=SFTConfig(**settings),
+        train_dataset=data,
+        processing_class=AutoTokenizer.from_pretrained(work.model),
+        peft_config=adapter_settings(work),
+    )
+    assert trainer.train_dataset["input_ids"] == [row["ids"] for row in ordered], "TRL makes the same tokens"
+    return run(trainer)
+
+
+def trl_by_length(folder: Path, work: Work) -> Result:
+    """The same with rows of similar length in a step: less padding, another order."""
+    return trl(folder, work, by_length=True)
+
+
+def peft(folder: Path, work: Work) -> Result:
+    """The plain loop of PEFT's and bitsandbytes' guides: no trainer, autocast in bf16, the model's own loss."""
+    import torch
+    from peft import get_peft_model
+
+    model = get_peft_model(base_model(work), adapter_settings(work))
+    same_initial_A(model)
+    parameters = [parameter for parameter in model.parameters() if parameter.requires_grad]
+    optimizer = torch.optim.AdamW(parameters, lr=work.rate, weight_decay=0.0, fused=True)
+    model.train()
+    result: Result = {"losses": [], "tokens": [], "targets": [], "stamps": []}
+    for rows in steps_of(folder):
+        batch = padded(rows)
+        with torch.autocast("cpu", dtype=torch.bfloat16, enabled=work.dtype == "bf16"):
+            loss = model(**batch).loss
+        loss.backward()
+        torch.nn.utils.clip_grad_norm_(parameters, work.clip)
+        optimizer.step()
+        optimizer.zero_grad()
+        count(result, batch, loss.item())
+        result["stamps"].append(time.monotonic())
+    return result
+
+
+def litgpt(folder: Path, work: Work) -> Result:
+    """litgpt's finetune_lora, unquantized, in bf16: Lightning refuses bitsandbytes where there is no CUDA device.
+
+    Its own loop, model and loss; given are the tokens in their order and a constant rate. It does not clip gradients,
+    and draws an A of its own. What it does after the last step, saving and merging, is left out.
+    """
+    import litgpt.finetune.lora as finetune  # pyright: ignore[reportMissingImports]
+    import torch
+    from litgpt.args import EvalArgs, TrainArgs  # pyright: ignore[reportMissingImports]
+    from litgpt.data import DataModule, get_sft_collate_fn  # pyright: ignore[reportMissingImports]
+
+    result: Result = {"losses": [], "tokens": [], "targets": [], "stamps": []}
+
+    class Rows(DataModule):
+        prompt_style = None
+
+        def connect(self, *_: Any, **__: Any) -> None: ...
+
+        def train_dataloader(self) -> Any:
+            return loader([litgpt_row(row) for step in steps_of(folder) for row in step])
+
+        def val_dataloader(self) -> Any:
+            return loader([litgpt_row(steps_of(folder)[0][0])])  # litgpt tries one batch of it before it trains
+
+    def loader(rows: Any) -> Any:
+        collate = get_sft_collate_fn(max_seq_length=work.max_tokens)
+        return torch.utils.data.DataLoader(rows, batch_size=work.rows_per_step, collate_fn=collate)
+
+    def counted(logits: Any, targets: Any, **options: Any) -> Any:
+        if isinstance(logits, list):  # of training, not of the check before it
+            result["targets"].append(int((targets != -100).sum()))
+        return cross_entropy(logits, targets, **options)
+
+    class Constant(torch.optim.lr_scheduler.ConstantLR):
+        """Its step is the last thing that litgpt does in a step, so the clock is read here."""
+
+        def step(self, *arguments: Any) -> None:
+            super().step(*arguments)
+            result["stamps"].append(time.monotonic())
+
+    cross_entropy = finetune.chunked_cross_entropy
+    finetune.chunked_cross_entropy = counted
+    finetune.get_lr_scheduler = lambda optimizer, **_: Constant(optimizer, factor=1.0)
+    for shipping in ("save_lora_checkpoint", "copy_config_files", "save_hyperparameters", "save_prompt_style"):
+        setattr(finetune, shipping, lambda *_, **__: None)
+    finetune.merge_lora = lambda *_, **__: None
+    finetune.setup(
+        litgpt_model(Path(work.model)),
+        folder / "litgpt",
+        precision={"bf16": "bf16-true", "fp32": "32-true"}[work.dtype],
+        lora_r=work.rank,
+        lora_alpha=work.alpha,
+        lora_dropout=0.0,
+        lora_key=True,
+        lora_projection=True,
+        data=Rows(),
+        train=TrainArgs(
+            save_interval=None,
+            global_batch_size=work.rows_per_step,
+            micro_batch_size=work.rows_per_step,
+            epochs=2,  # more than max_steps needs, so that no text is generated at the end
+            max_steps=work.steps,
+            max_seq_length=work.max_tokens,
+        ),
+        eval=EvalArgs(interval=10**9, max_new_tokens=1, max_iters=1, final_validation=False),
+        optimizer={"class_path": "torch.optim.AdamW", "init_args": {"lr": work.rate, "weight_decay": 0.0}},
+    )
+    result["stamps"] = result["stamps"][-work.steps :]  # a schedule steps once when it is made
+    with next((folder / "litgpt").rglob("metrics.csv")).open(newline="") as stream:
+        lines = [line for line in csv.DictReader(stream) if line["loss"]]  # the others are of throughput
+    result["losses"] = [float(line["loss"]) for line in lines]
+    totals = [0, *(int(float(line["tokens"])) for line in lines)]
+    result["tokens"] = [after - before for before, after in itertools.pairwise(totals)]
+    return result
+
+
+def trainer(folder: Path, work: Work, **logging: Any) -> Result:
+    """transformers' Trainer over PEFT, with a log line for every step, as lora writes one."""
+    from peft import get_peft_model
+    from transformers import Trainer, TrainingArguments
+
+    steps = steps_of(folder)
+    rows: Any = [{name: values[0] for name, values in padded([row]).items()} for step in steps for row in step]
+    settings: dict[str, Any] = trainer_settings(folder, work) | {"train_sampling_strategy": "sequential"} | logging
+    made = Trainer(
+        model=get_peft_model(base_model(work), adapter_settings(work)),
+        args=TrainingArguments(**settings),
+        train_dataset=rows,
+    )
+    result = run(made)
+    for step in steps:  # counted afterwards: what one step costs is the measure here
+        count(result, padded(step), math.nan)
+    result["losses"] = [line["loss"] for line in made.state.log_history if "loss" in line]
+    return result
+
+
+def trainer_quiet(folder: Path, work: Work) -> Result:
+    """The same with the Trainer's own default, a log line every 500 steps."""
+    return trainer(folder, work, logging_steps=500)
+
+
+# ── what they share ─────────────────────────────────────────────────────────────────────────────────────────────
+
+
+def base_model(work: Work) -> Any:
+    """The base model as QLoRA's guides load it."""
+    import torch
+    from transformers import AutoModelForCausalLM, BitsAndBytesConfig
+
+    dtype = {"bf16": torch.bfloat16, "fp32": torch.float32}[work.dtype]
+    quantized = BitsAndBytesConfig(
+        load_in_4bit=True, bnb_4bit_quant_type="nf4", bnb_4bit_use_double_quant=True, bnb_4bit_compute_dtype=dtype
+    )
+    return AutoModelForCausalLM.from_pretrained(
+        work.model,
+        quantization_config=quantized if work.quantization == "nf4" else None,
+        dtype=dtype,
+        device_map={"": "cpu"},
+        attn_implementation="sdpa",
+    )
+
+
+def adapter_settings(work: Work) -> Any:
+    from peft import LoraConfig
+
+    gpt2 = "gpt2" in Path(work.model).name
+    return LoraConfig(
+        r=work.rank,
+        lora_alpha=work.alpha,
+        target_modules=r".*\.attn\.(c_attn|c_proj)" if gpt2 else ["q_proj", "k_proj", "v_proj", "o_proj"],
+        fan_in_fan_out=gpt2,
+        task_type="CAUSAL_LM",
+    )
+
+
+def same_initial_A(model: Any) -> None:
+    """PEFT's A, drawn as lora draws it with seed 0: the same numbers in the same order of layers."""
+    import torch
+
+    generator = torch.Generator().manual_seed(0)
+    for name, parameter in model.named_parameters():
+        if ".lora_A." in name:
+            drawn = torch.empty(parameter.shape, dtype=torch.float32)
+            torch.nn.init.kaiming_uniform_(drawn, a=math.sqrt(5), generator=generator)
+            parameter.data.copy_(drawn)
+
+
+def padded(rows: list[dict[str, Any]]) -> dict[str, Any]:
+    """Tensors of some rows, each as long as the longest: (rows, longest)."""
+    import torch
+
+    width = max(len(row["ids"]) for row in rows)
+    ids = torch.zeros(len(rows), width, dtype=torch.long)
+    mask, labels = torch.zeros_like(ids), torch.full_like(ids, -100)
+    for at, row in enumerate(rows):
+        length, prompt = len(row["ids"]), row["prompt"]
+        ids[at, :length] = torch.tensor(row["ids"])
+        labels[at, prompt:length] = ids[at, prompt:length]
+        mask[at, :length] = 1
+    return {"input_ids": ids, "attention_mask": mask, "labels": labels}
+
+
+def count(result: Result, batch: Any, loss: float) -> None:
+    result["losses"].append(loss)
+    result["tokens"].append(int(batch["attention_mask"].sum()))
+    result["targets"].append(int((batch["labels"][:, 1:] != -100).sum()))
+
+
+def trainer_settings(folder: Path, work: Work) -> dict[str, Any]:
+    return {
+        "output_dir": str(folder / "trainer"),
+        "per_device_train_batch_size": work.rows_per_step,
+        "max_steps": work.steps,
+        "learning_rate": work.rate,
+        "max_grad_norm": work.clip,
+        "lr_scheduler_type": "constant",
+        "warmup_steps": 0,
+        "optim": "adamw_torch_fused",
+        "use_cpu": True,
+        "logging_steps": 1,
+        "report_to": "none",
+        "save_strategy": "no",
+        "disable_tqdm": True,
+        "seed": 0,
+    }
+
+
+def counting(kind: Any) -> Any:
+    """A trainer class that remembers what each step was given."""
+
+    class Counting(kind):
+        result: Result
+
+        def training_step(self, model: Any, inputs: Any, *arguments: Any, **options: Any) -> Any:
+            batch = dict(inputs)
+            loss = super().training_step(model, inputs, *arguments, **options)
+            count(self.result, batch, float(loss.detach()))
+            return loss
+
+    return Counting
+
+
+def run(trainer: Any) -> Result:
+    """Train from lora's initial A, with the clock read at the end of every step."""
+    from transformers import TrainerCallback
+
+    result: Result = {"losses": [], "tokens": [], "targets": [], "stamps": []}
+
+    class Clock(TrainerCallback):
+        def on_step_end(self, *_: Any, **__: Any) -> None:
+            result["stamps"].append(time.monotonic())
+
+    trainer.result = result  # where counting() puts what it counts
+    trainer.add_callback(Clock())
+    same_initial_A(trainer.model)
+    trainer.train()
+    return result
+
+
+def litgpt_row(row: dict[str, Any]) -> dict[str, Any]:
+    one = padded([row])
+    return {
+        "input_ids": one["input_ids"][0],
+        "labels": one["labels"][0],
+        "token_counts": {"raw": len(row["ids"]), "raw_plus_prompt_template": len(row["ids"])},
+    }
+
+
+def litgpt_model(model: Path) -> Path:
+    """The model as litgpt stores it, converted once by litgpt, in a process of its own: its memory does not count."""
+    place = ROOT / "build" / f"litgpt-{model.name}"
+    if not (place / "lit_model.pth").is_file():
+        place.mkdir(parents=True, exist_ok=True)
+        for path in model.iterdir():
+            if not (place / path.name).exists():
+                os.link(path, place / path.name)
+        convert = "import sys; from pathlib import Path; from litgpt.scripts import convert_hf_checkpoint as c; "
+        convert += "c.convert_hf_checkpoint(Path(sys.argv[1]), model_name='SmolLM2-135M-Instruct', dtype='bfloat16')"
+        subprocess.run([sys.executable, "-c", convert, str(place)], check=True)
+    return place
