@@ -21,13 +21,14 @@ from transformers.pytorch_utils import Conv1D
 from lora_cli.adapters.attach import adapter_parameters, attach
 from lora_cli.adapters.layer import LoRALinear, lora_layers
 from lora_cli.adapters.projections import output_parts
-from lora_cli.adapters.targets import find_targets
-from lora_cli.base.load import checkpoint_activations, load_model
+from lora_cli.adapters.targets import block_lists, find_targets
+from lora_cli.base.activations import ActivationPlan, follow
+from lora_cli.base.load import load_model
 from lora_cli.base.source import find_base
 from lora_cli.data.batches import MicroBatch, collate
 from lora_cli.data.example import Example
 from lora_cli.errors import LoraError
-from lora_cli.evaluation.loss import summed_loss, target_logits
+from lora_cli.evaluation.loss import logit_rule, summed_loss, target_logits
 from lora_cli.evaluation.packing_check import packing_difference, require_no_leak
 
 CPU = torch.device("cpu")
@@ -539,16 +540,20 @@ def test_gradient_checkpointing_changes_no_gradient(name, quantization, packed, 
     """E5."""
     model = adapted(load(name, quantization)).train()
     batch = batch_of(examples(20, 5, 13), packed=packed)
+    logit_rule(model)  # tries the model once
     calls = count_calls(model)
     plain = summed_loss(model, batch)
     plain.backward()
     expected, forwards = gradients(model), calls["count"]
-    checkpoint_activations(model)
+    blocks = [block for outer in block_lists(model) for block in model.get_submodule(outer)]
+    follow(ActivationPlan((True,) * len(blocks), (1.0,) * len(blocks), 1.0), blocks, to_host=Tensor.clone)
     checkpointed = summed_loss(model, batch)
     checkpointed.backward()
     torch.testing.assert_close(checkpointed, plain, rtol=1e-5, atol=0)
     assert_same_gradients(gradients(model), expected)
-    assert calls["count"] == 3 * forwards, "every block was computed twice: checkpointing was on"
+    again = calls["count"] - 2 * forwards  # it stops when all that is needed is there, so not after the last layer
+    assert forwards - len(blocks) <= again <= forwards, "every block was computed twice: checkpointing was on"
+    assert again > 0
 
 
 def count_calls(model: Any) -> dict[str, int]:

@@ -753,10 +753,11 @@ def test_a_loss_that_is_not_finite_stops_the_run(lora: Any, recipe_file: Any, tm
 
 @pytest.mark.parametrize("part", ["loss", "validation loss"])
 def test_nan(lora: Any, recipe_file: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, part: str):
-    from lora_cli.training import loop
+    from lora_cli.training import loop, micro_batches
 
     if part == "loss":
-        monkeypatch.setattr(loop, "summed_loss", lambda model, batch: torch.tensor(torch.nan, requires_grad=True))
+        nan = torch.tensor(torch.nan, requires_grad=True)
+        monkeypatch.setattr(micro_batches, "training_loss", lambda *_, **__: (nan, nan))
     else:
         measured = iter([(1.0, 1), (torch.nan, 1)])  # of the base, and after the first step
         monkeypatch.setattr(loop, "mean_loss", lambda *_: next(measured))

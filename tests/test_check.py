@@ -21,7 +21,7 @@ from lora_cli.data.preview import as_text, tokens_of
 from lora_cli.errors import CheckFailed, LoraError
 from lora_cli.planning.check import check, print_checked, write_page
 from lora_cli.recipe_file import load_recipe
-from lora_cli.training import loop
+from lora_cli.training import loop, micro_batches
 
 CHAT = [
     {"role": "user", "content": "How many Käse?"},
@@ -41,7 +41,7 @@ def checked_json(recipe: Path, *options: str) -> dict:
 def seen_in_training(monkeypatch):
     """(ids, targets) of every example of every micro-batch that a run trains on, taken from the model's own tensors."""
     seen: list[tuple[list[int], list[int]]] = []
-    real = loop.summed_loss
+    real = micro_batches.training_loss
 
     def spy(model, batch, **options):
         if model.training:
@@ -52,7 +52,7 @@ def seen_in_training(monkeypatch):
                 seen.append((ids[start:end], [aimed.get(at, -1) for at in range(start, end)]))
         return real(model, batch, **options)
 
-    monkeypatch.setattr(loop, "summed_loss", spy)
+    monkeypatch.setattr(micro_batches, "training_loss", spy)
     return seen
 
 

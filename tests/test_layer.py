@@ -7,6 +7,7 @@ import math
 from typing import Any
 
 import bitsandbytes as bnb
+import numpy as np
 import peft
 import pytest
 import torch
@@ -19,11 +20,13 @@ from torch.testing import assert_close
 from transformers.pytorch_utils import Conv1D
 
 from lora_cli.adapters.attach import adapter_parameters, attach, is_inert
-from lora_cli.adapters.layer import LoRALinear, adapters_disabled, lora_layers
+from lora_cli.adapters.dropout import feature_keys, keep_mask, token_keys
+from lora_cli.adapters.layer import LoRALinear, adapters_disabled, cast_once, dropout_keys, lora_layers
 from lora_cli.adapters.targets import Target, find_targets
 from lora_cli.base.linear import dense_weight, features, is_linear, stored_transposed
 from lora_cli.base.load import _keep_trainable_on_cpu, load_model
 from lora_cli.base.source import find_base
+from lora_cli.errors import LoraError
 
 # 64 inputs are one NF4 block: where a row is no whole number of blocks, bitsandbytes 0.50.2 on CPUs takes other
 # blocks' scales (measured), and so computes with other weights than the format defines.
@@ -66,6 +69,11 @@ def make_input(*shape: int, dtype: torch.dtype = torch.float32, seed: int = 1) -
     return torch.randn(*(shape or (2, 3)), IN, generator=generator).to(dtype).requires_grad_()
 
 
+def draw_dropout(layer: LoRALinear, tokens: int, step: int = 0) -> Any:
+    keys = torch.from_numpy(token_keys(0, step, np.arange(tokens)))
+    return dropout_keys({"layer": layer}, keys)
+
+
 def weight_and_bias(base: Any) -> tuple[Tensor, Tensor]:
     weight = base.weight.T if isinstance(base, Conv1D) else dense_weight(base)
     bias = torch.zeros(OUT) if base.bias is None else base.bias
@@ -91,12 +99,12 @@ def test_fresh_adapter_is_the_base_layer_bitwise(kind, dtype, training):
     layer = LoRALinear(base, RANK, ALPHA, dropout=0.3).train(training)
     layer.init_A("kaiming", torch.Generator().manual_seed(0))
     x = make_input(dtype=dtype)
-    with torch.no_grad():
+    with torch.no_grad(), draw_dropout(layer, 6):
         assert torch.equal(layer(x), base(x))
-    assert is_inert(layer)
-    randomize_adapter(layer)
-    assert not is_inert(layer)
-    assert not torch.equal(layer(x), base(x))
+        assert is_inert(layer)
+        randomize_adapter(layer)
+        assert not is_inert(layer)
+        assert not torch.equal(layer(x), base(x))
 
 
 # E2
@@ -265,6 +273,63 @@ def test_a_subclass_with_a_forward_of_its_own_is_no_linear_layer():
     assert all(is_linear(make_base(kind)) for kind in KINDS)
 
 
+# What is kept
+
+
+@pytest.mark.parametrize("kind", ["linear", "conv1d", "nf4", "nf4 double", "int8"])
+@pytest.mark.parametrize("dropout", [0.0, 0.4])
+def test_layers_beside_each_other_keep_one_input_and_no_weight(kind, dropout):
+    """Beyond parameters: x once, and rank values a token and layer. bitsandbytes' int8 keeps inputs of its own."""
+    layers = {name: make_layer(kind, dropout=dropout).train() for name in "qkv"}
+    x = make_input(32, 8)
+    known = {t.untyped_storage().data_ptr() for each in layers.values() for t in [*each.parameters(), *each.buffers()]}
+    kept: dict[int, int] = {}
+    alive = []
+
+    def pack(tensor: Tensor) -> Tensor:
+        if tensor.untyped_storage().data_ptr() not in known:
+            kept[tensor.untyped_storage().data_ptr()] = tensor.untyped_storage().nbytes()
+            alive.append(tensor)
+        return tensor
+
+    with (
+        dropout_keys(layers, torch.from_numpy(token_keys(0, 0, np.arange(256)))),
+        torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor),
+    ):
+        total = sum(layer(x).sum() for layer in layers.values())
+    assert isinstance(total, Tensor)
+    low = 3 * 256 * RANK * 4
+    inputs = x.untyped_storage().nbytes()
+    spare = 3 * inputs if kind == "int8" else 0
+    assert inputs + low <= sum(kept.values()) <= inputs + low + spare
+
+
+def test_what_is_frozen_gets_no_gradient_and_an_input_without_one_none_either():
+    layer = make_layer("linear")
+    layer(make_input().detach()).sum().backward()
+    assert layer.lora_A.grad is not None
+    assert layer.lora_B.grad is not None
+    assert all(parameter.grad is None for parameter in layer.base_layer.parameters())
+    layer.lora_A.requires_grad_(False)
+    layer.lora_A.grad = layer.lora_B.grad = None
+    layer(make_input()).sum().backward()
+    assert layer.lora_A.grad is None
+    assert layer.lora_B.grad is not None
+
+
+def test_casting_once_gives_the_same_and_does_not_outlive_its_block():
+    layer = make_layer("linear").bfloat16()
+    layer.lora_A.data, layer.lora_B.data = layer.lora_A.data.float(), layer.lora_B.data.float()
+    x = make_input(dtype=torch.bfloat16)
+    expected = forward_and_gradients(layer, x, layer.lora_A, layer.lora_B)
+    with cast_once({"layer": layer}, torch.bfloat16):
+        inside = forward_and_gradients(layer, x, layer.lora_A, layer.lora_B)
+    assert all(torch.equal(one, other) for one, other in zip(inside, expected, strict=True))
+    assert [each.dtype for each in inside[2:]] == [torch.float32] * 2
+    randomize_adapter(layer, scale=2.0)
+    assert not torch.equal(layer(x), expected[0])
+
+
 # Dropout
 
 
@@ -274,14 +339,67 @@ def test_dropout_is_on_the_lora_path_alone(kind):
     x = make_input().detach()
     with adapters_disabled(layer):
         base = layer(x)
-    torch.manual_seed(3)
-    actual = layer(x)
-    torch.manual_seed(3)
-    expected = base + F.dropout(x, 0.4) @ layer.delta_weight().T
+    keep = keep_mask(torch.from_numpy(token_keys(0, 3, np.arange(6))), feature_keys("layer", IN), 0.4)
+    with draw_dropout(layer, 6, step=3):
+        actual = layer(x)
+        with adapters_disabled(layer):
+            assert torch.equal(layer(x), base), "the frozen path never drops"
+    expected = base + (x.view(6, IN) * keep / 0.6).view(x.shape) @ layer.delta_weight().T
     assert_close(actual, expected, rtol=1e-5, atol=1e-5)
-    assert not torch.equal(layer(x), actual), "drawn anew each time"
-    with adapters_disabled(layer):
-        assert torch.equal(layer(x), base), "the frozen path never drops"
+    with draw_dropout(layer, 6, step=4):
+        assert not torch.equal(layer(x), actual), "drawn anew in each step"
+
+
+@pytest.mark.parametrize("masked", [False, True])
+def test_gradients_with_dropout_are_those_of_the_formula(masked):
+    """What is dropped of the input is dropped of its gradient, though the mask is not kept."""
+    mask = torch.rand(OUT, RANK, generator=torch.Generator().manual_seed(3)) < 0.5 if masked else None
+    layer = make_layer("linear", dropout=0.4, output_mask=mask).double().train()
+    x = make_input(dtype=torch.float64)
+    weight, bias = weight_and_bias(layer.base_layer)
+    A, B = layer.lora_A, layer.lora_B
+    keep = keep_mask(torch.from_numpy(token_keys(0, 0, np.arange(6))), feature_keys("layer", IN), 0.4).view(x.shape)
+
+    def formula(x: Tensor) -> Tensor:
+        allowed = B if mask is None else B * mask
+        return x @ weight.T + bias + ALPHA / RANK * (x * keep / 0.6) @ (allowed @ A).T
+
+    with draw_dropout(layer, 6):
+        actual = forward_and_gradients(layer, x, A, B)
+    for one, other in zip(actual, forward_and_gradients(formula, x, A, B), strict=True):
+        assert_close(one, other, rtol=0, atol=1e-12)
+
+
+def test_dropout_in_a_layer_that_sees_some_of_the_tokens_is_refused():
+    layer = make_layer("linear", dropout=0.4).train()
+    for keys in (None, torch.ones(5, dtype=torch.int32)):
+        with dropout_keys({"layer": layer}, keys), pytest.raises(LoraError, match="sees only some of the tokens"):
+            layer(make_input())
+
+
+@pytest.mark.parametrize("p", [0.05, 0.5, 0.9])
+def test_dropout_keeps_as_many_as_it_should_independently(p):
+    """Rates over all, per token, per feature, and of pairs that share a token, a feature or a layer's tokens."""
+    tokens, features = 2000, 768
+    keys = torch.from_numpy(token_keys(1, 2, np.arange(tokens)))
+    one, other = (keep_mask(keys, feature_keys(name, features), p).double() for name in ("q", "k"))
+    variance = p * (1 - p)
+
+    def off(rates: Tensor, count: int, expected: float, variance: float) -> float:
+        """Mean square of the deviations in units of what chance gives: 1 for independent draws."""
+        return ((rates - expected) ** 2).mean().item() / (variance / count)
+
+    assert abs(one.mean().item() - (1 - p)) < 6 * (variance / one.numel()) ** 0.5
+    for dim, count in ((0, tokens), (1, features)):
+        assert off(one.mean(dim), count, 1 - p, variance) == pytest.approx(1, abs=0.3)
+    centred, centred_other = one - (1 - p), other - (1 - p)
+    shifted = centred.roll(1, 0) * centred, centred.roll(1, 1) * centred, centred * centred_other
+    for products in shifted:
+        assert abs(products.mean().item()) < 6 * variance / products.numel() ** 0.5
+    between = centred.T @ centred / tokens  # of all pairs of features
+    between = between[~torch.eye(features, dtype=torch.bool)]
+    assert off(between, tokens, 0.0, variance**2) == pytest.approx(1, abs=0.1)
+    assert between.abs().max() < 8 * variance / tokens**0.5
 
 
 def test_dropout_is_off_in_evaluation_and_right_on_average():
@@ -290,8 +408,8 @@ def test_dropout_is_off_in_evaluation_and_right_on_average():
     weight, bias = weight_and_bias(layer.base_layer)
     expected = x @ (weight + layer.delta_weight()).T + bias
     assert_close(layer.eval()(x), expected, rtol=1e-5, atol=1e-5)
-    torch.manual_seed(4)
-    samples = layer.train()(x.expand(20000, IN))
+    with draw_dropout(layer.train(), 20000):
+        samples = layer(x.expand(20000, IN))
     # An output is a sum over inputs of x·Δ, each kept with 0.6 and divided by it: deviation √(x²Δ² · 0.4/0.6).
     deviation = ((x**2) @ (layer.delta_weight() ** 2).T * (0.4 / 0.6)).sqrt()[0]
     assert_close(samples.std(0), deviation, rtol=0.05, atol=0)  # 7σ of a deviation is 7/√(2·20000) = 3.5 %

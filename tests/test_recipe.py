@@ -164,7 +164,7 @@ def test_a_merge_key_brings_settings_in(load: Any):
         ("train: {learning_rate: .nan}\n", "train.learning_rate is NaN, but must be a finite number"),
         ("train: {min_learning_rate_ratio: 2}\n", "train.min_learning_rate_ratio is 2, but must be at most 1"),
         ("train: {seed: 1e3}\n", 'train.seed is "1e3", but must be a whole number'),
-        ("train: {gradient_checkpointing: 1}\n", "train.gradient_checkpointing is 1, but must be true or false"),
+        ("train: {gradient_checkpointing: 1}\n", "train.gradient_checkpointing is 1, but must be one of 'none', "),
         ("train: {optimizer: sgd}\n", "train.optimizer is \"sgd\", but must be one of 'adamw', 'adamw_8bit', "),
         ("train:\n", "train is null, but must be a section with keys of its own"),
         ("train: [1]\n", "train is [1], but must be a section with keys of its own"),
@@ -418,7 +418,7 @@ def test_overrides_are_yaml_and_reach_into_sections(load: Any):
         "train.epochs=3",  # the last one counts
     )
     assert (recipe.train.seed, recipe.train.learning_rate, recipe.train.epochs) == (3, 1e-3, 3.0)
-    assert recipe.train.gradient_checkpointing is True
+    assert recipe.train.gradient_checkpointing == "full"
     assert (recipe.adapter.layers, recipe.adapter.rank_pattern) == ([0, -1], {"q_proj": 3})
     assert (recipe.data.validation, recipe.revision) == (None, "v1")
 

@@ -52,11 +52,12 @@ class _PerExample(torch.autograd.Function):
         ctx.settings = lengths, window, scaling
         outputs = []
         for bucket in _buckets(lengths, query.device):
-            q, k, v = (bucket.take(x) for x in (query, key, value))
-            out = q.new_empty(*q.shape[:3], v.shape[3])
+            q, k, v = (_by_key_head(bucket.take(x), key.shape[1]) for x in (query, key, value))
+            q = q * scaling
+            out = q.new_empty(*q.shape[:2], v.shape[2])
             for block in _blocks(q, k, window):
-                out[:, block.rows] = block.ungrouped(block.weights(scaling) @ block.keys(v))
-            outputs.append(out)
+                out[:, block.rows] = block.weights(q, k) @ v[:, block.seen]
+            outputs.append(_by_token(out, bucket.examples, k.shape[1]))
         return _put_back(outputs, lengths, query.device)
 
     @staticmethod
@@ -66,25 +67,37 @@ class _PerExample(torch.autograd.Function):
         lengths, window, scaling = ctx.settings
         gradients: tuple[list[Tensor], ...] = ([], [], [])
         for bucket in _buckets(lengths, query.device):
-            q, k, v = (bucket.take(x) for x in (query, key, value))
+            q, k, v = (_by_key_head(bucket.take(x), key.shape[1]) for x in (query, key, value))
             u = bucket.take(upstream.transpose(0, 1).unsqueeze(0), padding_is_zero=True)
-            dq, dk, dv = (torch.zeros_like(x, dtype=_sum_dtype(x, q.shape[1])) for x in (q, k, v))
-            for block in _blocks(q, k, window):
-                weights, above = block.weights(scaling), block.queries(u)
-                block.add(dv, weights.mT @ above)
-                of_weights = above @ block.keys(v).mT
+            u, q = _by_key_head(u, key.shape[1]), q * scaling
+            dq = torch.empty_like(q)
+            blocks = list(_blocks(q, k, window))
+            wide = q.dtype if len(blocks) == 1 else torch.promote_types(q.dtype, torch.float32)  # sums over blocks
+            dk, dv = (torch.zeros_like(x, dtype=wide) for x in (k, v))
+            for block in blocks:
+                weights, above = block.weights(q, k), u[:, block.rows]
+                dv[:, block.seen] += weights.mT @ above
+                of_weights = above @ v[:, block.seen].mT
                 of_scores = torch.ops.aten._softmax_backward_data(of_weights, weights, -1, weights.dtype)
-                dq[:, block.rows] = block.ungrouped(of_scores @ block.keys(k) * scaling).to(dq.dtype)
-                block.add(dk, of_scores.mT @ (block.queries(q) * scaling))
-            for gradient, x in zip(gradients, (dq, dk, dv), strict=True):
-                gradient.append(x.to(query.dtype))
+                dq[:, block.rows] = of_scores @ k[:, block.seen]
+                dk[:, block.seen] += of_scores.mT @ q[:, block.rows]
+            for gradient, x in zip(gradients, (dq.mul_(scaling), dk, dv), strict=True):
+                gradient.append(_by_token(x.to(query.dtype), bucket.examples, k.shape[1]))
         dq, dk, dv = (_put_back(x, lengths, query.device).transpose(0, 1).unsqueeze(0) for x in gradients)
         return dq, dk, dv, None, None, None
 
 
-def _sum_dtype(x: Tensor, length: int) -> torch.dtype:
-    """Sums over several blocks are kept in fp32."""
-    return x.dtype if length <= _BLOCK else torch.promote_types(x.dtype, torch.float32)
+def _by_key_head(x: Tensor, key_heads: int) -> Tensor:
+    """(examples, length, heads, d) → (examples · key_heads, length · group, d): heads that share a key lie together."""
+    examples, length, heads, d = x.shape
+    split = x.view(examples, length, key_heads, heads // key_heads, d)
+    return split.transpose(1, 2).reshape(examples * key_heads, -1, d)
+
+
+def _by_token(x: Tensor, examples: int, length: int) -> Tensor:
+    """The inverse, flat: (examples · length, heads, d)."""
+    split = x.view(examples, x.shape[0] // examples, length, -1, x.shape[2])
+    return split.transpose(1, 2).reshape(examples * length, -1, x.shape[2])
 
 
 # ── examples of similar length, computed together ─────────────────────────────────────────────────────────────────
@@ -130,11 +143,10 @@ def _buckets(lengths: tuple[int, ...], device: torch.device) -> list[_Bucket]:
 
 
 def _put_back(parts: list[Tensor], lengths: tuple[int, ...], device: torch.device) -> Tensor:
-    """(examples, longest, heads, head_dim) of each bucket → (tokens, heads, head_dim)."""
-    buckets = _buckets(lengths, device)
-    flat = [part.flatten(0, 1) for part in parts]
-    rows = flat[0] if len(flat) == 1 else torch.cat(flat)
-    return rows if buckets[0].places is None else rows.index_select(0, _way_back(lengths, device))
+    """(examples · longest, heads, d) of each bucket → (tokens, heads, d)."""
+    rows = parts[0] if len(parts) == 1 else torch.cat(parts)
+    as_it_is = _buckets(lengths, device)[0].places is None
+    return rows if as_it_is else rows.index_select(0, _way_back(lengths, device))
 
 
 @lru_cache(maxsize=8)
@@ -166,45 +178,35 @@ def _similar_lengths(lengths: tuple[int, ...]) -> list[list[int]]:
 
 @dataclass(frozen=True)
 class _Block:
-    """Some queries and the keys that any of them sees. Query heads that share a key head are rows of one product."""
+    """Some queries, and the keys that any of them sees."""
 
-    query: Tensor  # (examples, length, heads, head_dim)
-    key: Tensor  # (examples, length, key_value_heads, head_dim)
-    rows: slice
-    seen: slice
-    window: int | None
+    rows: slice  # of length · group
+    seen: slice  # of length
+    mask: Tensor  # (queries, keys), 0 or -inf, for the last keys of those that are seen
 
-    def queries(self, x: Tensor) -> Tensor:
-        """(examples, length, heads, d) → (examples · key_value_heads, group · rows, d)."""
-        examples, _, key_heads, _ = self.key.shape
-        return x[:, self.rows].transpose(1, 2).reshape(examples * key_heads, -1, x.shape[3])
-
-    def keys(self, x: Tensor) -> Tensor:
-        """(examples, length, key_value_heads, d) → (examples · key_value_heads, seen, d)."""
-        return x[:, self.seen].transpose(1, 2).flatten(0, 1)
-
-    def ungrouped(self, x: Tensor) -> Tensor:
-        """The inverse of `queries`, for its rows alone."""
-        return x.view(len(self.query), self.query.shape[2], -1, x.shape[2]).transpose(1, 2)
-
-    def add(self, total: Tensor, x: Tensor) -> None:
-        """Add what belongs to the keys, in the shape of `keys`, to their places in all of them."""
-        examples, _, heads, d = total.shape
-        total[:, self.seen] += x.view(examples, heads, -1, d).transpose(1, 2)
-
-    def weights(self, scaling: float) -> Tensor:
-        """(examples · key_value_heads, group · rows, seen)."""
-        scores = (self.queries(self.query) * scaling) @ self.keys(self.key).mT
-        rows, seen = (torch.arange(part.start, part.stop, device=scores.device) for part in (self.rows, self.seen))
-        distance = rows[:, None] - seen[None, :]
-        hidden = distance < 0 if self.window is None else (distance < 0) | (distance >= self.window)
-        scores.view(-1, len(rows), len(seen)).masked_fill_(hidden, float("-inf"))
+    def weights(self, query: Tensor, key: Tensor) -> Tensor:
+        """query: (…, length · group, d), scaled; key: (…, length, d) → (…, rows, seen)."""
+        scores = query[:, self.rows] @ key[:, self.seen].mT
+        by_query = scores.view(len(scores), len(self.mask), -1, scores.shape[2])  # (…, queries, group, seen)
+        by_query[..., -self.mask.shape[1] :] += self.mask[:, None]
         return scores.softmax(-1)
 
 
 def _blocks(query: Tensor, key: Tensor, window: int | None) -> Iterator[_Block]:
-    length = query.shape[1]
+    length = key.shape[1]
+    group = query.shape[1] // length
     for start in range(0, length, _BLOCK):
         end = min(start + _BLOCK, length)
         first = 0 if window is None else max(0, start - window + 1)
-        yield _Block(query, key, slice(start, end), slice(first, end), window)
+        masked = end - (start if window is None else first)  # without a window all sees what lies before the block
+        mask = _mask(end - start, masked, window, query.dtype, query.device)
+        yield _Block(slice(start * group, end * group), slice(first, end), mask)
+
+
+@lru_cache(maxsize=64)
+def _mask(queries: int, keys: int, window: int | None, dtype: torch.dtype, device: torch.device) -> Tensor:
+    """-inf where a query does not see a key, the last of both being the same token: (queries, keys)."""
+    at = torch.arange(keys, device=device)
+    distance = at[keys - queries :, None] - at
+    hidden = distance < 0 if window is None else (distance < 0) | (distance >= window)
+    return torch.zeros(queries, keys, dtype=dtype, device=device).masked_fill_(hidden, float("-inf"))

@@ -133,12 +133,9 @@ def model_config(source: BaseSource, trust_remote_code: bool) -> Any:
 
 
 def _without_dropout(config: Any) -> None:
-    """The frozen path draws nothing: a recipe with dropout 0 then is deterministic, also for GPT-2's built-in 0.1.
-
-    Nor do routers of experts add noise (jitter).
-    """
+    """The frozen path never drops: a recipe with dropout 0 then is deterministic, also for GPT-2's built-in 0.1."""
     for key, value in vars(config).items():
-        if ("drop" in key or "jitter" in key) and isinstance(value, float):
+        if "drop" in key and isinstance(value, float):
             setattr(config, key, 0.0)
         elif hasattr(value, "model_type"):  # a configuration inside a configuration, such as MPT's attention
             _without_dropout(value)

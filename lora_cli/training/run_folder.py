@@ -54,7 +54,8 @@ class RunFolder:
         """Raises LoraError if a new run would overwrite something, or a resumed one would be another run."""
         if self.path.exists() and not self.path.is_dir():
             raise LoraError("the output is a file, not a folder", where=str(self.path), fix="choose another output")
-        taken = self.path.is_dir() and any(each.name != "prepared" for each in self.path.iterdir())
+        caches = ("prepared", "compiled")  # of a run that did not begin
+        taken = self.path.is_dir() and any(each.name not in caches for each in self.path.iterdir())
         if not resume:
             if taken:
                 what = "another run" if self.recipe.exists() else "other files"

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -11,6 +12,7 @@ import numpy as np
 import torch
 from accelerate import PartialState
 from rich.console import Console
+from torch import nn
 from transformers import PreTrainedTokenizerBase
 
 from lora_cli.adapters.attach import adapter_parameters, attach
@@ -18,9 +20,11 @@ from lora_cli.adapters.layer import LoRALinear, dropout_keys
 from lora_cli.adapters.targets import block_lists, targets_of
 from lora_cli.base.activations import ActivationPlan, follow, measured, plan_activations, to_pinned_memory
 from lora_cli.base.attention import packed_attention_name
+from lora_cli.base.compiled import compile_blocks
 from lora_cli.base.device import describe_device, free_memory_bytes, pick_device, pick_dtype
 from lora_cli.base.linear import quantized_bytes, unquantized_layers
 from lora_cli.base.load import load_model, load_tokenizer
+from lora_cli.base.recompute import keep_inputs_alone
 from lora_cli.base.source import BaseSource, find_base
 from lora_cli.data.batches import collate
 from lora_cli.data.example import Example
@@ -123,7 +127,13 @@ def open_session(recipe: Recipe, console: Console) -> Session:
     if logit_rule(model) is None:
         say(f"loss     logits of all targets at once: what {type(model).__name__} does to them is not known here")
     tokens = sum(len(example.ids) for example in feed.largest())
-    plan = _plan_activations(model, layers, recipe, lay_out, tokens, device)
+    blocks = [block for name in block_lists(model) for block in model.get_submodule(name)]
+    if recipe.train.compile:
+        compile_blocks(blocks, Path(recipe.output) / "compiled")
+        say("compile  transformer blocks, at their first use: this takes minutes once")
+    else:
+        keep_inputs_alone(model)
+    plan = _plan_activations(model, blocks, layers, recipe, lay_out, tokens, device)
     say(f"memory   {_describe_plan(plan, tokens)}")
     return Session(recipe, source, tokenizer, data, model, layers, feed, device, dtype, lay_out, plan)
 
@@ -143,7 +153,13 @@ def _layout(model: Any, recipe: Recipe, device: torch.device, say: Any) -> bool:
 
 
 def _plan_activations(
-    model: Any, layers: dict[str, LoRALinear], recipe: Recipe, lay_out: Collate, tokens: int, device: torch.device
+    model: Any,
+    blocks: Sequence[nn.Module],
+    layers: dict[str, LoRALinear],
+    recipe: Recipe,
+    lay_out: Collate,
+    tokens: int,
+    device: torch.device,
 ) -> ActivationPlan:
     """Measure what autograd keeps of each block, plan with it for micro-batches of `tokens`, make the blocks obey."""
     train = recipe.train
@@ -152,14 +168,21 @@ def _plan_activations(
             "train.offload_activations: on a CPU activations are in host memory already",
             fix="remove it, or use gradient_checkpointing: full",
         )
-    blocks = [block for name in block_lists(model) for block in model.get_submodule(name)]
     ids = np.arange(_SAMPLE_TOKENS) % model.config.get_text_config().vocab_size
     sample = [Example(ids, [(1, _SAMPLE_TOKENS, 1.0)])]
     batch = lay_out(sample, dropout=(0, 0))
     training = model.training
     model.train()
     with dropout_keys(layers, batch.dropout_keys), measured(blocks) as kept:
-        summed_loss(model, batch)
+        try:
+            summed_loss(model, batch)
+        except Exception as error:
+            if not train.compile:
+                raise
+            raise LoraError(
+                f"train.compile: the blocks cannot be compiled: {str(error).strip().splitlines()[0][:200]}",
+                fix="install a C++ compiler (g++), or write train.compile: false",
+            ) from error
     model.train(training)
     hidden = model.config.get_text_config().hidden_size * torch.finfo(model.dtype).bits // 8
     budget = train.activation_memory and train.activation_memory * 2**30

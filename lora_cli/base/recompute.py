@@ -1,0 +1,159 @@
+"""Norms and gated products that keep their inputs alone: cheap to compute again, dear to keep.
+
+The model's own code computes forward, bit for bit. Only what autograd keeps and how it comes back is replaced, in
+modules whose shape is known here, after a trial on the loaded module.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.autograd.function import once_differentiable
+
+
+def keep_inputs_alone(model: nn.Module) -> int:
+    """Replace the backward pass of norms and gated products that are known here; returns how many. Values stay.
+
+    Only for frozen norms: their weights get no gradient.
+    """
+    known: dict[tuple[Any, ...], float | bool | None] = {}
+    replaced = 0
+    for module in model.modules():
+        weight = getattr(module, "weight", None)
+        if "RMSNorm" in type(module).__name__ and isinstance(weight, Tensor) and not [*module.children()]:
+            kind = (type(module), weight.shape, weight.dtype)
+            if kind not in known:
+                known[kind] = _offset(module)
+            if (offset := known[kind]) is not None:
+                module.forward = _norm_forward(module, offset)
+                replaced += 1
+        elif all(isinstance(getattr(module, name, None), nn.Module) for name in _GATED):
+            kind = (type(module),)
+            if kind not in known:
+                known[kind] = _is_gated_product(module)
+            if known[kind]:
+                module.forward = _gated_forward(module)
+                replaced += 1
+    return replaced
+
+
+# ── norms ─────────────────────────────────────────────────────────────────────────────────────────────────────────
+
+
+class _RMSNorm(torch.autograd.Function):
+    """w ∘ x̂ with x̂ = x · r and r = (mean x² + ε)^-½ (Zhang and Sennrich 2019, arXiv:1910.07467, equation 4).
+
+    With G the gradient of the result times w: dx = r · (G - x̂ · mean(G ∘ x̂)), computed in fp32.
+    """
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, forward: Callable[[Tensor], Tensor], scale: Tensor, eps: float) -> Tensor:  # type: ignore[override]
+        ctx.save_for_backward(x)
+        ctx.scale, ctx.eps = scale, eps
+        return forward(x)
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, upstream: Tensor) -> tuple[Tensor | None, ...]:  # type: ignore[override]
+        (x,) = ctx.saved_tensors
+        wide = x.to(ctx.scale.dtype)
+        above = upstream * ctx.scale
+        r = torch.rsqrt((wide * wide).mean(-1, keepdim=True) + ctx.eps)
+        along = (above * wide).mean(-1, keepdim=True)
+        return above.mul_(r).addcmul_(wide, r**3 * along, value=-1).to(x.dtype), None, None, None
+
+
+def _norm_forward(norm: nn.Module, offset: float) -> Callable[[Tensor], Tensor]:
+    own, eps = norm.forward, _eps(norm)
+
+    def forward(x: Tensor) -> Tensor:
+        if not x.requires_grad:
+            return own(x)
+        weight: Any = norm.weight
+        return _RMSNorm.apply(x, own, weight.detach().to(_wide(weight.dtype)) + offset, eps)  # type: ignore[return-value]
+
+    return forward
+
+
+def _offset(norm: nn.Module) -> float | None:
+    """What is added to the norm's weight: 0, or 1 as in Gemma. None if its gradient is neither's."""
+    weight: Any = norm.weight
+    if _eps(norm) is None:
+        return None
+    generator = torch.Generator().manual_seed(0)
+    x = torch.randn(3, weight.shape[-1], generator=generator).to(weight).requires_grad_()
+    upstream = torch.randn(3, weight.shape[-1], generator=generator).to(weight)
+    (expected,) = torch.autograd.grad(norm(x), x, upstream.to(norm(x).dtype))
+    for offset in (0.0, 1.0):
+        (actual,) = torch.autograd.grad(_norm_forward(norm, offset)(x), x, upstream.to(norm(x).dtype))
+        if _same(actual, expected):
+            return offset
+    return None
+
+
+def _eps(norm: Any) -> Any:
+    return getattr(norm, "variance_epsilon", getattr(norm, "eps", None))
+
+
+# ── gated products ────────────────────────────────────────────────────────────────────────────────────────────────
+
+_GATED = ("gate_proj", "up_proj", "down_proj", "act_fn")
+
+
+class _GatedProduct(torch.autograd.Function):
+    """activation(gate) ∘ up, without keeping the activated gate (Shazeer 2020, arXiv:2002.05202, equation 5)."""
+
+    @staticmethod
+    def forward(ctx: Any, gate: Tensor, up: Tensor, activation: Callable[[Tensor], Tensor]) -> Tensor:  # type: ignore[override]
+        ctx.save_for_backward(gate, up)
+        ctx.activation = activation
+        return activation(gate) * up
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, upstream: Tensor) -> tuple[Tensor | None, ...]:  # type: ignore[override]
+        gate, up = ctx.saved_tensors
+        with torch.enable_grad():
+            leaf = gate.detach().requires_grad_()
+            activated = ctx.activation(leaf)
+        (of_gate,) = torch.autograd.grad(activated, leaf, upstream * up)
+        return of_gate, upstream * activated.detach(), None
+
+
+def _gated_forward(mlp: Any) -> Callable[[Tensor], Tensor]:
+    own = mlp.forward
+
+    def forward(x: Tensor) -> Tensor:
+        if not torch.is_grad_enabled():
+            return own(x)
+        return mlp.down_proj(_GatedProduct.apply(mlp.gate_proj(x), mlp.up_proj(x), mlp.act_fn))
+
+    return forward
+
+
+def _is_gated_product(mlp: Any) -> bool:
+    """Whether the module computes down(activation(gate(x)) ∘ up(x)) and nothing else."""
+    weight = next(mlp.down_proj.parameters())
+    width = (
+        getattr(mlp.gate_proj, "in_features", None) or getattr(mlp.gate_proj, "base_layer", mlp.gate_proj).in_features
+    )
+    dtype = weight.dtype if weight.is_floating_point() else torch.get_default_dtype()
+    x = torch.randn(1, 3, width, generator=torch.Generator().manual_seed(0)).to(weight.device, dtype)
+    try:
+        expected = mlp(x)
+        actual = _gated_forward(mlp)(x)
+    except (TypeError, ValueError, RuntimeError, AttributeError):
+        return False
+    return isinstance(expected, Tensor) and torch.equal(actual, expected)
+
+
+def _wide(dtype: torch.dtype) -> torch.dtype:
+    return torch.promote_types(dtype, torch.float32)
+
+
+def _same(one: Tensor, other: Tensor) -> bool:
+    tolerance = 16 * torch.finfo(other.dtype).eps
+    return bool(torch.allclose(one.float(), other.float(), rtol=tolerance, atol=tolerance))
