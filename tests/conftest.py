@@ -99,6 +99,8 @@ def recipe_file(tmp_path: Path, tiny_llama: Path, sums: Path) -> Callable[..., P
             values[key] = values[key] | value if isinstance(value, dict) and key in values else value
         if values["data"].get("streaming"):
             del values["train"]["epochs"]  # which a stream cannot count
+        if "batch_size" in values["train"]:
+            del values["train"]["gradient_accumulation_steps"]  # which follows from what fits
         path = tmp_path / name
         path.write_text(yaml.safe_dump(values), encoding="utf-8")
         return path

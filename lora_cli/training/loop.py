@@ -25,7 +25,7 @@ from lora_cli.evaluation.perplexity import mean_loss
 from lora_cli.files import human_bytes, write_json, written_whole
 from lora_cli.recipe import Recipe
 from lora_cli.training.checkpoint import load_checkpoint, prune_checkpoints, save_checkpoint
-from lora_cli.training.micro_batches import DoesNotFit, MicroBatches
+from lora_cli.training.micro_batches import DoesNotFit, MicroBatches, smaller_from_now_on
 from lora_cli.training.optimizer import averaged_weights, learning_rate, make_optimizer, set_learning_rate
 from lora_cli.training.progress import Progress
 from lora_cli.training.run_folder import RunFolder, environment_of
@@ -110,7 +110,9 @@ class _Run:
         self.recipe = session.recipe.train
         self.model = session.model
         self.parameters = adapter_parameters(self.model)
-        self.optimizer = accelerator.prepare(make_optimizer(self.recipe, self.model))
+        optimizer = make_optimizer(self.recipe, self.model)
+        # Only fp16 needs accelerate around each step and backward; it looks for packages on the disk every time.
+        self.optimizer = optimizer if accelerator.scaler is None else accelerator.prepare(optimizer)
         self.state = State()
         self.stop_requested = False
         self.micro_batches = MicroBatches(session, accelerator, self.parameters)
@@ -190,11 +192,7 @@ class _Run:
                 return self.micro_batches.run(step, batches, weight, self.state.parts)
             except DoesNotFit as problem:
                 self.state.parts = self.micro_batches.smaller(batches, self.state.parts, problem)
-                self.console.print(
-                    f"out of memory in step {step}: micro-batches are now cut into {self.state.parts} pieces, which "
-                    "changes nothing in the result",
-                    highlight=False,
-                )
+                self.console.print(smaller_from_now_on(problem, self.state.parts), highlight=False, soft_wrap=True)
                 if self.state.step:  # the last step that is complete
                     self._checkpoint()
 

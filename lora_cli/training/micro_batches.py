@@ -45,7 +45,8 @@ class MicroBatches:
         pieces = cut(batches, max(parts, self._fewest_parts(len(batches))))
         total = torch.zeros((), dtype=torch.float64)
         failed = ""
-        self.session.model.train()
+        if not self.session.model.training:
+            self.session.model.train()
         with cast_once(self.session.layers, self.session.dtype):
             for at in range(self.accelerator.process_index, len(pieces), self.accelerator.num_processes):
                 try:
@@ -99,7 +100,7 @@ class MicroBatches:
             too_few = parts
             parts = self.smaller(largest, parts, problem)
             if not auto:
-                say(f"out of memory ({problem}): micro-batches are cut into {parts}; the result stays the same")
+                say(smaller_from_now_on(problem, parts))
         while auto and parts - too_few > 1:
             middle = (parts + too_few) // 2
             if self._trial(largest, middle) is None:
@@ -115,7 +116,7 @@ class MicroBatches:
         if self.session.device.type == "cpu" and needed > free:  # there the system kills instead of refusing
             return DoesNotFit(f"{human_bytes(needed)} of activations, {human_bytes(free)} free")
         try:
-            self.run(1, [piece], 1.0, 1)
+            self.run(1, [piece] * self.accelerator.num_processes, 1.0, 1)
         except DoesNotFit as problem:
             return problem
         self._forget_gradients()
@@ -125,11 +126,14 @@ class MicroBatches:
         recipe, session = self.recipe, self.session
         dropout = (recipe.seed, step) if session.recipe.adapter.dropout else None
         batch = session.collate(piece, dropout=dropout)
-        _seed(recipe.seed, step, at)
+        _seed(recipe.seed, step, at, session.device)
         with dropout_keys(session.layers, batch.dropout_keys):  # also for what the backward pass computes again
             with self.accelerator.autocast():
                 loss, cross_entropy = training_loss(session.model, batch, z_loss=recipe.z_loss)
-            self.accelerator.backward(loss / weight)
+            if self.accelerator.scaler is None:
+                (loss / weight).backward()
+            else:
+                self.accelerator.backward(loss / weight)
         return cross_entropy.item()
 
     def _fewest_parts(self, batches: int) -> int:
@@ -155,6 +159,10 @@ class MicroBatches:
         if self.accelerator.num_processes == 1:
             return value
         return self.accelerator.reduce(value.to(self.session.device), "sum")  # type: ignore[return-value]
+
+
+def smaller_from_now_on(problem: DoesNotFit, parts: int) -> str:
+    return f"out of memory ({problem}): each micro-batch is now cut into {parts}; the result stays the same"
 
 
 def cut(batches: Sequence[Sequence[Example]], parts: int) -> list[list[Example]]:
@@ -188,10 +196,13 @@ def _tokens(examples: Sequence[Example]) -> int:
     return sum(len(example.ids) for example in examples)
 
 
-def _seed(seed: int, step: int, micro_batch: int) -> None:
+def _seed(seed: int, step: int, micro_batch: int, device: torch.device) -> None:
     """What a model may draw by itself is a function of seed, step and micro-batch: the same when it is resumed."""
     digest = hashlib.blake2b(f"{seed}/{step}/{micro_batch}".encode(), digest_size=4).digest()
-    torch.manual_seed(int.from_bytes(digest, "little"))
+    number = int.from_bytes(digest, "little")
+    torch.default_generator.manual_seed(number)  # torch.manual_seed keeps a stack trace for devices that are not there
+    if device.type == "cuda":
+        torch.cuda.manual_seed(number)
 
 
 def _first_line(error: BaseException) -> str:
