@@ -21,7 +21,7 @@ from typing import Any
 
 ROOT = Path(__file__).parents[1]
 MODEL = ROOT / "build" / "smollm2-135m-instruct"
-CHECKPOINTED: Any = True  # what train.gradient_checkpointing is set to where activations are recomputed
+CHECKPOINTED = "full"  # train.gradient_checkpointing where activations are recomputed
 MODULES = "argparse ast asyncio calendar collections configparser contextlib copy csv datetime decimal difflib email "
 MODULES += "enum fractions ftplib functools gettext heapq html http imaplib inspect ipaddress itertools json logging "
 MODULES += "mailbox math multiprocessing os pathlib pdb pickle platform random re shutil smtplib socket sqlite3 ssl "

@@ -27,6 +27,7 @@ from lora_cli.adapters.targets import find_targets
 from lora_cli.base.attention import attention_implementation
 from lora_cli.base.linear import quantized_bytes
 from lora_cli.base.load import load_model, load_tokenizer
+from lora_cli.base.recompute import keep_inputs_alone
 from lora_cli.base.source import find_base
 from lora_cli.data.batches import collate
 from lora_cli.data.example import Example
@@ -510,6 +511,7 @@ def test_activations_are_what_torch_keeps(name: str):
             setattr(config, key, 0.0)
         model, ranks = adapted(config, "cpu")
         attach(model, find_targets(model, list(ranks), rank=1, alpha=1))
+        keep_inputs_alone(model)
         model.train()
         own = {p.untyped_storage().data_ptr() for p in [*model.parameters(), *model.buffers()]}
         saved: dict[int, int] = {}
@@ -591,7 +593,8 @@ def test_the_estimate_grows_with_all_that_there_is(
     elif more in shape:
         assert total(shape | {more: 2 * shape[more]}, blocks, numbers) >= base
     else:
-        assert total(shape, blocks, numbers | {more: 2 * numbers[more] + 1}) > base
+        grown = total(shape, blocks, numbers | {more: 2 * numbers[more] + 1})
+        assert grown > base or (more == "target_tokens" and grown == base)  # one chunk of logits is the most there is
     assert total(shape, blocks, numbers, gradient_checkpointing=True) <= total(
         shape, blocks, numbers, gradient_checkpointing=False
     )
@@ -606,7 +609,7 @@ def test_the_estimate_by_hand():
     assert memory.weights == round(1e9 * (4 + 1 / 8 + 1 / 512) / 8) + 2 * 10**8 + 2 * 10**7
     assert memory.adapter == 10**7 * 18
     assert memory.activations == 1000 * 20 * (2 * 20_000 + 4 * 4096)
-    assert memory.logits == 400 * 32_000 * 10
+    assert memory.logits == 400 * 32_000 * (2 + 4)
     assert memory.overhead == GIB
     assert memory.total == memory.weights + memory.adapter + memory.activations + memory.logits + GIB
     again = estimate_memory(SHAPE, quantization="none", tokens=1000, target_tokens=400, gradient_checkpointing=True)
@@ -681,7 +684,7 @@ def test_what_a_7b_model_gets(
     data, sizes = write_rows(tmp_path / "long.jsonl", rows), ("8GB", "16GB", "80GB")
     chosen = [written(tmp_path, seven_billion, data, gpu, f"{gpu}.yaml") for gpu in sizes]
     assert [each.quantization for each in chosen] == ["nf4", "nf4", "none"]
-    assert [each.train.gradient_checkpointing for each in chosen] == [True, False, False]
+    assert [each.train.gradient_checkpointing for each in chosen] == ["full", "none", "none"]
     assert [each.train.learning_rate for each in chosen] == [2e-4] * 3
     assert "in bf16 they would take 12.55 GiB" in (tmp_path / "16GB.yaml").read_text()  # 2 bytes × 6,738,415,616
     assert "without it, a step would need about " in (tmp_path / "8GB.yaml").read_text()

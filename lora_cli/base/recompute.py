@@ -22,15 +22,15 @@ def keep_inputs_alone(model: nn.Module) -> int:
     known: dict[tuple[Any, ...], float | bool | None] = {}
     replaced = 0
     for module in model.modules():
-        weight = getattr(module, "weight", None)
-        if "RMSNorm" in type(module).__name__ and isinstance(weight, Tensor) and not [*module.children()]:
+        if is_rms_norm(module):
+            weight: Any = module.weight
             kind = (type(module), weight.shape, weight.dtype)
             if kind not in known:
                 known[kind] = _offset(module)
             if (offset := known[kind]) is not None:
                 module.forward = _norm_forward(module, offset)
                 replaced += 1
-        elif all(isinstance(getattr(module, name, None), nn.Module) for name in _GATED):
+        elif is_gated(module):
             kind = (type(module),)
             if kind not in known:
                 known[kind] = _is_gated_product(module)
@@ -38,6 +38,17 @@ def keep_inputs_alone(model: nn.Module) -> int:
                 module.forward = _gated_forward(module)
                 replaced += 1
     return replaced
+
+
+def is_rms_norm(module: nn.Module) -> bool:
+    """Whether this is a norm of that kind by its name; a trial decides."""
+    weight = getattr(module, "weight", None)
+    return "RMSNorm" in type(module).__name__ and isinstance(weight, Tensor) and not [*module.children()]
+
+
+def is_gated(module: nn.Module) -> bool:
+    """Whether this is a gated product by its parts; a trial decides."""
+    return all(isinstance(getattr(module, name, None), nn.Module) for name in _GATED)
 
 
 # ── norms ─────────────────────────────────────────────────────────────────────────────────────────────────────────

@@ -9,8 +9,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from lora_cli.base.cross_entropy import LogitRule, linear_cross_entropy
 from lora_cli.data.batches import MicroBatch
-from lora_cli.evaluation.cross_entropy import LogitRule, linear_cross_entropy
 
 _rules: WeakKeyDictionary[Any, LogitRule | None] = WeakKeyDictionary()
 

@@ -26,7 +26,6 @@ FULL_MICRO_BATCH, SMALL_MICRO_BATCH = 4096, 1024  # tokens: more are hardly fast
 TEXT_PIECE = 2048  # tokens that longer texts are cut into
 SHORTEST_PIECE = 256
 HELD_OUT, FEWEST_HELD_OUT, MOST_HELD_OUT = 0.05, 8, 1000  # share, rows, rows
-_CPU_SCORES = 512  # tokens of an example up to which base/attention.py keeps its scores on a CPU
 _SIZES = (4, 6, 8, 10, 12, 16, 20, 24, 32, 40, 48, 80, 96, 128, 141, 180)  # GiB that GPUs are made with
 
 
@@ -196,8 +195,6 @@ def _estimator(
         scores = 0
         if implementation == "eager":  # all examples of a micro-batch lie on one row, unless they are padded
             scores = row * micro_batch if base.packs else row
-        elif device.on_cpu:
-            scores = min(_CPU_SCORES, row)
         return estimate_memory(
             shape,
             quantization=quantization,

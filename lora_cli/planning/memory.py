@@ -10,7 +10,9 @@ from typing import Any
 from torch import nn
 
 from lora_cli.adapters.targets import block_lists, linear_layers
+from lora_cli.base.cross_entropy import CHUNK_BYTES
 from lora_cli.base.linear import features, is_linear
+from lora_cli.base.recompute import is_gated, is_rms_norm
 from lora_cli.errors import LoraError
 
 GIB = 2**30
@@ -92,7 +94,7 @@ def estimate_memory(
     adapter      adapter · (4 fp32 + 4 gradient + optimizer_bytes (8: two Adam moments) + b while it is applied)
     activations  tokens · Σ over blocks (b · values + 4 · fp32_values + heads · scores · 8); with gradient checkpointing
                  tokens · (blocks · hidden · b + the same of the largest block alone)
-    logits       target_tokens · vocabulary · (b + 4 as fp32 + 4 for the softmax)
+    logits       of the target tokens of one chunk: 64 MiB in fp32, and b for each value beside it
     overhead     1 GiB
 
     tokens, target_tokens: of a micro-batch. scores: how many attention scores are kept for each token and head: none
@@ -111,7 +113,7 @@ def estimate_memory(
         weights=round(shape.quantizable * bits / 8) + shape.other * value_bytes + dequantized,
         adapter=shape.adapter * (4 + 4 + optimizer_bytes + value_bytes),
         activations=tokens * kept,
-        logits=target_tokens * shape.vocabulary * (value_bytes + 8),
+        logits=min(target_tokens * shape.vocabulary, CHUNK_BYTES // 4) * (value_bytes + 4),
         overhead=OVERHEAD,
     )
 
@@ -151,8 +153,8 @@ def _block(block: nn.Module, hidden: int, adapted: Collection[str], prefix: str,
     """What autograd keeps of a block for one token. Base weights are frozen, so their inputs are not kept for them.
 
     Inputs of adapted layers (A's gradient needs them), once where layers beside each other share one; outputs of all
-    layers (attention and activation function need them); in a gated MLP the activated gate; inputs of norms, which
-    RMSNorm takes in fp32. Within 15 % of what torch keeps on a CPU, for ten kinds (tests/test_init.py).
+    layers (attention and activation function need them); in a gated MLP that base/recompute.py does not know the
+    activated gate; inputs of norms. Within 15 % of what torch keeps on a CPU, for ten kinds (tests/test_init.py).
     """
     linear = {name: features(module) for name, module in block.named_modules() if is_linear(module)}
     outputs = sum(out for _, out in linear.values())
@@ -165,14 +167,15 @@ def _block(block: nn.Module, hidden: int, adapted: Collection[str], prefix: str,
         width = linear[down][0]
         beside = sum(out for name, (_, out) in linear.items() if _parent(name) == _parent(down) and name != down)
         gated = beside >= 2 * width
-        values += width * (gated + extra)
+        recomputed = any(is_gated(module) for module in block.modules())
+        values += width * (gated and not recomputed) + width * extra
     stacked = [parameter for parameter in block.parameters() if parameter.dim() == 3]  # one tensor for all experts
     if stacked and experts:
         width = sum(parameter[0].numel() for parameter in stacked) // (3 * hidden)
         values += experts * (3 * width + 2 * hidden)
     norms = [each for each in block.modules() if "norm" in type(each).__name__.lower() and not [*each.children()]]
-    plain = sum(isinstance(norm, nn.LayerNorm) for norm in norms)
-    return Block(values + plain * hidden, (len(norms) - plain) * hidden)
+    wide = sum(not isinstance(norm, nn.LayerNorm) and not is_rms_norm(norm) for norm in norms)  # kept in fp32
+    return Block(values + (len(norms) - wide) * hidden, wide * hidden)
 
 
 def _parent(name: str) -> str:
