@@ -95,7 +95,7 @@ def test_bf16_is_as_near_as_bf16_can_be(window):
     assert out.dtype == torch.bfloat16
     actual = [out, *torch.autograd.grad(out, (q, k, v), upstream)]
     wide = [x.detach().float().requires_grad_() for x in (q, k, v)]
-    right = by_torch(*wide, lengths, window, None)
+    right = by_torch(wide[0], wide[1], wide[2], lengths, window, None)
     assert_close(actual, [right, *torch.autograd.grad(right, wide, upstream.float())], 4 * 2**-8)
 
 

@@ -178,8 +178,9 @@ def test_a_chunk_has_as_many_rows_as_its_bytes_allow(rows):
     """One byte less and it is a row less, but never none."""
     hidden, targets, _ = inputs()
     for missing, expected in ((0, min(rows, TARGETS)), (1, max(1, min(rows - 1, TARGETS)))):
-        layer, seen = linear(), []
-        layer.register_forward_hook(lambda _head, _inputs, logits, seen=seen: seen.append(logits.shape[1]))
+        layer = linear()
+        seen: list[int] = []
+        layer.register_forward_pre_hook(lambda _, inputs, to=seen: to.append(inputs[0].shape[1]))
         linear_cross_entropy(layer, hidden, targets, rule=LogitRule(), chunk_bytes=rows * VOCABULARY * 8 - missing)
         assert max(seen) == expected
         assert sum(seen) == TARGETS

@@ -14,6 +14,7 @@ from transformers.models.gemma2.modeling_gemma2 import Gemma2RMSNorm
 from transformers.models.llama.modeling_llama import LlamaMLP, LlamaRMSNorm
 
 from lora_cli.adapters.attach import adapter_parameters, attach
+from lora_cli.adapters.layer import LoRALinear
 from lora_cli.adapters.targets import block_lists, find_targets
 from lora_cli.base.activations import measured
 from lora_cli.base.recompute import keep_inputs_alone
@@ -81,7 +82,8 @@ def test_without_gradients_and_in_evaluation_values_stay(name):
     ids = torch.arange(20)[None]
     with torch.no_grad():
         before = model(input_ids=ids).logits
-        keep_inputs_alone(model)
+    keep_inputs_alone(model)
+    with torch.no_grad():
         assert torch.equal(model(input_ids=ids).logits, before)
     assert torch.equal(model(input_ids=ids).logits, before)
 
@@ -208,9 +210,8 @@ def test_an_mlp_that_drops_in_training_is_left_alone(drop, adapted):
     """Also when the model is not yet in training when it is looked at, as after loading."""
     mlp = DroppingMLP(hf.LlamaConfig(**TINY), drop)
     if adapted:
-        from lora_cli.adapters.layer import LoRALinear
-
-        mlp.gate_proj = LoRALinear(mlp.gate_proj, 4, 8, dropout=0.1)  # which it may not try outside a micro-batch
+        layer: Any = LoRALinear(mlp.gate_proj, 4, 8, dropout=0.1)  # whose dropout works in micro-batches alone
+        mlp.gate_proj = layer
     mlp.eval()
     state = torch.get_rng_state()
     assert keep_inputs_alone(mlp) == 0

@@ -24,20 +24,25 @@ def keep_inputs_alone(model: nn.Module) -> int:
     for module in model.modules():
         weight = getattr(module, "weight", None)
         if "RMSNorm" in type(module).__name__ and isinstance(weight, Tensor) and not [*module.children()]:
-            kind = (type(module), weight.shape, weight.dtype)
+            kind = (type(module), weight.shape, weight.dtype, _settings(module))
             if kind not in known:
                 known[kind] = _offset(module)
             if (offset := known[kind]) is not None:
                 module.forward = _norm_forward(module, offset)
                 replaced += 1
         elif all(isinstance(getattr(module, name, None), nn.Module) for name in _GATED):
-            kind = (type(module),)
+            kind = (type(module), _settings(module))
             if kind not in known:
                 known[kind] = _is_gated_product(module)
             if known[kind]:
                 module.forward = _gated_forward(module)
                 replaced += 1
     return replaced
+
+
+def _settings(module: nn.Module) -> tuple[tuple[str, Any], ...]:
+    """What makes modules of one class compute differently, as layers of Gemma 3n do."""
+    return tuple(sorted((name, value) for name, value in vars(module).items() if isinstance(value, int | float | str)))
 
 
 # ── norms ─────────────────────────────────────────────────────────────────────────────────────────────────────────
@@ -135,18 +140,26 @@ def _gated_forward(mlp: Any) -> Callable[[Tensor], Tensor]:
 
 
 def _is_gated_product(mlp: Any) -> bool:
-    """Whether the module computes down(activation(gate(x)) ∘ up(x)) and nothing else."""
+    """Whether the module computes down(activation(gate(x)) ∘ up(x)) and nothing else, in training as well."""
     weight = next(mlp.down_proj.parameters())
     width = (
         getattr(mlp.gate_proj, "in_features", None) or getattr(mlp.gate_proj, "base_layer", mlp.gate_proj).in_features
     )
     dtype = weight.dtype if weight.is_floating_point() else torch.get_default_dtype()
     x = torch.randn(1, 3, width, generator=torch.Generator().manual_seed(0)).to(weight.device, dtype)
+    drops = [mlp, *(module for module in mlp.modules() if isinstance(module, nn.Dropout))]  # its adapters stay as is
+    modes = [module.training for module in drops]
     try:
-        expected = mlp(x)
-        actual = _gated_forward(mlp)(x)
+        for module in drops:
+            module.training = True
+        with torch.random.fork_rng([weight.device] if weight.is_cuda else []):
+            expected = mlp(x)
+            actual = _gated_forward(mlp)(x)
     except (TypeError, ValueError, RuntimeError, AttributeError):
         return False
+    finally:
+        for module, mode in zip(drops, modes, strict=True):
+            module.training = mode
     return isinstance(expected, Tensor) and torch.equal(actual, expected)
 
 
