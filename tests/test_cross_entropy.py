@@ -177,10 +177,15 @@ def test_the_size_of_a_chunk_changes_nothing(count: int, chunk_bytes: int, head:
 def test_a_chunk_has_as_many_rows_as_its_bytes_allow(rows):
     """One byte less and it is a row less, but never none."""
     hidden, targets, _ = inputs()
+    layer = linear()
+    seen: list[int] = []
+
+    def see(_head: nn.Module, inputs: tuple[Tensor, ...]) -> None:
+        seen.append(inputs[0].shape[1])
+
+    layer.register_forward_pre_hook(see)
     for missing, expected in ((0, min(rows, TARGETS)), (1, max(1, min(rows - 1, TARGETS)))):
-        layer = linear()
-        seen: list[int] = []
-        layer.register_forward_pre_hook(lambda _, inputs, to=seen: to.append(inputs[0].shape[1]))
+        seen.clear()
         linear_cross_entropy(layer, hidden, targets, rule=LogitRule(), chunk_bytes=rows * VOCABULARY * 8 - missing)
         assert max(seen) == expected
         assert sum(seen) == TARGETS

@@ -592,7 +592,7 @@ def test_offload_activations(runs: Runs, monkeypatch: pytest.MonkeyPatch):
 
 
 @pytest.mark.skipif(shutil.which("g++") is None, reason="inductor needs a C++ compiler")
-@pytest.mark.filterwarnings("ignore:.*should not be instantiated:DeprecationWarning")  # torch tracing its own Function
+@pytest.mark.filterwarnings("ignore::DeprecationWarning", "ignore::UserWarning")  # of torch about its own tracing
 def test_compile(runs: Runs, monkeypatch: pytest.MonkeyPatch):
     """The same but for rounding, from code that lies in the run folder."""
     for name in ("TORCHINDUCTOR_CACHE_DIR", "TRITON_CACHE_DIR"):  # which a run sets, and this gives back
