@@ -591,6 +591,7 @@ def test_offload_activations(runs: Runs, monkeypatch: pytest.MonkeyPatch):
         runs({"train.offload_activations": True})
 
 
+@pytest.mark.slow
 @pytest.mark.skipif(shutil.which("g++") is None, reason="inductor needs a C++ compiler")
 @pytest.mark.filterwarnings("ignore::DeprecationWarning", "ignore::UserWarning")  # of torch about its own tracing
 def test_compile(runs: Runs, monkeypatch: pytest.MonkeyPatch):
