@@ -254,7 +254,10 @@ class TrainRecipe(Section):
         description="Adds this times log² Z of each target token to what is minimized, so that logits do not drift; "
         "PaLM used 1e-4 (Chowdhery et al. 2022, section 5). The loss that is shown is without it.",
     )
-    gradient_checkpointing: Annotated[Literal["none", "selective", "full"], BeforeValidator(_as_mode)] = Field(
+    gradient_checkpointing: Annotated[
+        Literal["none", "selective", "full"],
+        BeforeValidator(_as_mode, json_schema_input_type=Literal["none", "selective", "full"] | bool),
+    ] = Field(
         "none",
         description="Recompute activations in the backward pass: less memory, up to a third more time, same result. "
         "`full` (or true): of all blocks; `selective`: of as few as activation_memory allows.",

@@ -19,8 +19,10 @@ import torch
 import yaml
 from conftest import quiet_console, write_rows
 from safetensors.torch import load_file
+from transformers import AttentionInterface
 
 from lora_cli.adapters.layer import LoRALinear
+from lora_cli.base.attention import PER_EXAMPLE, per_example_attention
 from lora_cli.data.prepared import PreparedData, open_prepared
 from lora_cli.errors import CheckFailed, LoraError
 from lora_cli.recipe import Allowed, SourceRecipe
@@ -133,6 +135,7 @@ ONE_STEP_AN_EPOCH = {"train.micro_batch_size": 99, "data.packing": False}
 SOME_TOO_LONG = ONE_STEP_AN_EPOCH | {"data.max_seq_len": 30}
 CHAT = ONE_STEP_AN_EPOCH | {"data.train": "{chat}", "data.max_seq_len": 256}
 TOKENS_A_BATCH = {"train.max_steps": 2, "data.max_seq_len": 40}
+AUTO = {"train.micro_batch_size": "auto", "train.max_steps": 1, "data.max_seq_len": 40}
 LARGE = {"adapter.rank": 64, "adapter.projections": ["q", "o"]}  # bitsandbytes keeps small tensors in 32 bits
 
 CASES = [
@@ -144,6 +147,8 @@ CASES = [
     Case("adapter.rank", 2, shapes),
     Case("adapter.alpha", 1, losses),
     Case("adapter.alpha", 1, adapter_config),
+    Case("adapter.rank_stabilized", True, losses),
+    Case("adapter.rank_stabilized", True, adapter_config),
     Case("adapter.dropout", 0.5, losses),
     Case("adapter.target_modules", "all-linear", shapes),
     Case("adapter.target_modules", ["q_proj"], shapes),
@@ -179,6 +184,8 @@ CASES = [
     Case("train.epochs", 0.5, steps, SMALL_STEPS, 1),
     Case("train.max_steps", 1, steps),
     Case("train.micro_batch_size", 1, tokens_per_step),
+    Case("train.batch_size", 8, tokens_per_step, AUTO, 4),
+    Case("train.batch_size", 8, tokens_per_step, AUTO | {"data.packing": False}, 4),
     Case("train.tokens_per_micro_batch", 160, tokens_per_step, TOKENS_A_BATCH, 40),
     Case("train.tokens_per_micro_batch", 160, tokens_per_step, TOKENS_A_BATCH | {"data.packing": False}, 40),
     Case("train.gradient_accumulation_steps", 1, tokens_per_step),
@@ -197,6 +204,8 @@ CASES = [
     Case("train.beta1", 0.1, tensors),
     Case("train.beta2", 0.1, tensors),
     Case("train.max_grad_norm", 1e-8, losses),
+    Case("train.z_loss", 0.5, tensors),
+    Case("train.z_loss", 0.5, losses),
     Case("train.seed", 1, losses),
     Case("train.eval_every", 1, evaluations, VALIDATION),
     Case("train.checkpoint_every", 1, checkpoints),
@@ -210,7 +219,11 @@ TESTED_BELOW = {
     "data.columns": "test_columns",
     "data.allow": "test_allow",
     "data.cache": "test_cache",
+    "train.micro_batch_size": "test_micro_batch_size_auto",
     "train.gradient_checkpointing": "test_gradient_checkpointing",
+    "train.activation_memory": "test_activation_memory",
+    "train.offload_activations": "test_offload_activations",
+    "train.compile": "test_compile",
     "trackers": "test_trackers",
 }
 
@@ -278,6 +291,8 @@ class Runs:
             (values[section[0]] if section else values)[name] = self._filled(value)
         if "tokens_per_micro_batch" in values["train"]:
             del values["train"]["micro_batch_size"]
+        if values["train"].get("micro_batch_size") == "auto":
+            del values["train"]["gradient_accumulation_steps"]
         if values["data"].get("streaming"):
             del values["train"]["epochs"]
         path = self.folder / "recipe.yaml"
@@ -473,22 +488,122 @@ def test_every_key_of_a_source(runs: Runs, monkeypatch: pytest.MonkeyPatch):
     assert kept_examples(runs({"data.train": {"path": "{sums}", "weight": 0.5}})) == 6
 
 
-def test_gradient_checkpointing(runs: Runs, monkeypatch: pytest.MonkeyPatch):
-    """Same result, but what lies inside a block is computed a second time in the backward pass."""
-    forward, calls = LoRALinear.forward, []
+def test_z_loss_is_not_in_the_loss_that_is_shown(runs: Runs):
+    """It pulls on the weights, so that of the first step, before it could, nothing shows."""
+    plain, pulled = runs({}), runs({"train.z_loss": 0.5})
+    assert first_loss(pulled) == first_loss(plain)
+    assert losses(pulled)[1:] != losses(plain)[1:]
+
+
+def test_micro_batch_size_auto(runs: Runs, monkeypatch: pytest.MonkeyPatch):
+    """The step and its result stay; it is cut into as few micro-batches as fit."""
+    from lora_cli.training import micro_batches
+
+    own = micro_batches.training_loss
+    sizes: list[int] = []
+
+    def recorded(model: Any, batch: Any, **settings: Any) -> Any:
+        sizes.append(batch.tokens)
+        return own(model, batch, **settings)
+
+    monkeypatch.setattr(micro_batches, "training_loss", recorded)
+    settings = {"data.packing": False, "train.seed": 7}
+    halves = runs(settings)
+    assert len(sizes) == 3 * 2
+    largest = {}
+    for name, free_bytes in (("plenty", 2**40), ("little", 400_000)):
+        sizes.clear()
+        monkeypatch.setattr(micro_batches, "free_memory_bytes", lambda _, free_bytes=free_bytes: free_bytes)
+        auto = {"train.micro_batch_size": "auto", "train.batch_size": 4, "output": "{folder}/" + name}
+        run = runs(settings | auto)
+        assert tokens_per_step(run) == tokens_per_step(halves)
+        assert losses(run) == pytest.approx(losses(halves), rel=1e-5)  # fp32: sums in another order
+        assert sum(sizes[1:]) == sum(tokens_per_step(run))  # the first is a trial
+        largest[name] = max(sizes)
+        assert len(sizes) == 1 + 3 * (1 if name == "plenty" else 2)
+    assert largest["little"] < 0.75 * largest["plenty"]
+
+
+@pytest.fixture
+def computed(monkeypatch: pytest.MonkeyPatch) -> list[int]:
+    """Tokens of each LoRA layer that is computed with gradients, in micro-batches: evaluations and trials are none."""
+    from lora_cli.training.micro_batches import MicroBatches
+
+    forward, run, calls, within = LoRALinear.forward, MicroBatches.run, [], []
 
     def counted(self: LoRALinear, x: torch.Tensor) -> torch.Tensor:
-        calls.extend([self] if torch.is_grad_enabled() else [])  # evaluations and trials do not count
+        calls.extend([x.shape[1]] if within and torch.is_grad_enabled() else [])
         return forward(self, x)
 
+    def running(self: MicroBatches, *args: Any) -> float:
+        within.append(True)
+        try:
+            return run(self, *args)
+        finally:
+            within.pop()
+
     monkeypatch.setattr(LoRALinear, "forward", counted)
+    monkeypatch.setattr(MicroBatches, "run", running)
+    return calls
+
+
+def test_gradient_checkpointing(runs: Runs, computed: list[int]):
+    """Same result, but what lies inside a block is computed a second time in the backward pass."""
     settings = {"data.packing": False, "train.seed": 5}
     plain = runs(settings)
-    once = len(calls)
-    checkpointed = runs(settings | {"train.gradient_checkpointing": True})
-    assert len(calls) - once == 2 * once
-    assert losses(checkpointed) == losses(plain)
-    assert tensors(checkpointed) == tensors(plain)
+    once = len(computed)
+    for mode in (True, "full", "selective"):
+        computed.clear()
+        shared = settings | {"train.gradient_checkpointing": mode}
+        run = runs(shared | {"train.activation_memory": 1e-9} if mode == "selective" else shared)
+        assert len(computed) == 2 * once, mode
+        assert losses(run) == losses(plain)
+        assert tensors(run) == tensors(plain)
+
+
+def test_activation_memory(runs: Runs, computed: list[int], monkeypatch: pytest.MonkeyPatch):
+    """Of two blocks none, one or both are computed again, as its GiB allow."""
+    from lora_cli.training import session
+
+    plans: list[Any] = []
+    own = session.follow
+    monkeypatch.setattr(session, "follow", lambda plan, *rest, **more: (plans.append(plan), own(plan, *rest, **more)))
+    settings = {"train.gradient_checkpointing": "selective", "train.seed": 6}
+    plain = runs(settings)
+    once, each = len(computed), plans[0].bytes_per_token
+    tokens = 2 * 64  # two packed rows at once, of at most max_seq_len
+    assert not any(plans[0].recomputed), "80 % of what is free is more than enough"
+    for gib, blocks in ((1, 0), (0.75 * tokens * sum(each) / 2**30, 1), (1e-9, 2)):
+        computed.clear()
+        run = runs(settings | {"train.activation_memory": gib})
+        assert sum(plans[-1].recomputed) == blocks
+        assert len(computed) == once + blocks * once // 2
+        assert losses(run) == losses(plain)
+        assert tensors(run) == tensors(plain)
+
+
+def test_offload_activations(runs: Runs, monkeypatch: pytest.MonkeyPatch):
+    """Here there is nowhere else to keep them, which is said, not passed over; also where device: auto finds a CPU."""
+    with pytest.raises(LoraError, match=r"train\.offload_activations: on a CPU activations are in host memory already"):
+        runs({"train.offload_activations": True, "device": "cpu"})
+    monkeypatch.setattr("torch.cuda.is_available", lambda: False)
+    with pytest.raises(LoraError, match=r"train\.offload_activations: on a CPU activations are in host memory already"):
+        runs({"train.offload_activations": True})
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(shutil.which("g++") is None, reason="inductor needs a C++ compiler")
+@pytest.mark.filterwarnings("ignore::DeprecationWarning", "ignore::UserWarning")  # of torch about its own tracing
+def test_compile(runs: Runs, monkeypatch: pytest.MonkeyPatch):
+    """The same but for rounding, from code that lies in the run folder."""
+    for name in ("TORCHINDUCTOR_CACHE_DIR", "TRITON_CACHE_DIR"):  # which a run sets, and this gives back
+        monkeypatch.setenv(name, "")
+    monkeypatch.setitem(AttentionInterface._global_mapping, PER_EXAMPLE, per_example_attention)
+    plain, compiled = runs({}), runs({"train.compile": True})
+    torch.compiler.reset()
+    assert [path for path in (compiled / "compiled").rglob("*.so")] != []
+    assert not (plain / "compiled").exists()
+    assert losses(compiled) == pytest.approx(losses(plain), rel=1e-4)  # fused kernels sum in another order
 
 
 def test_trackers(runs: Runs):

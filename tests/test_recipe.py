@@ -314,6 +314,23 @@ def test_validation_is_a_fraction_or_a_file(load: Any, problem: Any, tmp_path: P
             "train.tokens_per_micro_batch",
             "write 1024 or more, or lower data.max",
         ),
+        ("train: {micro_batch_size: auto}", "train.micro_batch_size", "set train.batch_size to the rows of a step"),
+        ("train: {batch_size: 16}", "train.batch_size", "remove batch_size, or write micro_batch_size: auto"),
+        (
+            "train: {micro_batch_size: auto, batch_size: 16, gradient_accumulation_steps: 2}",
+            "train.gradient_accumulation_steps",
+            "remove gradient_accumulation_steps; batch_size says how large a step is",
+        ),
+        (
+            "train: {gradient_checkpointing: full, activation_memory: 4}",
+            "train.activation_memory",
+            "write gradient_checkpointing: selective, or remove activation_memory",
+        ),
+        (
+            "{device: cpu, train: {offload_activations: true}}",
+            "train.offload_activations",
+            "remove offload_activations, or use gradient_checkpointing: full",
+        ),
         (
             "train: {schedule: constant, min_learning_rate_ratio: 0.1}",
             "train.min_learning_rate_ratio",
@@ -560,6 +577,8 @@ VALUES: dict[str, st.SearchStrategy[Any]] = {
     "data.cache": st.none() | _names,
     "train.epochs": _positive | _counts,
     "train.max_steps": st.none() | _counts,
+    "train.micro_batch_size": st.just("auto") | st.integers(1, 99),
+    "train.batch_size": st.none() | _counts,
     "train.tokens_per_micro_batch": st.none() | st.integers(2, 10**7),
     "train.learning_rate": _positive,
     "train.lora_plus_ratio": st.floats(1, 100),
@@ -569,6 +588,8 @@ VALUES: dict[str, st.SearchStrategy[Any]] = {
     "train.beta1": _share,
     "train.beta2": _share,
     "train.max_grad_norm": _positive,
+    "train.z_loss": st.floats(0, 1),
+    "train.activation_memory": st.none() | _positive,
     "train.seed": st.integers(0, 2**32 - 1),
     "train.eval_every": st.none() | _counts,
     "train.checkpoint_every": st.none() | _counts,
@@ -613,6 +634,9 @@ def recipes(draw: Any) -> dict[str, Any]:
         del values["double_quantization"]
     if values.get("device") == "cpu":
         values.pop("dtype", None)
+        train.pop("offload_activations", None)
+    if train.get("gradient_checkpointing") != "selective":
+        train.pop("activation_memory", None)
     data = values["data"]
     if data.get("validation") is None:
         train.pop("eval_every", None)
@@ -636,6 +660,11 @@ def recipes(draw: Any) -> dict[str, Any]:
     if train.get("tokens_per_micro_batch") is not None:
         train.pop("micro_batch_size", None)
         train["tokens_per_micro_batch"] = max(train["tokens_per_micro_batch"], data.get("max_seq_len", 1024))
+    if train.get("micro_batch_size") == "auto":
+        train["batch_size"] = train.get("batch_size") or 16
+        train.pop("gradient_accumulation_steps", None)
+    else:
+        train.pop("batch_size", None)
     return values
 
 

@@ -72,8 +72,8 @@ class _Settings:
         """For the logits of a chunk: (targets of a chunk, vocabulary)."""
         with torch.no_grad():
             vocabulary = self.head(hidden[:0].unsqueeze(0)).shape[-1]
-        size = max(1, self.chunk_bytes // (vocabulary * dtype.itemsize))
-        return hidden.new_empty(min(size, len(hidden)), vocabulary, dtype=dtype)
+        size = max(1, min(self.chunk_bytes // (vocabulary * dtype.itemsize), len(hidden)))
+        return hidden.new_empty(size, vocabulary, dtype=dtype)
 
 
 class _LinearCrossEntropy(torch.autograd.Function):

@@ -24,14 +24,14 @@ def keep_inputs_alone(model: nn.Module) -> int:
     for module in model.modules():
         if is_rms_norm(module):
             weight: Any = module.weight
-            kind = (type(module), weight.shape, weight.dtype)
+            kind = (type(module), weight.shape, weight.dtype, _settings(module))
             if kind not in known:
                 known[kind] = _offset(module)
             if (offset := known[kind]) is not None:
                 module.forward = _norm_forward(module, offset)
                 replaced += 1
         elif is_gated(module):
-            kind = (type(module),)
+            kind = (type(module), _settings(module))
             if kind not in known:
                 known[kind] = _is_gated_product(module)
             if known[kind]:
@@ -49,6 +49,11 @@ def is_rms_norm(module: nn.Module) -> bool:
 def is_gated(module: nn.Module) -> bool:
     """Whether this is a gated product by its parts; a trial decides."""
     return all(isinstance(getattr(module, name, None), nn.Module) for name in _GATED)
+
+
+def _settings(module: nn.Module) -> tuple[tuple[str, Any], ...]:
+    """What makes modules of one class compute differently, as layers of Gemma 3n do."""
+    return tuple(sorted((name, value) for name, value in vars(module).items() if isinstance(value, int | float | str)))
 
 
 # ── norms ─────────────────────────────────────────────────────────────────────────────────────────────────────────
@@ -81,7 +86,7 @@ def _norm_forward(norm: nn.Module, offset: float) -> Callable[[Tensor], Tensor]:
     own, eps = norm.forward, _eps(norm)
 
     def forward(x: Tensor) -> Tensor:
-        if not x.requires_grad:
+        if not (x.requires_grad and torch.is_grad_enabled()):
             return own(x)
         weight: Any = norm.weight
         return _RMSNorm.apply(x, own, weight.detach().to(_wide(weight.dtype)) + offset, eps)  # type: ignore[return-value]
@@ -146,18 +151,26 @@ def _gated_forward(mlp: Any) -> Callable[[Tensor], Tensor]:
 
 
 def _is_gated_product(mlp: Any) -> bool:
-    """Whether the module computes down(activation(gate(x)) ∘ up(x)) and nothing else."""
+    """Whether the module computes down(activation(gate(x)) ∘ up(x)) and nothing else, in training as well."""
     weight = next(mlp.down_proj.parameters())
     width = (
         getattr(mlp.gate_proj, "in_features", None) or getattr(mlp.gate_proj, "base_layer", mlp.gate_proj).in_features
     )
     dtype = weight.dtype if weight.is_floating_point() else torch.get_default_dtype()
     x = torch.randn(1, 3, width, generator=torch.Generator().manual_seed(0)).to(weight.device, dtype)
+    drops = [mlp, *(module for module in mlp.modules() if isinstance(module, nn.Dropout))]  # its adapters stay as is
+    modes = [module.training for module in drops]
     try:
-        expected = mlp(x)
-        actual = _gated_forward(mlp)(x)
+        for module in drops:
+            module.training = True
+        with torch.random.fork_rng([weight.device] if weight.is_cuda else []):
+            expected = mlp(x)
+            actual = _gated_forward(mlp)(x)
     except (TypeError, ValueError, RuntimeError, AttributeError):
         return False
+    finally:
+        for module, mode in zip(drops, modes, strict=True):
+            module.training = mode
     return isinstance(expected, Tensor) and torch.equal(actual, expected)
 
 

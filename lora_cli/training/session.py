@@ -181,7 +181,7 @@ def _plan_activations(
                 raise
             raise LoraError(
                 f"train.compile: the blocks cannot be compiled: {str(error).strip().splitlines()[0][:200]}",
-                fix="install a C++ compiler (g++), or write train.compile: false",
+                fix="write train.compile: false, or see whether a C++ compiler (g++) is missing",
             ) from error
     model.train(training)
     hidden = model.config.get_text_config().hidden_size * torch.finfo(model.dtype).bits // 8

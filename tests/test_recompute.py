@@ -1,0 +1,232 @@
+"""Norms and gated products that keep their inputs alone: the same model, the same gradients, less kept."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+import torch
+import transformers as hf
+from conftest import randomize_adapter
+from torch import Tensor, nn
+from transformers.models.gemma2.modeling_gemma2 import Gemma2RMSNorm
+from transformers.models.llama.modeling_llama import LlamaMLP, LlamaRMSNorm
+
+from lora_cli.adapters.attach import adapter_parameters, attach
+from lora_cli.adapters.layer import LoRALinear
+from lora_cli.adapters.targets import block_lists, find_targets
+from lora_cli.base.activations import measured
+from lora_cli.base.recompute import keep_inputs_alone
+
+TINY: dict[str, Any] = {"vocab_size": 97, "hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 2}
+TINY |= {"num_attention_heads": 4, "num_key_value_heads": 2, "max_position_embeddings": 64, "initializer_range": 0.2}
+TINY |= {"bos_token_id": 0, "eos_token_id": 0, "pad_token_id": 0}
+MODELS: dict[
+    str, tuple[Callable[[], Any], int]
+] = {  # with the modules that are replaced: in each block, and at the end
+    "llama": (lambda: hf.LlamaConfig(**TINY), 2 * (2 + 1) + 1),
+    "gemma2": (lambda: hf.Gemma2Config(**TINY, head_dim=8, query_pre_attn_scalar=8), 2 * (4 + 1) + 1),
+    "qwen3": (lambda: hf.Qwen3Config(**TINY, head_dim=8), 2 * (4 + 1) + 1),  # norms of queries and keys as well
+    "granite": (lambda: hf.GraniteConfig(**TINY, residual_multiplier=0.5), 2 * (2 + 1) + 1),
+    "cohere": (lambda: hf.CohereConfig(**TINY), 2),  # its norms subtract the mean: not RMSNorm
+}
+
+
+def tiny(config: Any, *, target_modules: str = "all-linear") -> Any:
+    """In training, with random norms: with weights of 1 a wrong use of them would not show."""
+    torch.manual_seed(0)
+    model = hf.AutoModelForCausalLM.from_config(config, dtype=torch.float32)
+    attach(model, find_targets(model, target_modules, rank=4, alpha=8))
+    randomize_adapter(model, scale=0.3)
+    with torch.no_grad():
+        for name, parameter in model.named_parameters():
+            if "norm" in name:
+                parameter.add_(torch.randn_like(parameter) * 0.3)
+    return model.train()
+
+
+def run(model: Any) -> tuple[Tensor, list[Tensor], int]:
+    """Logits, gradients of the adapter, and bytes that all blocks keep."""
+    ids = torch.arange(40).view(2, 20) * 7 % 97
+    blocks = [block for name in block_lists(model) for block in model.get_submodule(name)]
+    with measured(blocks) as kept:
+        logits = model(input_ids=ids, use_cache=False).logits
+    upstream = torch.randn(logits.shape, generator=torch.Generator().manual_seed(1))
+    return logits.detach(), list(torch.autograd.grad(logits, adapter_parameters(model), upstream)), sum(kept)
+
+
+def assert_close(actual: list[Tensor], expected: list[Tensor]) -> None:
+    """fp32: sums in another order, relative to the largest gradient of each tensor."""
+    for one, right in zip(actual, expected, strict=True):
+        torch.testing.assert_close(one, right, rtol=0, atol=1e-5 * right.abs().max().item())
+
+
+@pytest.mark.parametrize("target_modules", ["all-linear", "attention"])
+@pytest.mark.parametrize("name", MODELS)
+def test_same_values_same_gradients_less_kept(name, target_modules):
+    config, replaced = MODELS[name]
+    model = tiny(config(), target_modules=target_modules)
+    logits, gradients, kept = run(model)
+    assert keep_inputs_alone(model) == replaced
+    after, again, less = run(model)
+    assert torch.equal(after, logits)
+    assert_close(again, gradients)
+    assert less < kept
+    assert all(gradient.any() for gradient in gradients), "or nothing was compared"
+
+
+@pytest.mark.parametrize("name", MODELS)
+def test_without_gradients_and_in_evaluation_values_stay(name):
+    model = tiny(MODELS[name][0]()).eval()
+    ids = torch.arange(20)[None]
+    with torch.no_grad():
+        before = model(input_ids=ids).logits
+    keep_inputs_alone(model)
+    with torch.no_grad():
+        assert torch.equal(model(input_ids=ids).logits, before)
+    assert torch.equal(model(input_ids=ids).logits, before)
+
+
+@pytest.mark.parametrize("kind", [LlamaRMSNorm, Gemma2RMSNorm])
+def test_a_norm_keeps_its_input_alone_and_has_its_gradient(kind):
+    norm = with_random_weight(kind(16))
+    x, upstream = torch.randn(5, 16, requires_grad=True), torch.randn(5, 16)
+    (expected,) = torch.autograd.grad(norm(x), x, upstream)
+    assert keep_inputs_alone(norm) == 1
+    kept: list[Tensor] = []
+
+    def keep(tensor: Tensor) -> Tensor:
+        kept.append(tensor)
+        return tensor
+
+    with torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor):
+        out = norm(x)
+    assert [tensor.data_ptr() for tensor in kept] == [x.data_ptr()]
+    torch.testing.assert_close(torch.autograd.grad(out, x, upstream)[0], expected, rtol=1e-5, atol=1e-6)
+
+
+@pytest.mark.parametrize("kind", [LlamaRMSNorm, Gemma2RMSNorm])
+def test_a_norm_in_bf16_has_the_gradient_of_fp32_as_near_as_bf16_is(kind):
+    """It is computed in fp32 and rounded to 8 bits once; so is upstream times weight at most."""
+    norm = with_random_weight(kind(16)).to(torch.bfloat16)
+    wide = kind(16)
+    wide.load_state_dict({name: tensor.float() for name, tensor in norm.state_dict().items()})
+    x, upstream = (torch.randn(5, 16).to(torch.bfloat16) for _ in range(2))
+    x_wide, x = x.float().requires_grad_(), x.requires_grad_()
+    (expected,) = torch.autograd.grad(wide.requires_grad_(False)(x_wide), x_wide, upstream.float())
+    before = norm(x).detach()
+    assert keep_inputs_alone(norm) == 1
+    out = norm(x)
+    assert torch.equal(out.detach(), before)
+    (actual,) = torch.autograd.grad(out, x, upstream)
+    assert actual.dtype == torch.bfloat16
+    torch.testing.assert_close(actual.float(), expected, rtol=2**-7, atol=2**-7 * expected.abs().max().item())
+
+
+# ── what is left alone ──────────────────────────────────────────────────────────────────────────────────────────
+
+
+class SquaredRMSNorm(LlamaRMSNorm):
+    def forward(self, hidden_states: Tensor) -> Tensor:
+        return super().forward(hidden_states) * self.weight  # weight²
+
+
+class CentredRMSNorm(LlamaRMSNorm):
+    def forward(self, hidden_states: Tensor) -> Tensor:
+        return super().forward(hidden_states - hidden_states.mean(-1, keepdim=True))
+
+
+class OfManyRMSNorm(LlamaRMSNorm):
+    """Its square mean is of all tokens, not of each."""
+
+    def forward(self, hidden_states: Tensor) -> Tensor:
+        return self.weight * hidden_states * torch.rsqrt(hidden_states.pow(2).mean() + self.variance_epsilon)
+
+
+class ResidualMLP(LlamaMLP):
+    def forward(self, x: Tensor) -> Tensor:
+        return super().forward(x) + x
+
+
+class DroppingMLP(LlamaMLP):
+    """Drops in training alone; as PyTorch's module, or as a function."""
+
+    def __init__(self, config: Any, drop: Callable[[Any, Tensor], Tensor]):
+        super().__init__(config)
+        self.dropout, self.drop = nn.Dropout(0.5), drop
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.down_proj(self.drop(self, self.act_fn(self.gate_proj(x)) * self.up_proj(x)))
+
+
+class SparseMLP(LlamaMLP):
+    """As in Gemma 3n: some layers cut the gate, others of the same class do not."""
+
+    sparsity = 0.0
+
+    def forward(self, x: Tensor) -> Tensor:
+        gate = self.gate_proj(x)
+        gate = gate.relu() if self.sparsity else gate
+        return self.down_proj(self.act_fn(gate) * self.up_proj(x))
+
+
+def with_random_weight(norm: Any) -> Any:
+    with torch.no_grad():
+        norm.weight.copy_(torch.randn(norm.weight.shape, generator=torch.Generator().manual_seed(2)))
+    return norm.requires_grad_(False)
+
+
+def gradient(module: nn.Module, width: int) -> tuple[Tensor, Tensor]:
+    generator = torch.Generator().manual_seed(3)
+    x = torch.randn(1, 5, width, generator=generator).requires_grad_()
+    torch.manual_seed(4)  # for those that drop
+    out = module(x)
+    return out.detach(), torch.autograd.grad(out, x, torch.randn(out.shape, generator=generator))[0]
+
+
+def assert_left_alone(module: Any, width: int) -> None:
+    before = gradient(module, width)
+    assert keep_inputs_alone(module) == 0
+    assert all(torch.equal(one, other) for one, other in zip(gradient(module, width), before, strict=True))
+
+
+@pytest.mark.parametrize("kind", [SquaredRMSNorm, CentredRMSNorm, OfManyRMSNorm])
+def test_a_norm_with_other_mathematics_is_left_alone(kind):
+    assert_left_alone(with_random_weight(kind(16)), 16)
+
+
+def test_an_mlp_that_does_more_is_left_alone():
+    assert_left_alone(ResidualMLP(hf.LlamaConfig(**TINY)), 32)
+
+
+@pytest.mark.parametrize("adapted", [False, True])
+@pytest.mark.parametrize(
+    "drop",
+    [lambda mlp, x: mlp.dropout(x), lambda mlp, x: nn.functional.dropout(x, 0.5, mlp.training)],
+    ids=["module", "function"],
+)
+def test_an_mlp_that_drops_in_training_is_left_alone(drop, adapted):
+    """Also when the model is not yet in training when it is looked at, as after loading."""
+    mlp = DroppingMLP(hf.LlamaConfig(**TINY), drop)
+    if adapted:
+        layer: Any = LoRALinear(mlp.gate_proj, 4, 8, dropout=0.1)  # whose dropout works in micro-batches alone
+        mlp.gate_proj = layer
+    mlp.eval()
+    state = torch.get_rng_state()
+    assert keep_inputs_alone(mlp) == 0
+    assert torch.equal(torch.get_rng_state(), state)
+    assert not any(module.training for module in mlp.modules())
+
+
+@pytest.mark.parametrize("sparse_first", [False, True])
+def test_of_one_class_each_way_to_compute_is_tried(sparse_first):
+    """The first says nothing about the others where their settings differ."""
+    mlps = nn.ModuleList([SparseMLP(hf.LlamaConfig(**TINY)) for _ in range(2)])
+    mlps[not sparse_first].sparsity = 0.5  # type: ignore[assignment]
+    before = [gradient(mlp, 32) for mlp in mlps]
+    assert keep_inputs_alone(mlps) == 1
+    after = [gradient(mlp, 32) for mlp in mlps]
+    for (out, of_x), (out_before, of_x_before) in zip(after, before, strict=True):
+        assert torch.equal(out, out_before)
+        torch.testing.assert_close(of_x, of_x_before, rtol=1e-5, atol=1e-7)
