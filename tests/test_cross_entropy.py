@@ -19,9 +19,9 @@ from torch.utils._pytree import tree_leaves
 from lora_cli.adapters.attach import adapter_parameters, attach
 from lora_cli.adapters.layer import LoRALinear
 from lora_cli.adapters.targets import Target, find_targets
+from lora_cli.base.cross_entropy import LogitRule, linear_cross_entropy
 from lora_cli.data.batches import MicroBatch, collate
 from lora_cli.data.example import Example
-from lora_cli.base.cross_entropy import LogitRule, linear_cross_entropy
 from lora_cli.evaluation.loss import logit_rule, summed_loss, target_logits, training_loss
 
 TARGETS, HIDDEN, VOCABULARY = 13, 8, 29

@@ -581,6 +581,7 @@ VALUES: dict[str, st.SearchStrategy[Any]] = {
     "train.batch_size": st.none() | _counts,
     "train.tokens_per_micro_batch": st.none() | st.integers(2, 10**7),
     "train.learning_rate": _positive,
+    "train.gradient_checkpointing": st.sampled_from(["none", "selective", "full", True, False]),
     "train.lora_plus_ratio": st.floats(1, 100),
     "train.warmup_ratio": _share,
     "train.min_learning_rate_ratio": _share,
