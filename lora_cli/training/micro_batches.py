@@ -20,6 +20,7 @@ from lora_cli.training.session import Session
 
 _CPU_SAYS = ("can't allocate memory", "not enough memory", "bad_alloc")
 _HARDLY_LARGER = 1.1  # than what step 1 brings anyway
+_AMPLE = 4  # times what is kept until the backward pass: kernels and fragments come on top
 
 
 class DoesNotFit(Exception):
@@ -80,7 +81,7 @@ class MicroBatches:
         """Try the largest micro-batch that this run can have, so that what does not fit shows now and not in the night.
 
         Returns the parts to begin with: with micro_batch_size: auto the fewest that fit, else more only if need be. Not
-        tried is what step `first` brings in about the same size.
+        tried is what step `first` brings in about the same size, and what a CPU has ample memory for.
         """
         largest = [self.session.feed.largest()]
         auto = self.recipe.micro_batch_size == "auto"
@@ -88,11 +89,18 @@ class MicroBatches:
             begins = cut(self.session.feed.step(first), parts)[0]
             if _tokens(cut(largest, parts)[0]) <= _HARDLY_LARGER * _tokens(begins):
                 return parts
+        if not auto and self._is_ample(_tokens(cut(largest, parts)[0])):
+            return parts
         fitting = self._fewest_that_fit(largest, parts, auto, say)
         if auto:
             piece = cut(largest, fitting)[0]
             say(f"micro-batches of up to {_tokens(piece):,} tokens fit: a step is cut into up to {fitting}")
         return fitting
+
+    def _is_ample(self, tokens: int) -> bool:
+        """Whether a CPU has so much memory that a trial, which costs as much as a step, can be left out."""
+        device = self.session.device
+        return device.type == "cpu" and _AMPLE * self.session.activations.kept_bytes(tokens) < free_memory_bytes(device)
 
     def _fewest_that_fit(self, largest: list[list[Example]], parts: int, auto: bool, say: Callable[[str], None]) -> int:
         too_few = 0
