@@ -65,3 +65,33 @@ def test_variable_length_attention_is_attention_example_by_example(window, kv_he
     monkeypatch.setattr(attention, "varlen_fits", lambda *_: False)
     for found, expected in zip(ours, run(), strict=True):
         torch.testing.assert_close(found, expected, rtol=2e-2, atol=2e-2)
+
+
+@pytest.mark.parametrize(
+    "train",
+    [
+        {"offload_activations": True},
+        {"offload_activations": True, "gradient_checkpointing": "full"},
+        {"gradient_checkpointing": "selective", "activation_memory": 1e-6},
+        {"compile": True},
+    ],
+    ids=["offload", "offload inputs", "selective", "compile"],
+)
+def test_what_saves_memory_changes_nothing(run_recipe, tmp_path, train):
+    plain, _ = run_recipe(device="cuda", adapter={"dropout": 0.2}, output=str(tmp_path / "plain"))
+    other, _ = run_recipe(device="cuda", adapter={"dropout": 0.2}, train=train, output=str(tmp_path / "other"))
+    assert losses(other) == pytest.approx(losses(plain), abs=1e-4)
+
+
+def test_auto_fits_into_what_a_process_may_take(run_recipe, tmp_path):
+    """A real allocation error: the driver gives this process little more than the model holds."""
+    rows = {"batch_size": 24, "micro_batch_size": "auto"}
+    plain, _ = run_recipe(device="cuda", train=rows, output=str(tmp_path / "plain"))
+    held, total = torch.cuda.memory_reserved(), torch.cuda.get_device_properties(0).total_memory
+    torch.cuda.empty_cache()
+    torch.cuda.set_per_process_memory_fraction((held + 2**20) / total)
+    try:
+        tight, _ = run_recipe(device="cuda", train=rows, output=str(tmp_path / "tight"))
+    finally:
+        torch.cuda.set_per_process_memory_fraction(1.0)
+    assert losses(tight) == pytest.approx(losses(plain), abs=1e-4)
