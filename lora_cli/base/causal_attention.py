@@ -15,6 +15,7 @@ import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
+_SHORT = 64  # tokens
 _BLOCK = 128  # queries at a time: what lies behind a block is not computed at all
 
 
@@ -164,10 +165,14 @@ def _way_back(lengths: tuple[int, ...], device: torch.device) -> Tensor:
 
 
 def _similar_lengths(lengths: tuple[int, ...]) -> list[list[int]]:
-    """Indices of examples that are padded to one length: in a bucket the shortest has two thirds of the longest."""
+    """Indices of examples that are padded to one length: in a bucket the shortest has two thirds of the longest.
+
+    Short ones are together whatever their lengths: padding costs less there than another round of operations.
+    """
     buckets: list[list[int]] = []
     for at in sorted(range(len(lengths)), key=lambda index: -lengths[index]):
-        if not buckets or lengths[at] * 3 < lengths[buckets[-1][0]] * 2:
+        longest = lengths[buckets[-1][0]] if buckets else 0
+        if not buckets or (longest > _SHORT and lengths[at] * 3 < longest * 2):
             buckets.append([])
         buckets[-1].append(at)
     return buckets

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import ctypes
 import os
 import re
 import resource
@@ -13,6 +14,7 @@ from accelerate import PartialState
 
 from lora_cli.errors import LoraError
 
+_M_ARENA_MAX = -8  # malloc.h
 DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}
 
 
@@ -102,6 +104,16 @@ def _limits() -> list[int]:
         mapped = int(Path("/proc/self/statm").read_text().split()[0]) * os.sysconf("SC_PAGE_SIZE")
         left.append(soft - mapped)
     return [max(0, each) for each in left]
+
+
+def share_one_heap() -> None:
+    """Let all threads allocate from one heap, where the C library is glibc.
+
+    It would give the thread of the backward pass a heap of its own, in which the forward pass cannot use what is free.
+    """
+    mallopt = getattr(ctypes.CDLL(None), "mallopt", None) if sys.platform == "linux" else None
+    if mallopt is not None:
+        mallopt(_M_ARENA_MAX, 1)
 
 
 def describe_device(device: torch.device) -> str:

@@ -21,7 +21,7 @@ from lora_cli.adapters.targets import block_lists, targets_of
 from lora_cli.base.activations import ActivationPlan, follow, measured, plan_activations, to_pinned_memory
 from lora_cli.base.attention import packed_attention_name
 from lora_cli.base.compiled import compile_blocks
-from lora_cli.base.device import describe_device, free_memory_bytes, pick_device, pick_dtype
+from lora_cli.base.device import describe_device, free_memory_bytes, pick_device, pick_dtype, share_one_heap
 from lora_cli.base.linear import quantized_bytes, unquantized_layers
 from lora_cli.base.load import load_model, load_tokenizer
 from lora_cli.base.recompute import keep_inputs_alone
@@ -88,6 +88,8 @@ def open_session(recipe: Recipe, console: Console) -> Session:
     say = partial(console.print, highlight=False, markup=False, soft_wrap=True)
     device = pick_device(recipe.device)
     dtype, reason = pick_dtype(recipe.dtype, device)
+    if device.type == "cpu":
+        share_one_heap()
     source = find_base(recipe.base_model, recipe.revision, trust_remote_code=recipe.trust_remote_code)
     tokenizer = load_tokenizer(source, trust_remote_code=recipe.trust_remote_code)
     with PartialState().main_process_first():  # the others then find it prepared
