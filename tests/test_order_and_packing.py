@@ -508,10 +508,14 @@ def test_cross_entropy_is_what_the_closed_form_says_for_a_uniform_model():
     class Uniform(torch.nn.Module):
         def __init__(self) -> None:
             super().__init__()
+            self.config = LlamaConfig(vocab_size=11)
             self.head = torch.nn.Linear(3, 11, bias=False)
             torch.nn.init.zeros_(self.head.weight)
 
         def get_output_embeddings(self) -> torch.nn.Module:
+            return self.head
+
+        def get_input_embeddings(self) -> torch.nn.Module:
             return self.head
 
         def forward(self, input_ids: torch.Tensor, **_: Any) -> Any:
