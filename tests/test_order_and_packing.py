@@ -14,6 +14,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch.nn import functional as F
+from transformers import LlamaConfig
 
 from lora_cli.data.batches import collate, similar_length_batches
 from lora_cli.data.example import Example, cut, windows
