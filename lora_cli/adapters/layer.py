@@ -39,7 +39,7 @@ class LoRALinear(nn.Module):
         self.rank, self.alpha, self.dropout = rank, alpha, dropout
         self.scaling = alpha / rank
         self.active = True
-        self.token_keys: Tensor | None = None  # of the micro-batch in work; see `micro_batch_of`
+        self.token_keys: Tensor | None = None  # of the micro-batch in work; see `dropout_keys`
         self.low_precision: tuple[Tensor, Tensor] | None = None
         self.lora_A = nn.Parameter(torch.zeros(rank, in_features, dtype=torch.float32, device=device))
         self.lora_B = nn.Parameter(torch.zeros(out_features, rank, dtype=torch.float32, device=device))
