@@ -97,8 +97,8 @@ SECTIONS = {
     "trl-checkpointing": Section("checkpointed", ("lora", "trl"), replace(LONG, checkpointing=True)),
     "peft-dense": Section("rows of 512 tokens", ("lora", "peft"), replace(LONG, rows="dense")),
     "litgpt": Section("without NF4", ("lora-unquantized", "litgpt"), LONG),
-    "curves-fp32": Section("loss in fp32", ("lora", "trl"), replace(SHORT, dtype="fp32")),
-    "curves-bf16": Section("loss in bf16", ("lora", "trl"), SHORT),
+    "curves-fp32": Section("loss in fp32", ("lora", "trl", "peft"), replace(SHORT, dtype="fp32")),
+    "curves-bf16": Section("loss in bf16", ("lora", "trl", "peft"), SHORT),
     "overhead": Section("a tiny model", ("lora", "trainer", "trainer-quiet"), TINY_WORK),
 }
 SPEED = ("trl", "trl-checkpointing", "peft-dense", "litgpt")  # what the picture shows
