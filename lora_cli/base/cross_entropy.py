@@ -59,6 +59,25 @@ def linear_cross_entropy(
     return _LinearCrossEntropy.apply(hidden, targets, weights, settings, *parameters)  # type: ignore[return-value]
 
 
+@torch.no_grad()
+def cross_entropy_of_each(
+    head: nn.Module, hidden: Tensor, targets: Tensor, *, rule: LogitRule, chunk_bytes: int = CHUNK_BYTES
+) -> Tensor:
+    """Cross-entropy of every target, in nats: (targets,) in fp32; without a gradient, so also none of the logits stays.
+
+    head, hidden, targets, rule: as in `linear_cross_entropy`.
+    """
+    wide = torch.promote_types(hidden.dtype, torch.float32)
+    buffer = _buffer(head, hidden, wide, chunk_bytes)
+    losses = hidden.new_empty(len(targets), dtype=wide)
+    for start in range(0, len(targets), len(buffer)):
+        part = slice(start, start + len(buffer))
+        raw = head(hidden[part].unsqueeze(0))[0]  # (chunk, vocabulary)
+        logits = rule.apply_(buffer[: len(raw)].copy_(raw))
+        losses[part] = _cross_entropy_(logits, targets[part])[0].squeeze(1)
+    return losses
+
+
 @dataclass(frozen=True)
 class _Settings:
     head: nn.Module
@@ -68,12 +87,13 @@ class _Settings:
     differentiate: bool
     parameters: list[nn.Parameter]
 
-    def buffer(self, hidden: Tensor, dtype: torch.dtype) -> Tensor:
-        """For the logits of a chunk: (targets of a chunk, vocabulary)."""
-        with torch.no_grad():
-            vocabulary = self.head(hidden[:0].unsqueeze(0)).shape[-1]
-        size = max(1, min(self.chunk_bytes // (vocabulary * dtype.itemsize), len(hidden)))
-        return hidden.new_empty(size, vocabulary, dtype=dtype)
+
+def _buffer(head: nn.Module, hidden: Tensor, dtype: torch.dtype, chunk_bytes: int) -> Tensor:
+    """For the logits of a chunk: (targets of a chunk, vocabulary)."""
+    with torch.no_grad():
+        vocabulary = head(hidden[:0].unsqueeze(0)).shape[-1]
+    size = max(1, min(chunk_bytes // (vocabulary * dtype.itemsize), len(hidden)))
+    return hidden.new_empty(size, vocabulary, dtype=dtype)
 
 
 class _LinearCrossEntropy(torch.autograd.Function):
@@ -85,7 +105,7 @@ class _LinearCrossEntropy(torch.autograd.Function):
         wanted = settings.differentiate and any(ctx.needs_input_grad)
         of_hidden = torch.empty_like(hidden) if wanted and hidden.requires_grad else None
         totals = [torch.zeros_like(p, dtype=sums.dtype) for p in settings.parameters] if wanted else []
-        buffer = settings.buffer(hidden, sums.dtype)
+        buffer = _buffer(settings.head, hidden, sums.dtype, settings.chunk_bytes)
         for start in range(0, len(targets), len(buffer)):
             part = slice(start, start + len(buffer))
             with torch.set_grad_enabled(wanted):
@@ -122,11 +142,7 @@ def _losses_(
     rule, z_loss = settings.rule, settings.z_loss
     logits = rule.apply_(buffer.copy_(raw))
     capped = logits.clone() if wanted and rule.cap is not None else None
-    highest = logits.amax(-1, keepdim=True)
-    logits.sub_(highest)
-    at_target = logits.gather(1, targets[:, None])  # (chunk, 1)
-    partition = logits.exp_().sum(-1, keepdim=True)
-    cross_entropy, log_z = partition.log() - at_target, partition.log() + highest
+    cross_entropy, log_z, partition = _cross_entropy_(logits, targets)
     weight = torch.ones_like(log_z) if weights is None else weights[:, None].to(log_z.dtype)
     sums = (torch.cat([cross_entropy + z_loss * log_z**2, cross_entropy], 1) * weight).sum(0)
     if wanted:
@@ -134,3 +150,12 @@ def _losses_(
         gradient.scatter_add_(1, targets[:, None], -weight)
         raw.copy_(rule.backward_(gradient, capped))
     return sums
+
+
+def _cross_entropy_(logits: Tensor, targets: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """(cross-entropy, log Z, partition) of each target, (chunk, 1) each; leaves `partition` · softmax in `logits`."""
+    highest = logits.amax(-1, keepdim=True)
+    logits.sub_(highest)
+    at_target = logits.gather(1, targets[:, None])
+    partition = logits.exp_().sum(-1, keepdim=True)
+    return partition.log() - at_target, partition.log() + highest, partition

@@ -9,7 +9,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from lora_cli.base.cross_entropy import LogitRule, linear_cross_entropy
+from lora_cli.base.cross_entropy import LogitRule, cross_entropy_of_each, linear_cross_entropy
 from lora_cli.data.batches import MicroBatch
 
 _rules: WeakKeyDictionary[Any, LogitRule | None] = WeakKeyDictionary()
@@ -42,6 +42,16 @@ def training_loss(
     if weights is not None:
         loss, cross_entropy = loss * weights, cross_entropy * weights
     return loss.sum(), cross_entropy.detach().sum()
+
+
+@torch.no_grad()
+def target_losses(model: Any, batch: MicroBatch) -> Tensor:
+    """Cross-entropy of each target of a micro-batch, in nats: (targets,) in fp32, unweighted, without a gradient."""
+    rule = logit_rule(model)
+    if rule is None:
+        return F.cross_entropy(target_logits(model, batch).float(), batch.targets, reduction="none")
+    head = model.get_output_embeddings()
+    return cross_entropy_of_each(head, _target_hidden(model, batch), batch.targets, rule=rule)
 
 
 def target_logits(model: Any, batch: MicroBatch) -> Tensor:

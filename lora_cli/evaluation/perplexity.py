@@ -7,12 +7,16 @@ from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass
 from typing import Any
 
+import numpy as np
 import torch
+from torch import Tensor
 
 from lora_cli.data.batches import MicroBatch, similar_length_batches
 from lora_cli.data.example import Example
 from lora_cli.data.store import Examples
-from lora_cli.evaluation.loss import summed_loss
+from lora_cli.evaluation.loss import target_losses
+
+Collate = Callable[[list[Example]], MicroBatch]
 
 
 @dataclass(frozen=True)
@@ -28,35 +32,62 @@ class Score:
         return asdict(self)
 
 
-def mean_loss(
-    model: Any, examples: Sequence[Example], collate: Callable[[list[Example]], MicroBatch], max_tokens: int
-) -> tuple[float, int]:
-    """(nats per target token, target tokens), each counted once whatever its weight in training.
-
-    Leaves training mode and random state as they were.
-    """
-    training = model.training
-    model.eval()
-    total, count = 0.0, 0
-    try:
-        with torch.no_grad():
-            lengths = examples.lengths if isinstance(examples, Examples) else [len(e.ids) for e in examples]
-            for batch in similar_length_batches(lengths, max_tokens):
-                micro_batch = collate([examples[index] for index in batch])
-                total += summed_loss(model, micro_batch, weighted=False).double().item()
-                count += len(micro_batch.targets)
-    finally:
-        model.train(training)
-    return total / count, count
+class EvaluationStopped(Exception):
+    """`should_stop` said so: an evaluation ended before its last batch, and has no result."""
 
 
-def score(
+def example_losses(
     model: Any,
     examples: Sequence[Example],
-    collate: Callable[[list[Example]], MicroBatch],
+    collate: Collate,
     max_tokens: int,
-    text_bytes: int,
-) -> Score:
+    *,
+    should_stop: Callable[[], bool] | None = None,
+    share: tuple[int, int] = (0, 1),
+) -> tuple[Tensor, Tensor]:
+    """(losses, targets): nats summed over each example's target tokens, and their number; (examples,) on the CPU.
+
+    float64 and int64, in the order of the examples, each target counted once whatever its weight in training. Neither
+    batches nor packing change more of them than rounding. Leaves training mode and random state as they were.
+
+    max_tokens: positions of one forward, unless one example has more. share: (process, processes); only this process's
+    batches are computed, the entries of the others are zero, so that summed over processes they are complete. Every
+    process makes the same number of forwards, because a sharded model computes each of them together.
+    should_stop: asked before each forward, and must say the same on every process; then EvaluationStopped is raised.
+    """
+    losses = torch.zeros(len(examples), dtype=torch.float64)
+    targets = torch.zeros(len(examples), dtype=torch.int64)
+    process, processes = share
+    lengths = examples.lengths if isinstance(examples, Examples) else [len(e.ids) for e in examples]
+    batches = similar_length_batches(lengths, max_tokens)
+    training = model.training
+    model.eval()
+    try:
+        for first in range(0, len(batches), processes):
+            if should_stop is not None and should_stop():
+                raise EvaluationStopped
+            at = first + process
+            batch = batches[min(at, len(batches) - 1)]
+            chosen = [examples[index] for index in batch]
+            each = target_losses(model, collate(chosen)).cpu().double()
+            if at < len(batches):  # else it was computed to keep step with the others
+                counts = torch.tensor([np.count_nonzero(example.weights[1:]) for example in chosen])
+                where = torch.tensor(batch)
+                targets[where] = counts
+                losses.index_add_(0, where.repeat_interleave(counts), each)
+    finally:
+        model.train(training)
+    return losses, targets
+
+
+def mean_loss(model: Any, examples: Sequence[Example], collate: Collate, max_tokens: int) -> tuple[float, int]:
+    """(nats per target token, target tokens) of all examples together; otherwise as `example_losses`."""
+    losses, targets = example_losses(model, examples, collate, max_tokens)
+    count = int(targets.sum())
+    return losses.sum().item() / count, count
+
+
+def score(model: Any, examples: Sequence[Example], collate: Collate, max_tokens: int, text_bytes: int) -> Score:
     loss, count = mean_loss(model, examples, collate, max_tokens)
     bits = loss * count / math.log(2)
     return Score(loss, math.exp(min(loss, 700)), bits / text_bytes if text_bytes else math.inf, count)
