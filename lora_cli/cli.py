@@ -98,18 +98,31 @@ def train(
         list[str] | None, typer.Option("--set", help="Override a setting: key.path=value. Repeatable.")
     ] = None,
     resume: Annotated[bool, typer.Option("--resume", help="Continue the run from its newest checkpoint.")] = False,
+    allow: Annotated[
+        list[str] | None,
+        typer.Option(
+            "--allow", help="With --resume: a setting or section that may have changed, data, or versions. Repeatable."
+        ),
+    ] = None,
+    max_hours: Annotated[
+        float | None, typer.Option("--max-hours", help="End before this many hours have passed, resumably.")
+    ] = None,
     as_json: Json = False,
 ) -> None:
     """Train an adapter as a recipe says."""
     from lora_cli.recipe_file import load_recipe
 
     loaded = load_recipe(recipe, overrides)
+    if allow and not resume:
+        raise LoraError("--allow is for --resume", fix="add --resume, or remove it")
+    if max_hours is not None and not 0 < max_hours < 1e6:
+        raise LoraError(f"--max-hours is {max_hours}, but must be above 0", fix="for example --max-hours 7.5")
     console = _console()
     with console.status("loading libraries"):
         from lora_cli.base.load import quiet_libraries
         from lora_cli.training.loop import train as run
     quiet_libraries()
-    report = run(loaded, console, resume=resume)
+    report = run(loaded, console, resume=resume, allow=allow or [], max_hours=max_hours)
     if as_json:
         print(json.dumps(report))
 

@@ -43,7 +43,13 @@ class CheckFailed(LoraError):
     exit_code = 3
 
 
-class Interrupted(LoraError):
-    """The user stopped the run; a resumable checkpoint was written. Exit code 130."""
+class DiskError(LoraError):
+    """A place that cannot be written: full, read-only, broken. What was there before is intact."""
 
-    exit_code = 130
+
+class Interrupted(LoraError):
+    """A run was asked to stop, and can be resumed. Exit code 128 + signal: 130 for Ctrl+C, 143 for SIGTERM."""
+
+    def __init__(self, what: str, *, exit_code: int = 130, where: str | None = None, fix: str | None = None):
+        self.exit_code = exit_code
+        super().__init__(what, where=where, fix=fix)

@@ -5,13 +5,14 @@ from __future__ import annotations
 import errno
 import json
 import os
+import re
 import shutil
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
-from lora_cli.errors import LoraError
+from lora_cli.errors import DiskError, LoraError
 
 
 @contextmanager
@@ -19,7 +20,7 @@ def written_whole(folder: Path, shown: Path | None = None) -> Iterator[Path]:
     """Yields a temporary folder beside `folder` to fill; at the end it is flushed to disk and takes its place.
 
     shown: the place as a person knows it, for messages. If the block fails, nothing of it remains and what was in
-    `folder` stays. Raises LoraError when the disk is full or the place cannot be written.
+    `folder` stays. Raises DiskError when the disk is full or the place cannot be written.
     """
     temporary = folder.with_name(f".{folder.name}.tmp-{os.getpid()}")
     with disk_errors(shown or folder):
@@ -28,12 +29,10 @@ def written_whole(folder: Path, shown: Path | None = None) -> Iterator[Path]:
         temporary.mkdir()
         try:
             yield temporary
-            for file in temporary.rglob("*"):
-                if file.is_file():
-                    _flush(file)
-            _flush(temporary)
+            for path in [*temporary.rglob("*"), temporary]:
+                flush(path)
             _take_place(temporary, folder)
-            _flush(folder.parent)
+            flush(folder.parent)
         except BaseException:
             shutil.rmtree(temporary, ignore_errors=True)
             raise
@@ -54,35 +53,67 @@ def write_json(path: Path, value: Any) -> None:
     temporary = path.with_name(f".{path.name}.tmp-{os.getpid()}")
     with disk_errors(path):
         temporary.write_text(json.dumps(value, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
-        _flush(temporary)
+        flush(temporary)
         temporary.replace(path)
+
+
+def remove_folder(folder: Path) -> None:
+    """Gone for a reader at once, and not half there after a kill."""
+    leaving = folder.with_name(f".{folder.name}.tmp-{os.getpid()}")
+    folder.rename(leaving)
+    shutil.rmtree(leaving)
+
+
+def finish_moves(folder: Path) -> None:
+    """Clear away what a process that was killed while it wrote left in `folder`; for the only writer there.
+
+    A folder that had been moved aside to make place for its successor, which never came, is moved back.
+    """
+    for left in folder.glob(".*.old-*") if folder.is_dir() else ():
+        place = left.with_name(left.name[1:].rpartition(".old-")[0])
+        shutil.rmtree(left) if place.exists() else left.rename(place)
+    for left in folder.glob(".*.tmp-*") if folder.is_dir() else ():
+        shutil.rmtree(left) if left.is_dir() else left.unlink()
 
 
 @contextmanager
 def disk_errors(path: Path) -> Iterator[None]:
-    """Turns what the operating system says about a full or closed place into an error with a fix."""
+    """Turns what the operating system says about a full, closed or broken place into a DiskError with a fix."""
     try:
         yield
+    except LoraError:
+        raise
     except OSError as error:
-        if error.errno in (errno.ENOSPC, errno.EDQUOT):
-            raise LoraError(
-                "no space left on the disk", where=str(path), fix="free some space; what was written before is intact"
-            ) from error
-        if error.errno in (errno.EACCES, errno.EROFS, errno.EPERM):
-            raise LoraError(
-                "this place cannot be written", where=str(path), fix="choose another folder, or change its permissions"
-            ) from error
-        if error.errno in (errno.ENOTDIR, errno.EEXIST):
-            raise LoraError(
-                "a file stands where a folder is needed", where=str(path), fix="choose another output"
-            ) from error
-        raise
-    except Exception as error:  # safetensors wraps OSError in an exception of its own
-        if "No space left" in str(error):
-            raise LoraError(
-                "no space left on the disk", where=str(path), fix="free some space; what was written before is intact"
-            ) from error
-        raise
+        problem = _disk_error(error.errno, path)
+        if problem is None:
+            raise
+        raise problem from error
+    except Exception as error:  # safetensors and pyarrow wrap OSError in exceptions of their own
+        number = re.search(r"(?:os error|errno) (\d+)", str(error))
+        problem = _disk_error(int(number[1]) if number else None, path)
+        if problem is None:
+            raise
+        raise problem from error
+
+
+def _disk_error(code: int | None, path: Path) -> DiskError | None:
+    where = str(path)
+    if code in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG):
+        return DiskError(
+            "no space left on the disk", where=where, fix="free some space; what was written before is intact"
+        )
+    if code in (errno.EACCES, errno.EROFS, errno.EPERM):
+        return DiskError(
+            "this place cannot be written", where=where, fix="choose another folder, or change its permissions"
+        )
+    if code in (errno.ENOTDIR, errno.EEXIST):
+        return DiskError("a file stands where a folder is needed", where=where, fix="choose another output")
+    if code in (errno.EIO, errno.ESTALE, errno.ENODEV, errno.ENXIO, errno.ETIMEDOUT):
+        fix = "look at the disk or the network drive; what was written before is intact"
+        return DiskError(f"the disk failed: {os.strerror(code)}", where=where, fix=fix)
+    if code == errno.ENOENT and not path.parent.exists():
+        return DiskError("the folder is no longer there", where=where, fix="put it back, or choose another output")
+    return None
 
 
 def require_space(folder: Path, needed_bytes: int, purpose: str) -> None:
@@ -105,7 +136,8 @@ def human_bytes(count: float) -> str:
     return f"{count:.2f} GiB"
 
 
-def _flush(path: Path) -> None:
+def flush(path: Path) -> None:
+    """Wait until a file or folder is on the disk and not only in the system's memory."""
     handle = os.open(path, os.O_RDONLY)
     try:
         os.fsync(handle)

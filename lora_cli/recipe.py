@@ -286,7 +286,19 @@ class TrainRecipe(Section):
     checkpoint_every: int | None = Field(
         None, ge=1, description="Steps between resumable checkpoints. Nothing: only at the end or when interrupted."
     )
-    keep_checkpoints: int = Field(2, ge=1, description="How many of the newest checkpoints to keep.")
+    keep_checkpoints: int = Field(
+        2, ge=1, description="How many of the newest checkpoints to keep, beside that of the best step."
+    )
+    on_nan: Literal["stop", "skip", "rewind"] = Field(
+        "stop",
+        description="When loss or gradient of a step is no number, or the loss is above twice that of guessing: stop; "
+        "leave its update out; or go back to the last checkpoint and on with the data behind the step.",
+    )
+    on_write_error: Literal["stop", "pause"] = Field(
+        "stop",
+        description="When a checkpoint, adapter or metric cannot be written, as on a full disk: stop, with the last "
+        "checkpoint intact; or wait, and try again until it can.",
+    )
 
 
 class Recipe(Section):

@@ -79,14 +79,10 @@ def recipe_values(recipe: Recipe) -> dict[str, Any]:
     return values
 
 
-def differences(old: Recipe, new: Recipe) -> list[str]:
-    """Lines `key: old → new` for every setting that differs."""
+def differences(old: Recipe, new: Recipe) -> list[tuple[KeyPath, Any, Any]]:
+    """(key, value in old, value in new) of every setting that differs."""
     before, after = dict(_leaves(old.model_dump(mode="json"))), dict(_leaves(new.model_dump(mode="json")))
-    return [
-        f"{'.'.join(key)}: {before.get(key)} → {after.get(key)}"
-        for key in before | after
-        if before.get(key) != after.get(key)
-    ]
+    return [(key, before.get(key), after.get(key)) for key in before | after if before.get(key) != after.get(key)]
 
 
 def json_schema() -> str:

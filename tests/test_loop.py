@@ -49,7 +49,9 @@ def test_loss_falls_and_the_run_folder_is_complete(run_recipe, sums):
         "adapter",
         "adapter_last",
         "report.json",
+        "status.json",
         "prepared",
+        ".lock",
     }
     line = json.loads((run / "metrics.jsonl").read_text().splitlines()[0])
     assert {"step", "loss", "tokens_per_second", "peak_memory_bytes"} <= set(line)
@@ -248,7 +250,7 @@ def test_ctrl_c_writes_a_checkpoint_and_says_how_to_resume(recipe_file, tmp_path
     assert [p.name for p in (tmp_path / "run" / "checkpoints").iterdir()] == [f"step_{done:06d}"]
     # and it goes on from there
     changed = load_recipe(recipe)
-    with pytest.raises(Exception, match="not the one that this run began with"):
+    with pytest.raises(Exception, match="no longer the run that was begun"):
         train(load_recipe(recipe, ["train.seed=5"]), quiet_console(), resume=True)
     assert changed.train.max_steps == 2000
 
@@ -257,7 +259,7 @@ def test_resume_is_refused_for_changed_data(run_recipe, recipe_file, sums, tmp_p
     run, _ = run_recipe()
     rows = sums.read_text().splitlines()
     sums.write_text("\n".join(rows[:-1]) + "\n")
-    with pytest.raises(Exception, match="data changed since this run began"):
+    with pytest.raises(Exception, match="has other contents"):
         train(load_recipe(run / "recipe.yaml"), quiet_console(), resume=True)
 
 

@@ -707,7 +707,7 @@ def test_the_resolved_recipe_holds_every_setting(load: Any):
 
 def test_differences_name_each_setting(load: Any):
     old, new = load(GOOD), load(GOOD, "train.seed=1", "adapter.rank_pattern.q=2", "data.validation=0.5")
-    assert sorted(differences(old, new)) == [
+    assert sorted(f"{'.'.join(key)}: {before} → {after}" for key, before, after in differences(old, new)) == [
         "adapter.rank_pattern: {} → {'q': 2}",
         "data.validation: None → 0.5",
         "train.seed: 0 → 1",

@@ -131,7 +131,8 @@ def test_resumed_stream_is_bitwise_the_uninterrupted_one(run_recipe, small_windo
 
     def interrupted(self, step, progress, track):
         real(self, step, progress, track)
-        self.stop_requested = step == 3
+        if step == 3:
+            self.stop.ask("a test", 130)
 
     monkeypatch.setattr(loop._Run, "_one_step", interrupted)
     other = {"output": str(tmp_path / "stopped")}
@@ -154,7 +155,7 @@ def test_a_stream_keeps_no_tokens(run_recipe):
 def test_resuming_with_changed_files_is_refused(run_recipe, sums):
     run_recipe(**STREAM)
     sums.write_text(sums.read_text() + '{"prompt": "new", "completion": "row"}\n')
-    with pytest.raises(LoraError, match="data changed"):
+    with pytest.raises(LoraError, match="has other contents"):
         run_recipe(resume=True, **STREAM)
 
 

@@ -135,6 +135,7 @@ class StreamFeed:
 
     def _load_window(self) -> None:
         data, train = self._recipe.data, self._recipe.train
+        self._require_unchanged()
         rows = list(islice(self._rows, WINDOW_ROWS))
         if not rows:
             if self._given == 0:
@@ -185,6 +186,12 @@ class StreamFeed:
     def _fitted(self, example: Example, data_format: str, findings: Findings) -> list[Example]:
         data = self._recipe.data
         return fit_length(example, data.max_seq_len, data.too_long, data_format, findings)
+
+    def _require_unchanged(self) -> None:
+        """A run that read some rows of one version of a file and some of another could not be repeated."""
+        for _, source in self._sources:
+            if isinstance(source, FileSource):
+                source.require_unchanged()
 
     def _require_known_tokens(self) -> None:
         for example in self._examples:

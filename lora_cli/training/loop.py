@@ -3,68 +3,108 @@
 from __future__ import annotations
 
 import math
-import signal
+import random
 import time
-from collections.abc import Iterator
-from contextlib import contextmanager
-from dataclasses import dataclass, field
+from collections.abc import Sequence
+from contextlib import ExitStack, suppress
+from functools import partial
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 from accelerate import Accelerator
 from rich.console import Console
 
-from lora_cli.adapters.attach import adapter_parameters, is_inert
-from lora_cli.adapters.file import save_adapter
+from lora_cli.adapters.attach import adapter_parameters
 from lora_cli.base.device import describe_device, peak_memory_bytes, pick_device, pick_dtype, reset_peak_memory
 from lora_cli.data.example import Example
-from lora_cli.data.prepared import micro_batches_per_step, rows_per_micro_batch
-from lora_cli.errors import CheckFailed, Interrupted, LoraError
-from lora_cli.evaluation.perplexity import mean_loss
-from lora_cli.files import human_bytes, write_json, written_whole
+from lora_cli.data.prepared import micro_batches_per_step
+from lora_cli.errors import CheckFailed, DiskError, Interrupted, LoraError
+from lora_cli.evaluation.perplexity import EvaluationStopped
 from lora_cli.recipe import Recipe
-from lora_cli.training.checkpoint import load_checkpoint, prune_checkpoints, save_checkpoint
+from lora_cli.training.divergence import what_is_wrong
+from lora_cli.training.judging import Judge
+from lora_cli.training.keeping import Keeper, require_one_process, resume_command
 from lora_cli.training.micro_batches import DoesNotFit, MicroBatches, smaller_from_now_on
 from lora_cli.training.optimizer import averaged_weights, learning_rate, make_optimizer, set_learning_rate
 from lora_cli.training.progress import Progress
-from lora_cli.training.run_folder import RunFolder, environment_of
+from lora_cli.training.report import make_report, require_learned, say_result, write_report
+from lora_cli.training.resume import (
+    Change,
+    changes_of_environment,
+    changes_of_recipe,
+    environment_of,
+    refuse_other_run,
+    require_known,
+    rounding_note,
+)
+from lora_cli.training.run_folder import RunFolder
+from lora_cli.training.run_lock import locked
 from lora_cli.training.session import Session, open_session
+from lora_cli.training.state import State
+from lora_cli.training.stopping import Stop
 from lora_cli.training.trackers import open_trackers, require_trackers
 
-
-@dataclass
-class State:
-    """What a checkpoint carries beside adapter and optimizer."""
-
-    step: int = 0
-    base_validation_loss: float | None = None
-    best_validation_loss: float | None = None
-    best_step: int | None = None
-    last_validation_loss: float | None = None
-    first_loss: float | None = None
-    last_loss: float | None = None
-    tokens: int = 0
-    target_tokens: int = 0
-    seconds: float = 0.0
-    peak_memory_bytes: int = 0
-    parts: int = 1  # pieces that each micro-batch of the recipe is cut into, because it did not fit whole
-    loss_scale: dict[str, Any] = field(default_factory=dict)
-    position: dict[str, int] = field(default_factory=dict)  # of the data, where the step does not say it
+_SKIPPED_IN_A_ROW = 10  # then it is not the data that are at fault
+_REWINDS = 3
 
 
-def train(recipe: Recipe, console: Console, *, resume: bool = False) -> dict[str, Any]:
+def train(
+    recipe: Recipe, console: Console, *, resume: bool = False, allow: Sequence[str] = (), max_hours: float | None = None
+) -> dict[str, Any]:
     """Run a recipe to its end; returns the report that is also written to report.json.
 
-    Raises Interrupted after Ctrl+C or SIGTERM, with a checkpoint written; CheckFailed when the loss is not finite or
-    nothing was learned.
+    allow: settings, sections, `data` or `versions` that may have changed since a resumed run was begun.
+    Raises Interrupted after Ctrl+C, SIGTERM or max_hours, with a checkpoint written; CheckFailed when the loss is not
+    finite or nothing was learned; DiskError when what has to be kept cannot be written.
     """
+    require_known(allow)
     folder = RunFolder(Path(recipe.output))
-    folder.refuse_if_taken(recipe, resume)
-    if resume:
-        recipe = folder.stored_recipe()  # the same, with the revision that the run began with
     accelerator = _accelerator(recipe)
     console.quiet |= not accelerator.is_main_process
+    say = partial(console.print, highlight=False, markup=False, soft_wrap=True)
+
+    def say_it_aloud(text: str) -> None:
+        say(text)
+        console.show_cursor()  # a second signal ends the process before the live display can
+
+    stop = Stop(say_it_aloud, max_seconds=max_hours and max_hours * 3600, processes=accelerator.num_processes)
+    with stop.listening(), ExitStack() as held:
+        try:
+            if accelerator.is_main_process:
+                folder.refuse_if_taken(resume)
+                held.enter_context(locked(folder.path, say))
+                folder.refuse_if_taken(resume)  # by one that ended in between
+                folder.clear_after_a_kill()
+            accelerator.wait_for_everyone()
+            run = _open(recipe, folder, accelerator, console, stop, resume, allow)
+            return run.to_the_end()
+        except KeyboardInterrupt:
+            if not stop.requested:
+                raise
+            raise Interrupted(
+                f"stopped: {stop.why}", exit_code=stop.exit_code, where=str(folder.path), fix="start it again"
+            ) from None
+
+
+def _open(
+    recipe: Recipe,
+    folder: RunFolder,
+    accelerator: Accelerator,
+    console: Console,
+    stop: Stop,
+    resume: bool,
+    allow: Sequence[str],
+) -> _Run:
+    """A run that is ready for its next step, after all that could keep it from being the run that was asked for."""
+    changes: list[Change] = []
+    if resume:
+        stored = folder.stored_recipe()
+        changes = changes_of_recipe(stored, recipe)
+        refuse_other_run(changes, allow, folder.recipe)
+        if recipe.revision is None and recipe.base_model == stored.base_model:
+            recipe = recipe.model_copy(update={"revision": stored.revision})
     session = open_session(recipe, console)
     environment = environment_of(describe_device(session.device), str(session.dtype)) | {
         "processes": accelerator.num_processes,
@@ -73,12 +113,23 @@ def train(recipe: Recipe, console: Console, *, resume: bool = False) -> dict[str
         "data_fingerprint": session.data_fingerprint,
         "data_files": session.data_files,
     }
+    began: dict[str, Any] = folder.stored_environment() if resume else {}
     if resume:
-        folder.require_same(environment)
-    elif accelerator.is_main_process:
-        folder.begin(recipe.model_copy(update={"revision": session.source.revision}), environment)
-    accelerator.wait_for_everyone()
-    return _Run(session, folder, accelerator, console).to_the_end(resume)
+        other = changes_of_environment(began, environment)
+        refuse_other_run(other, allow, folder.path)
+        changes += other
+        if (note := rounding_note(began, environment)) is not None:
+            console.print(note, highlight=False, markup=False, soft_wrap=True)
+    accelerator.wait_for_everyone()  # each has compared before one writes
+    run = _Run(session, folder, accelerator, console, stop, environment)
+    if resume:
+        run.go_back(changes)
+    if accelerator.is_main_process and (changes or not resume):
+        kept = recipe.model_copy(update={"revision": session.source.revision})
+        history = began.get("changed", [])
+        history += [{"after_step": run.state.step, "changes": [each.said for each in changes]}] if changes else []
+        folder.begin(kept, environment | ({"changed": history} if history else {}))
+    return run
 
 
 def _accelerator(recipe: Recipe) -> Accelerator:
@@ -87,56 +138,111 @@ def _accelerator(recipe: Recipe) -> Accelerator:
     # bf16 and the layers cast A and B: no autocast, so no copies of what need not be copied.
     device = pick_device(recipe.device)
     dtype, _ = pick_dtype(recipe.dtype, device)
-    accelerator = Accelerator(
-        mixed_precision="fp16" if dtype == torch.float16 else "no",
-        cpu=device.type == "cpu",
-        log_with=list(recipe.trackers) or None,
-        project_dir=recipe.output if recipe.trackers else None,
-    )
+    accelerator = Accelerator(mixed_precision="fp16" if dtype == torch.float16 else "no", cpu=device.type == "cpu")
     micro_batches = micro_batches_per_step(recipe)
     if recipe.train.batch_size is None and accelerator.num_processes > micro_batches:
         raise LoraError(
             f"{accelerator.num_processes} processes, but {micro_batches} micro-batches a step",
             fix="raise train.gradient_accumulation_steps to the number of processes or more",
         )
+    require_one_process(recipe.train, accelerator.num_processes)
     return accelerator
 
 
 class _Run:
     """One run from its first or resumed step to its last."""
 
-    def __init__(self, session: Session, folder: RunFolder, accelerator: Accelerator, console: Console):
-        self.session, self.folder, self.accelerator, self.console = session, folder, accelerator, console
+    def __init__(
+        self,
+        session: Session,
+        folder: RunFolder,
+        accelerator: Accelerator,
+        console: Console,
+        stop: Stop,
+        environment: dict[str, Any],
+    ):
+        self.session, self.folder, self.accelerator, self.stop = session, folder, accelerator, stop
+        self.say = partial(console.print, highlight=False, markup=False, soft_wrap=True)
+        self.console, self.environment = console, environment
         self.recipe = session.recipe.train
-        self.model = session.model
-        self.parameters = adapter_parameters(self.model)
-        optimizer = make_optimizer(self.recipe, self.model)
+        self.parameters = adapter_parameters(session.model)
+        optimizer = make_optimizer(self.recipe, session.model)
         # Only fp16 needs accelerate around each step and backward; it looks for packages on the disk every time.
         self.optimizer = optimizer if accelerator.scaler is None else accelerator.prepare(optimizer)
         self.state = State()
-        self.stop_requested = False
+        self.wall_seconds_before = folder.wall_seconds()
         self.micro_batches = MicroBatches(session, accelerator, self.parameters)
+        self.judge = Judge(session, accelerator, lambda: stop.requested)
+        identity = ("lora", "torch", "transformers", "bitsandbytes", "accelerate", "device", "dtype", "processes")
+        belongs_to = {
+            "recipe": session.recipe.model_dump(mode="json"),
+            "data_fingerprint": session.data_fingerprint,
+            "base_fingerprint": session.source.fingerprint,
+            "environment": {name: environment[name] for name in identity},
+        }
+        self.keep = Keeper(session, folder, accelerator, self.optimizer, stop, belongs_to, self.say)
+        random.seed(
+            self.recipe.seed
+        )  # what a model's own code or a library may draw from; torch is seeded in each step
+        np.random.seed(self.recipe.seed)
 
-    def to_the_end(self, resume: bool) -> dict[str, Any]:
-        if resume:
-            self._resume()
-        first = self.state.step + 1
-        progress = Progress(self.console, self.session.total_steps, first)
-        with open_trackers(self.accelerator, self.session.recipe) as track, progress, self._stop_signals():
-            if first == 1:
-                self._evaluate_base(progress)
-            reset_peak_memory(self.session.device)
-            self.state.parts = self.micro_batches.rehearse(first, self.state.parts, progress.say)
-            for step in range(first, self.session.total_steps + 1):
-                self._one_step(step, progress, track)
-                if self.stop_requested:
-                    self._interrupt(step)
-        with averaged_weights(self.optimizer):
-            return self._finish()
+    def go_back(self, changes: Sequence[Change] = ()) -> None:
+        """To the newest checkpoint, or the beginning if there is none."""
+        state = self.keep.restore()
+        self.state = state or State()
+        if state is not None:
+            self.session.feed.seek(state.position)
+        if any(each.allow.startswith(("data", "base_model", "quantization", "dtype")) for each in changes):
+            self.judge.forget(self.state)
+        if self.state.step >= self.session.total_steps and self.state.pending is None and self.folder.report.exists():
+            raise LoraError(
+                "this run is finished",
+                where=str(self.folder.path),
+                fix="its adapter is in adapter/; to train more, raise train.epochs or train.max_steps and allow it: "
+                "--set train.epochs=2 --allow train.epochs",
+            )
+        self.say(f"resuming after step {self.state.step} of {self.session.total_steps}")
+
+    def to_the_end(self) -> dict[str, Any]:
+        self._say_state("running")
+        try:
+            progress = Progress(self.console, self.session.total_steps, self.state.step + 1)
+            reporting = self.accelerator.is_main_process
+            with open_trackers(self.session.recipe, progress.say, active=reporting) as track, progress:
+                self._steps(progress, track)
+            with averaged_weights(self.optimizer):
+                report = self._finish()
+        except BaseException as error:
+            self._say_state(_state_after(error), why=str(error).splitlines()[0] if str(error) else type(error).__name__)
+            raise
+        self._say_state("done" if report["learned"] else "nothing learned")
+        require_learned(report, self.folder)
+        return report
+
+    def _steps(self, progress: Progress, track: Any) -> None:
+        self.stop.in_steps = True
+        self._score_base(progress)
+        if self.state.pending is not None:
+            self._complete(self.state.pending, progress, track)
+        if self.recipe.on_nan == "rewind" and not self.folder.list_checkpoints():
+            self.keep.checkpoint(self.state)  # there must be something to go back to
+        reset_peak_memory(self.session.device)
+        self.state.parts = self.micro_batches.rehearse(self.state.step + 1, self.state.parts, progress.say)
+        while self.state.step < self.session.total_steps:
+            if self._asked_to_stop():
+                self.keep.checkpoint(self.state)
+                raise self._interrupted()
+            began = time.monotonic()
+            self._one_step(self.state.step + 1, progress, track)
+            self.stop.watch_the_clock(time.monotonic() - began)
 
     def _one_step(self, step: int, progress: Progress, track: Any) -> None:
         started = time.monotonic()
-        line = self._optimize(step)
+        line, wrong = self._optimize(step)
+        if wrong is not None:
+            if self._goes_back(wrong, step):
+                return
+            line["skipped"] = wrong
         line["seconds"] = time.monotonic() - started
         line["tokens_per_second"] = line["tokens"] / line["seconds"]
         line["peak_memory_bytes"] = peak_memory_bytes(self.session.device)
@@ -147,43 +253,62 @@ class _Run:
         state.target_tokens += line["target_tokens"]
         state.seconds += line["seconds"]
         state.peak_memory_bytes = max(state.peak_memory_bytes, line["peak_memory_bytes"])
-        last = step == self.session.total_steps
-        if self.session.data.validation and (last or (self.recipe.eval_every and step % self.recipe.eval_every == 0)):
+        self._complete(line, progress, track)
+
+    def _complete(self, line: dict[str, Any], progress: Progress, track: Any) -> None:
+        """What follows a step: evaluation, the line in metrics.jsonl, a checkpoint; each where it is due."""
+        step, last = line["step"], line["step"] == self.session.total_steps
+        if self.judge.has_data and (last or (self.recipe.eval_every and step % self.recipe.eval_every == 0)):
             progress.doing("evaluating")
-            with averaged_weights(self.optimizer):
-                line["validation_loss"] = self._evaluate(step)
-        if self.accelerator.is_main_process:
-            self.folder.append_metrics(line)
+            self.state.pending = line
+            loss = self._score_step()
+            if not math.isfinite(loss) and self._goes_back(f"the validation loss is {loss}", step, can_skip=False):
+                return
+            line["validation_loss"] = loss
+            self.state.pending = None
+        self.keep.metrics(line)
         track(line, step)
         if last or (self.recipe.checkpoint_every and step % self.recipe.checkpoint_every == 0):
-            self._checkpoint()
+            self.keep.checkpoint(self.state)
+            self._say_state("running")
         progress.step(line)
 
-    def _optimize(self, step: int) -> dict[str, Any]:
-        """One optimizer step over all its micro-batches, on all processes; the line for metrics.jsonl."""
-        batches = self.session.feed.step(step)
+    def _optimize(self, step: int) -> tuple[dict[str, Any], str | None]:
+        """One optimizer step over all its micro-batches, on all processes.
+
+        Returns the line for metrics.jsonl, and what is wrong with the step if something is; then nothing was updated.
+        """
+        batches = self.session.feed.step(step + self.state.data_offset)
         targets = sum(example.targets for batch in batches for example in batch)
         weight = sum(example.target_weight for batch in batches for example in batch)
         rate = learning_rate(self.recipe, step, self.session.total_steps)
         set_learning_rate(self.optimizer, rate)
         mean = self._gradients(step, batches, weight) / weight
-        if not math.isfinite(mean):
-            raise self._not_finite(f"the loss is {mean}", step)
-        norm = float(self.accelerator.clip_grad_norm_(self.parameters, self.recipe.max_grad_norm))  # type: ignore[arg-type]
-        if not math.isfinite(norm) and self.accelerator.scaler is None:  # fp16 overflows now and then; its scaler skips
-            raise self._not_finite(f"the gradient norm is {norm}", step)
-        self.optimizer.step()
+        is_wrong = partial(
+            what_is_wrong,
+            mean,
+            first_loss=self.state.first_loss,
+            vocabulary=self.session.model.config.get_text_config().vocab_size,
+            scaled=self.accelerator.scaler is not None,
+        )
+        norm, wrong = None, is_wrong(None)
+        if wrong is None:
+            norm = float(self.accelerator.clip_grad_norm_(self.parameters, self.recipe.max_grad_norm))  # type: ignore[arg-type]
+            wrong = is_wrong(norm)
+        if wrong is None:
+            self.optimizer.step()
         self.optimizer.zero_grad()
         self.state.position = self.session.feed.position()
         tokens = sum(len(example.ids) for batch in batches for example in batch)
-        return {
+        line = {
             "step": step,
-            "loss": mean,
+            "loss": mean if math.isfinite(mean) else None,  # JSON has no other numbers
             "learning_rate": rate,
-            "grad_norm": norm,
+            "grad_norm": norm if norm is not None and math.isfinite(norm) else None,
             "target_tokens": targets,
             "tokens": tokens,
         }
+        return line, wrong
 
     def _gradients(self, step: int, batches: list[list[Example]], weight: float) -> float:
         """Cross-entropy summed over a step, whose gradients are then there; in smaller micro-batches if need be."""
@@ -192,173 +317,118 @@ class _Run:
                 return self.micro_batches.run(step, batches, weight, self.state.parts)
             except DoesNotFit as problem:
                 self.state.parts = self.micro_batches.smaller(batches, self.state.parts, problem)
-                self.console.print(smaller_from_now_on(problem, self.state.parts), highlight=False, soft_wrap=True)
+                self.say(smaller_from_now_on(problem, self.state.parts))
                 if self.state.step:  # the last step that is complete
-                    self._checkpoint()
+                    self.keep.checkpoint(self.state)
 
-    # ── evaluation and what is kept ─────────────────────────────────────────────────────────────────────────────
+    # ── evaluation ──────────────────────────────────────────────────────────────────────────────────────────────
 
-    def _evaluate_base(self, progress: Progress) -> None:
-        """With B = 0 the model is its base: what the run has to beat."""
-        if not self.session.data.validation:
+    def _score_base(self, progress: Progress) -> None:
+        if not self.judge.has_data or self.state.base_validation_loss is not None:
             return
         progress.doing("evaluating the base model")
-        self.state.base_validation_loss = loss = self._validation_loss()
+        try:
+            loss = self.judge.score_base(self.state)
+        except EvaluationStopped:
+            raise self._interrupted() from None
         progress.say(f"base model: validation loss {loss:.4f} (perplexity {math.exp(min(loss, 80)):.2f})")
 
-    def _evaluate(self, step: int) -> float:
-        loss = self._validation_loss()
-        if not math.isfinite(loss):
-            raise self._not_finite(f"the validation loss is {loss}", step)
-        self.state.last_validation_loss = loss
-        if self.state.best_validation_loss is None or loss < self.state.best_validation_loss:
-            self.state.best_validation_loss, self.state.best_step = loss, step
-            self._save_adapter(self.folder.adapter)
+    def _score_step(self) -> float:
+        try:
+            with averaged_weights(self.optimizer):
+                loss, best = self.judge.score_step(self.state)
+                if best:
+                    self.keep.adapter(self.folder.adapter)
+        except EvaluationStopped:  # the step is complete, and its evaluation comes first when the run goes on
+            self.keep.checkpoint(self.state)
+            raise self._interrupted() from None
         return loss
 
-    def _validation_loss(self) -> float:
-        held_out = self.session.data.validation
-        budget = max(int(held_out.lengths.max()), self._micro_batch_tokens)
-        with self.accelerator.autocast():
-            return mean_loss(self.model, held_out, self.session.collate, budget)[0]
+    # ── a step that went wrong ──────────────────────────────────────────────────────────────────────────────────
 
-    @property
-    def _micro_batch_tokens(self) -> int:
-        rows = rows_per_micro_batch(self.session.recipe) / self.state.parts
-        return self.recipe.tokens_per_micro_batch or math.ceil(rows) * self.session.recipe.data.max_seq_len
+    def _goes_back(self, wrong: str, step: int, *, can_skip: bool = True) -> bool:
+        """What train.on_nan says: False to go on without the update, True after going back; else raises CheckFailed."""
+        state = self.state
+        if self.recipe.on_nan == "skip" and can_skip:
+            state.skipped.append(step)
+            if state.skipped[-_SKIPPED_IN_A_ROW:] != list(range(step - _SKIPPED_IN_A_ROW + 1, step + 1)):
+                self.say(f"step {step}: {wrong}; its update is left out")
+                return False
+            wrong = f"{wrong}, as in each of the last {_SKIPPED_IN_A_ROW} steps,"
+        if self.recipe.on_nan == "rewind":
+            back_to = self.folder.list_checkpoints()[-1:]
+            if back_to and sum(to == back_to[0].name for _, to in state.rewound) < _REWINDS:
+                self._rewind(wrong, step)
+                return True
+            wrong = f"{wrong}, after going back {_REWINDS} times,"
+        newest = self.folder.list_checkpoints()[-1:]
+        raise CheckFailed(
+            f"{wrong} at step {step}: training has diverged and was stopped",
+            where=str(self.folder.path),
+            details=[
+                f"last checkpoint: {newest[0].name if newest else 'none'}; the adapter of this step was not saved"
+            ],
+            fix="lower train.learning_rate, raise train.warmup_ratio, or look for broken rows in the data; "
+            "train.on_nan: skip or rewind goes on without such steps",
+        )
 
-    def _save_adapter(self, place: Path) -> None:
-        """Ship the adapter as it is now, unless it is still inert: nobody should take such a folder for a result."""
-        if not self.accelerator.is_main_process or is_inert(self.model):
-            return
-        recipe = self.session.recipe
-        with written_whole(place) as temporary:
-            save_adapter(
-                self.model,
-                temporary,
-                self.session.source,
-                quantization=recipe.quantization,
-                double_quantization=recipe.double_quantization,
-                chat_template=self.session.own_template,
-            )
-
-    def _checkpoint(self) -> None:
-        if self.accelerator.is_main_process:
-            if self.accelerator.scaler is not None:
-                self.state.loss_scale = self.accelerator.scaler.state_dict()
-            place = self.folder.checkpoints / f"step_{self.state.step:06d}"
-            save_checkpoint(place, self.model, self.optimizer, vars(self.state))
-            prune_checkpoints(self.folder.checkpoints, self.recipe.keep_checkpoints)
-        self.accelerator.wait_for_everyone()
-
-    def _resume(self) -> None:
-        newest = self.folder.newest_checkpoint()
-        if newest is not None:
-            saved = load_checkpoint(newest, self.model, self.optimizer)
-            self.state = State(**{name: saved[name] for name in vars(State())})
-            self.session.feed.seek(self.state.position)
-            if self.accelerator.scaler is not None and self.state.loss_scale:
-                self.accelerator.scaler.load_state_dict(self.state.loss_scale)
-        if self.accelerator.is_main_process:
-            self.folder.forget_metrics_after(self.state.step)
-        if self.state.step >= self.session.total_steps and self.folder.report.exists():
-            raise LoraError(
-                "this run is finished",
-                where=str(self.folder.path),
-                fix="its adapter is in adapter/; start a new run to train more",
-            )
-        self.console.print(f"resuming after step {self.state.step} of {self.session.total_steps}", highlight=False)
+    def _rewind(self, wrong: str, step: int) -> None:
+        """Back to the last checkpoint, and on with the data that lie behind this step."""
+        before = self.state
+        restored = self.keep.restore()
+        assert restored is not None
+        self.state = restored
+        left_out = step - restored.step
+        restored.data_offset = before.data_offset + left_out
+        restored.rewound = [*before.rewound, (step, self.folder.checkpoint(restored.step).name)]
+        restored.position = self.session.feed.position()
+        self.keep.checkpoint(restored)  # so that a run that is killed now goes on the same way
+        self.say(
+            f"step {step}: {wrong}; back to step {restored.step}, and on without the data of these {left_out} steps"
+        )
 
     # ── how a run ends ──────────────────────────────────────────────────────────────────────────────────────────
 
-    @contextmanager
-    def _stop_signals(self) -> Iterator[None]:
-        """First Ctrl+C or SIGTERM: stop after this step. Second: stop at once."""
+    def _asked_to_stop(self) -> bool:
+        """Of several processes, whether any was asked to."""
+        if self.accelerator.num_processes > 1:
+            own = torch.tensor([self.stop.exit_code if self.stop.requested else 0], device=self.session.device)
+            code = int(self.accelerator.gather(own).max())  # type: ignore[union-attr]
+            if code:
+                self.stop.ask("another of its processes was asked to", code)
+        return self.stop.requested
 
-        def request(signum: int, _frame: Any) -> None:
-            if self.stop_requested:
-                raise KeyboardInterrupt
-            self.stop_requested = True
-            self.console.print(
-                f"{signal.Signals(signum).name}: finishing this step, then writing a checkpoint", highlight=False
-            )
+    def _interrupted(self) -> Interrupted:
+        done = f"after step {self.state.step} of {self.session.total_steps}; a checkpoint is written"
+        return Interrupted(
+            f"stopped {done if self.state.step else 'before step 1: nothing was trained yet'} ({self.stop.why})",
+            exit_code=self.stop.exit_code,
+            where=str(self.folder.path),
+            fix=f"continue with: {resume_command(self.folder)}",
+        )
 
-        before = {sig: signal.signal(sig, request) for sig in (signal.SIGINT, signal.SIGTERM)}
-        try:
-            yield
-        finally:
-            for sig, handler in before.items():
-                signal.signal(sig, handler)
-
-    def _interrupt(self, step: int) -> None:
-        if step == self.session.total_steps:
+    def _say_state(self, state: str, why: str | None = None) -> None:
+        if not self.accelerator.is_main_process:
             return
-        self._checkpoint()
-        raise Interrupted(
-            f"stopped after step {step} of {self.session.total_steps}; a checkpoint is written",
-            where=str(self.folder.path),
-            fix=f"continue with: lora train {self.folder.recipe} --resume",
-        )
-
-    def _not_finite(self, what: str, step: int) -> CheckFailed:
-        newest = self.folder.newest_checkpoint()
-        return CheckFailed(
-            f"{what} at step {step}: training has diverged and was stopped",
-            where=str(self.folder.path),
-            details=[f"last checkpoint: {newest.name if newest else 'none'}; the adapter of this step was not saved"],
-            fix="lower train.learning_rate, raise train.warmup_ratio, or look for broken rows in the data",
-        )
+        with suppress(DiskError):  # what matters more will complain
+            self.folder.say_state(
+                state,
+                why=why,
+                step=self.state.step,
+                total_steps=self.session.total_steps,
+                wall_seconds=round(self.wall_seconds_before + time.monotonic() - self.stop.began, 1),
+                processes=self.accelerator.num_processes,
+            )
 
     def _finish(self) -> dict[str, Any]:
-        state, session = self.state, self.session
-        if session.data.validation:
-            self._save_adapter(self.folder.last_adapter)
-        else:
-            self._save_adapter(self.folder.adapter)
-        report = {
-            "steps": state.step,
-            "first_loss": state.first_loss,
-            "last_loss": state.last_loss,
-            "base_validation_loss": state.base_validation_loss,
-            "best_validation_loss": state.best_validation_loss,
-            "best_step": state.best_step,
-            "last_validation_loss": state.last_validation_loss,
-            "tokens": state.tokens,
-            "target_tokens": state.target_tokens,
-            "seconds": round(state.seconds, 3),
-            "tokens_per_second": round(state.tokens / state.seconds, 1),
-            "peak_memory_bytes": state.peak_memory_bytes,
-            "adapted_layers": len(session.layers),
-            "trained_parameters": sum(parameter.numel() for parameter in self.parameters),
-            "learned": not is_inert(self.model),
-            "adapter": str(self.folder.adapter),
-        }
+        self.keep.adapter(self.folder.last_adapter if self.judge.has_data else self.folder.adapter)
+        report = make_report(self.session, self.state, self.folder)
         if self.accelerator.is_main_process:
-            write_json(self.folder.report, report)
+            self.keep.written(lambda: write_report(self.folder, report))
         self.accelerator.wait_for_everyone()
-        if not report["learned"]:
-            raise CheckFailed(
-                "this run learned nothing: every B of the adapter is still zero",
-                where=str(self.folder.path),
-                fix="raise train.learning_rate; with one step and a warm-up the rate may have been too small to count",
-            )
-        self._say_result(report)
+        say_result(report, self.say)
         return report
 
-    def _say_result(self, report: dict[str, Any]) -> None:
-        def say(text: str) -> None:
-            self.console.print(text, highlight=False, markup=False, soft_wrap=True)
 
-        if report["best_validation_loss"] is not None:
-            before, after = report["base_validation_loss"], report["best_validation_loss"]
-            change = 1 - math.exp(after - before)
-            say(
-                f"validation perplexity {math.exp(min(before, 80)):.2f} → {math.exp(min(after, 80)):.2f} "
-                f"({abs(change):.0%} {'lower' if change >= 0 else 'higher'}; best at step {report['best_step']})"
-            )
-        minutes, seconds = divmod(round(report["seconds"]), 60)
-        say(
-            f"{report['steps']} steps in {minutes}:{seconds:02d}, {report['tokens_per_second']:,.0f} tokens/s, "
-            f"peak memory {human_bytes(report['peak_memory_bytes'])}"
-        )
-        say(f"adapter in {report['adapter']}")
+def _state_after(error: BaseException) -> str:
+    return "interrupted" if isinstance(error, Interrupted | KeyboardInterrupt) else "failed"

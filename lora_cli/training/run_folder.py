@@ -1,20 +1,23 @@
-"""The run folder: what stands where, who may write into it, and what a new or resumed run finds there."""
+"""The run folder: what stands where, what a new run finds there, and what it says of itself."""
 
 from __future__ import annotations
 
 import json
+import os
 import platform
+import re
 from dataclasses import dataclass
-from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
-from lora_cli import __version__
 from lora_cli.errors import LoraError
-from lora_cli.files import disk_errors, write_json
+from lora_cli.files import disk_errors, finish_moves, write_json
 from lora_cli.recipe import Recipe
-from lora_cli.recipe_file import differences, load_recipe, write_recipe
-from lora_cli.training.checkpoint import list_checkpoints
+from lora_cli.recipe_file import load_recipe, write_recipe
+from lora_cli.training.run_lock import LOCK, now
+
+_BEFORE_A_RUN = ("prepared", "compiled", LOCK)  # what one that did not begin may leave
+_STEP = re.compile(r"step_\d{6,}")
 
 
 @dataclass(frozen=True)
@@ -50,71 +53,91 @@ class RunFolder:
     def environment(self) -> Path:
         return self.path / "environment.json"
 
-    def refuse_if_taken(self, recipe: Recipe, resume: bool) -> None:
-        """Raises LoraError if a new run would overwrite something, or a resumed one would be another run."""
+    @property
+    def status(self) -> Path:
+        return self.path / "status.json"
+
+    def refuse_if_taken(self, resume: bool) -> None:
+        """Raises LoraError if a new run would overwrite something, or there is no run to resume. Writes nothing."""
         if self.path.exists() and not self.path.is_dir():
             raise LoraError("the output is a file, not a folder", where=str(self.path), fix="choose another output")
-        caches = ("prepared", "compiled")  # of a run that did not begin
-        taken = self.path.is_dir() and any(each.name not in caches for each in self.path.iterdir())
-        if not resume:
-            if taken:
-                what = "another run" if self.recipe.exists() else "other files"
-                raise LoraError(
-                    f"the output folder already holds {what}",
-                    where=str(self.path),
-                    fix="continue that run with --resume, choose another output (--set output=…), or remove the folder",
-                )
-            return
-        if not self.recipe.exists():
-            raise LoraError("there is no run to resume", where=str(self.path), fix="start it without --resume")
-        stored = self.stored_recipe()
-        if recipe.revision is None:  # stored with the commit that "nothing" meant when the run began
-            stored = stored.model_copy(update={"revision": None})
-        changed = differences(stored, recipe)
-        if changed:
+        with disk_errors(self.path):
+            taken = self.path.is_dir() and any(each.name not in _BEFORE_A_RUN for each in self.path.iterdir())
+        if taken and not resume:
+            what = "another run" if self.recipe.exists() else "other files"
             raise LoraError(
-                "the recipe is not the one that this run began with, so resuming would be another run",
-                where=str(self.recipe),
-                details=changed,
-                fix=f"undo these changes, or resume with the run's own recipe: lora train {self.recipe} --resume",
+                f"the output folder already holds {what}",
+                where=str(self.path),
+                fix="continue that run with --resume, choose another output (--set output=…), or remove the folder",
             )
+        if resume and not self.recipe.exists():
+            raise LoraError("there is no run to resume", where=str(self.path), fix="start it without --resume")
 
     def stored_recipe(self) -> Recipe:
         return load_recipe(self.recipe)
 
+    def stored_environment(self) -> dict[str, Any]:
+        try:
+            found = json.loads(self.environment.read_text(encoding="utf-8"))
+            if not isinstance(found, dict):
+                raise ValueError("it is no mapping")
+        except (OSError, ValueError, RecursionError) as error:
+            raise LoraError(
+                f"what this run was trained on cannot be read: {error}",
+                where=str(self.environment),
+                fix="put the file back, or start a new run with another output",
+            ) from None
+        return found
+
     def begin(self, recipe: Recipe, environment: dict[str, Any]) -> None:
-        with disk_errors(self.path):
-            self.path.mkdir(parents=True, exist_ok=True)
-            write_recipe(recipe, self.recipe)
+        """Also where a resumed run goes on under a changed recipe. recipe.yaml comes last: it is what makes a run."""
         write_json(self.environment, environment)
+        temporary = self.recipe.with_name(f".{self.recipe.name}.tmp-{os.getpid()}")
+        with disk_errors(self.path):
+            write_recipe(recipe, temporary)
+            temporary.replace(self.recipe)
 
-    def require_same(self, environment: dict[str, Any]) -> None:
-        """Raises LoraError if data, tokens or base weights are not those that the run began with."""
-        began = json.loads(self.environment.read_text(encoding="utf-8"))
-        names = {"data_fingerprint": "training or validation data", "base_fingerprint": "base weights"}
-        for key, name in names.items():
-            if began.get(key) != environment[key]:
-                raise LoraError(
-                    f"the {name} changed since this run began, so resuming would be another run",
-                    where=str(self.path),
-                    details=[f"{key}: {began.get(key)} → {environment[key]}"],
-                    fix="restore them, or start a new run with another output",
-                )
+    def clear_after_a_kill(self) -> None:
+        for folder in (self.path, self.checkpoints):
+            with disk_errors(folder):
+                finish_moves(folder)
 
-    def newest_checkpoint(self) -> Path | None:
-        return next(reversed(list_checkpoints(self.checkpoints)), None)
+    def list_checkpoints(self) -> list[Path]:
+        """Complete checkpoints, oldest first. Whether their bytes are right shows when one is opened."""
+        found = self.checkpoints.iterdir() if self.checkpoints.is_dir() else ()
+        named = (path for path in found if _STEP.fullmatch(path.name) and path.is_dir())
+        return sorted(named, key=lambda path: int(path.name.removeprefix("step_")))
 
-    def forget_metrics_after(self, step: int) -> None:
-        """Drop the lines of steps that will run again, so that no step is ever logged twice."""
-        kept = [line for line in read_metrics(self.metrics) if line["step"] <= step]
-        temporary = self.metrics.with_suffix(".tmp")
-        with disk_errors(self.metrics):
-            temporary.write_text("".join(json.dumps(line) + "\n" for line in kept), encoding="utf-8")
-            temporary.replace(self.metrics)
+    def checkpoint(self, step: int) -> Path:
+        return self.checkpoints / f"step_{step:06d}"
 
     def append_metrics(self, line: dict[str, Any]) -> None:
-        with disk_errors(self.metrics), self.metrics.open("a", encoding="utf-8") as stream:
-            stream.write(json.dumps(line) + "\n")
+        """Raises DiskError; then nothing of the line is there."""
+        before = self.metrics.stat().st_size if self.metrics.exists() else 0
+        try:
+            with disk_errors(self.metrics), self.metrics.open("a", encoding="utf-8") as stream:
+                stream.write(json.dumps(line) + "\n")
+        except BaseException:
+            if self.metrics.exists():
+                os.truncate(self.metrics, before)
+            raise
+
+    def say_state(self, state: str, **values: Any) -> None:
+        """Update status.json, which `lora runs` reads. What is not given stays as it was."""
+        own = {"pid": os.getpid(), "host": platform.node(), "updated": now()}
+        write_json(self.status, {"started": own["updated"], **self._said(), **own, "state": state, **values})
+
+    def wall_seconds(self) -> float:
+        """How long all processes of this run that ended in order have taken together."""
+        found = self._said().get("wall_seconds")
+        return float(found) if isinstance(found, int | float) else 0.0
+
+    def _said(self) -> dict[str, Any]:
+        try:
+            known = json.loads(self.status.read_text(encoding="utf-8"))
+        except (OSError, ValueError, RecursionError):
+            return {}
+        return known if isinstance(known, dict) else {}
 
 
 def read_metrics(path: Path) -> list[dict[str, Any]]:
@@ -126,15 +149,3 @@ def read_metrics(path: Path) -> list[dict[str, Any]]:
         except ValueError:
             break
     return lines
-
-
-def environment_of(device: str, dtype: str) -> dict[str, Any]:
-    packages = ("torch", "transformers", "bitsandbytes", "accelerate", "datasets", "safetensors", "tokenizers")
-    return {
-        "lora": __version__,
-        "python": platform.python_version(),
-        "platform": platform.platform(),
-        "device": device,
-        "dtype": dtype,
-        **{name: version(name) for name in packages},
-    }

@@ -41,6 +41,8 @@ from lora_cli.recipe import Recipe
 
 Collate = Any  # (examples) -> MicroBatch
 _SAMPLE_TOKENS = 64  # enough to see what a token keeps
+_METRICS_BYTES = 300  # of one line
+_COMPILED_BYTES = 300_000_000  # what inductor keeps for the blocks of a model
 _FREE_SHARE = 0.8  # of free memory, for activations: the rest is for what kernels need while they run
 
 
@@ -123,7 +125,6 @@ def open_session(recipe: Recipe, console: Console) -> Session:
     side_by_side = _layout(model, recipe, device, say)
     trained = sum(parameter.numel() for parameter in adapter_parameters(model))
     say(f"adapter  {len(layers)} layers, {trained:,} trained parameters")
-    require_space(Path(recipe.output), disk_needed(recipe, trained), "the run (adapter and checkpoints)")
     pad_id: Any = tokenizer.eos_token_id
     lay_out = partial(collate, packed=side_by_side, pad_id=pad_id, device=device)
     if logit_rule(model) is None:
@@ -137,7 +138,11 @@ def open_session(recipe: Recipe, console: Console) -> Session:
         keep_inputs_alone(model)
     plan = _plan_activations(model, blocks, layers, recipe, lay_out, tokens, device)
     say(f"memory   {_describe_plan(plan, tokens)}")
-    return Session(recipe, source, tokenizer, data, model, layers, feed, device, dtype, lay_out, plan)
+    session = Session(recipe, source, tokenizer, data, model, layers, feed, device, dtype, lay_out, plan)
+    needed = disk_needed(recipe, trained, session.total_steps)
+    require_space(Path(recipe.output), needed, "the run (adapter and checkpoints)")
+    say(f"disk     up to {human_bytes(needed)} in {recipe.output}")
+    return session
 
 
 def _layout(model: Any, recipe: Recipe, device: torch.device, say: Any) -> bool:
@@ -214,8 +219,13 @@ def attach_from_recipe(model: Any, recipe: Recipe) -> dict[str, LoRALinear]:
     return attach(model, targets, dropout=adapter.dropout, init=adapter.init, seed=recipe.train.seed)
 
 
-def disk_needed(recipe: Recipe, trained_parameters: int) -> int:
-    """Bytes a run writes at most: fp32 adapters (best, last, one being written) and checkpoints with two moments."""
-    adapters = 3 * 4 * trained_parameters
-    checkpoints = (recipe.train.keep_checkpoints + 1) * 3 * 4 * trained_parameters
-    return adapters + checkpoints + 10_000_000
+def disk_needed(recipe: Recipe, trained_parameters: int, steps: int) -> int:
+    """Bytes a run writes at most.
+
+    fp32 adapters: best, last, one being written. Checkpoints, each with A and B and two moments, and the metrics of all
+    steps: those kept, that of the best step, one being written; the best adapter in them costs nothing where links can.
+    """
+    adapter, metrics = 4 * trained_parameters, _METRICS_BYTES * steps
+    checkpoints = (recipe.train.keep_checkpoints + 2) * (3 * adapter + metrics)
+    compiled = _COMPILED_BYTES if recipe.train.compile else 0
+    return 3 * adapter + checkpoints + metrics + compiled + 10_000_000

@@ -1,0 +1,26 @@
+"""When a step has gone wrong: its loss or gradient is no number, or its loss is beyond that of knowing nothing."""
+
+from __future__ import annotations
+
+import math
+
+_TIMES = 2.0
+
+
+def what_is_wrong(
+    loss: float, grad_norm: float | None, *, first_loss: float | None, vocabulary: int, scaled: bool
+) -> str | None:
+    """None for a healthy step.
+
+    A model that knows nothing loses log(vocabulary) nats a token by guessing evenly. A loss above twice that, and above
+    twice what the run began with, has exploded: the model is sure of what is wrong. grad_norm: of all gradients
+    together, None while it is not known. scaled: fp16, whose gradients overflow now and then; its loss scaling skips
+    such steps by itself.
+    """
+    if not math.isfinite(loss):
+        return f"the loss is {loss}"
+    if loss > (most := _TIMES * max(math.log(vocabulary), first_loss or 0.0)):
+        return f"the loss is {loss:.4g}, more than {most:.4g}, which is twice that of knowing nothing"
+    if grad_norm is not None and not math.isfinite(grad_norm) and not scaled:
+        return f"the gradient norm is {grad_norm}"
+    return None

@@ -1,0 +1,72 @@
+"""Validation during a run: what the base scores, what the adapter scores, and which adapter is the best so far."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+
+from accelerate import Accelerator
+from torch import Tensor
+
+from lora_cli.adapters.layer import adapters_disabled
+from lora_cli.data.prepared import rows_per_micro_batch
+from lora_cli.evaluation.perplexity import example_losses
+from lora_cli.training.session import Session
+from lora_cli.training.state import State
+
+
+class Judge:
+    """Scores the held-out examples. The loss of each is kept, so that gains can be told with their uncertainty."""
+
+    def __init__(self, session: Session, accelerator: Accelerator, should_stop: Callable[[], bool]):
+        self.session, self.accelerator = session, accelerator
+        # Processes that do not agree to stop would wait for each other, so several go through with it.
+        self.should_stop = should_stop if accelerator.num_processes == 1 else None
+
+    @property
+    def has_data(self) -> bool:
+        return bool(self.session.data.validation)
+
+    def score_base(self, state: State) -> float:
+        """Loss of the model without its adapter: what the run has to beat. Raises EvaluationStopped."""
+        with adapters_disabled(self.session.model):
+            losses, targets = self._example_losses(state.parts)
+        state.tensors |= {"validation.base": losses, "validation.targets": targets}
+        state.base_validation_loss = losses.sum().item() / int(targets.sum())
+        return state.base_validation_loss
+
+    def score_step(self, state: State) -> tuple[float, bool]:
+        """(loss of the adapter as it is, whether it is the best so far). Raises EvaluationStopped."""
+        losses, targets = self._example_losses(state.parts)
+        loss = losses.sum().item() / int(targets.sum())
+        state.last_validation_loss = loss
+        best = math.isfinite(loss) and (state.best_validation_loss is None or loss < state.best_validation_loss)
+        if best:
+            state.best_validation_loss, state.best_step = loss, state.step
+            state.tensors["validation.best"] = losses
+        return loss, best
+
+    def forget(self, state: State) -> None:
+        """What was scored on other data or another base says nothing of these."""
+        state.base_validation_loss = state.best_validation_loss = state.best_step = state.last_validation_loss = None
+        state.tensors = {}
+
+    def _example_losses(self, parts: int) -> tuple[Tensor, Tensor]:
+        session, accelerator = self.session, self.accelerator
+        held_out = session.data.validation
+        train = session.recipe.train
+        rows = math.ceil(rows_per_micro_batch(session.recipe) / parts)
+        budget = train.tokens_per_micro_batch or rows * session.recipe.data.max_seq_len
+        with accelerator.autocast():
+            losses, targets = example_losses(
+                session.model,
+                held_out,
+                session.collate,
+                max(int(held_out.lengths.max()), budget),
+                should_stop=self.should_stop,
+                share=(accelerator.process_index, accelerator.num_processes),
+            )
+        if accelerator.num_processes == 1:
+            return losses, targets
+        both = [accelerator.reduce(each.to(session.device), "sum").cpu() for each in (losses, targets)]  # type: ignore
+        return both[0], both[1]

@@ -1,0 +1,197 @@
+"""All that a run writes: metrics, adapters, checkpoints; and going back to what was written."""
+
+from __future__ import annotations
+
+import filecmp
+import shutil
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any, TypeVar
+
+from accelerate import Accelerator
+
+from lora_cli.adapters.attach import is_inert
+from lora_cli.adapters.file import save_adapter
+from lora_cli.errors import DiskError, Interrupted, LoraError
+from lora_cli.files import disk_errors, remove_folder, written_whole
+from lora_cli.training.checkpoint import BEST, Damaged, load_checkpoint, prune_checkpoints, save_checkpoint, verify
+from lora_cli.training.optimizer import learning_rate
+from lora_cli.training.run_folder import RunFolder
+from lora_cli.training.session import Session
+from lora_cli.training.state import State
+from lora_cli.training.stopping import Stop
+
+_TRY_AGAIN_SECONDS = 10.0
+Result = TypeVar("Result")
+
+
+class Keeper:
+    """Writes what a run keeps. One process of several writes; all read.
+
+    A write that fails leaves what was there before; then the run stops or waits, as train.on_write_error says.
+    """
+
+    def __init__(
+        self,
+        session: Session,
+        folder: RunFolder,
+        accelerator: Accelerator,
+        optimizer: Any,
+        stop: Stop,
+        belongs_to: dict[str, Any],
+        say: Callable[[str], None],
+    ):
+        self.session, self.folder, self.accelerator, self.optimizer = session, folder, accelerator, optimizer
+        self.stop, self.belongs_to, self.say = stop, belongs_to, say
+        self.recipe = session.recipe.train
+
+    def metrics(self, line: dict[str, Any]) -> None:
+        if self.accelerator.is_main_process:
+            self.written(lambda: self.folder.append_metrics(line))
+
+    def adapter(self, place: Path) -> None:
+        """Ship the adapter as it is now, unless it is still inert: nobody should take such a folder for a result."""
+        if self.accelerator.is_main_process and not is_inert(self.session.model):
+            self.written(lambda: self._write_adapter(place))
+
+    def checkpoint(self, state: State) -> None:
+        if self.accelerator.is_main_process:
+            if self.accelerator.scaler is not None:
+                state.loss_scale = self.accelerator.scaler.state_dict()
+            self.written(lambda: self._write_checkpoint(state))
+        self.accelerator.wait_for_everyone()
+
+    def restore(self) -> State | None:
+        """Go back to the newest intact checkpoint: model, optimizer, random states, metrics.jsonl and adapter/.
+
+        A damaged one is told, set aside, and the one before it used. None if there is none: the run has not begun.
+        """
+        if self.accelerator.is_main_process:
+            self._set_damaged_aside()
+        self.accelerator.wait_for_everyone()
+        checkpoints = self.folder.list_checkpoints()
+        state = load_checkpoint(checkpoints[-1], self.session.model, self.optimizer) if checkpoints else None
+        if state is not None and self.accelerator.scaler is not None and state.loss_scale:
+            self.accelerator.scaler.load_state_dict(state.loss_scale)
+        if self.accelerator.is_main_process:
+            self.written(lambda: self._put_back(checkpoints[-1] if checkpoints else None))
+        self.accelerator.wait_for_everyone()
+        return state
+
+    def written(self, write: Callable[[], Result]) -> Result:
+        """The result of `write`, however long it takes to succeed, or a DiskError that says what is left."""
+        while True:
+            try:
+                return write()
+            except DiskError as problem:
+                if self.recipe.on_write_error == "stop":
+                    raise self._with_what_is_left(problem) from problem
+                self.say(f"{problem.where}: {problem.what}; waiting, and trying again every {_TRY_AGAIN_SECONDS:.0f} s")
+                self.stop.wait(_TRY_AGAIN_SECONDS)
+                if self.stop.requested:
+                    left = self._with_what_is_left(problem)
+                    raise Interrupted(
+                        f"stopped while waiting: {problem.what}; {left.details[0]}",
+                        exit_code=self.stop.exit_code,
+                        where=problem.where,
+                        fix=left.fix,
+                    ) from problem
+
+    # ── how ─────────────────────────────────────────────────────────────────────────────────────────────────────
+
+    def _write_adapter(self, place: Path) -> None:
+        recipe = self.session.recipe
+        with written_whole(place) as temporary:
+            save_adapter(
+                self.session.model,
+                temporary,
+                self.session.source,
+                quantization=recipe.quantization,
+                double_quantization=recipe.double_quantization,
+                chat_template=self.session.own_template,
+            )
+
+    def _write_checkpoint(self, state: State) -> None:
+        total = self.session.total_steps
+        has_best = state.best_step is not None and self.folder.adapter.is_dir()
+        save_checkpoint(
+            self.folder.checkpoint(state.step),
+            self.session.model,
+            self.optimizer,
+            state,
+            belongs_to=self.belongs_to,
+            schedule={
+                "kind": self.recipe.schedule,
+                "total_steps": total,
+                "learning_rate": learning_rate(self.recipe, max(1, state.step), total),
+            },
+            metrics=self.folder.metrics,
+            best=self.folder.adapter if has_best else None,
+        )
+        with disk_errors(self.folder.checkpoints):
+            prune_checkpoints(
+                self.folder.list_checkpoints(),
+                self.recipe.keep_checkpoints,
+                None if state.best_step is None else self.folder.checkpoint(state.best_step),
+            )
+
+    def _set_damaged_aside(self) -> None:
+        for checkpoint in reversed(self.folder.list_checkpoints()):
+            try:
+                verify(checkpoint)
+                return
+            except Damaged as problem:
+                aside = checkpoint.with_name(f"damaged_{checkpoint.name}")
+                self.say(
+                    f"{problem.where}: {problem.what}; it is set aside as {aside.name}, and the one before it used"
+                )
+                with disk_errors(aside):
+                    shutil.rmtree(aside, ignore_errors=True)
+                    checkpoint.rename(aside)
+
+    def _put_back(self, checkpoint: Path | None) -> None:
+        """Metrics and adapter/ as they were at a checkpoint: what came after it will come again, or otherwise."""
+        with disk_errors(self.folder.path):
+            if checkpoint is None:
+                self.folder.metrics.unlink(missing_ok=True)
+            else:
+                temporary = self.folder.metrics.with_name(f".{self.folder.metrics.name}.tmp-0")
+                shutil.copyfile(checkpoint / "metrics.jsonl", temporary)
+                temporary.replace(self.folder.metrics)
+            best = checkpoint / BEST if checkpoint is not None else None
+            if best is not None and best.is_dir():
+                if not _same_files(best, self.folder.adapter):
+                    with written_whole(self.folder.adapter) as place:
+                        shutil.copytree(best, place, dirs_exist_ok=True)
+            elif self.session.data.validation and self.folder.adapter.is_dir():
+                remove_folder(self.folder.adapter)
+
+    def _with_what_is_left(self, problem: DiskError) -> DiskError:
+        checkpoints = self.folder.list_checkpoints()
+        kept = f"the last checkpoint is {checkpoints[-1].name}" if checkpoints else "no checkpoint was written yet"
+        return DiskError(
+            problem.what,
+            where=problem.where,
+            details=[kept],
+            fix=f"{problem.fix}; then continue with: {resume_command(self.folder)}",
+        )
+
+
+def resume_command(folder: RunFolder) -> str:
+    return f"lora train {folder.recipe} --resume"
+
+
+def _same_files(one: Path, other: Path) -> bool:
+    names = {path.name for path in one.iterdir()}
+    if not other.is_dir() or names != {path.name for path in other.iterdir()}:
+        return False
+    return filecmp.cmpfiles(one, other, list(names), shallow=False)[0] == list(names)
+
+
+def require_one_process(recipe: Any, processes: int) -> None:
+    """Raises LoraError for a run that would wait for a disk while other processes wait for it, and give up."""
+    if processes > 1 and recipe.on_write_error == "pause":
+        raise LoraError(
+            f"train.on_write_error: pause is for one process, but there are {processes}",
+            fix="write on_write_error: stop",
+        )

@@ -1,0 +1,100 @@
+"""Whether a run that goes on is the run that was begun: what changed since, and what the user lets change."""
+
+from __future__ import annotations
+
+import difflib
+import platform
+from collections.abc import Sequence
+from importlib.metadata import version
+from pathlib import Path
+from typing import Any, NamedTuple
+
+from lora_cli import __version__
+from lora_cli.errors import LoraError
+from lora_cli.recipe import Recipe
+from lora_cli.recipe_file import all_keys, differences
+
+_PACKAGES = ("torch", "transformers", "bitsandbytes", "accelerate", "datasets", "safetensors", "tokenizers")
+_COMPUTING = ("lora", "torch", "transformers", "bitsandbytes", "accelerate")  # what a step's numbers come from
+_ROUNDING = ("device", "processes")  # a change of these leaves all but rounding as it was
+
+
+class Change(NamedTuple):
+    """allow: what --allow has to name, or a section of it."""
+
+    allow: str
+    said: str
+
+
+def environment_of(device: str, dtype: str) -> dict[str, Any]:
+    return {
+        "lora": __version__,
+        "python": platform.python_version(),
+        "platform": platform.platform(),
+        "device": device,
+        "dtype": dtype,
+        **{name: version(name) for name in _PACKAGES},
+    }
+
+
+def changes_of_recipe(stored: Recipe, given: Recipe) -> list[Change]:
+    if given.revision is None and given.base_model == stored.base_model:
+        stored = stored.model_copy(update={"revision": None})  # stored with the commit that "nothing" meant then
+    return [Change(".".join(key), f"{'.'.join(key)}: {old} → {new}") for key, old, new in differences(stored, given)]
+
+
+def changes_of_environment(began: dict[str, Any], now: dict[str, Any]) -> list[Change]:
+    """Other data, other base weights, another compute dtype, other versions of what computes."""
+    found: list[Change] = []
+    if began.get("data_fingerprint") != now["data_fingerprint"]:
+        files = _file_changes(began.get("data_files"), now["data_files"])
+        found += [Change("data", f"data: {each}") for each in files or ["other tokens from the same files"]]
+    if began.get("base_fingerprint") != now["base_fingerprint"]:
+        found.append(Change("base_model", f"base weights: {began.get('base_fingerprint')} → {now['base_fingerprint']}"))
+    if began.get("dtype") != now["dtype"]:
+        found.append(Change("dtype", f"compute dtype: {began.get('dtype')} → {now['dtype']}"))
+    for name in _COMPUTING:
+        if began.get(name) != now[name]:
+            found.append(Change("versions", f"version of {name}: {began.get(name)} → {now[name]}"))
+    return found
+
+
+def rounding_note(began: dict[str, Any], now: dict[str, Any]) -> str | None:
+    """What changed that leaves the run the same but for rounding; None if nothing did."""
+    found = [f"{key}: {began.get(key)} → {now[key]}" for key in _ROUNDING if began.get(key) != now[key]]
+    return f"not bitwise the same from here, but for rounding: {'; '.join(found)}" if found else None
+
+
+def require_known(allow: Sequence[str]) -> None:
+    """Raises LoraError for an --allow that names nothing which could change."""
+    keys = [".".join(path) for path in all_keys()]
+    known = {*keys, *(key.partition(".")[0] for key in keys), "versions"} - {"output"}
+    for name in allow:
+        if name not in known:
+            near = difflib.get_close_matches(name, known, n=1)
+            raise LoraError(
+                f"--allow {name} is neither a setting nor a section of the recipe",
+                fix=f"did you mean {near[0]}?" if near else "for example --allow train.epochs, data, or versions",
+            )
+
+
+def refuse_other_run(changes: Sequence[Change], allow: Sequence[str], where: Path) -> None:
+    """Raises LoraError, with all changes, unless each is allowed by its own name or its section's."""
+    refused = [each for each in changes if not any(each.allow == a or each.allow.startswith(f"{a}.") for a in allow)]
+    if not refused:
+        return
+    names = list(dict.fromkeys(each.allow for each in refused))
+    raise LoraError(
+        "this is no longer the run that was begun, so going on would make another one of it",
+        where=str(where),
+        details=[each.said for each in refused],
+        fix=f"undo these changes; or, if they are meant, add {' '.join(f'--allow {name}' for name in names)}",
+    )
+
+
+def _file_changes(before: Any, after: dict[str, str]) -> list[str]:
+    before = before if isinstance(before, dict) else {}
+    gone = [f"{name} is no longer used" for name in before if name not in after]
+    new = [f"{name} is new" for name in after if name not in before]
+    changed = [f"{name} has other contents" for name in after if name in before and before[name] != after[name]]
+    return gone + new + changed
