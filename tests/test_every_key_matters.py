@@ -224,6 +224,8 @@ TESTED_BELOW = {
     "train.activation_memory": "test_activation_memory",
     "train.offload_activations": "test_offload_activations",
     "train.compile": "test_compile",
+    "train.on_nan": "test_on_nan",
+    "train.on_write_error": "test_on_write_error",
     "trackers": "test_trackers",
 }
 
@@ -604,6 +606,49 @@ def test_compile(runs: Runs, monkeypatch: pytest.MonkeyPatch):
     assert [path for path in (compiled / "compiled").rglob("*.so")] != []
     assert not (plain / "compiled").exists()
     assert losses(compiled) == pytest.approx(losses(plain), rel=1e-4)  # fused kernels sum in another order
+
+
+def test_on_nan(runs: Runs, monkeypatch: pytest.MonkeyPatch):
+    """The second of three steps has no loss: the run stops, or goes on without it, or without its data."""
+    from lora_cli.training import micro_batches
+
+    own, calls = micro_batches.training_loss, []
+
+    def no_number(*arguments: Any, **settings: Any) -> Any:
+        calls.append(True)
+        found = own(*arguments, **settings)
+        return tuple(each * float("nan") for each in found) if len(calls) == 3 else found
+
+    monkeypatch.setattr(micro_batches, "training_loss", no_number)
+    with pytest.raises(CheckFailed, match="the loss is nan at step 2"):
+        runs({"output": "{folder}/stops"})
+    seen = {}
+    for choice in ("skip", "rewind"):
+        calls.clear()
+        run = runs({"train.on_nan": choice})
+        seen[choice] = ["skipped" in line for line in read_metrics(run / "metrics.jsonl")]
+    assert seen == {"skip": [False, True, False], "rewind": [False, False, False]}
+
+
+def test_on_write_error(runs: Runs, monkeypatch: pytest.MonkeyPatch):
+    """The first checkpoint finds no space: the run stops, or tries again."""
+    from lora_cli.training import checkpoint, keeping
+
+    monkeypatch.setattr(keeping, "_TRY_AGAIN_SECONDS", 0.01)
+    own, calls = checkpoint.save_file, []
+
+    def full_once(*arguments: Any, **settings: Any) -> None:
+        calls.append(True)
+        if len(calls) == 1:
+            raise OSError(28, "No space left on device")
+        own(*arguments, **settings)
+
+    monkeypatch.setattr(checkpoint, "save_file", full_once)
+    with pytest.raises(LoraError, match="no space left on the disk"):
+        runs({"output": "{folder}/full"})
+    calls.clear()
+    assert steps(runs({"train.on_write_error": "pause"})) == 3
+    assert len(calls) == 1 + 3
 
 
 def test_trackers(runs: Runs):

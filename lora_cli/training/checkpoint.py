@@ -76,7 +76,7 @@ def save_checkpoint(
         if best is not None:
             shutil.copytree(best, place / BEST, copy_function=_link_or_copy)
         manifest = {"format": FORMAT, "step": state.step, "files": _checksums(place), **belongs_to}
-        write_json(place / "manifest.json", manifest)
+        write_json(place / "manifest.json", {**manifest, "checksum": _checksum(manifest)})
 
 
 def load_checkpoint(folder: Path, model: nn.Module, optimizer: Any) -> State:
@@ -118,12 +118,14 @@ def verify(folder: Path) -> dict[str, Any]:
     """The manifest, after every file was compared with it. Raises Damaged; LoraError for another format."""
     try:
         manifest = json.loads((folder / "manifest.json").read_text(encoding="utf-8"))
-        stated = dict(manifest["files"])
-    except (OSError, ValueError, KeyError, TypeError, RecursionError) as error:
+        checksum, stated = manifest.pop("checksum"), dict(manifest["files"])
+    except (OSError, ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
         old = folder / "state.json"
         if not (folder / "manifest.json").exists() and old.exists():
             _refuse_old(folder, old)
         raise _damaged(folder, f"its manifest cannot be read ({error})") from None
+    if checksum != _checksum(manifest):
+        raise _damaged(folder, "its manifest is not what was written")
     if manifest.get("format") != FORMAT:
         raise _other_format(folder, manifest.get("format"))
     try:
@@ -179,6 +181,11 @@ def _checksums(folder: Path) -> dict[str, dict[str, Any]]:
                     digest.update(piece)
             found[name] = {"bytes": path.stat().st_size, "sha256": digest.hexdigest()}
     return found
+
+
+def _checksum(manifest: dict[str, Any]) -> str:
+    """SHA-256 of the manifest without this entry, which no list of files can hold."""
+    return hashlib.sha256(json.dumps(manifest, sort_keys=True).encode()).hexdigest()
 
 
 def _link_or_copy(source: str, target: str) -> None:
