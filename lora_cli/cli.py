@@ -319,7 +319,9 @@ def main() -> None:
     except LoraError as error:
         print(error.render(), file=sys.stderr)
         sys.exit(error.exit_code)
-    except KeyboardInterrupt:
+    except (KeyboardInterrupt, SystemExit) as end:  # typer makes the one into the other, without a word
+        if isinstance(end, SystemExit) and end.code != 130:
+            raise
         print("stopped", file=sys.stderr)
         sys.exit(130)
     except BrokenPipeError:

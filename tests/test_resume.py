@@ -1,4 +1,4 @@
-"""E7, and what may not be lost: damaged checkpoints, changed recipes and data, locks, full disks, steps that go wrong."""
+"""E7, and what may not be lost: damaged checkpoints, other recipes and data, locks, full disks, steps that go wrong."""
 
 from __future__ import annotations
 
@@ -8,6 +8,7 @@ import os
 import shutil
 import signal
 import threading
+import time
 from pathlib import Path
 from typing import Any
 
@@ -344,6 +345,25 @@ def test_a_signal_while_the_model_is_loaded_ends_the_run_at_once(run_recipe, mon
     assert caught.value.exit_code == 143
     monkeypatch.setattr(loop, "open_session", real)
     run_recipe()  # the folder is not taken
+
+
+def test_a_signal_that_comes_in_a_finalizer_is_not_lost(run_recipe, monkeypatch):
+    """Python drops what is raised there."""
+
+    class Finalized:
+        def __del__(self) -> None:
+            os.kill(os.getpid(), signal.SIGINT)
+            sum(range(10_000))  # the handler runs in here
+
+    def forever(*_: Any) -> None:
+        Finalized()
+        for _ in range(600):
+            time.sleep(0.05)
+        pytest.fail("the signal was lost")
+
+    monkeypatch.setattr(loop, "open_session", forever)
+    with pytest.raises(Interrupted, match="SIGINT before its first step"):
+        run_recipe()
 
 
 def test_max_hours_ends_a_run_with_a_checkpoint(recipe_file, tmp_path):

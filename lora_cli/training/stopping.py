@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import signal
+import sys
+import threading
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -34,9 +36,11 @@ class Stop:
     @contextmanager
     def listening(self) -> Iterator[None]:
         before = {each: signal.signal(each, self._on_signal) for each in (signal.SIGINT, signal.SIGTERM)}
+        hook, sys.unraisablehook = sys.unraisablehook, self._on_lost_error
         try:
             yield
         finally:
+            sys.unraisablehook = hook
             for each, handler in before.items():
                 signal.signal(each, handler)
 
@@ -59,6 +63,13 @@ class Stop:
         until = time.monotonic() + seconds
         while not self.requested and (left := until - time.monotonic()) > 0:
             time.sleep(min(left, 0.2))
+
+    def _on_lost_error(self, lost: Any) -> None:
+        """Python drops what is raised inside a finalizer, and a signal may come just there: so once more, in a moment."""
+        if isinstance(lost.exc_value, KeyboardInterrupt) and self.requested and not self.in_steps:
+            threading.Timer(0.01, signal.raise_signal, (signal.SIGINT,)).start()
+        else:
+            sys.__unraisablehook__(lost)
 
     def _on_signal(self, number: int, _frame: Any) -> None:
         name = signal.Signals(number).name
