@@ -2,11 +2,11 @@
 
     python benchmarks/chaos.py [--kills 300] [--seed 0] [--workers 2] [--keep FOLDER]
 
-A run of a tiny GPT-2 with everything on that could make a resumed run another run: NF4, 8-bit optimizer, dropout, packing,
-accumulation, several epochs, evaluation, checkpoints. It is disturbed once to four times, resumed after each time, and
-must end with the same bytes as the straight run: adapters, optimizer and random states, and all of metrics.jsonl but
-what was measured with a clock. Every end but that by SIGKILL has to say what happened, and a damaged checkpoint has to
-be told. How a run is disturbed:
+A run of a tiny GPT-2 with everything on that could make a resumed run another run: NF4, 8-bit optimizer, dropout,
+packing, accumulation, several epochs, evaluation, checkpoints. It is disturbed once to four times, resumed after each
+time, and must end with the same bytes as the straight run: adapters, optimizer and random states, and all of
+metrics.jsonl but what was measured with a clock. Every end but that by SIGKILL has to say what happened, and a damaged
+checkpoint has to be told. How a run is disturbed:
 
 SIGKILL          at a random moment of its life, from the start of the process on
 SIGKILL, write   at a random one of its writes: before it, after it, or with half of it on the disk

@@ -45,6 +45,7 @@ def real_recipe(folder: Path, name: str, **train: Any) -> Path:
     work = Work("long", 12, 8)
     prepare_work(work, folder)
     values = recipe_values(recipe_of(work, folder, name))
+    values["dtype"] = "auto"
     values["train"] |= {"epochs": 1000, **train}
     return write_recipe(folder, values, name)
 
@@ -75,7 +76,7 @@ def cost(steps: int) -> None:
         size = sum(path.stat().st_size for path in next((folder / "run" / "checkpoints").iterdir()).rglob("*"))
     step, checkpoint = statistics.median(line["seconds"] for line in lines[1:]), statistics.median(taken)
     print(
-        f"a checkpoint: {checkpoint * 1000:.0f} ms (median of {len(taken)}), {size / 2**20:.0f} MiB; a step: {step:.2f} s"
+        f"a checkpoint of {size / 2**20:.0f} MiB: {checkpoint * 1000:.0f} ms (median of {len(taken)}); a step: {step:.2f} s"
     )
     print(f"one every {EVERY} steps: {checkpoint / (EVERY * step):.3%} of training time")
 

@@ -65,7 +65,7 @@ class Stop:
             time.sleep(min(left, 0.2))
 
     def _on_lost_error(self, lost: Any) -> None:
-        """Python drops what is raised inside a finalizer, and a signal may come just there: so once more, in a moment."""
+        """Python drops what is raised in a finalizer, and a signal may come just there: so once more, in a moment."""
         if isinstance(lost.exc_value, KeyboardInterrupt) and self.requested and not self.in_steps:
             threading.Timer(0.01, signal.raise_signal, (signal.SIGINT,)).start()
         else:
