@@ -12,7 +12,7 @@ from typing import Any
 import numpy as np
 
 MOST_POINTS = 1000  # drawn of a curve: more than the picture has columns
-SMOOTHED_SHARE = 0.05  # of all steps, in the mean that the smoothed curve shows
+SMOOTHED_SHARE, MOST_SMOOTHED = 0.05, 301  # of all steps, and steps at most, in the mean that the smooth curve shows
 
 
 @dataclass(frozen=True)
@@ -36,7 +36,7 @@ def loss_picture(metrics: Sequence[Mapping[str, Any]], report: Mapping[str, Any]
     """
     from matplotlib.backends.backend_agg import FigureCanvasAgg  # no display is looked for, no global state is made
     from matplotlib.figure import Figure
-    from matplotlib.ticker import MaxNLocator
+    from matplotlib.ticker import MaxNLocator, StrMethodFormatter
 
     steps, losses = _series(metrics, "loss")
     if not len(steps):
@@ -53,18 +53,20 @@ def loss_picture(metrics: Sequence[Mapping[str, Any]], report: Mapping[str, Any]
     top = max(np.percentile(losses, 99.5), smooth.max())  # one spike must not flatten all the rest
     top = max(top, _draw_validation(axes, metrics, report, ink))
     axes.set_ylim(0, top * 1.08 or 1)
-    axes.set_xlim(0, max(steps[-1] * 1.02, 1))
+    axes.set_xlim(-0.012 * steps[-1], 1.012 * steps[-1])
     axes.set_title("Loss", loc="left", color=ink.text, fontsize=12, fontweight="bold")
     axes.set_xlabel("step", color=ink.text)
     axes.set_ylabel("nats per target token", color=ink.text)
     axes.tick_params(colors=ink.text)
     axes.xaxis.set_major_locator(MaxNLocator(integer=True))
+    axes.xaxis.set_major_formatter(StrMethodFormatter("{x:,.0f}"))
     axes.grid(axis="y", color=ink.faint, linewidth=0.6)
     axes.set_axisbelow(True)
     for side, spine in axes.spines.items():
         spine.set_visible(side == "bottom")
         spine.set_color(ink.faint)
-    axes.legend(frameon=False, labelcolor=ink.text, loc="upper right")
+    beside_title = {"loc": "lower right", "bbox_to_anchor": (1, 1), "ncols": 3, "borderaxespad": 0.2}
+    axes.legend(frameon=False, labelcolor=ink.text, fontsize=9, columnspacing=1.4, **beside_title)
     stream = io.BytesIO()
     figure.savefig(stream, format="png", facecolor=ink.paper)
     return stream.getvalue()
@@ -91,15 +93,15 @@ def _draw_validation(axes: Any, metrics: Sequence[Mapping[str, Any]], report: Ma
 
 
 def smoothed(losses: np.ndarray) -> tuple[np.ndarray, int]:
-    """(running means, their width in steps): centred and odd, shorter at both ends so that it stays centred.
+    """(running means, their width in steps): centred and odd; at both ends of what there is of it.
 
     losses: (steps,), finite. The width is 5 % of the steps.
     """
-    half = int(len(losses) * SMOOTHED_SHARE / 2)
+    half = min(int(len(losses) * SMOOTHED_SHARE), MOST_SMOOTHED) // 2
     sums = np.concatenate([[0.0], np.cumsum(losses, dtype=np.float64)])
     at = np.arange(len(losses))
-    reach = np.minimum(half, np.minimum(at, len(losses) - 1 - at))
-    return (sums[at + reach + 1] - sums[at - reach]) / (2 * reach + 1), 2 * half + 1
+    first, last = np.maximum(at - half, 0), np.minimum(at + half, len(losses) - 1)
+    return (sums[last + 1] - sums[first]) / (last + 1 - first), 2 * half + 1
 
 
 def _series(metrics: Sequence[Mapping[str, Any]], name: str) -> tuple[np.ndarray, np.ndarray]:

@@ -13,12 +13,14 @@ from lora_cli.files import disk_errors, human_bytes
 from lora_cli.training.loss_picture import DARK, LIGHT, loss_picture
 from lora_cli.training.verdict import (
     best_words,
+    decimals,
     duration,
     forgetting_words,
     half_width,
     judge,
     percent,
     perplexity,
+    plus_or_minus,
     signed,
 )
 
@@ -139,11 +141,13 @@ def _tiles(report: Mapping[str, Any]) -> str:
     if _finite(found.get("gain")):
         gain = signed(found["gain"], half_width(found))
         change = f"{perplexity(found['before'])} → {perplexity(found['after'])}"
-        tiles.append(("validation perplexity", change, f"{gain} nats a token gained"))
+        tiles.append(("validation perplexity", change, f"gain {gain} nats a token"))
     general = report.get("general_text") or {}
     if _finite(general.get("change")):
         change = f"{perplexity(general['before'])} → {perplexity(general['after'])}"
-        tiles.append(("perplexity of general text", change, f"{signed(general['change'], half_width(general))} nats"))
+        tiles.append(
+            ("perplexity of general text", change, f"{signed(general['change'], half_width(general))} nats a token")
+        )
     speed = report.get("tokens_per_second")
     tiles.append(("time", duration(report.get("seconds") or 0), f"{_count(speed)} tokens/s" if _finite(speed) else ""))
     if report.get("peak_memory_bytes"):
@@ -176,8 +180,8 @@ def _held_out(report: Mapping[str, Any]) -> str:
     found = report.get("validation")
     if not found:
         return ""
-    note = f"{_count(found.get('examples'))} held-out examples, each counted by its target tokens. {_interval(found)}"
-    return f"<h2>Held-out data</h2>\n{_before_after(found, 'gain', found.get('gain'))}<p class=faint>{note}</p>"
+    note = f"{_count(found.get('examples'))} in all, each counted by its target tokens. {_interval(found)}"
+    return f"<h2>Held-out examples</h2>\n{_before_after(found, 'gain', found.get('gain'))}<p class=faint>{note}</p>"
 
 
 def _general(report: Mapping[str, Any]) -> str:
@@ -266,8 +270,8 @@ def _before_after(found: Mapping[str, Any], name: str, difference: Any) -> str:
 def _interval(found: Mapping[str, Any]) -> str:
     if half_width(found) is None:
         return "From a single one no interval can be known."
-    low, high = found["low"], found["high"]
-    return f"95 % interval: {signed(low, None)} to {signed(high, None)}."
+    places = decimals(half_width(found))
+    return f"95 % interval: {plus_or_minus(found['low'], places)} to {plus_or_minus(found['high'], places)}."
 
 
 def _table(rows: Iterable[tuple[str, str]]) -> str:

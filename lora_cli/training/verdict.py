@@ -66,7 +66,7 @@ def judge(report: Mapping[str, Any]) -> Verdict:
         return Verdict(
             "nothing learned",
             "This run learned nothing that helps: on held-out data the adapter is no better than its base model.",
-            f"Validation {worse}, {signed(-found['gain'], half_width(found))} nats a token, {_held_out(found)}.",
+            f"Validation {worse}, {signed(-found['gain'], half_width(found))} nats a token {_held_out(found)}.",
             "lower train.learning_rate or train.epochs, or hold out rows of the same kind as are trained on",
         )
     if found.get("low") is None or found["low"] <= 0:
@@ -74,10 +74,12 @@ def judge(report: Mapping[str, Any]) -> Verdict:
         return Verdict(
             "not certain",
             "The adapter looks better than its base model, but that is not certain.",
-            f"{gain_words(found)}; {sure}.",
+            f"{_capital(gain_words(found))}; {sure}.",
             "hold out more examples, or train longer",
         )
-    return Verdict("learned", "The adapter learned: it is better than its base model.", f"{gain_words(found)}.")
+    return Verdict(
+        "learned", "The adapter learned: it is better than its base model.", f"{_capital(gain_words(found))}."
+    )
 
 
 def verdict_lines(report: Mapping[str, Any]) -> list[str]:
@@ -97,8 +99,8 @@ def gain_words(found: Mapping[str, Any]) -> str:
     """`perplexity 12.79 → 1.08, 2.47 ± 0.05 nats a token better on 100 held-out examples`."""
     before, after = perplexity(found["before"]), perplexity(found["after"])
     half = half_width(found)
-    digits = _digits(half)
-    gain = f"{found['gain']:.{digits}f}" + ("" if half is None else f" ± {half:.{digits}f}")
+    places = decimals(half)
+    gain = f"{found['gain']:.{places}f}" + ("" if half is None else f" ± {half:.{places}f}")
     return f"perplexity {before} → {after}, {gain} nats a token better {_held_out(found)}"
 
 
@@ -107,9 +109,9 @@ def forgetting_words(report: Mapping[str, Any]) -> str | None:
     found = report.get("general_text")
     if not found or _missing(found.get("change")):
         return None
-    digits = _digits(half_width(found))
+    places = decimals(half_width(found))
     text = (
-        f"loss on general text {found['before']:.{digits}f} → {found['after']:.{digits}f} "
+        f"loss on general text {found['before']:.{places}f} → {found['after']:.{places}f} "
         f"({signed(found['change'], half_width(found))})"
     )
     if found.get("low") is None:
@@ -131,20 +133,22 @@ def update_words(report: Mapping[str, Any]) -> str | None:
 
 
 def best_words(report: Mapping[str, Any]) -> str | None:
-    """`best at step 60 of 114; …`, or None without validation."""
+    """`best at step 60 of 114: that adapter is shipped, …`, or None without validation."""
     best, steps = report.get("best_step"), report.get("steps")
     if best is None:
         return None
+    text = f"best at step {best:,} of {steps or best:,}: that adapter is shipped"
     if best == steps or _missing(report.get("last_validation_loss")) or _missing(report.get("best_validation_loss")):
-        return f"best at step {best} of {steps}: that adapter is shipped"
+        return text
     lost = report["last_validation_loss"] - report["best_validation_loss"]
-    return f"best at step {best} of {steps}: that adapter is shipped, the last is {lost:.4f} nats a token worse"
+    return f"{text}, the last is {lost:.4f} nats a token worse"
 
 
 def cost_words(report: Mapping[str, Any]) -> str:
     """`114 steps, 57,030 tokens in 3:07, 305 tokens/s, peak memory 2.28 GiB`."""
     seconds, speed = report.get("seconds") or 0.0, report.get("tokens_per_second")
-    parts = [f"{report.get('steps') or 0:,} steps, {report.get('tokens') or 0:,} tokens in {duration(seconds)}"]
+    steps = report.get("steps") or 0
+    parts = [f"{steps:,} step{'' if steps == 1 else 's'}, {report.get('tokens') or 0:,} tokens in {duration(seconds)}"]
     if not _missing(speed):
         parts.append(f"{speed:,.0f} tokens/s")
     if report.get("peak_memory_bytes"):
@@ -175,7 +179,9 @@ def perplexity(loss: float) -> str:
 
 
 def percent(ratio: float) -> str:
-    return f"{100 * ratio:.2g} %" if ratio < 0.995 else f"{100 * ratio:.0f} %"
+    """`0.042 %`, `1.9 %`, `12 %`."""
+    share = 100 * ratio
+    return f"{share:.0f} %" if share >= 9.95 else f"{share:.1f} %" if share >= 0.95 else f"{share:.2g} %"
 
 
 def duration(seconds: float) -> str:
@@ -192,13 +198,16 @@ def half_width(found: Mapping[str, Any]) -> float | None:
 
 
 def signed(value: float, half: float | None) -> str:
-    """`+0.04 ± 0.01`, with as many digits as the interval has meaning."""
-    digits = _digits(half)
-    text = f"{value:+.{digits}f}".replace("-", "−")
-    return text if half is None else f"{text} ± {half:.{digits}f}"
+    """`+0.04 ± 0.01`, with as many decimals as the interval gives a meaning to."""
+    text = plus_or_minus(value, decimals(half))
+    return text if half is None else f"{text} ± {half:.{decimals(half)}f}"
 
 
-def _digits(half: float | None) -> int:
+def plus_or_minus(value: float, places: int) -> str:
+    return f"{value:+.{places}f}".replace("-", "−")
+
+
+def decimals(half: float | None) -> int:
     """Decimals that show the first figure of an uncertainty; at least two, at most four."""
     return 2 if not half else min(4, max(2, -math.floor(math.log10(half))))
 
@@ -206,6 +215,10 @@ def _digits(half: float | None) -> int:
 def _held_out(found: Mapping[str, Any]) -> str:
     count = found.get("examples") or 0
     return f"on {count:,} held-out example{'' if count == 1 else 's'}"
+
+
+def _capital(text: str) -> str:
+    return text[0].upper() + text[1:]
 
 
 def _missing(value: Any) -> bool:
