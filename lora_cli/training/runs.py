@@ -48,13 +48,13 @@ class Run:
 
     @property
     def progress(self) -> str:
-        """State and step in a few words: `done, 114 steps`, `killed at step 60 of 114`."""
+        """State and step in a few words: `done, 114 steps`, `killed at step 60/114`."""
         if self.step is None or self.state == "nothing learned":
             return self.state
         if self.state == "done":
-            return f"done, {self.step:,} steps"
-        of = f" of {self.total_steps:,}" if self.total_steps else ""
-        return f"{self.state} at step {self.step:,}{of}"
+            return f"done, {self.step} steps"
+        of = f"/{self.total_steps}" if self.total_steps else ""
+        return f"{self.state} at step {self.step}{of}"
 
 
 def list_runs(folder: Path, price: float | None = None) -> list[Run]:
@@ -91,11 +91,11 @@ def print_runs(runs: list[Run], folder: Path, console: Any) -> None:
 
     styles = {"running": "cyan", "done": "green", "interrupted": "yellow"}
     table = Table(box=None, pad_edge=False, padding=(0, 2, 0, 0), header_style="bold")
-    table.add_column("run", overflow="fold", ratio=None)
+    table.add_column("run", overflow="fold")
     table.add_column("state", overflow="fold")
-    for name in ("loss", "best val.", "tokens", "hours", *(["cost"] if runs[0].cost is not None else [])):
+    for name in ("loss", "valid.", "tokens", "hours", *(["cost"] if runs[0].cost is not None else [])):
         table.add_column(name, justify="right", no_wrap=True)
-    table.add_column("last sign", justify="right", no_wrap=True)
+    table.add_column("seen", justify="right", no_wrap=True)
     for run in runs:
         cells = [_decimals(run.loss, 4), _decimals(run.validation_loss, 4), _short(run.tokens), _decimals(run.hours, 2)]
         if runs[0].cost is not None:
@@ -265,18 +265,19 @@ def _decimals(value: float | None, digits: int) -> str:
 
 
 def _short(count: int | None) -> str:
-    """`870`, `57.0k`, `1.2M`."""
+    """`870`, `57.0k`, `250k`, `1.2M`."""
     if count is None:
         return "–"
     for size, unit in ((1e9, "G"), (1e6, "M"), (1e3, "k")):
         if count >= size:
-            return f"{count / size:.1f}{unit}"
+            return f"{count / size:.{0 if count >= 100 * size else 1}f}{unit}"
     return str(count)
 
 
 def _ago(moment: str) -> str:
+    """`now`, `6 min`, `3 h`, `12 d`: how long it has been."""
     seconds = (datetime.now(timezone.utc) - datetime.fromisoformat(moment)).total_seconds()
     for size, unit in ((86_400, "d"), (3_600, "h"), (60, "min")):
         if seconds >= size:
-            return f"{int(seconds / size)} {unit} ago"
+            return f"{int(seconds / size)} {unit}"
     return "now"
