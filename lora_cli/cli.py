@@ -310,6 +310,24 @@ def generate(
     )
 
 
+@app.command()
+def runs(
+    folder: Annotated[Path, typer.Argument(help="Folder that holds runs, or a run.")] = Path("runs"),
+    per_hour: Annotated[
+        float | None, typer.Option("--per-hour", min=0.0, help="Price of an hour of the machine, for a cost column.")
+    ] = None,
+    as_json: Json = False,
+) -> None:
+    """List runs: their state, loss and cost."""
+    from lora_cli.training import runs as listing
+
+    found = listing.list_runs(folder, per_hour)
+    if as_json:
+        print(listing.as_json(found))
+    else:
+        listing.print_runs(found, folder, _console(stderr=False))
+
+
 def main() -> None:
     """Entry point: a LoraError becomes its message and exit code, Ctrl+C becomes 130."""
     os.environ.setdefault("HF_HUB_DISABLE_TELEMETRY", "1")

@@ -19,10 +19,10 @@ from torch.utils._pytree import tree_leaves
 from lora_cli.adapters.attach import adapter_parameters, attach
 from lora_cli.adapters.layer import LoRALinear
 from lora_cli.adapters.targets import Target, find_targets
-from lora_cli.base.cross_entropy import LogitRule, linear_cross_entropy
+from lora_cli.base.cross_entropy import LogitRule, cross_entropy_of_each, linear_cross_entropy
 from lora_cli.data.batches import MicroBatch, collate
 from lora_cli.data.example import Example
-from lora_cli.evaluation.loss import logit_rule, summed_loss, target_logits, training_loss
+from lora_cli.evaluation.loss import logit_rule, summed_loss, target_logits, target_losses, training_loss
 
 TARGETS, HIDDEN, VOCABULARY = 13, 8, 29
 SOME_ROWS = 4 * VOCABULARY * 8  # bytes: chunks of four rows in float64, of eight in fp32; neither divides 13
@@ -256,6 +256,29 @@ def test_without_gradients_the_loss_is_the_same(rule):
     assert not without.requires_grad
 
 
+@pytest.mark.parametrize("rule", RULES)
+@pytest.mark.parametrize("head", HEADS)
+@pytest.mark.parametrize(("dtype", "tolerance"), [(torch.float64, 1e-12), (torch.float32, 1e-5)])
+def test_that_of_each_target_is_what_the_plain_logits_give(head, rule, dtype, tolerance):
+    layer = HEADS[head](dtype=dtype)
+    hidden, targets, _ = inputs(dtype=dtype)
+    given = RULES[rule]
+    logits = layer(hidden.unsqueeze(0))[0] * given.multiplier
+    logits = logits if given.cap is None else given.cap * torch.tanh(logits / given.cap)
+    each = cross_entropy_of_each(layer, hidden.requires_grad_(), targets, rule=given, chunk_bytes=SOME_ROWS)
+    assert not each.requires_grad
+    torch.testing.assert_close(
+        each, F.cross_entropy(logits, targets, reduction="none").detach(), rtol=0, atol=tolerance
+    )
+    total = linear_cross_entropy(layer, hidden, targets, rule=given, chunk_bytes=SOME_ROWS)[0]
+    torch.testing.assert_close(each.sum(), total.detach(), rtol=tolerance, atol=0)
+
+
+def test_of_no_target_there_is_no_cross_entropy():
+    hidden, targets, _ = inputs(0)
+    assert cross_entropy_of_each(linear(), hidden, targets, rule=LogitRule()).shape == (0,)
+
+
 # ── memory ──────────────────────────────────────────────────────────────────────────────────────────────────────
 
 
@@ -337,6 +360,8 @@ def assert_loss_is_that_of_the_models_own_logits(model: Any) -> None:
     summed = (F.cross_entropy(logits, some.targets, reduction="none") * some.weights).sum()
     torch.testing.assert_close(shown, summed.to(shown.dtype), rtol=1e-5, atol=0)
     torch.testing.assert_close(summed_loss(model, some), summed.to(shown.dtype), rtol=1e-5, atol=0)
+    separate = F.cross_entropy(logits, some.targets, reduction="none")
+    torch.testing.assert_close(target_losses(model, some), separate, rtol=1e-5, atol=1e-6)
     of_ours, of_plain = torch.autograd.grad(actual, parameters), torch.autograd.grad(expected, parameters)
     largest = max(gradient.abs().max().item() for gradient in of_plain)
     torch.testing.assert_close(of_ours, of_plain, rtol=0, atol=1e-5 * largest)

@@ -25,7 +25,7 @@ from lora_cli.data.prepare import prepare
 from lora_cli.data.sources import read_rows
 from lora_cli.errors import LoraError
 from lora_cli.evaluation.evaluate import evaluate_model, evaluate_run
-from lora_cli.evaluation.perplexity import mean_loss
+from lora_cli.evaluation.perplexity import EvaluationStopped, example_losses, mean_loss
 from lora_cli.recipe_file import load_recipe
 
 CPU = torch.device("cpu")
@@ -62,6 +62,70 @@ def test_loss_is_what_transformers_computes_with_labels(adapted, tokenizer, reci
     expected = total / sum(example.targets for example in examples)
     loss, _ = mean_loss(adapted, examples, partial(collate, packed=False, pad_id=0, device=CPU), 4096)
     assert loss == pytest.approx(expected, abs=1e-6)
+
+
+def test_every_example_has_the_loss_that_it_has_alone(adapted, tokenizer, recipe_file):
+    """Against transformers' own loss of each; in the order of the examples whatever the batches are."""
+    examples = prepare(load_recipe(recipe_file()), tokenizer, keep=True).train
+    targets = torch.tensor([example.targets for example in examples])
+    expected = torch.empty(len(examples), dtype=torch.float64)
+    for at, example in enumerate(examples):
+        ids, on = torch.tensor(example.ids.tolist()), torch.tensor(example.trained)
+        with torch.no_grad():
+            loss = adapted(ids[None], labels=torch.where(on, ids, -100)[None]).loss
+        expected[at] = loss.double() * example.targets
+    assert expected.std() > 1  # or a mistaken order would not be seen
+    for packed, budget in [(False, 1), (False, 100), (True, 64), (True, 10_000)]:
+        losses, counts = example_losses(
+            adapted, examples, partial(collate, packed=packed, pad_id=0, device=CPU), budget
+        )
+        assert losses.dtype == torch.float64
+        torch.testing.assert_close(losses, expected, rtol=1e-5, atol=0)
+        assert torch.equal(counts, targets)
+
+
+def test_a_weight_in_training_is_no_weight_in_evaluation(adapted):
+    ids = list(range(20, 40))
+    plain, weighted = ([Example(ids, [(3, 9, w), (12, 20, 1.0)]), Example(ids, [(0, 20, w)])] for w in (1.0, 0.25))
+    lay_out = partial(collate, packed=False, pad_id=0, device=CPU)
+    expected, count = example_losses(adapted, plain, lay_out, 64)
+    losses, same = example_losses(adapted, weighted, lay_out, 64)
+    assert torch.equal(losses, expected)
+    assert same.tolist() == count.tolist() == [14, 19]
+
+
+def test_shares_add_up_to_the_whole_in_as_many_forwards_each(adapted, tokenizer, recipe_file):
+    examples = prepare(load_recipe(recipe_file()), tokenizer, keep=True).train[:7]
+    lay_out = partial(collate, packed=True, pad_id=0, device=CPU)
+    whole = example_losses(adapted, examples, lay_out, 1)  # one example a forward: seven batches
+    for processes, forwards in [(2, 4), (3, 3), (10, 1)]:
+        seen: list[int] = []
+
+        def counted(chosen, seen=seen):
+            seen.append(len(chosen))
+            return lay_out(chosen)
+
+        parts = [example_losses(adapted, examples, counted, 1, share=(each, processes)) for each in range(processes)]
+        assert len(seen) == forwards * processes
+        for total, of_parts in zip(whole, zip(*parts, strict=True), strict=True):
+            assert torch.equal(torch.stack(of_parts).sum(0), total)
+            assert (torch.stack(of_parts) != 0).sum(0).tolist() == [1] * 7  # each by exactly one
+
+
+def test_an_evaluation_can_be_stopped_between_forwards(adapted, tokenizer, recipe_file):
+    examples = prepare(load_recipe(recipe_file()), tokenizer, keep=True).train
+    answers = iter([False, False, True])
+    forwards: list[int] = []
+    hook = adapted.register_forward_pre_hook(lambda *_: forwards.append(1))
+    lay_out = partial(collate, packed=True, pad_id=0, device=CPU)
+    mean_loss(adapted, examples[:1], lay_out, 1)  # tries what the model does to its logits, once
+    forwards.clear()
+    adapted.train()
+    with pytest.raises(EvaluationStopped):
+        example_losses(adapted, examples, lay_out, 1, should_stop=lambda: next(answers))
+    hook.remove()
+    assert len(forwards) == 2
+    assert adapted.training
 
 
 def test_sliding_window_perplexity_is_the_one_of_a_plain_loop(tiny_llama, tmp_path):

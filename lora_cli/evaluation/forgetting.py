@@ -1,0 +1,122 @@
+"""Forgetting: what an adapter costs on text that has nothing to do with its data."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from importlib import resources
+from pathlib import Path
+from typing import Any
+
+from torch import Tensor
+from transformers import PreTrainedTokenizerBase
+
+from lora_cli.adapters.layer import adapters_disabled
+from lora_cli.data.chat import wants_bos
+from lora_cli.data.example import Example
+from lora_cli.errors import LoraError
+from lora_cli.evaluation.gain import paired_gain
+from lora_cli.evaluation.perplexity import Collate, example_losses
+
+WINDOW = 512  # tokens, or what the model sees if that is less
+MOST_TOKENS = 4096  # of a text
+LEAST_TOKENS = 64
+_OWN = "built-in English prose"
+
+
+@dataclass(frozen=True)
+class GeneralText:
+    """A text in windows, of whose tokens all but the first are targets. source: its file, or what it is."""
+
+    source: str
+    windows: list[Example]
+
+
+def general_text(tokenizer: PreTrainedTokenizerBase, model: Any, path: Path | None = None) -> GeneralText | None:
+    """The first 4,096 tokens of a UTF-8 text of the user's, or of 3,300 words that come with the program.
+
+    Each window begins with BOS where the tokenizer puts one. None if the tokenizer cannot spell the built-in text, as
+    one for another alphabet, or the model has no embedding for it: a loss on unknown tokens would say nothing.
+    Raises LoraError for a file that cannot be read, is too short or cannot be spelled; call it before training.
+    """
+    text = _read(path) if path is not None else _own_text()
+    backend: Any = tokenizer.backend_tokenizer
+    ids = backend.encode(text, add_special_tokens=False).ids[:MOST_TOKENS]
+    config = model.config.get_text_config()
+    unknown = sum(id == tokenizer.unk_token_id for id in ids)
+    if 2 * unknown > len(ids) or max(ids, default=0) >= config.vocab_size:
+        if path is None:
+            return None
+        raise LoraError(
+            f"the model's tokenizer cannot spell this text: {unknown} of {len(ids)} tokens are unknown to it",
+            where=str(path),
+            fix="name a text in a language that the model was trained on",
+        )
+    if path is not None and len(ids) < LEAST_TOKENS:
+        raise LoraError(
+            f"{len(ids)} tokens are too few to see forgetting in",
+            where=str(path),
+            fix=f"name a text of a page or more: {LEAST_TOKENS} tokens at least, up to {MOST_TOKENS} are used",
+        )
+    length = min(WINDOW, getattr(config, "max_position_embeddings", None) or WINDOW)
+    start: list[int] = [tokenizer.bos_token_id] if wants_bos(tokenizer) else []  # type: ignore[list-item]
+    step = length - len(start)
+    rows = [start + ids[at : at + step] for at in range(0, len(ids), step)]
+    source = _OWN if path is None else str(path)
+    windows = [Example(row, [(1, len(row), 1.0)], source, at) for at, row in enumerate(rows) if len(row) > 1]
+    return GeneralText(source, windows)
+
+
+def measure_forgetting(
+    model: Any,
+    text: GeneralText,
+    collate: Collate,
+    *,
+    should_stop: Callable[[], bool] | None = None,
+    share: tuple[int, int] = (0, 1),
+    summed: Callable[[Tensor], Tensor] = lambda own: own,
+) -> dict[str, Any]:
+    """The text's loss without and with the adapter, as report.json holds it under `general_text`.
+
+    before, after: nats per token. change = after - before, above zero where something was forgotten; low, high: ends of
+    its 95 % interval, by window, or None for a single one. tokens: targets. source.
+
+    One window a forward. should_stop, share: see `example_losses`. summed: of a tensor, its sum over all processes.
+    """
+    longest = max(len(window.ids) for window in text.windows)
+
+    def losses() -> tuple[Tensor, Tensor]:
+        own = example_losses(model, text.windows, collate, longest, should_stop=should_stop, share=share)
+        return summed(own[0]), summed(own[1])
+
+    with adapters_disabled(model):
+        before, targets = losses()
+    after, _ = losses()
+    gain = paired_gain(before, after, targets)
+    return {
+        "before": gain.before,
+        "after": gain.after,
+        "change": -gain.gain,
+        "low": None if gain.high is None else -gain.high,
+        "high": None if gain.low is None else -gain.low,
+        "tokens": gain.targets,
+        "source": text.source,
+    }
+
+
+def _own_text() -> str:
+    return (resources.files("lora_cli.evaluation") / "general.txt").read_text(encoding="utf-8")
+
+
+def _read(path: Path) -> str:
+    try:
+        with path.open(encoding="utf-8-sig") as stream:
+            return stream.read(64 * MOST_TOKENS)  # characters: no need to spell a whole book
+    except OSError as error:
+        raise LoraError(
+            f"the general text cannot be read: {error.strerror}", where=str(path), fix="name a text file"
+        ) from None
+    except UnicodeDecodeError:
+        raise LoraError(
+            "the general text is not UTF-8", where=str(path), fix="save it as UTF-8, or name a plain text file"
+        ) from None

@@ -1,0 +1,132 @@
+"""The loss of a run as a picture: training faint and smoothed, validation, and the best step."""
+
+from __future__ import annotations
+
+import io
+import math
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from itertools import pairwise
+from typing import Any
+
+import numpy as np
+
+MOST_POINTS = 1000  # drawn of a curve: more than the picture has columns
+SMOOTHED_SHARE, MOST_SMOOTHED = 0.05, 301  # of all steps, and steps at most, in the mean that the smooth curve shows
+
+
+@dataclass(frozen=True)
+class _Ink:
+    paper: str
+    text: str
+    faint: str
+    training: str
+    validation: str
+
+
+LIGHT = _Ink(paper="#ffffff", text="#1c1e21", faint="#c9cdd2", training="#2f6fb5", validation="#c4511d")
+DARK = _Ink(paper="#17191c", text="#d6d8db", faint="#3d4248", training="#78b0ee", validation="#f29a63")
+
+
+def loss_picture(metrics: Sequence[Mapping[str, Any]], report: Mapping[str, Any], ink: _Ink = LIGHT) -> bytes | None:
+    """PNG of 1,350 × 675 pixels, or None if no line has a finite loss.
+
+    metrics: lines of metrics.jsonl, of which step, loss and validation_loss are read; values that are missing or not
+    finite leave a gap. report: base_validation_loss stands at step 0; best_step is marked.
+    """
+    from matplotlib.backends.backend_agg import FigureCanvasAgg  # no display is looked for, no global state is made
+    from matplotlib.figure import Figure
+    from matplotlib.ticker import MaxNLocator, StrMethodFormatter
+
+    steps, losses = _series(metrics, "loss")
+    if not len(steps):
+        return None
+    figure = Figure(figsize=(9, 4.5), dpi=150, facecolor=ink.paper, layout="constrained")
+    FigureCanvasAgg(figure)
+    axes = figure.add_subplot(facecolor=ink.paper)
+    smooth, width = smoothed(losses)
+    single = "o" if len(steps) == 1 else ""
+    if width > 1:
+        axes.plot(*_extremes(steps, losses), color=ink.training, alpha=0.3, linewidth=0.8)
+    label = "training" if width == 1 else f"training, mean of {width} steps"
+    axes.plot(*_thinned(steps, smooth), single, color=ink.training, linewidth=1.8, label=label)
+    top = max(np.percentile(losses, 99.5), smooth.max())  # one spike must not flatten all the rest
+    top = max(top, _draw_validation(axes, metrics, report, ink))
+    axes.set_ylim(0, top * 1.08 or 1)
+    axes.set_xlim(-0.012 * steps[-1], 1.012 * steps[-1])
+    axes.set_title("Loss", loc="left", color=ink.text, fontsize=12, fontweight="bold")
+    axes.set_xlabel("step", color=ink.text)
+    axes.set_ylabel("nats per target token", color=ink.text)
+    axes.tick_params(colors=ink.text)
+    axes.xaxis.set_major_locator(MaxNLocator(integer=True))
+    axes.xaxis.set_major_formatter(StrMethodFormatter("{x:,.0f}"))
+    axes.grid(axis="y", color=ink.faint, linewidth=0.6)
+    axes.set_axisbelow(True)
+    for side, spine in axes.spines.items():
+        spine.set_visible(side == "bottom")
+        spine.set_color(ink.faint)
+    beside_title = {"loc": "lower right", "bbox_to_anchor": (1, 1), "ncols": 3, "borderaxespad": 0.2}
+    axes.legend(frameon=False, labelcolor=ink.text, fontsize=9, columnspacing=1.4, **beside_title)
+    stream = io.BytesIO()
+    figure.savefig(stream, format="png", facecolor=ink.paper)
+    return stream.getvalue()
+
+
+def _draw_validation(axes: Any, metrics: Sequence[Mapping[str, Any]], report: Mapping[str, Any], ink: _Ink) -> float:
+    """Draws the validation losses, if there are any; returns the highest."""
+    base = report.get("base_validation_loss")
+    before = [] if base is None else [{"step": 0, "validation_loss": base}]
+    steps, losses = _series([*before, *(line for line in metrics if "validation_loss" in line)], "validation_loss")
+    if not len(steps):
+        return 0.0
+    marker = "o-" if len(steps) <= 60 else "-"
+    thin = _thinned(steps, losses)
+    axes.plot(
+        *thin, marker, color=ink.validation, linewidth=1.4, markersize=4.5, label="validation (step 0: base model)"
+    )
+    at = np.flatnonzero(steps == report.get("best_step"))
+    if len(at):
+        step, loss = steps[at[-1]], losses[at[-1]]
+        ring = {"markersize": 11, "markerfacecolor": "none", "markeredgecolor": ink.validation, "linestyle": "none"}
+        axes.plot([step], [loss], "o", **ring, label=f"best: {loss:.4f} at step {step:,.0f}")
+    return float(losses.max())
+
+
+def smoothed(losses: np.ndarray) -> tuple[np.ndarray, int]:
+    """(running means, their width in steps): centred and odd; at both ends of what there is of it.
+
+    losses: (steps,), finite. The width is 5 % of the steps.
+    """
+    half = min(int(len(losses) * SMOOTHED_SHARE), MOST_SMOOTHED) // 2
+    sums = np.concatenate([[0.0], np.cumsum(losses, dtype=np.float64)])
+    at = np.arange(len(losses))
+    first, last = np.maximum(at - half, 0), np.minimum(at + half, len(losses) - 1)
+    return (sums[last + 1] - sums[first]) / (last + 1 - first), 2 * half + 1
+
+
+def _series(metrics: Sequence[Mapping[str, Any]], name: str) -> tuple[np.ndarray, np.ndarray]:
+    """(steps, values) of the lines where both are finite numbers."""
+    pairs = [(line.get("step"), line.get(name)) for line in metrics]
+    kept = [(step, value) for step, value in pairs if _finite(step) and _finite(value)]
+    steps, values = zip(*kept, strict=True) if kept else ((), ())
+    return np.array(steps, np.float64), np.array(values, np.float64)
+
+
+def _extremes(steps: np.ndarray, values: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    """Lowest and highest of each group of neighbours, in the order in which they came: no spike is thinned out."""
+    if len(steps) <= MOST_POINTS:
+        return steps, values
+    edges = np.linspace(0, len(steps), MOST_POINTS // 2 + 1).astype(int)
+    groups = [slice(start, end) for start, end in pairwise(edges)]
+    ends = [g.start + extreme(values[g]) for g in groups for extreme in (np.argmin, np.argmax)]
+    chosen = np.unique(ends)
+    return steps[chosen], values[chosen]
+
+
+def _thinned(steps: np.ndarray, values: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    chosen = np.unique(np.linspace(0, len(steps) - 1, min(len(steps), MOST_POINTS)).round().astype(int))
+    return steps[chosen], values[chosen]
+
+
+def _finite(value: Any) -> bool:
+    return isinstance(value, int | float) and math.isfinite(value)

@@ -1,0 +1,283 @@
+"""`lora runs`: the runs below a folder and how they stand, read from their files alone. No torch, so it is instant."""
+
+from __future__ import annotations
+
+import fcntl
+import json
+import math
+import os
+import re
+import socket
+from collections.abc import Iterator
+from dataclasses import asdict, dataclass
+from datetime import datetime, timezone
+from pathlib import Path
+from typing import Any
+
+from lora_cli.errors import LoraError
+
+DEFAULT_FOLDER = Path("runs")
+MEAN_STEPS = 10  # last lines of metrics.jsonl in the loss that is shown
+ELSEWHERE_SECONDS = 900.0  # how long a run on another machine is believed to live without a sign
+
+_TAIL_BYTES = 16_384
+_VALUES = re.compile(rb'"(step|tokens|seconds|validation_loss)": ?(-?[\d.]+(?:[eE][-+]?\d+)?) ?[,}]')
+
+
+@dataclass(frozen=True)
+class Run:
+    """How one run stands. Whatever its files do not say is None.
+
+    state: running, done, nothing learned, interrupted, failed or killed. loss: training, mean of the last 10 steps;
+    validation_loss: the best; both in nats a target token. tokens: all but padding. hours: over all sessions. cost:
+    hours × price of an hour. last_activity: ISO 8601.
+    """
+
+    name: str
+    folder: str
+    state: str
+    step: int | None
+    total_steps: int | None
+    why: str | None
+    loss: float | None
+    validation_loss: float | None
+    tokens: int | None
+    hours: float | None
+    cost: float | None
+    last_activity: str
+
+    @property
+    def progress(self) -> str:
+        """State and step in a few words: `done, 114 steps`, `killed at step 60/114`."""
+        if self.step is None or self.state == "nothing learned":
+            return self.state
+        if self.state == "done":
+            return f"done, {self.step} steps"
+        of = f"/{self.total_steps}" if self.total_steps else ""
+        return f"{self.state} at step {self.step}{of}"
+
+
+def list_runs(folder: Path, price: float | None = None) -> list[Run]:
+    """Runs in `folder`, up to two levels down, newest activity first; `folder` itself if it is one.
+
+    price: of an hour, in any currency. Files that are damaged or half written count as far as they can be read.
+    Raises LoraError if there is no such folder; the default folder may be missing.
+    """
+    if not folder.is_dir():
+        if folder == DEFAULT_FOLDER and not folder.exists():
+            return []
+        what = "this is a file, not a folder" if folder.exists() else "no such folder"
+        raise LoraError(what, where=str(folder), fix="lora runs FOLDER, with the folder that holds your runs")
+    found = [_read_run(each, folder, price) for each in _run_folders(folder)]
+    return sorted(found, key=lambda run: run.last_activity, reverse=True)
+
+
+def as_json(runs: list[Run]) -> str:
+    return json.dumps([asdict(run) for run in runs], ensure_ascii=False)
+
+
+def print_runs(runs: list[Run], folder: Path, console: Any) -> None:
+    """A table for a terminal, or what to do where there are no runs."""
+    if not runs:
+        console.print(
+            f"no runs in {folder}\nlora train RECIPE starts one; lora runs FOLDER looks in another folder",
+            highlight=False,
+            markup=False,
+            soft_wrap=True,
+        )
+        return
+    from rich.table import Table
+    from rich.text import Text
+
+    styles = {"running": "cyan", "done": "green", "interrupted": "yellow"}
+    table = Table(box=None, pad_edge=False, padding=(0, 2, 0, 0), header_style="bold")
+    table.add_column("run", overflow="fold")
+    table.add_column("state", overflow="fold")
+    for name in ("loss", "valid.", "tokens", "hours", *(["cost"] if runs[0].cost is not None else [])):
+        table.add_column(name, justify="right", no_wrap=True)
+    table.add_column("seen", justify="right", no_wrap=True)
+    for run in runs:
+        cells = [_decimals(run.loss, 4), _decimals(run.validation_loss, 4), _short(run.tokens), _decimals(run.hours, 2)]
+        if runs[0].cost is not None:
+            cells.append(_decimals(run.cost, 2))
+        table.add_row(Text(run.name), Text(run.progress, styles.get(run.state, "red")), *cells, _ago(run.last_activity))
+    console.print(table)
+    for run in runs:
+        if run.why and run.state in ("failed", "nothing learned"):
+            console.print(f"{run.name}: {run.why}", highlight=False, markup=False, soft_wrap=True)
+
+
+# ── one run ─────────────────────────────────────────────────────────────────────────────────────────────────────
+
+
+def _run_folders(folder: Path, levels: int = 2) -> Iterator[Path]:
+    names = {entry.name for entry in _entries(folder)}
+    if "status.json" in names or {"recipe.yaml", "environment.json"} <= names:
+        yield folder
+    elif levels:
+        for entry in _entries(folder):
+            if entry.is_dir() and not entry.name.startswith("."):
+                yield from _run_folders(Path(entry.path), levels - 1)
+
+
+def _read_run(path: Path, below: Path, price: float | None) -> Run:
+    status, report = _read_json(path / "status.json"), _read_json(path / "report.json")
+    metrics = path / "metrics.jsonl"
+    last = _last_lines(metrics)
+    # The report sums up what a finished run did; of any other the lines have to be added up.
+    sums = {} if _number(report.get("tokens")) is not None else _add_up(metrics)
+    steps = [_number(status.get("step")), _number(report.get("steps")), sums.get("step"), _newest_checkpoint(path)]
+    step = next((int(each) for each in steps if each is not None), None)
+    losses = [loss for line in last if (loss := _number(line.get("loss"))) is not None]
+    wall = _first_number(status.get("wall_seconds"), report.get("seconds"), sums.get("seconds"))
+    hours = None if wall is None else wall / 3600
+    tokens = _first_number(report.get("tokens"), sums.get("tokens"))
+    total = _first_number(status.get("total_steps"), report.get("steps"))
+    return Run(
+        name=path.resolve().name if path == below else str(path.relative_to(below)),
+        folder=str(path),
+        state=_state(path, status, report),
+        step=step,
+        total_steps=None if total is None else int(total),
+        why=status["why"] if isinstance(status.get("why"), str) else None,
+        loss=sum(losses) / len(losses) if losses else None,
+        validation_loss=_first_number(report.get("best_validation_loss"), sums.get("validation_loss")),
+        tokens=None if tokens is None else int(tokens),
+        hours=hours,
+        cost=None if price is None or hours is None else hours * price,
+        last_activity=_last_activity(path, status).isoformat(timespec="seconds"),
+    )
+
+
+def _state(path: Path, status: dict[str, Any], report: dict[str, Any]) -> str:
+    state = status.get("state")
+    locked = _is_locked(path / ".lock")
+    if not isinstance(state, str):  # of an older version, or the file is damaged
+        if locked:
+            return "running"
+        if report:
+            return "done" if report.get("learned", True) else "nothing learned"
+        return "interrupted"
+    if state != "running" or locked:
+        return state
+    if status.get("host") not in (None, socket.gethostname()):  # not every file system shares locks between machines
+        silent = datetime.now(timezone.utc) - _last_activity(path, status)
+        return "running" if silent.total_seconds() < ELSEWHERE_SECONDS else "killed"
+    return "killed"
+
+
+def _is_locked(path: Path) -> bool:
+    """Whether a living process holds the run's lock; it goes with the process, however that ends."""
+    try:
+        with path.open("rb") as stream:
+            fcntl.flock(stream, fcntl.LOCK_SH | fcntl.LOCK_NB)  # closing the file releases it
+    except BlockingIOError:
+        return True
+    except OSError:
+        return False
+    return False
+
+
+def _last_activity(path: Path, status: dict[str, Any]) -> datetime:
+    try:
+        stated = datetime.fromisoformat(str(status.get("updated")).replace("Z", "+00:00"))
+        return (stated if stated.tzinfo else stated.replace(tzinfo=timezone.utc)).astimezone(timezone.utc)
+    except ValueError:
+        names = ("metrics.jsonl", "report.json", "environment.json", "status.json")
+        times = [(path / name).stat().st_mtime for name in names if (path / name).exists()]
+        return datetime.fromtimestamp(max(times, default=0.0), timezone.utc)
+
+
+def _newest_checkpoint(path: Path) -> float | None:
+    steps = [re.fullmatch(r"step_(\d+)", entry.name) for entry in _entries(path / "checkpoints")]
+    return max((float(found[1]) for found in steps if found), default=None)
+
+
+# ── reading what may be damaged ─────────────────────────────────────────────────────────────────────────────────
+
+
+def _entries(folder: Path) -> list[os.DirEntry[str]]:
+    """What stands in a folder, by name; nothing if it cannot be opened."""
+    try:
+        with os.scandir(folder) as entries:
+            return sorted(entries, key=lambda entry: entry.name)
+    except OSError:
+        return []
+
+
+def _read_json(path: Path) -> dict[str, Any]:
+    try:
+        found = json.loads(path.read_bytes())
+    except (OSError, ValueError, RecursionError):
+        return {}
+    return found if isinstance(found, dict) else {}
+
+
+def _last_lines(metrics: Path) -> list[dict[str, Any]]:
+    """The last 10 lines that are whole, without reading those before."""
+    try:
+        with metrics.open("rb") as stream:
+            stream.seek(max(0, stream.seek(0, os.SEEK_END) - _TAIL_BYTES))
+            lines = stream.read().splitlines()
+    except OSError:
+        return []
+    found = []
+    for line in lines:  # the first may have lost its start, the last its end
+        try:
+            each = json.loads(line)
+        except ValueError:
+            continue
+        found += [each] if isinstance(each, dict) else []
+    return found[-MEAN_STEPS:]
+
+
+def _add_up(metrics: Path) -> dict[str, float]:
+    """step: the last; tokens, seconds: of all steps; validation_loss: the lowest. Found without parsing every line."""
+    found: dict[str, list[float]] = {}
+    try:
+        content = metrics.read_bytes()
+    except OSError:
+        return {}
+    for name, value in _VALUES.findall(content):
+        try:
+            found.setdefault(name.decode(), []).append(float(value))
+        except ValueError:
+            continue
+    rules = {"step": max, "tokens": sum, "seconds": sum, "validation_loss": min}
+    return {name: rules[name](values) for name, values in found.items()}
+
+
+def _first_number(*values: Any) -> float | None:
+    return next((found for value in values if (found := _number(value)) is not None), None)
+
+
+def _number(value: Any) -> float | None:
+    if isinstance(value, bool) or not isinstance(value, int | float):
+        return None
+    return value if math.isfinite(value) else None
+
+
+# ── numbers as a person reads them ──────────────────────────────────────────────────────────────────────────────
+
+
+def _decimals(value: float | None, digits: int) -> str:
+    return "–" if value is None else f"{value:,.{digits}f}"
+
+
+def _short(count: int | None) -> str:
+    """`870`, `57.0k`, `250k`, `1.2M`."""
+    if count is None:
+        return "–"
+    for size, unit in ((1e9, "G"), (1e6, "M"), (1e3, "k")):
+        if count >= size:
+            return f"{count / size:.{0 if count >= 100 * size else 1}f}{unit}"
+    return str(count)
+
+
+def _ago(moment: str) -> str:
+    """`now`, `6 min`, `3 h`, `12 d`: how long it has been."""
+    seconds = (datetime.now(timezone.utc) - datetime.fromisoformat(moment)).total_seconds()
+    for size, unit in ((86_400, "d"), (3_600, "h"), (60, "min")):
+        if seconds >= size:
+            return f"{int(seconds / size)} {unit}"
+    return "now"

@@ -1,0 +1,225 @@
+"""The end of a run in words: did the adapter learn, by how much, how sure is that, and what did it cost?
+
+The report that this reads is what stands in report.json. Beside the counters of a run (steps, first_loss, last_loss,
+base_validation_loss, best_validation_loss, best_step, last_validation_loss, tokens, target_tokens, seconds,
+tokens_per_second, peak_memory_bytes, adapted_layers, trained_parameters, learned, adapter) it has three measurements
+of the adapter that is shipped; each may be missing or None, where there was nothing to measure:
+
+    validation      before, after: nats per target token of base and adapter on the held-out examples
+                    gain: before - after; low, high: ends of its 95 % interval, None for a single example
+                    examples, targets: held-out examples and their target tokens; all as `Gain` has them
+    general_text    before, after, change (after - before), low, high, tokens, source: see `measure_forgetting`
+    update_sizes    median, largest: ‖ΔW‖ / ‖W‖; largest_layer: its name; layers: the same for every layer, by name
+
+Numbers that are not finite stand in the report as None, since JSON has no word for them.
+"""
+
+from __future__ import annotations
+
+import math
+import statistics
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any, Literal
+
+from lora_cli.files import human_bytes
+
+Outcome = Literal["learned", "not certain", "nothing learned"]
+
+
+@dataclass(frozen=True)
+class Verdict:
+    """headline: the outcome in a sentence. why: what it rests on. fix: what to try next, unless it learned."""
+
+    outcome: Outcome
+    headline: str
+    why: str
+    fix: str | None = None
+
+
+def judge(report: Mapping[str, Any]) -> Verdict:
+    """What a report says about its adapter.
+
+    `nothing learned`: every B is still zero, or the held-out loss is no lower than the base model's. `not certain`: it
+    is lower, but the interval reaches zero or there is none. `learned`: it is lower for certain, or nothing was held
+    out and the adapter changes the model at all; the headline then says which.
+    """
+    if not report.get("learned"):
+        return Verdict(
+            "nothing learned",
+            "This run learned nothing: the adapter changes nothing.",
+            "Every B of the adapter is still zero.",
+            "raise train.learning_rate; with one step and a warm-up the rate may have been too small to count",
+        )
+    found = report.get("validation")
+    if not found or _missing(found.get("gain")):
+        first, last = report.get("first_loss"), report.get("last_loss")
+        moved = "" if _missing(first) or _missing(last) else f"Training loss {first:.4f} → {last:.4f}. "
+        return Verdict(
+            "learned",
+            "The adapter learned its training data; whether it helps on anything else was not measured.",
+            f"{moved}Nothing was held out.",
+            "hold something out: data.validation: 0.05",
+        )
+    if found["gain"] <= 0:
+        worse = f"loss {found['before']:.4f} → {found['after']:.4f}"
+        return Verdict(
+            "nothing learned",
+            "This run learned nothing that helps: on held-out data the adapter is no better than its base model.",
+            f"Validation {worse}, {signed(-found['gain'], half_width(found))} nats a token {_held_out(found)}.",
+            "lower train.learning_rate or train.epochs, or hold out rows of the same kind as are trained on",
+        )
+    if found.get("low") is None or found["low"] <= 0:
+        sure = "a single example gives no interval" if found.get("low") is None else "its interval includes 0"
+        return Verdict(
+            "not certain",
+            "The adapter looks better than its base model, but that is not certain.",
+            f"{_capital(gain_words(found))}; {sure}.",
+            "hold out more examples, or train longer",
+        )
+    return Verdict(
+        "learned", "The adapter learned: it is better than its base model.", f"{_capital(gain_words(found))}."
+    )
+
+
+def verdict_lines(report: Mapping[str, Any]) -> list[str]:
+    """For the screen at the end of a run, most important first. Measurements that are missing have no line."""
+    verdict = judge(report)
+    lines = [verdict.headline, verdict.why]
+    if verdict.fix:
+        lines.append(f"to try: {verdict.fix}")
+    lines += [line for line in (forgetting_words(report), update_words(report), best_words(report)) if line]
+    return [*lines, cost_words(report)]
+
+
+# ── the words for each figure, for screen and page ──────────────────────────────────────────────────────────────
+
+
+def gain_words(found: Mapping[str, Any]) -> str:
+    """`perplexity 12.79 → 1.08, 2.47 ± 0.05 nats a token better on 100 held-out examples`."""
+    before, after = perplexity(found["before"]), perplexity(found["after"])
+    half = half_width(found)
+    places = decimals(half)
+    gain = f"{found['gain']:.{places}f}" + ("" if half is None else f" ± {half:.{places}f}")
+    return f"perplexity {before} → {after}, {gain} nats a token better {_held_out(found)}"
+
+
+def forgetting_words(report: Mapping[str, Any]) -> str | None:
+    """`loss on general text 3.21 → 3.25 (+0.04 ± 0.01): …`, or None if it was not measured."""
+    found = report.get("general_text")
+    if not found or _missing(found.get("change")):
+        return None
+    places = decimals(half_width(found))
+    text = (
+        f"loss on general text {found['before']:.{places}f} → {found['after']:.{places}f} "
+        f"({signed(found['change'], half_width(found))})"
+    )
+    if found.get("low") is None:
+        return text
+    if found["low"] > 0:
+        return f"{text}: some was forgotten"
+    return f"{text}: better than before" if found["high"] < 0 else f"{text}: nothing forgotten that can be seen"
+
+
+def update_words(report: Mapping[str, Any]) -> str | None:
+    """`update 1.9 % of the weight in the median layer, 4.1 % in the largest (…q_proj)`, or None."""
+    found = report.get("update_sizes")
+    if not found or _missing(found.get("median")):
+        return None
+    text = f"update {percent(found['median'])} of the weight in the median layer"
+    if _missing(found.get("largest")):
+        return text
+    return f"{text}, {percent(found['largest'])} in the largest ({found['largest_layer']})"
+
+
+def best_words(report: Mapping[str, Any]) -> str | None:
+    """`best at step 60 of 114: that adapter is shipped, …`, or None without validation."""
+    best, steps = report.get("best_step"), report.get("steps")
+    if best is None:
+        return None
+    text = f"best at step {best:,} of {steps or best:,}: that adapter is shipped"
+    if best == steps or _missing(report.get("last_validation_loss")) or _missing(report.get("best_validation_loss")):
+        return text
+    lost = report["last_validation_loss"] - report["best_validation_loss"]
+    return f"{text}, the last is {lost:.4f} nats a token worse"
+
+
+def cost_words(report: Mapping[str, Any]) -> str:
+    """`114 steps, 57,030 tokens in 3:07, 305 tokens/s, peak memory 2.28 GiB`."""
+    seconds, speed = report.get("seconds") or 0.0, report.get("tokens_per_second")
+    steps = report.get("steps") or 0
+    parts = [f"{steps:,} step{'' if steps == 1 else 's'}, {report.get('tokens') or 0:,} tokens in {duration(seconds)}"]
+    if not _missing(speed):
+        parts.append(f"{speed:,.0f} tokens/s")
+    if report.get("peak_memory_bytes"):
+        parts.append(f"peak memory {human_bytes(report['peak_memory_bytes'])}")
+    return ", ".join(parts)
+
+
+# ── what goes into the report ───────────────────────────────────────────────────────────────────────────────────
+
+
+def summarize_update_sizes(ratios: Mapping[str, float]) -> dict[str, Any]:
+    """report["update_sizes"] from ‖ΔW‖ / ‖W‖ by layer; ratios that are not finite become None."""
+    finite = {name: ratio for name, ratio in ratios.items() if math.isfinite(ratio)}
+    largest = max(finite, key=finite.__getitem__) if finite else None
+    return {
+        "median": statistics.median(finite.values()) if finite else None,
+        "largest": None if largest is None else finite[largest],
+        "largest_layer": largest,
+        "layers": {name: finite.get(name) for name in ratios},
+    }
+
+
+# ── numbers as a person reads them ──────────────────────────────────────────────────────────────────────────────
+
+
+def perplexity(loss: float) -> str:
+    return f"{math.exp(min(loss, 80)):.2f}" if loss < 14 else f"{math.exp(min(loss, 80)):.2g}"
+
+
+def percent(ratio: float) -> str:
+    """`0.042 %`, `1.9 %`, `12 %`."""
+    share = 100 * ratio
+    return f"{share:.0f} %" if share >= 9.95 else f"{share:.1f} %" if share >= 0.95 else f"{share:.2g} %"
+
+
+def duration(seconds: float) -> str:
+    """`0:07`, `3:07`, `2:03:07`."""
+    minutes, rest = divmod(round(seconds), 60)
+    hours, minutes = divmod(minutes, 60)
+    return f"{hours}:{minutes:02d}:{rest:02d}" if hours else f"{minutes}:{rest:02d}"
+
+
+def half_width(found: Mapping[str, Any]) -> float | None:
+    """Half of a measurement's interval, as it stands behind ±."""
+    low, high = found.get("low"), found.get("high")
+    return None if low is None or high is None else (high - low) / 2
+
+
+def signed(value: float, half: float | None) -> str:
+    """`+0.04 ± 0.01`, with as many decimals as the interval gives a meaning to."""
+    text = plus_or_minus(value, decimals(half))
+    return text if half is None else f"{text} ± {half:.{decimals(half)}f}"
+
+
+def plus_or_minus(value: float, places: int) -> str:
+    return f"{value:+.{places}f}".replace("-", "−")
+
+
+def decimals(half: float | None) -> int:
+    """Decimals that show the first figure of an uncertainty; at least two, at most four."""
+    return 2 if not half else min(4, max(2, -math.floor(math.log10(half))))
+
+
+def _held_out(found: Mapping[str, Any]) -> str:
+    count = found.get("examples") or 0
+    return f"on {count:,} held-out example{'' if count == 1 else 's'}"
+
+
+def _capital(text: str) -> str:
+    return text[0].upper() + text[1:]
+
+
+def _missing(value: Any) -> bool:
+    return not isinstance(value, int | float) or not math.isfinite(value)
