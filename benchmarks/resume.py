@@ -75,9 +75,7 @@ def cost(steps: int) -> None:
         lines = [json.loads(line) for line in (folder / "run" / "metrics.jsonl").read_text().splitlines()]
         size = sum(path.stat().st_size for path in next((folder / "run" / "checkpoints").iterdir()).rglob("*"))
     step, checkpoint = statistics.median(line["seconds"] for line in lines[1:]), statistics.median(taken)
-    print(
-        f"a checkpoint of {size / 2**20:.0f} MiB: {checkpoint * 1000:.0f} ms (median of {len(taken)}); a step: {step:.2f} s"
-    )
+    print(f"a checkpoint of {size / 2**20:.0f} MiB: {checkpoint:.3f} s (median of {len(taken)}); a step: {step:.2f} s")
     print(f"one every {EVERY} steps: {checkpoint / (EVERY * step):.3%} of training time")
 
 

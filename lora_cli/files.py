@@ -50,9 +50,14 @@ def _take_place(new: Path, place: Path) -> None:
 
 def write_json(path: Path, value: Any) -> None:
     """Replace `path` in one move, so that it is never half written."""
+    write_bytes(path, (json.dumps(value, indent=2, ensure_ascii=False) + "\n").encode())
+
+
+def write_bytes(path: Path, content: bytes) -> None:
+    """Replace `path` in one move, so that it is never half written."""
     temporary = path.with_name(f".{path.name}.tmp-{os.getpid()}")
     with disk_errors(path):
-        temporary.write_text(json.dumps(value, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
+        temporary.write_bytes(content)
         flush(temporary)
         temporary.replace(path)
 

@@ -186,6 +186,12 @@ class DataRecipe(Section):
         False,
         description="Read rows as training needs them, and keep none: for data larger than the disk. Needs max_steps.",
     )
+    general_text: str | None = Field(
+        None,
+        min_length=1,
+        description="Text file whose loss is measured with and without the adapter at the end, to see what was "
+        "forgotten. Nothing: English prose that comes with the program.",
+    )
     cache: str | None = Field(
         None,
         min_length=1,
@@ -334,7 +340,13 @@ class Recipe(Section):
     output: str = Field(min_length=1, description="The run folder; it must not hold another run.")
 
 
-PATHS = ("data.template", "data.cache", "output", "base_model")  # those of sources come from recipe_file
+PATHS = (
+    "data.template",
+    "data.general_text",
+    "data.cache",
+    "output",
+    "base_model",
+)  # those of sources come from recipe_file
 
 
 def contradictions(recipe: Recipe) -> list[tuple[str, str, str]]:

@@ -49,12 +49,8 @@ def load_recipe(path: Path, overrides: list[str] | None = None) -> Recipe:
     return recipe
 
 
-def write_recipe(recipe: Recipe, path: Path) -> None:
-    """The resolved, complete recipe; reading it back gives an equal one."""
-    path.write_text(dump_recipe(recipe), encoding="utf-8")
-
-
 def dump_recipe(recipe: Recipe) -> str:
+    """The resolved, complete recipe as YAML; reading it back gives an equal one."""
     values = recipe_values(recipe)
     for section, name, _ in _path_places(values):
         section[name] = section[name].replace("$", "$$")

@@ -15,7 +15,7 @@ from hypothesis import strategies as st
 
 from lora_cli.errors import LoraError, RecipeErrors
 from lora_cli.recipe import FIELDS, TEMPLATES, Recipe, SourceRecipe, contradictions
-from lora_cli.recipe_file import all_keys, differences, dump_recipe, json_schema, load_recipe, write_recipe
+from lora_cli.recipe_file import all_keys, differences, dump_recipe, json_schema, load_recipe
 
 ROOT = Path(__file__).parents[1]
 GOOD = "base_model: owner/name\ndata: {train: rows.jsonl}\noutput: run\n"  # three lines: what is added begins on line 4
@@ -678,7 +678,7 @@ def test_a_resolved_recipe_reads_back_equal(values: dict[str, Any]):
         recipe = load_recipe(written)
         resolved = Path(folder) / "elsewhere" / "recipe.yaml"
         resolved.parent.mkdir()
-        write_recipe(recipe, resolved)
+        resolved.write_text(dump_recipe(recipe), encoding="utf-8")
         again = load_recipe(resolved)
     assert again == recipe
     assert differences(recipe, again) == []
@@ -688,14 +688,14 @@ def test_a_resolved_recipe_reads_back_equal(values: dict[str, Any]):
 
 def test_a_switched_off_double_quantization_survives(load: Any, tmp_path: Path):
     recipe = load(GOOD + "quantization: none\ndouble_quantization: false\n")
-    write_recipe(recipe, tmp_path / "resolved.yaml")
+    (tmp_path / "resolved.yaml").write_text(dump_recipe(recipe), encoding="utf-8")
     assert load_recipe(tmp_path / "resolved.yaml") == recipe
 
 
 def test_tokens_per_micro_batch_survives(load: Any, tmp_path: Path):
     """It rules out micro_batch_size, which has a default."""
     recipe = load(GOOD + "train: {tokens_per_micro_batch: 4096}\n")
-    write_recipe(recipe, tmp_path / "resolved.yaml")
+    (tmp_path / "resolved.yaml").write_text(dump_recipe(recipe), encoding="utf-8")
     assert load_recipe(tmp_path / "resolved.yaml") == recipe
 
 

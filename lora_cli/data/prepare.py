@@ -181,7 +181,9 @@ class Preparation:
     def key(self) -> str:
         """Of everything that the result depends on: data, tokenizer, template, settings, code."""
         data, train = self.recipe.data, self.recipe.train
-        settings = data.model_dump(mode="json", exclude={"train", "validation", "cache", "allow", "template"})
+        settings = data.model_dump(
+            mode="json", exclude={"train", "validation", "cache", "allow", "template", "general_text"}
+        )
         template: Any = data.template or self.tokenizer.chat_template
         if data.template is not None:
             template = chat_template(self.tokenizer, data.template).text

@@ -422,11 +422,12 @@ class _Run:
 
     def _finish(self) -> dict[str, Any]:
         self.keep.adapter(self.folder.last_adapter if self.judge.has_data else self.folder.adapter)
-        report = make_report(self.session, self.state, self.folder)
+        self.accelerator.wait_for_everyone()  # the shipped adapter is there for all
+        report = make_report(self.session, self.state, self.folder, self.accelerator)
         if self.accelerator.is_main_process:
             self.keep.written(lambda: write_report(self.folder, report))
         self.accelerator.wait_for_everyone()
-        say_result(report, self.say)
+        say_result(report, self.folder, self.say)
         return report
 
 

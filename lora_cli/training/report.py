@@ -1,21 +1,38 @@
-"""What a run says of itself at its end: report.json, and a few lines for the person who waited."""
+"""What a run says of itself at its end: report.json, report.html with loss.png, and lines for the person who waited."""
 
 from __future__ import annotations
 
-import math
+import json
 from collections.abc import Callable
 from typing import Any
 
+import torch
+from accelerate import Accelerator
+from safetensors.torch import load_file
+
 from lora_cli.adapters.attach import adapter_parameters, is_inert
+from lora_cli.adapters.file import TENSORS
+from lora_cli.adapters.layer import lora_layers
+from lora_cli.adapters.update_size import update_sizes
 from lora_cli.errors import CheckFailed
-from lora_cli.files import human_bytes, write_json
-from lora_cli.training.run_folder import RunFolder
+from lora_cli.evaluation.forgetting import measure_forgetting
+from lora_cli.evaluation.gain import paired_gain
+from lora_cli.files import write_json
+from lora_cli.training.report_page import write_report_page
+from lora_cli.training.run_folder import RunFolder, read_metrics
 from lora_cli.training.session import Session
 from lora_cli.training.state import State
+from lora_cli.training.verdict import judge, summarize_update_sizes, verdict_lines
 
 
-def make_report(session: Session, state: State, folder: RunFolder) -> dict[str, Any]:
-    return {
+def make_report(session: Session, state: State, folder: RunFolder, accelerator: Accelerator) -> dict[str, Any]:
+    """What the run came to; its keys: see `verdict`. The adapter that is shipped is in the model afterwards."""
+    if state.best_step not in (None, state.step) and (folder.adapter / TENSORS).exists():
+        _put_shipped_adapter(session.model, folder)
+    gain = None
+    if "validation.best" in state.tensors:
+        gain = paired_gain(*(state.tensors[f"validation.{name}"] for name in ("base", "best", "targets")))
+    report = {
         "steps": state.step,
         "first_loss": state.first_loss,
         "last_loss": state.last_loss,
@@ -32,35 +49,80 @@ def make_report(session: Session, state: State, folder: RunFolder) -> dict[str, 
         "rewound_from_steps": [step for step, _ in state.rewound],
         "adapted_layers": len(session.layers),
         "trained_parameters": sum(parameter.numel() for parameter in adapter_parameters(session.model)),
+        "validation": None if gain is None else vars(gain),
+        "general_text": _forgetting(session, accelerator),
+        "update_sizes": summarize_update_sizes(
+            {name: size.ratio for name, size in update_sizes(session.layers).items()}
+        ),
         "learned": not is_inert(session.model),
         "adapter": str(folder.adapter),
     }
+    return report | {"verdict": judge(report).outcome, "learned": judge(report).outcome != "nothing learned"}
 
 
 def write_report(folder: RunFolder, report: dict[str, Any]) -> None:
+    """The page first: a run is finished when report.json is there."""
+    write_report_page(
+        folder.path,
+        report,
+        read_metrics(folder.metrics),
+        recipe=folder.recipe.read_text(encoding="utf-8"),
+        environment=json.loads(folder.environment.read_text(encoding="utf-8")),
+        warnings=_warnings(report),
+    )
     write_json(folder.report, report)
 
 
 def require_learned(report: dict[str, Any], folder: RunFolder) -> None:
-    if not report["learned"]:
+    """Raises CheckFailed if the run was for nothing."""
+    verdict = judge(report)
+    if verdict.outcome == "nothing learned":
         raise CheckFailed(
-            "this run learned nothing: every B of the adapter is still zero",
+            verdict.headline.rstrip("."),
             where=str(folder.path),
-            fix="raise train.learning_rate; with one step and a warm-up the rate may have been too small to count",
+            details=[verdict.why, f"the whole report: {folder.page}"],
+            fix=verdict.fix,
         )
 
 
-def say_result(report: dict[str, Any], say: Callable[[str], None]) -> None:
-    if report["best_validation_loss"] is not None:
-        before, after = report["base_validation_loss"], report["best_validation_loss"]
-        change = 1 - math.exp(after - before)
-        say(
-            f"validation perplexity {math.exp(min(before, 80)):.2f} → {math.exp(min(after, 80)):.2f} "
-            f"({abs(change):.0%} {'lower' if change >= 0 else 'higher'}; best at step {report['best_step']})"
+def say_result(report: dict[str, Any], folder: RunFolder, say: Callable[[str], None]) -> None:
+    for line in [*verdict_lines(report), *_warnings(report)]:
+        say(line)
+    say(f"adapter in {report['adapter']}, report in {folder.page}")
+
+
+def _forgetting(session: Session, accelerator: Accelerator) -> dict[str, Any] | None:
+    if session.general_text is None:
+        return None
+    several = accelerator.num_processes > 1
+    with accelerator.autocast():
+        return measure_forgetting(
+            session.model,
+            session.general_text,
+            session.collate,
+            share=(accelerator.process_index, accelerator.num_processes),
+            summed=lambda own: accelerator.reduce(own.to(session.device), "sum").cpu() if several else own,  # type: ignore
         )
-    minutes, seconds = divmod(round(report["seconds"]), 60)
-    say(
-        f"{report['steps']} steps in {minutes}:{seconds:02d}, {report['tokens_per_second']:,.0f} tokens/s, "
-        f"peak memory {human_bytes(report['peak_memory_bytes'])}"
-    )
-    say(f"adapter in {report['adapter']}")
+
+
+def _put_shipped_adapter(model: Any, folder: RunFolder) -> None:
+    stored = load_file(folder.adapter / TENSORS)
+    with torch.no_grad():
+        for name, layer in lora_layers(model).items():
+            layer.lora_A.copy_(stored[f"base_model.model.{name}.lora_A.weight"])
+            layer.lora_B.copy_(stored[f"base_model.model.{name}.lora_B.weight"])
+
+
+def _warnings(report: dict[str, Any]) -> list[str]:
+    told = []
+    if report["skipped_steps"]:
+        told.append(
+            f"updates left out, because their loss or gradient was no number: steps {_listed(report['skipped_steps'])}"
+        )
+    if report["rewound_from_steps"]:
+        told.append(f"went back to a checkpoint from steps {_listed(report['rewound_from_steps'])}, leaving out data")
+    return told
+
+
+def _listed(steps: list[int]) -> str:
+    return ", ".join(map(str, steps[:10])) + (f" and {len(steps) - 10} more" if len(steps) > 10 else "")

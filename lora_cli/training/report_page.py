@@ -5,11 +5,15 @@ from __future__ import annotations
 import base64
 import html
 import math
-from collections.abc import Iterable, Mapping, Sequence
+import os
+import sys
+import tempfile
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, TypeGuard
 
-from lora_cli.files import disk_errors, human_bytes
+from lora_cli.files import disk_errors, human_bytes, write_bytes
 from lora_cli.training.loss_picture import DARK, LIGHT, loss_picture
 from lora_cli.training.verdict import (
     best_words,
@@ -79,7 +83,8 @@ def write_report_page(
     warnings: Sequence[str] = (),
 ) -> None:
     """Write loss.png (where a line has a loss) and report.html into a run folder; replaces older ones in one move."""
-    light, dark = (loss_picture(metrics, report, ink) for ink in (LIGHT, DARK))
+    with _no_traces(folder):
+        light, dark = (loss_picture(metrics, report, ink) for ink in (LIGHT, DARK))
     title = folder.resolve().name
     page = report_page(
         report, title=title, recipe=recipe, environment=environment, warnings=warnings, light=light, dark=dark
@@ -87,10 +92,21 @@ def write_report_page(
     files = {"loss.png": light, "report.html": page.encode()}
     for name, content in files.items():
         if content is not None:
-            with disk_errors(folder / name):
-                temporary = folder / f".{name}.tmp"
-                temporary.write_bytes(content)
-                temporary.replace(folder / name)
+            write_bytes(folder / name, content)
+
+
+@contextmanager
+def _no_traces(folder: Path) -> Iterator[None]:
+    """Within, matplotlib keeps its list of fonts in a folder of the run that goes again, not in the user's home."""
+    if "matplotlib" in sys.modules or "MPLCONFIGDIR" in os.environ:
+        yield
+        return
+    with disk_errors(folder), tempfile.TemporaryDirectory(prefix=".matplotlib.tmp-", dir=folder) as place:
+        os.environ["MPLCONFIGDIR"] = place
+        try:
+            yield
+        finally:
+            del os.environ["MPLCONFIGDIR"]
 
 
 def report_page(

@@ -11,9 +11,9 @@ from pathlib import Path
 from typing import Any
 
 from lora_cli.errors import LoraError
-from lora_cli.files import disk_errors, finish_moves, write_json
+from lora_cli.files import disk_errors, finish_moves, write_bytes, write_json
 from lora_cli.recipe import Recipe
-from lora_cli.recipe_file import load_recipe, write_recipe
+from lora_cli.recipe_file import dump_recipe, load_recipe
 from lora_cli.training.run_lock import LOCK, now
 
 _BEFORE_A_RUN = ("prepared", "compiled", LOCK)  # what one that did not begin may leave
@@ -54,6 +54,10 @@ class RunFolder:
         return self.path / "environment.json"
 
     @property
+    def page(self) -> Path:
+        return self.path / "report.html"
+
+    @property
     def status(self) -> Path:
         return self.path / "status.json"
 
@@ -92,10 +96,7 @@ class RunFolder:
     def begin(self, recipe: Recipe, environment: dict[str, Any]) -> None:
         """Also where a resumed run goes on under a changed recipe. recipe.yaml comes last: it is what makes a run."""
         write_json(self.environment, environment)
-        temporary = self.recipe.with_name(f".{self.recipe.name}.tmp-{os.getpid()}")
-        with disk_errors(self.path):
-            write_recipe(recipe, temporary)
-            temporary.replace(self.recipe)
+        write_bytes(self.recipe, dump_recipe(recipe).encode())
 
     def clear_after_a_kill(self) -> None:
         for folder in (self.path, self.checkpoints):

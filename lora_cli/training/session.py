@@ -34,6 +34,7 @@ from lora_cli.data.prepared import PreparedData, split_in_step
 from lora_cli.data.report import data_lines, finding_lines, stream_lines
 from lora_cli.data.stream import StreamFeed
 from lora_cli.errors import LoraError
+from lora_cli.evaluation.forgetting import GeneralText, general_text
 from lora_cli.evaluation.loss import logit_rule, summed_loss
 from lora_cli.evaluation.packing_check import require_no_leak
 from lora_cli.files import human_bytes, require_space
@@ -59,6 +60,7 @@ class Session:
     dtype: torch.dtype
     collate: Collate
     activations: ActivationPlan
+    general_text: GeneralText | None
 
     @property
     def total_steps(self) -> int:
@@ -117,6 +119,7 @@ def open_session(recipe: Recipe, console: Console) -> Session:
     data.require_fit(model.config, source.name)
     if isinstance(feed, StreamFeed):
         feed.require_fit(model.config, source.name)
+    unrelated = general_text(tokenizer, model, Path(recipe.data.general_text) if recipe.data.general_text else None)
     layers = attach_from_recipe(model, recipe)
     held = human_bytes(quantized_bytes(model))
     say(f"         compute in {str(dtype).removeprefix('torch.')} ({reason}), {held} held")
@@ -138,7 +141,7 @@ def open_session(recipe: Recipe, console: Console) -> Session:
         keep_inputs_alone(model)
     plan = _plan_activations(model, blocks, layers, recipe, lay_out, tokens, device)
     say(f"memory   {_describe_plan(plan, tokens)}")
-    session = Session(recipe, source, tokenizer, data, model, layers, feed, device, dtype, lay_out, plan)
+    session = Session(recipe, source, tokenizer, data, model, layers, feed, device, dtype, lay_out, plan, unrelated)
     needed = disk_needed(recipe, trained, session.total_steps)
     require_space(Path(recipe.output), needed, "the run (adapter and checkpoints)")
     say(f"disk     up to {human_bytes(needed)} in {recipe.output}")
