@@ -137,3 +137,13 @@ def randomize_adapter(model: Any, seed: int = 0, scale: float = 0.1) -> None:
         for layer in lora_layers(model).values():
             for parameter in (layer.lora_A, layer.lora_B):
                 parameter.copy_(torch.randn(parameter.shape, generator=generator) * scale)
+
+
+@pytest.fixture(autouse=True)
+def quick_reports(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Of the many runs of the tests none is looked at: no picture, and little general text. test_report.py has both."""
+    from lora_cli.evaluation import forgetting
+    from lora_cli.training import report_page
+
+    monkeypatch.setattr(report_page, "loss_picture", lambda *_: None)
+    monkeypatch.setattr(forgetting, "MOST_TOKENS", 128)

@@ -105,6 +105,10 @@ def kept_examples(run: Path) -> Any:
     return len(prepared(run).train)
 
 
+def general_text(run: Path) -> Any:
+    return json.loads((run / "report.json").read_text())["general_text"]
+
+
 def optimizer_state(run: Path) -> Any:
     (newest,) = (run / "checkpoints").iterdir()
     return {name: str(tensor.dtype) for name, tensor in load_file(newest / "optimizer.safetensors").items()}
@@ -180,6 +184,7 @@ CASES = [
     Case("data.too_long", "split", tokens_per_step, SOME_TOO_LONG | {"data.train": "{text}"}, "drop"),
     Case("data.streaming", True, kept_examples),
     Case("data.streaming", True, data_files),
+    Case("data.general_text", "{prose}", general_text),
     Case("train.epochs", 2, steps, ONE_STEP_AN_EPOCH, 1),
     Case("train.epochs", 0.5, steps, SMALL_STEPS, 1),
     Case("train.max_steps", 1, steps),
@@ -266,6 +271,8 @@ class Runs:
         }
         self.names = {name: str(write_rows(folder / f"{name}.jsonl", rows)) for name, rows in files.items()}
         self.names |= {name: str(path) for name, path in models.items()} | {"folder": str(folder)}
+        self.names["prose"] = str(folder / "prose.txt")
+        Path(self.names["prose"]).write_text("All is quiet on the river, and the ferry has not come yet. " * 20)
         self.names["template"] = str(folder / "own.jinja")
         Path(self.names["template"]).write_text(
             "{% for m in messages %}<|im_start|>{{ m.role | upper }}: {{ m.content }}<|im_end|>{% endfor %}"

@@ -49,6 +49,8 @@ def test_loss_falls_and_the_run_folder_is_complete(run_recipe, sums):
         "adapter",
         "adapter_last",
         "report.json",
+        "report.html",
+        "loss.png",
         "status.json",
         "prepared",
         ".lock",

@@ -215,7 +215,7 @@ class _Run:
         except BaseException as error:
             self._say_state(_state_after(error), why=str(error).splitlines()[0] if str(error) else type(error).__name__)
             raise
-        self._say_state("done" if report["learned"] else "nothing learned")
+        self._say_state("nothing learned" if report["verdict"] == "nothing learned" else "done")
         require_learned(report, self.folder)
         return report
 

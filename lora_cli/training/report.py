@@ -57,7 +57,7 @@ def make_report(session: Session, state: State, folder: RunFolder, accelerator: 
         "learned": not is_inert(session.model),
         "adapter": str(folder.adapter),
     }
-    return report | {"verdict": judge(report).outcome, "learned": judge(report).outcome != "nothing learned"}
+    return report | {"verdict": judge(report).outcome}
 
 
 def write_report(folder: RunFolder, report: dict[str, Any]) -> None:

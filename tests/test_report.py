@@ -1,0 +1,138 @@
+"""The report of a run: its measurements are those of the adapter that is shipped, found a second way."""
+
+from __future__ import annotations
+
+import json
+import math
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from conftest import losses, quiet_console
+from safetensors.torch import load_file
+
+from lora_cli.errors import CheckFailed
+from lora_cli.evaluation.evaluate import evaluate_run
+from lora_cli.recipe_file import load_recipe
+from lora_cli.training import judging
+from lora_cli.training.loop import train
+
+@pytest.fixture
+def quick_reports() -> None:
+    """Here reports are made in full."""
+
+
+LEARNS = {"data": {"validation": 0.25}, "train": {"max_steps": 8, "eval_every": 2}}
+
+
+def test_the_gain_is_what_lora_eval_finds_on_the_same_rows(run_recipe):
+    run, report = run_recipe(**LEARNS)
+    scores = evaluate_run(run, None, stride=None, device=None)
+    found = report["validation"]
+    assert found["before"] == pytest.approx(scores["base"].loss, abs=1e-5)
+    assert found["after"] == pytest.approx(scores["adapter"].loss, abs=1e-5)
+    assert found["gain"] == pytest.approx(found["before"] - found["after"])
+    assert found["low"] < found["gain"] < found["high"]
+    assert (found["examples"], found["targets"]) == (6, scores["base"].target_tokens)
+    assert found["before"] == report["base_validation_loss"]
+    assert found["after"] == report["best_validation_loss"]
+
+
+def test_update_sizes_are_those_of_the_adapter_that_is_shipped_and_not_of_the_last(run_recipe, monkeypatch, tiny_llama):
+    own, scores = judging.example_losses, iter([1.0, 0.1, 0.5, 0.6, 0.7])  # of base and steps: the first is best
+
+    def scored(*arguments: Any, **options: Any) -> Any:
+        found, targets = own(*arguments, **options)
+        return torch.full_like(found, next(scores)), targets
+
+    monkeypatch.setattr(judging, "example_losses", scored)
+    run, report = run_recipe(data={"validation": 0.25}, train={"max_steps": 4, "eval_every": 1})
+    assert report["best_step"] == 1
+    weights = load_file(tiny_llama / "model.safetensors")
+    sizes = {}
+    for place in ("adapter", "adapter_last"):
+        stored = load_file(run / place / "adapter_model.safetensors")
+        modules = {name.removeprefix("base_model.model.").rsplit(".lora_", 1)[0] for name in stored}
+        sizes[place] = {
+            each: (
+                2  # alpha 8 over rank 4
+                * stored[f"base_model.model.{each}.lora_B.weight"]
+                @ stored[f"base_model.model.{each}.lora_A.weight"]
+            )
+            .norm()
+            .item()
+            / weights[f"{each}.weight"].norm().item()
+            for each in modules
+        }
+    assert report["update_sizes"]["layers"] == pytest.approx(sizes["adapter"], rel=1e-4)
+    assert report["update_sizes"]["layers"] != pytest.approx(sizes["adapter_last"], rel=1e-2)
+
+
+def test_general_text_is_scored_without_and_with_the_adapter(run_recipe, tmp_path):
+    text = tmp_path / "general.txt"
+    text.write_text("Nothing of this has to do with sums. It is about weather, bread and old houses. " * 20)
+    _, report = run_recipe(**LEARNS)
+    other, with_own = run_recipe(data={"general_text": str(text)}, output=str(tmp_path / "own"))
+    assert report["general_text"]["source"] == "built-in English prose"
+    assert with_own["general_text"]["source"] == str(text)
+    scores = evaluate_run(other, text, stride=None, device=None)
+    assert with_own["general_text"]["before"] == pytest.approx(scores["base"].loss, rel=0.02)  # other windows
+    assert with_own["general_text"]["change"] == pytest.approx(scores["adapter"].loss - scores["base"].loss, rel=0.1)
+
+
+def test_a_general_text_that_cannot_be_used_is_told_before_training(run_recipe, tmp_path):
+    (tmp_path / "short.txt").write_text("short")
+    with pytest.raises(Exception, match="too few to see forgetting in"):
+        run_recipe(data={"general_text": str(tmp_path / "short.txt")})
+    assert not (tmp_path / "run" / "metrics.jsonl").exists()
+
+
+def test_no_gain_on_held_out_data_ends_with_exit_code_3_and_a_report(recipe_file, monkeypatch):
+    own, times_worse = judging.example_losses, iter([1.0, 1.5])  # base, and the adapter after its last step
+
+    def scored(*arguments: Any, **options: Any) -> Any:
+        found, targets = own(*arguments, **options)
+        return found * next(times_worse), targets
+
+    monkeypatch.setattr(judging, "example_losses", scored)
+    recipe = load_recipe(recipe_file(data={"validation": 0.25}))
+    with pytest.raises(CheckFailed, match="no better than its base model") as caught:
+        train(recipe, quiet_console())
+    assert caught.value.exit_code == 3
+    report = json.loads((Path(recipe.output) / "report.json").read_text())
+    assert report["verdict"] == "nothing learned"
+    assert report["learned"], "B is not zero; it is just no good"
+    assert report["validation"]["gain"] <= 0
+    assert json.loads((Path(recipe.output) / "status.json").read_text())["state"] == "nothing learned"
+
+
+def test_page_and_picture_are_written_and_the_page_shows_the_verdict(run_recipe):
+    run, report = run_recipe(**LEARNS)
+    page = (run / "report.html").read_text()
+    assert "The adapter learned" in page
+    assert f"{math.exp(report['base_validation_loss']):.2f}" in page
+    assert (run / "loss.png").read_bytes().startswith(b"\x89PNG")
+    assert len(losses(run)) == 8
+
+
+def test_nothing_is_left_in_the_home_folder(recipe_file, tmp_path):
+    """Of matplotlib above all, which keeps a list of fonts there."""
+    import os
+    import subprocess
+    import sys
+
+    home = tmp_path / "home"
+    home.mkdir()
+    environment = {k: v for k, v in os.environ.items() if k not in ("MPLCONFIGDIR", "XDG_CACHE_HOME", "HF_HOME")}
+    done = subprocess.run(
+        [sys.executable, "-m", "lora_cli", "train", str(recipe_file(train={"max_steps": 2}))],
+        env=environment | {"HOME": str(home), "OMP_NUM_THREADS": "1"},
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    assert done.returncode == 0, done.stderr
+    assert [str(path.relative_to(home)) for path in home.rglob("*")] == []
+    left = [path.name for path in (tmp_path / "run").iterdir() if path.name.startswith(".")]
+    assert left == [".lock"]
