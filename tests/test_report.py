@@ -18,6 +18,7 @@ from lora_cli.recipe_file import load_recipe
 from lora_cli.training import judging
 from lora_cli.training.loop import train
 
+
 @pytest.fixture
 def quick_reports() -> None:
     """Here reports are made in full."""

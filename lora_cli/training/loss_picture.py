@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import io
-import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from itertools import pairwise
 from typing import Any
 
 import numpy as np
+
+from lora_cli.training.verdict import is_number
 
 MOST_POINTS = 1000  # drawn of a curve: more than the picture has columns
 SMOOTHED_SHARE, MOST_SMOOTHED = 0.05, 301  # of all steps, and steps at most, in the mean that the smooth curve shows
@@ -74,9 +75,8 @@ def loss_picture(metrics: Sequence[Mapping[str, Any]], report: Mapping[str, Any]
 
 def _draw_validation(axes: Any, metrics: Sequence[Mapping[str, Any]], report: Mapping[str, Any], ink: _Ink) -> float:
     """Draws the validation losses, if there are any; returns the highest."""
-    base = report.get("base_validation_loss")
-    before = [] if base is None else [{"step": 0, "validation_loss": base}]
-    steps, losses = _series([*before, *(line for line in metrics if "validation_loss" in line)], "validation_loss")
+    base = {"step": 0, "validation_loss": report.get("base_validation_loss")}
+    steps, losses = _series([base, *metrics], "validation_loss")
     if not len(steps):
         return 0.0
     marker = "o-" if len(steps) <= 60 else "-"
@@ -107,7 +107,7 @@ def smoothed(losses: np.ndarray) -> tuple[np.ndarray, int]:
 def _series(metrics: Sequence[Mapping[str, Any]], name: str) -> tuple[np.ndarray, np.ndarray]:
     """(steps, values) of the lines where both are finite numbers."""
     pairs = [(line.get("step"), line.get(name)) for line in metrics]
-    kept = [(step, value) for step, value in pairs if _finite(step) and _finite(value)]
+    kept = [(step, value) for step, value in pairs if is_number(step) and is_number(value)]
     steps, values = zip(*kept, strict=True) if kept else ((), ())
     return np.array(steps, np.float64), np.array(values, np.float64)
 
@@ -126,7 +126,3 @@ def _extremes(steps: np.ndarray, values: np.ndarray) -> tuple[np.ndarray, np.nda
 def _thinned(steps: np.ndarray, values: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
     chosen = np.unique(np.linspace(0, len(steps) - 1, min(len(steps), MOST_POINTS)).round().astype(int))
     return steps[chosen], values[chosen]
-
-
-def _finite(value: Any) -> bool:
-    return isinstance(value, int | float) and math.isfinite(value)

@@ -4,23 +4,24 @@ from __future__ import annotations
 
 import base64
 import html
-import math
 import os
 import sys
 import tempfile
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any, TypeGuard
+from typing import Any
 
 from lora_cli.files import disk_errors, human_bytes, write_bytes
 from lora_cli.training.loss_picture import DARK, LIGHT, loss_picture
 from lora_cli.training.verdict import (
     best_words,
+    count,
     decimals,
     duration,
     forgetting_words,
     half_width,
+    is_number,
     judge,
     percent,
     perplexity,
@@ -154,19 +155,19 @@ def _verdict(report: Mapping[str, Any]) -> str:
 def _tiles(report: Mapping[str, Any]) -> str:
     tiles = []
     found = report.get("validation") or {}
-    if _finite(found.get("gain")):
+    if is_number(found.get("gain")):
         gain = signed(found["gain"], half_width(found))
         change = f"{perplexity(found['before'])} → {perplexity(found['after'])}"
         tiles.append(("validation perplexity", change, f"gain {gain} nats a token"))
     general = report.get("general_text") or {}
-    if _finite(general.get("change")):
+    if is_number(general.get("change")):
         change = f"{perplexity(general['before'])} → {perplexity(general['after'])}"
         tiles.append(
             ("perplexity of general text", change, f"{signed(general['change'], half_width(general))} nats a token")
         )
     speed = report.get("tokens_per_second")
-    tiles.append(("time", duration(report.get("seconds") or 0), f"{_count(speed)} tokens/s" if _finite(speed) else ""))
-    if report.get("peak_memory_bytes"):
+    tiles.append(("time", duration(report.get("seconds")), f"{count(speed)} tokens/s" if is_number(speed) else ""))
+    if is_number(report.get("peak_memory_bytes")):
         tiles.append(("peak memory", human_bytes(report["peak_memory_bytes"]), ""))
     cells = (
         f"<div><dt>{html.escape(name)}</dt><dd>{html.escape(value)}<small>{html.escape(note)}</small></dd></div>"
@@ -196,7 +197,7 @@ def _held_out(report: Mapping[str, Any]) -> str:
     found = report.get("validation")
     if not found:
         return ""
-    note = f"{_count(found.get('examples'))} in all, each counted by its target tokens. {_interval(found)}"
+    note = f"{count(found.get('examples'))} in all, each counted by its target tokens. {_interval(found)}"
     return f"<h2>Held-out examples</h2>\n{_before_after(found, 'gain', found.get('gain'))}<p class=faint>{note}</p>"
 
 
@@ -207,7 +208,7 @@ def _general(report: Mapping[str, Any]) -> str:
     said = words.rpartition(": ")[2] if ": " in words else ""
     said = f"<p>{html.escape(said[0].upper() + said[1:])}.</p>" if said else ""
     note = (
-        f"{_count(found.get('tokens'))} tokens of {html.escape(str(found.get('source')))}, which the run was not "
+        f"{count(found.get('tokens'))} tokens of {html.escape(str(found.get('source')))}, which the run was not "
         f"trained on. {_interval(found)}"
     )
     table = _before_after(found, "change", found.get("change"))
@@ -216,7 +217,7 @@ def _general(report: Mapping[str, Any]) -> str:
 
 def _updates(report: Mapping[str, Any]) -> str:
     found = report.get("update_sizes") or {}
-    layers = {name: ratio for name, ratio in (found.get("layers") or {}).items() if _finite(ratio)}
+    layers = {name: ratio for name, ratio in (found.get("layers") or {}).items() if is_number(ratio)}
     if not layers:
         return ""
     largest = max(layers.values())
@@ -244,15 +245,16 @@ def _layer_rows(layers: Iterable[tuple[str, float]], largest: float) -> str:
 
 
 def _cost(report: Mapping[str, Any]) -> str:
+    memory = report.get("peak_memory_bytes")
     rows = [
-        ("steps", _count(report.get("steps"))),
-        ("tokens", f"{_count(report.get('tokens'))}, of which {_count(report.get('target_tokens'))} carried loss"),
-        ("training time", duration(report.get("seconds") or 0)),
-        ("speed", f"{_count(report.get('tokens_per_second'))} tokens/s"),
-        ("peak memory", human_bytes(report.get("peak_memory_bytes") or 0)),
+        ("steps", count(report.get("steps"))),
+        ("tokens", f"{count(report.get('tokens'))}, of which {count(report.get('target_tokens'))} carried loss"),
+        ("training time", duration(report.get("seconds"))),
+        ("speed", f"{count(report.get('tokens_per_second'))} tokens/s"),
+        ("peak memory", human_bytes(memory) if is_number(memory) else "–"),
         (
             "adapter",
-            f"{_count(report.get('trained_parameters'))} parameters in {_count(report.get('adapted_layers'))} layers",
+            f"{count(report.get('trained_parameters'))} parameters in {count(report.get('adapted_layers'))} layers",
         ),
         (
             "training loss",
@@ -275,10 +277,10 @@ def _environment(environment: Mapping[str, Any]) -> str:
 
 def _before_after(found: Mapping[str, Any], name: str, difference: Any) -> str:
     rows = "".join(
-        f"<tr><td>{who}<td class=n>{_number(loss)}<td class=n>{perplexity(loss) if _finite(loss) else '–'}"
+        f"<tr><td>{who}<td class=n>{_number(loss)}<td class=n>{perplexity(loss) if is_number(loss) else '–'}"
         for who, loss in (("base model", found.get("before")), ("with the adapter", found.get("after")))
     )
-    last = signed(difference, half_width(found)) if _finite(difference) else "–"
+    last = signed(difference, half_width(found)) if is_number(difference) else "–"
     head = "<tr><th><th class=n>loss, nats a token<th class=n>perplexity"
     return f"<table>{head}{rows}<tr><td>{name}<td class=n>{last}<td></table>"
 
@@ -306,13 +308,5 @@ def _data_url(png: bytes) -> str:
     return f"data:image/png;base64,{base64.b64encode(png).decode()}"
 
 
-def _count(value: Any) -> str:
-    return f"{value:,.0f}" if _finite(value) else "–"
-
-
 def _number(value: Any) -> str:
-    return f"{value:.4f}" if _finite(value) else "–"
-
-
-def _finite(value: Any) -> TypeGuard[float]:
-    return isinstance(value, int | float) and math.isfinite(value)
+    return f"{value:.4f}" if is_number(value) else "–"

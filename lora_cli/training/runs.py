@@ -225,7 +225,7 @@ def _last_lines(metrics: Path) -> list[dict[str, Any]]:
     for line in lines:  # the first may have lost its start, the last its end
         try:
             each = json.loads(line)
-        except ValueError:
+        except (ValueError, RecursionError):
             continue
         found += [each] if isinstance(each, dict) else []
     return found[-MEAN_STEPS:]

@@ -20,7 +20,7 @@ import math
 import statistics
 from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import Any, Literal
+from typing import Any, Literal, TypeGuard
 
 from lora_cli.files import human_bytes
 
@@ -52,9 +52,9 @@ def judge(report: Mapping[str, Any]) -> Verdict:
             "raise train.learning_rate; with one step and a warm-up the rate may have been too small to count",
         )
     found = report.get("validation")
-    if not found or _missing(found.get("gain")):
+    if not found or not is_number(found.get("gain")):
         first, last = report.get("first_loss"), report.get("last_loss")
-        moved = "" if _missing(first) or _missing(last) else f"Training loss {first:.4f} → {last:.4f}. "
+        moved = f"Training loss {first:.4f} → {last:.4f}. " if is_number(first) and is_number(last) else ""
         return Verdict(
             "learned",
             "The adapter learned its training data; whether it helps on anything else was not measured.",
@@ -107,7 +107,7 @@ def gain_words(found: Mapping[str, Any]) -> str:
 def forgetting_words(report: Mapping[str, Any]) -> str | None:
     """`loss on general text 3.21 → 3.25 (+0.04 ± 0.01): …`, or None if it was not measured."""
     found = report.get("general_text")
-    if not found or _missing(found.get("change")):
+    if not found or not is_number(found.get("change")):
         return None
     places = decimals(half_width(found))
     text = (
@@ -124,10 +124,10 @@ def forgetting_words(report: Mapping[str, Any]) -> str | None:
 def update_words(report: Mapping[str, Any]) -> str | None:
     """`update 1.9 % of the weight in the median layer, 4.1 % in the largest (…q_proj)`, or None."""
     found = report.get("update_sizes")
-    if not found or _missing(found.get("median")):
+    if not found or not is_number(found.get("median")):
         return None
     text = f"update {percent(found['median'])} of the weight in the median layer"
-    if _missing(found.get("largest")):
+    if not is_number(found.get("largest")):
         return text
     return f"{text}, {percent(found['largest'])} in the largest ({found['largest_layer']})"
 
@@ -135,10 +135,14 @@ def update_words(report: Mapping[str, Any]) -> str | None:
 def best_words(report: Mapping[str, Any]) -> str | None:
     """`best at step 60 of 114: that adapter is shipped, …`, or None without validation."""
     best, steps = report.get("best_step"), report.get("steps")
-    if best is None:
+    if not is_number(best):
         return None
-    text = f"best at step {best:,} of {steps or best:,}: that adapter is shipped"
-    if best == steps or _missing(report.get("last_validation_loss")) or _missing(report.get("best_validation_loss")):
+    text = f"best at step {best:,} of {count(steps)}: that adapter is shipped"
+    if (
+        best == steps
+        or not is_number(report.get("last_validation_loss"))
+        or not is_number(report.get("best_validation_loss"))
+    ):
         return text
     lost = report["last_validation_loss"] - report["best_validation_loss"]
     return f"{text}, the last is {lost:.4f} nats a token worse"
@@ -146,12 +150,13 @@ def best_words(report: Mapping[str, Any]) -> str | None:
 
 def cost_words(report: Mapping[str, Any]) -> str:
     """`114 steps, 57,030 tokens in 3:07, 305 tokens/s, peak memory 2.28 GiB`."""
-    seconds, speed = report.get("seconds") or 0.0, report.get("tokens_per_second")
-    steps = report.get("steps") or 0
-    parts = [f"{steps:,} step{'' if steps == 1 else 's'}, {report.get('tokens') or 0:,} tokens in {duration(seconds)}"]
-    if not _missing(speed):
+    steps, tokens, speed = (report.get(name) for name in ("steps", "tokens", "tokens_per_second"))
+    parts = [
+        f"{count(steps)} step{'' if steps == 1 else 's'}, {count(tokens)} tokens in {duration(report.get('seconds'))}"
+    ]
+    if is_number(speed):
         parts.append(f"{speed:,.0f} tokens/s")
-    if report.get("peak_memory_bytes"):
+    if is_number(report.get("peak_memory_bytes")):
         parts.append(f"peak memory {human_bytes(report['peak_memory_bytes'])}")
     return ", ".join(parts)
 
@@ -184,8 +189,15 @@ def percent(ratio: float) -> str:
     return f"{share:.0f} %" if share >= 9.95 else f"{share:.1f} %" if share >= 0.95 else f"{share:.2g} %"
 
 
-def duration(seconds: float) -> str:
-    """`0:07`, `3:07`, `2:03:07`."""
+def count(value: Any) -> str:
+    """`57,030`, or `–` where there is no number."""
+    return f"{value:,.0f}" if is_number(value) else "–"
+
+
+def duration(seconds: Any) -> str:
+    """`0:07`, `3:07`, `2:03:07`, or `–`."""
+    if not is_number(seconds):
+        return "–"
     minutes, rest = divmod(round(seconds), 60)
     hours, minutes = divmod(minutes, 60)
     return f"{hours}:{minutes:02d}:{rest:02d}" if hours else f"{minutes}:{rest:02d}"
@@ -194,7 +206,7 @@ def duration(seconds: float) -> str:
 def half_width(found: Mapping[str, Any]) -> float | None:
     """Half of a measurement's interval, as it stands behind ±."""
     low, high = found.get("low"), found.get("high")
-    return None if low is None or high is None else (high - low) / 2
+    return (high - low) / 2 if is_number(low) and is_number(high) else None
 
 
 def signed(value: float, half: float | None) -> str:
@@ -213,13 +225,13 @@ def decimals(half: float | None) -> int:
 
 
 def _held_out(found: Mapping[str, Any]) -> str:
-    count = found.get("examples") or 0
-    return f"on {count:,} held-out example{'' if count == 1 else 's'}"
+    return f"on {count(found.get('examples'))} held-out example{'' if found.get('examples') == 1 else 's'}"
 
 
 def _capital(text: str) -> str:
     return text[0].upper() + text[1:]
 
 
-def _missing(value: Any) -> bool:
-    return not isinstance(value, int | float) or not math.isfinite(value)
+def is_number(value: Any) -> TypeGuard[float]:
+    """Whether a value of a report can be shown and computed with."""
+    return isinstance(value, int | float) and math.isfinite(value)
