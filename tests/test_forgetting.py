@@ -23,6 +23,12 @@ from lora_cli.errors import LoraError
 from lora_cli.evaluation.forgetting import MOST_TOKENS, general_text, measure_forgetting
 from lora_cli.evaluation.perplexity import EvaluationStopped
 
+
+@pytest.fixture
+def quick_reports() -> None:
+    """Here they are made in full."""
+
+
 CPU = torch.device("cpu")
 LAY_OUT = partial(collate, packed=True, pad_id=0, device=CPU)
 

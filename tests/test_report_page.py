@@ -26,6 +26,12 @@ from lora_cli.training.verdict import (
     verdict_lines,
 )
 
+
+@pytest.fixture
+def quick_reports() -> None:
+    """Here they are made in full."""
+
+
 METRICS: list[dict[str, Any]] = [
     {"step": step, "loss": 2.4 / step, "tokens": 500, "seconds": 1.6} | ({"validation_loss": 0.5} if step == 60 else {})
     for step in range(1, 115)
