@@ -47,3 +47,9 @@ class Interrupted(LoraError):
     """The user stopped the run; a resumable checkpoint was written. Exit code 130."""
 
     exit_code = 130
+
+
+class ProcessLost(LoraError):
+    """Another process of this run ended, so this one cannot go on. Exit code 1."""
+
+    exit_code = 1
