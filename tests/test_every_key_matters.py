@@ -224,6 +224,7 @@ TESTED_BELOW = {
     "train.activation_memory": "test_activation_memory",
     "train.offload_activations": "test_offload_activations",
     "train.compile": "test_compile",
+    "train.shard_base": "test_shard_base",
     "trackers": "test_trackers",
 }
 
@@ -589,6 +590,12 @@ def test_offload_activations(runs: Runs, monkeypatch: pytest.MonkeyPatch):
     monkeypatch.setattr("torch.cuda.is_available", lambda: False)
     with pytest.raises(LoraError, match=r"train\.offload_activations: on a CPU activations are in host memory already"):
         runs({"train.offload_activations": True})
+
+
+def test_shard_base(runs: Runs):
+    """One process has nobody to share with, which is said; what several do is in tests/test_processes.py."""
+    with pytest.raises(LoraError, match=r"train\.shard_base spreads the base model over several processes"):
+        runs({"train.shard_base": True})
 
 
 @pytest.mark.slow

@@ -137,14 +137,14 @@ def measured(blocks: Sequence[nn.Module]) -> Iterator[list[int]]:
             kept[at[-1]] += tensor.untyped_storage().nbytes()
         return tensor
 
-    def enter(index: int, block: nn.Module) -> None:
+    def enter(block: nn.Module, index: int) -> None:
         at.append(index)
         weights.clear()
         weights.update(_places(block))  # now, because those of a sharded base come and go
 
     handles = []
     for index, block in enumerate(blocks):
-        handles.append(block.register_forward_pre_hook(lambda block, _, index=index: enter(index, block)))
+        handles.append(block.register_forward_pre_hook(lambda *given, index=index: enter(given[0], index)))
         handles.append(block.register_forward_hook(lambda *_: at.clear()))
     try:
         with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):

@@ -36,10 +36,10 @@ def require_shardable(quantization: str, processes: int) -> None:
 def shard_base(model: Any, blocks: Sequence[nn.Module], trained: Iterable[nn.Parameter], device: torch.device) -> None:
     """Spread the frozen weights of a model evenly over all processes, on `device`, in place; values stay, bit for bit.
 
-    The model may lie on the CPU: each block moves to the device on its own and leaves its share there. A block's weights
-    are brought together for its forward and again for its backward pass. What lies outside the blocks (embeddings, last
-    norm, output head) stays together from the forward to the end of the backward pass, because the loss calls the head
-    after the model has returned; input embeddings that are not also the head go at once.
+    The model may lie on the CPU: each block moves to the device on its own and leaves its share there. A block's
+    weights are brought together for its forward and again for its backward pass. What lies outside the blocks
+    (embeddings, last norm, output head) stays together from the forward to the end of the backward pass, because the
+    loss calls the head after the model has returned; input embeddings that are not also the head go at once.
 
     trained: A and B. Every process keeps them whole, so nothing is known of sharding where gradients are summed, steps
     taken and adapters saved. Nothing else has a gradient, so FSDP2 never reduces one.

@@ -113,10 +113,12 @@ class MicroBatches:
     def _is_ample(self, tokens: int) -> bool:
         """Whether a CPU has so much memory that a trial, which costs as much as a step, can be left out.
 
-        Each process looks for itself, and all of them answer alike.
+        Each process looks for itself, and all of them get one answer.
         """
         device = self.session.device
-        ample = device.type == "cpu" and _AMPLE * self.session.activations.kept_bytes(tokens) < free_memory_bytes(device)
+        ample = device.type == "cpu" and _AMPLE * self.session.activations.kept_bytes(tokens) < free_memory_bytes(
+            device
+        )
         return not agree(self.accelerator, not ample)
 
     def _fewest_that_fit(self, largest: list[list[Example]], parts: int, auto: bool, say: Callable[[str], None]) -> int:
@@ -163,7 +165,7 @@ class MicroBatches:
         return cross_entropy.item()
 
     def _passes(self, pieces: Sequence[list[Example]]) -> int:
-        """Passes of all processes together: with a sharded base each makes the same number, for a pass needs them all."""
+        """Passes of all processes together. With a sharded base each makes as many: a pass needs them all."""
         processes = self.accelerator.num_processes
         return -(-len(pieces) // processes) * processes if self.recipe.shard_base else len(pieces)
 
@@ -180,8 +182,8 @@ class MicroBatches:
         return LoraError(
             f"a micro-batch of {_tokens(piece):,} tokens does not fit into memory ({problem}), and with "
             "train.shard_base it cannot be cut smaller on the way",
-            fix="write a smaller train.micro_batch_size and a larger train.gradient_accumulation_steps, which gives the "
-            "same result, or train.gradient_checkpointing: full",
+            fix="write train.gradient_checkpointing: full, or a smaller train.micro_batch_size and as much larger a "
+            "train.gradient_accumulation_steps, with the same result",
         )
 
     def _fewest_parts(self, batches: int) -> int:

@@ -46,7 +46,7 @@ def lost_process_is_told(resume: str | None = None) -> Iterator[None]:
             raise
         raise ProcessLost(
             "another process of this run ended, so this one cannot go on",
-            details=[f"torch says: {_first_line(error)}"],
+            details=[f"torch says: {_first_sentence(error)}"],
             fix=_fix(resume),
         ) from error
 
@@ -59,7 +59,7 @@ def is_lost_process(error: BaseException) -> bool:
 
 
 def sum_over_processes(accelerator: Accelerator, value: Tensor) -> Tensor:
-    """The sum of `value`, of one shape everywhere, over all processes; on the accelerator's device if there are several.
+    """The sum over all processes of `value`, which has one shape in all.
 
     Raises ProcessLost if one of them is gone.
     """
@@ -81,8 +81,9 @@ def wait_for_everyone(accelerator: Accelerator) -> None:
 
 
 def _fix(resume: str | None) -> str:
-    return f"see above why it ended, then continue with: {resume or 'lora train RECIPE --resume'}"
+    cause = "its own message says why, or the system's log if it was killed"
+    return f"{cause}; then continue with: {resume or 'lora train RECIPE --resume'}"
 
 
-def _first_line(error: BaseException) -> str:
-    return (str(error).strip() or type(error).__name__).splitlines()[0][:200]
+def _first_sentence(error: BaseException) -> str:
+    return (str(error).strip() or type(error).__name__).splitlines()[0].split(". This ")[0][:200]

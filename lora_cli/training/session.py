@@ -106,7 +106,9 @@ def open_session(recipe: Recipe, console: Console) -> Session:
         lines = [*data_lines(data, recipe), *finding_lines(data)]
     for number, line in enumerate(lines):
         say(f"{'' if number else 'data':9}{line}")
-    say(f"model    {recipe.base_model}, {recipe.quantization}, on {describe_device(device)}")
+    processes = PartialState().num_processes
+    several = f", {processes} processes" if processes > 1 else ""
+    say(f"model    {recipe.base_model}, {recipe.quantization}, on {describe_device(device)}{several}")
     model = load_model(
         source,
         quantization=recipe.quantization,
