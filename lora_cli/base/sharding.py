@@ -15,17 +15,12 @@ from torch.distributed.tensor import DTensor
 from lora_cli.errors import LoraError
 
 
-def require_shardable(quantization: str, processes: int) -> None:
-    """Raises LoraError where a base cannot be spread: over one process, in 8-bit, or with a torch that is too old."""
+def require_shardable(processes: int) -> None:
+    """Raises LoraError where no base can be spread: over one process, or with a torch that is too old."""
     if processes == 1:
         raise LoraError(
             "train.shard_base spreads the base model over several processes, but this is a single one",
             fix="start it with torchrun --nproc-per-node N -m lora_cli train …, or write train.shard_base: false",
-        )
-    if quantization == "int8":
-        raise LoraError(
-            "train.shard_base: bitsandbytes keeps 8-bit weights outside the parameter, where they cannot be spread",
-            fix="write quantization: nf4 or none, or train.shard_base: false",
         )
     if "ignored_params" not in inspect.signature(fully_shard).parameters:
         raise LoraError(

@@ -92,7 +92,7 @@ def open_session(recipe: Recipe, console: Console) -> Session:
     if device.type == "cpu":
         share_one_heap()
     if recipe.train.shard_base:
-        require_shardable(recipe.quantization, PartialState().num_processes)
+        require_shardable(PartialState().num_processes)
     source = find_base(recipe.base_model, recipe.revision, trust_remote_code=recipe.trust_remote_code)
     tokenizer = load_tokenizer(source, trust_remote_code=recipe.trust_remote_code)
     with PartialState().main_process_first():  # the others then find it prepared
