@@ -677,6 +677,10 @@ def recipes(draw: Any) -> dict[str, Any]:
         train.pop("gradient_accumulation_steps", None)
     else:
         train.pop("batch_size", None)
+    if train.get("micro_batch_size") == "auto" or values.get("quantization") == "int8":
+        train.pop("shard_base", None)
+    if train.get("shard_base"):
+        train.pop("compile", None)
     return values
 
 
