@@ -53,3 +53,9 @@ class Interrupted(LoraError):
     def __init__(self, what: str, *, exit_code: int = 130, where: str | None = None, fix: str | None = None):
         self.exit_code = exit_code
         super().__init__(what, where=where, fix=fix)
+
+
+class ProcessLost(LoraError):
+    """Another process of this run ended, so this one cannot go on. Exit code 1."""
+
+    exit_code = 1

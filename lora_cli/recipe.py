@@ -281,6 +281,11 @@ class TrainRecipe(Section):
         False,
         description="Compile the transformer blocks with torch.compile: minutes at the start, faster steps after.",
     )
+    shard_base: bool = Field(
+        False,
+        description="Several processes: each holds only its share of the frozen weights (FSDP2), for a base too large "
+        "for one card. Slower, same result.",
+    )
     seed: int = Field(
         0, ge=0, lt=2**32, description="Seed of the initial A, the order of rows, the hold-out and dropout."
     )
@@ -468,9 +473,32 @@ def contradictions(recipe: Recipe) -> list[tuple[str, str, str]]:
         "a constant schedule has no lower end",
         "remove min_learning_rate_ratio, or choose schedule: cosine or linear",
     )
+    if train.shard_base:
+        _refuse_with_shards(recipe, refuse)
     if train.optimizer == "schedule_free_adamw":
         _refuse_with_schedule_free(train, refuse)
     return found
+
+
+def _refuse_with_shards(recipe: Recipe, refuse: Callable[[bool, str, str, str], None]) -> None:
+    refuse(
+        recipe.quantization == "int8",
+        "train.shard_base",
+        "bitsandbytes keeps 8-bit weights outside the parameter, where they cannot be spread over processes",
+        "write quantization: nf4 or none, or remove shard_base",
+    )
+    refuse(
+        recipe.train.micro_batch_size == "auto",
+        "train.shard_base",
+        "auto learns by running out of memory what fits, and a process that does so leaves the others waiting",
+        "write a number for micro_batch_size",
+    )
+    refuse(
+        recipe.train.compile,
+        "train.compile",
+        "the blocks of a base that is spread over processes come and go, and are not compiled here",
+        "remove compile, or shard_base",
+    )
 
 
 def _refuse_with_schedule_free(train: TrainRecipe, refuse: Callable[[bool, str, str, str], None]) -> None:

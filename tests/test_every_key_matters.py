@@ -231,6 +231,7 @@ TESTED_BELOW = {
     "train.compile": "test_compile",
     "train.on_nan": "test_on_nan",
     "train.on_write_error": "test_on_write_error",
+    "train.shard_base": "test_shard_base",
     "trackers": "test_trackers",
 }
 
@@ -598,6 +599,12 @@ def test_offload_activations(runs: Runs, monkeypatch: pytest.MonkeyPatch):
     monkeypatch.setattr("torch.cuda.is_available", lambda: False)
     with pytest.raises(LoraError, match=r"train\.offload_activations: on a CPU activations are in host memory already"):
         runs({"train.offload_activations": True})
+
+
+def test_shard_base(runs: Runs):
+    """One process has nobody to share with, which is said; what several do is in tests/test_processes.py."""
+    with pytest.raises(LoraError, match=r"train\.shard_base spreads the base model over several processes"):
+        runs({"train.shard_base": True})
 
 
 @pytest.mark.slow

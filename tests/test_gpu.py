@@ -2,6 +2,11 @@
 
 from __future__ import annotations
 
+import json
+import os
+import subprocess
+import sys
+
 import pytest
 import torch
 from conftest import losses
@@ -95,3 +100,22 @@ def test_auto_fits_into_what_a_process_may_take(run_recipe, tmp_path):
     finally:
         torch.cuda.set_per_process_memory_fraction(1.0)
     assert losses(tight) == pytest.approx(losses(plain), abs=1e-4)
+
+
+@pytest.mark.skipif(torch.cuda.device_count() < 2, reason="NCCL wants a GPU for each process")
+@pytest.mark.parametrize("quantization", ["nf4", "none"])
+def test_a_base_in_shares_on_two_gpus_is_the_base_on_one(run_recipe, recipe_file, tmp_path, quantization):
+    """Loaded on the CPU and spread; quantized there, so that a rare weight may round to the neighbouring NF4 value."""
+    settings = {"quantization": quantization, "device": "cuda", "dtype": "bf16", "adapter": {"dropout": 0.2}}
+    steps = {"gradient_accumulation_steps": 5, "micro_batch_size": 1}
+    alone, one = run_recipe(**settings, train=steps, output=str(tmp_path / "alone"))
+    recipe = recipe_file(**settings, train=steps | {"shard_base": True}, output=str(tmp_path / "shares"))
+    launcher = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
+    done = subprocess.run(
+        [*launcher, "-m", "lora_cli", "train", str(recipe)],
+        capture_output=True, text=True, env=os.environ | {"OMP_NUM_THREADS": "1"}, timeout=280, check=False,
+    )  # fmt: skip
+    assert done.returncode == 0, done.stderr
+    assert "each of 2 processes holds" in done.stderr
+    assert losses(tmp_path / "shares") == pytest.approx(losses(alone), abs=0.05)
+    assert json.loads((tmp_path / "shares" / "report.json").read_text())["learned"] == one["learned"]

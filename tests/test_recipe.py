@@ -347,6 +347,17 @@ def test_validation_is_a_fraction_or_a_file(load: Any, problem: Any, tmp_path: P
             "remove min_learning_rate_ratio, or choose optimizer: adamw",
         ),
         ("train: {optimizer: schedule_free_adamw, beta1: 0}", "train.beta1", "write a beta1 above 0, such as 0.9"),
+        (
+            "{quantization: int8, train: {shard_base: true}}",
+            "train.shard_base",
+            "write quantization: nf4 or none, or remove shard_base",
+        ),
+        (
+            "train: {micro_batch_size: auto, batch_size: 8, shard_base: true}",
+            "train.shard_base",
+            "write a number for micro_batch_size",
+        ),
+        ("train: {compile: true, shard_base: true}", "train.compile", "remove compile, or shard_base"),
     ],
 )
 def test_contradictions(problem: Any, settings: str, key: str, fix: str):
@@ -666,6 +677,10 @@ def recipes(draw: Any) -> dict[str, Any]:
         train.pop("gradient_accumulation_steps", None)
     else:
         train.pop("batch_size", None)
+    if train.get("micro_batch_size") == "auto" or values.get("quantization") == "int8":
+        train.pop("shard_base", None)
+    if train.get("shard_base"):
+        train.pop("compile", None)
     return values
 
 

@@ -84,10 +84,10 @@ def _offloading(
     block: nn.Module, forward: Callable[..., Any], to_host: Callable[[Tensor], Tensor]
 ) -> Callable[..., Any]:
     """What autograd keeps of `forward` goes to host memory and comes back for the backward pass; weights stay."""
-    weights = {tensor.untyped_storage().data_ptr() for tensor in (*block.parameters(), *block.buffers())}
 
     @wraps(forward)
     def call(*args: Any, **kwargs: Any) -> Any:
+        weights = _places(block)  # asked each time: those of a sharded base come and go
         moved: dict[tuple[Any, ...], tuple[Tensor, Tensor]] = {}  # with the tensor itself, so that its place stays its
 
         def pack(tensor: Tensor) -> tuple[torch.device, Tensor]:
@@ -107,6 +107,10 @@ def _offloading(
     return call
 
 
+def _places(block: nn.Module) -> set[int]:
+    return {tensor.untyped_storage().data_ptr() for tensor in (*block.parameters(), *block.buffers())}
+
+
 def to_pinned_memory(tensor: Tensor) -> Tensor:
     """A copy in page-locked host memory, which a GPU writes and reads at full speed."""
     host = torch.empty_like(tensor, device="cpu", pin_memory=True)
@@ -117,13 +121,13 @@ def to_pinned_memory(tensor: Tensor) -> Tensor:
 def measured(blocks: Sequence[nn.Module]) -> Iterator[list[int]]:
     """Within this block of code, what autograd keeps of each transformer block is added up: bytes, each storage once.
 
-    The list is complete when the code is left. Weights of the blocks are not counted.
+    The list is complete when the code is left. Weights of the block in work are not counted.
     """
     kept = [0] * len(blocks)
     seen: set[int] = set()
     alive: list[Tensor] = []
     at: list[int] = []
-    weights = {t.untyped_storage().data_ptr() for block in blocks for t in (*block.parameters(), *block.buffers())}
+    weights: set[int] = set()
 
     def pack(tensor: Tensor) -> Tensor:
         place = tensor.untyped_storage().data_ptr()
@@ -133,9 +137,14 @@ def measured(blocks: Sequence[nn.Module]) -> Iterator[list[int]]:
             kept[at[-1]] += tensor.untyped_storage().nbytes()
         return tensor
 
+    def enter(block: nn.Module, index: int) -> None:
+        at.append(index)
+        weights.clear()
+        weights.update(_places(block))  # now, because those of a sharded base come and go
+
     handles = []
     for index, block in enumerate(blocks):
-        handles.append(block.register_forward_pre_hook(lambda *_, index=index: at.append(index)))
+        handles.append(block.register_forward_pre_hook(lambda *given, index=index: enter(given[0], index)))
         handles.append(block.register_forward_hook(lambda *_: at.clear()))
     try:
         with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):

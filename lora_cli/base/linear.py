@@ -6,6 +6,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.distributed.tensor import DTensor
 from transformers.pytorch_utils import Conv1D
 
 
@@ -34,16 +35,22 @@ def stored_transposed(layer: nn.Module) -> bool:
 
 
 def dense_weight(layer: nn.Module) -> Tensor:
-    """The weight that this layer multiplies by, dequantized if need be: (out_features, in_features)."""
+    """The weight that this layer multiplies by, dequantized if need be: (out_features, in_features).
+
+    Of a base that is spread over processes it is brought together, which all of them must do.
+    """
     weight = layer.weight
     assert isinstance(weight, Tensor)
+    state = getattr(weight, "quant_state", None) or getattr(layer, "quant_state", None)
+    if isinstance(weight, DTensor):
+        weight = weight.full_tensor()
     if type(layer).__name__ == "Linear4bit":
         from bitsandbytes.functional import dequantize_4bit
 
-        return dequantize_4bit(weight.data, weight.quant_state)  # type: ignore[attr-defined]
+        return dequantize_4bit(weight.data, state)
     if type(layer).__name__ == "Linear8bitLt":
-        state = layer.state
-        int8, row_scale = (state.CB, state.SCB) if state.CB is not None else (weight.CB, weight.SCB)  # type: ignore
+        held = layer.state
+        int8, row_scale = (held.CB, held.SCB) if held.CB is not None else (weight.CB, weight.SCB)  # type: ignore
         return int8.float() * (row_scale.float() / 127.0).unsqueeze(1)  # type: ignore[union-attr]
     return weight.data.T if isinstance(layer, Conv1D) else weight.data
 

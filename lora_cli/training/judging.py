@@ -11,6 +11,7 @@ from torch import Tensor
 from lora_cli.adapters.layer import adapters_disabled
 from lora_cli.data.prepared import rows_per_micro_batch
 from lora_cli.evaluation.perplexity import example_losses
+from lora_cli.training.processes import sum_over_processes
 from lora_cli.training.session import Session
 from lora_cli.training.state import State
 
@@ -66,7 +67,4 @@ class Judge:
                 should_stop=self.should_stop,
                 share=(accelerator.process_index, accelerator.num_processes),
             )
-        if accelerator.num_processes == 1:
-            return losses, targets
-        both = [accelerator.reduce(each.to(session.device), "sum").cpu() for each in (losses, targets)]  # type: ignore
-        return both[0], both[1]
+        return sum_over_processes(accelerator, losses).cpu(), sum_over_processes(accelerator, targets).cpu()

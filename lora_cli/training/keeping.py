@@ -16,6 +16,7 @@ from lora_cli.errors import DiskError, Interrupted, LoraError
 from lora_cli.files import disk_errors, remove_folder, written_whole
 from lora_cli.training.checkpoint import BEST, Damaged, load_checkpoint, prune_checkpoints, save_checkpoint, verify
 from lora_cli.training.optimizer import learning_rate
+from lora_cli.training.processes import wait_for_everyone
 from lora_cli.training.run_folder import RunFolder
 from lora_cli.training.session import Session
 from lora_cli.training.state import State
@@ -59,7 +60,7 @@ class Keeper:
             if self.accelerator.scaler is not None:
                 state.loss_scale = self.accelerator.scaler.state_dict()
             self.written(lambda: self._write_checkpoint(state))
-        self.accelerator.wait_for_everyone()
+        wait_for_everyone(self.accelerator)
 
     def restore(self) -> State | None:
         """Go back to the newest intact checkpoint: model, optimizer, random states, metrics.jsonl and adapter/.
@@ -68,14 +69,14 @@ class Keeper:
         """
         if self.accelerator.is_main_process:
             self._set_damaged_aside()
-        self.accelerator.wait_for_everyone()
+        wait_for_everyone(self.accelerator)
         checkpoints = self.folder.list_checkpoints()
         state = load_checkpoint(checkpoints[-1], self.session.model, self.optimizer) if checkpoints else None
         if state is not None and self.accelerator.scaler is not None and state.loss_scale:
             self.accelerator.scaler.load_state_dict(state.loss_scale)
         if self.accelerator.is_main_process:
             self.written(lambda: self._put_back(checkpoints[-1] if checkpoints else None))
-        self.accelerator.wait_for_everyone()
+        wait_for_everyone(self.accelerator)
         return state
 
     def written(self, write: Callable[[], Result]) -> Result:

@@ -28,6 +28,7 @@ from lora_cli.training.judging import Judge
 from lora_cli.training.keeping import Keeper, require_one_process, resume_command
 from lora_cli.training.micro_batches import DoesNotFit, MicroBatches, smaller_from_now_on
 from lora_cli.training.optimizer import averaged_weights, learning_rate, make_optimizer, set_learning_rate
+from lora_cli.training.processes import lost_process_is_told, sum_over_processes, wait_for_everyone
 from lora_cli.training.progress import Progress
 from lora_cli.training.report import make_report, require_learned, say_result, write_report
 from lora_cli.training.resume import (
@@ -43,7 +44,7 @@ from lora_cli.training.run_folder import RunFolder
 from lora_cli.training.run_lock import locked
 from lora_cli.training.session import Session, open_session
 from lora_cli.training.state import State
-from lora_cli.training.stopping import Stop
+from lora_cli.training.stopping import SIGTERM_CODE, Stop
 from lora_cli.training.trackers import open_trackers, require_trackers
 
 _SKIPPED_IN_A_ROW = 10  # then it is not the data that are at fault
@@ -70,14 +71,14 @@ def train(
         console.show_cursor()  # a second signal ends the process before the live display can
 
     stop = Stop(say_it_aloud, max_seconds=max_hours and max_hours * 3600, processes=accelerator.num_processes)
-    with stop.listening(), ExitStack() as held:
+    with lost_process_is_told(resume_command(folder)), stop.listening(), ExitStack() as held:
         try:
             if accelerator.is_main_process:
                 folder.refuse_if_taken(resume)
                 held.enter_context(locked(folder.path, say))
                 folder.refuse_if_taken(resume)  # by one that ended in between
                 folder.clear_after_a_kill()
-            accelerator.wait_for_everyone()
+            wait_for_everyone(accelerator)
             run = _open(recipe, folder, accelerator, console, stop, resume, allow)
             return run.to_the_end()
         except KeyboardInterrupt:
@@ -120,7 +121,7 @@ def _open(
         changes += other
         if (note := rounding_note(began, environment)) is not None:
             console.print(note, highlight=False, markup=False, soft_wrap=True)
-    accelerator.wait_for_everyone()  # each has compared before one writes
+    wait_for_everyone(accelerator)  # each has compared before one writes
     run = _Run(session, folder, accelerator, console, stop, environment)
     if resume:
         run.go_back(changes)
@@ -392,10 +393,12 @@ class _Run:
     def _asked_to_stop(self) -> bool:
         """Of several processes, whether any was asked to."""
         if self.accelerator.num_processes > 1:
-            own = torch.tensor([self.stop.exit_code if self.stop.requested else 0], device=self.session.device)
-            code = int(self.accelerator.gather(own).max())  # type: ignore[union-attr]
-            if code:
-                self.stop.ask("another of its processes was asked to", code)
+            asked = torch.zeros(2, dtype=torch.int64)
+            if self.stop.requested:
+                asked[self.stop.exit_code != SIGTERM_CODE] = 1
+            by_term, otherwise = sum_over_processes(self.accelerator, asked).tolist()
+            if by_term or otherwise:
+                self.stop.ask("another of its processes was asked to", SIGTERM_CODE if by_term else 130)
         return self.stop.requested
 
     def _interrupted(self) -> Interrupted:
@@ -422,11 +425,11 @@ class _Run:
 
     def _finish(self) -> dict[str, Any]:
         self.keep.adapter(self.folder.last_adapter if self.judge.has_data else self.folder.adapter)
-        self.accelerator.wait_for_everyone()  # the shipped adapter is there for all
+        wait_for_everyone(self.accelerator)  # the shipped adapter is there for all
         report = make_report(self.session, self.state, self.folder, self.accelerator)
         if self.accelerator.is_main_process:
             self.keep.written(lambda: write_report(self.folder, report))
-        self.accelerator.wait_for_everyone()
+        wait_for_everyone(self.accelerator)
         say_result(report, self.folder, self.say)
         return report
 

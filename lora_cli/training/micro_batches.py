@@ -16,6 +16,7 @@ from lora_cli.data.example import Example
 from lora_cli.errors import LoraError
 from lora_cli.evaluation.loss import training_loss
 from lora_cli.files import human_bytes
+from lora_cli.training.processes import agree, lost_process_is_told, sum_over_processes
 from lora_cli.training.session import Session
 
 _CPU_SAYS = ("can't allocate memory", "not enough memory", "bad_alloc")
@@ -41,23 +42,30 @@ class MicroBatches:
     def run(self, step: int, batches: Sequence[Sequence[Example]], weight: float, parts: int) -> float:
         """Cross-entropy summed over the step; the gradient of what is minimized, over `weight`, is then in place.
 
-        Raises DoesNotFit, on all processes alike, with no gradient left.
+        Raises DoesNotFit, on all processes alike, with no gradient left; ProcessLost when one of them is gone. With a
+        sharded base LoraError instead of DoesNotFit: while one process cuts, the others would wait for its shares.
         """
         pieces = cut(batches, max(parts, self._fewest_parts(len(batches))))
         total = torch.zeros((), dtype=torch.float64)
         failed = ""
         if not self.session.model.training:
             self.session.model.train()
-        with cast_once(self.session.layers, self.session.dtype):
-            for at in range(self.accelerator.process_index, len(pieces), self.accelerator.num_processes):
+        with cast_once(self.session.layers, self.session.dtype), lost_process_is_told():
+            for at in range(self.accelerator.process_index, self._passes(pieces), self.accelerator.num_processes):
                 try:
-                    total += self._forward_backward(pieces[at], step, at, weight)
+                    if at < len(pieces):
+                        total += self._forward_backward(pieces[at], step, at, weight)
+                    else:
+                        self._keep_company(pieces[-1], step, at, weight)
                 except (RuntimeError, MemoryError) as error:
                     if not is_out_of_memory(error):
                         raise
                     failed = _first_line(error)
+                    if self.recipe.shard_base:
+                        raise self._too_large_to_share(pieces[min(at, len(pieces) - 1)], failed) from error
                     break
-        summed, failures = self._sum_over_processes(torch.stack([total, torch.tensor(float(bool(failed)))])).tolist()
+        outcome = torch.stack([total, torch.tensor(float(bool(failed)))])
+        summed, failures = sum_over_processes(self.accelerator, outcome).tolist()
         if failures:
             self._forget_gradients()
             raise DoesNotFit(failed or "in another process")
@@ -65,8 +73,13 @@ class MicroBatches:
         return summed
 
     def smaller(self, batches: Sequence[Sequence[Example]], parts: int, problem: DoesNotFit) -> int:
-        """Parts with which the largest piece has about half as many tokens. Raises LoraError for a single example."""
+        """Parts with which the largest piece has about half as many tokens.
+
+        Raises LoraError for a single example, and with a sharded base.
+        """
         largest = cut(batches, max(parts, self._fewest_parts(len(batches))))[0]
+        if self.recipe.shard_base:
+            raise self._too_large_to_share(largest, str(problem))
         if len(largest) == 1:
             raise LoraError(
                 f"a single example of {len(largest[0].ids):,} tokens does not fit into memory ({problem})",
@@ -98,9 +111,15 @@ class MicroBatches:
         return fitting
 
     def _is_ample(self, tokens: int) -> bool:
-        """Whether a CPU has so much memory that a trial, which costs as much as a step, can be left out."""
+        """Whether a CPU has so much memory that a trial, which costs as much as a step, can be left out.
+
+        Each process looks for itself, and all of them get one answer.
+        """
         device = self.session.device
-        return device.type == "cpu" and _AMPLE * self.session.activations.kept_bytes(tokens) < free_memory_bytes(device)
+        ample = device.type == "cpu" and _AMPLE * self.session.activations.kept_bytes(tokens) < free_memory_bytes(
+            device
+        )
+        return not agree(self.accelerator, not ample)
 
     def _fewest_that_fit(self, largest: list[list[Example]], parts: int, auto: bool, say: Callable[[str], None]) -> int:
         too_few = 0
@@ -121,7 +140,8 @@ class MicroBatches:
         """Forward and backward of the largest piece, forgotten afterwards; None if it fits."""
         piece = cut(largest, parts)[0]
         needed, free = self.session.activations.kept_bytes(_tokens(piece)), free_memory_bytes(self.session.device)
-        if self.session.device.type == "cpu" and needed > free:  # there the system kills instead of refusing
+        on_cpu = self.session.device.type == "cpu"
+        if agree(self.accelerator, on_cpu and needed > free):  # there the system kills instead of refusing
             return DoesNotFit(f"{human_bytes(needed)} of activations, {human_bytes(free)} free")
         try:
             self.run(1, [piece] * self.accelerator.num_processes, 1.0, 1)
@@ -144,6 +164,28 @@ class MicroBatches:
                 self.accelerator.backward(loss / weight)
         return cross_entropy.item()
 
+    def _passes(self, pieces: Sequence[list[Example]]) -> int:
+        """Passes of all processes together. With a sharded base each makes as many: a pass needs them all."""
+        processes = self.accelerator.num_processes
+        return -(-len(pieces) // processes) * processes if self.recipe.shard_base else len(pieces)
+
+    def _keep_company(self, piece: list[Example], step: int, at: int, weight: float) -> None:
+        """A pass whose loss and gradients are thrown away: the others need this process's shares of the base."""
+        kept = [parameter.grad for parameter in self.parameters]
+        for parameter in self.parameters:
+            parameter.grad = None
+        self._forward_backward(piece[:1], step, at, weight)
+        for parameter, gradient in zip(self.parameters, kept, strict=True):
+            parameter.grad = gradient
+
+    def _too_large_to_share(self, piece: list[Example], problem: str) -> LoraError:
+        return LoraError(
+            f"a micro-batch of {_tokens(piece):,} tokens does not fit into memory ({problem}), and with "
+            "train.shard_base it cannot be cut smaller on the way",
+            fix="write train.gradient_checkpointing: full, or a smaller train.micro_batch_size and as much larger a "
+            "train.gradient_accumulation_steps, with the same result",
+        )
+
     def _fewest_parts(self, batches: int) -> int:
         """No process goes without: micro_batch_size: auto makes one micro-batch of a step."""
         return -(-self.accelerator.num_processes // batches) if self.recipe.batch_size is not None else 1
@@ -161,12 +203,7 @@ class MicroBatches:
             return
         for parameter in self.parameters:
             gradient = parameter.grad if parameter.grad is not None else torch.zeros_like(parameter)
-            parameter.grad = self._sum_over_processes(gradient)
-
-    def _sum_over_processes(self, value: torch.Tensor) -> torch.Tensor:
-        if self.accelerator.num_processes == 1:
-            return value
-        return self.accelerator.reduce(value.to(self.session.device), "sum")  # type: ignore[return-value]
+            parameter.grad = sum_over_processes(self.accelerator, gradient)
 
 
 def smaller_from_now_on(problem: DoesNotFit, parts: int) -> str:

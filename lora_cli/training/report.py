@@ -18,6 +18,7 @@ from lora_cli.errors import CheckFailed
 from lora_cli.evaluation.forgetting import measure_forgetting
 from lora_cli.evaluation.gain import paired_gain
 from lora_cli.files import write_json
+from lora_cli.training.processes import sum_over_processes
 from lora_cli.training.report_page import write_report_page
 from lora_cli.training.run_folder import RunFolder, read_metrics
 from lora_cli.training.session import Session
@@ -94,14 +95,13 @@ def say_result(report: dict[str, Any], folder: RunFolder, say: Callable[[str], N
 def _forgetting(session: Session, accelerator: Accelerator) -> dict[str, Any] | None:
     if session.general_text is None:
         return None
-    several = accelerator.num_processes > 1
     with accelerator.autocast():
         return measure_forgetting(
             session.model,
             session.general_text,
             session.collate,
             share=(accelerator.process_index, accelerator.num_processes),
-            summed=lambda own: accelerator.reduce(own.to(session.device), "sum").cpu() if several else own,  # type: ignore
+            summed=lambda own: sum_over_processes(accelerator, own).cpu(),
         )
 
 

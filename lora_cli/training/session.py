@@ -25,6 +25,7 @@ from lora_cli.base.device import describe_device, free_memory_bytes, pick_device
 from lora_cli.base.linear import quantized_bytes, unquantized_layers
 from lora_cli.base.load import load_model, load_tokenizer
 from lora_cli.base.recompute import keep_inputs_alone
+from lora_cli.base.sharding import frozen_bytes, require_shardable, shard_base
 from lora_cli.base.source import BaseSource, find_base
 from lora_cli.data.batches import collate
 from lora_cli.data.example import Example
@@ -94,6 +95,8 @@ def open_session(recipe: Recipe, console: Console) -> Session:
     dtype, reason = pick_dtype(recipe.dtype, device)
     if device.type == "cpu":
         share_one_heap()
+    if recipe.train.shard_base:
+        require_shardable(PartialState().num_processes)
     source = find_base(recipe.base_model, recipe.revision, trust_remote_code=recipe.trust_remote_code)
     tokenizer = load_tokenizer(source, trust_remote_code=recipe.trust_remote_code)
     with PartialState().main_process_first():  # the others then find it prepared
@@ -107,12 +110,14 @@ def open_session(recipe: Recipe, console: Console) -> Session:
         lines = [*data_lines(data, recipe), *finding_lines(data)]
     for number, line in enumerate(lines):
         say(f"{'' if number else 'data':9}{line}")
-    say(f"model    {recipe.base_model}, {recipe.quantization}, on {describe_device(device)}")
+    processes = PartialState().num_processes
+    several = f", {processes} processes" if processes > 1 else ""
+    say(f"model    {recipe.base_model}, {recipe.quantization}, on {describe_device(device)}{several}")
     model = load_model(
         source,
         quantization=recipe.quantization,
         dtype=dtype,
-        device=device,
+        device=torch.device("cpu") if recipe.train.shard_base else device,  # where all of it fits
         double_quantization=recipe.double_quantization,
         trust_remote_code=recipe.trust_remote_code,
     )
@@ -125,6 +130,11 @@ def open_session(recipe: Recipe, console: Console) -> Session:
     say(f"         compute in {str(dtype).removeprefix('torch.')} ({reason}), {held} held")
     if recipe.quantization == "nf4" and (plain := unquantized_layers(model)):
         say(f"         {len(plain)} layers stay unquantized: bitsandbytes computes their size wrongly on a CPU")
+    blocks = [block for name in block_lists(model) for block in model.get_submodule(name)]
+    if not recipe.train.compile:
+        keep_inputs_alone(model)
+    if recipe.train.shard_base:
+        say(f"         {_spread(model, blocks, device)}")
     side_by_side = _layout(model, recipe, device, say)
     trained = sum(parameter.numel() for parameter in adapter_parameters(model))
     say(f"adapter  {len(layers)} layers, {trained:,} trained parameters")
@@ -133,12 +143,9 @@ def open_session(recipe: Recipe, console: Console) -> Session:
     if logit_rule(model) is None:
         say(f"loss     logits of all targets at once: what {type(model).__name__} does to them is not known here")
     tokens = sum(len(example.ids) for example in feed.largest())
-    blocks = [block for name in block_lists(model) for block in model.get_submodule(name)]
     if recipe.train.compile:
         compile_blocks(blocks, Path(recipe.output) / "compiled")
         say("compile  transformer blocks, at their first use: this takes minutes once")
-    else:
-        keep_inputs_alone(model)
     plan = _plan_activations(model, blocks, layers, recipe, lay_out, tokens, device)
     say(f"memory   {_describe_plan(plan, tokens)}")
     session = Session(recipe, source, tokenizer, data, model, layers, feed, device, dtype, lay_out, plan, unrelated)
@@ -146,6 +153,14 @@ def open_session(recipe: Recipe, console: Console) -> Session:
     require_space(Path(recipe.output), needed, "the run (adapter and checkpoints)")
     say(f"disk     up to {human_bytes(needed)} in {recipe.output}")
     return session
+
+
+def _spread(model: Any, blocks: Sequence[nn.Module], device: torch.device) -> str:
+    """Leave this process its share of the frozen weights; says how large that is."""
+    whole = frozen_bytes(model)
+    shard_base(model, blocks, adapter_parameters(model), device)
+    processes = PartialState().num_processes
+    return f"each of {processes} processes holds {human_bytes(frozen_bytes(model))} of {human_bytes(whole)}"
 
 
 def _layout(model: Any, recipe: Recipe, device: torch.device, say: Any) -> bool:

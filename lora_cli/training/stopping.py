@@ -10,6 +10,7 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import Any
 
+SIGTERM_CODE = 128 + signal.SIGTERM
 _SAME_REQUEST_SECONDS = 5.0  # a launcher passes a signal on that its processes got already
 
 

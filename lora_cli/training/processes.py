@@ -1,0 +1,89 @@
+"""What the processes of one run tell each other, and what is said when one of them is gone."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+
+import torch
+from accelerate import Accelerator
+from torch import Tensor
+
+from lora_cli.errors import ProcessLost
+
+# By what gloo, NCCL and torch's store say, because all three raise a plain RuntimeError as well.
+_LOST = (
+    "connection closed by peer",
+    "connection reset by peer",
+    "connection was closed",
+    "connection refused",
+    "broken pipe",
+    "socket timeout",
+    "timed out waiting",
+    "timed out after",
+    "remote process exited",
+    "failed to recv, got 0 bytes",
+    "nccl communicator was aborted",
+    "unhandled system error",  # NCCL, of a socket
+)
+_OF_PROCESSES = ("gloo", "nccl", "processgroup", "tcpstore", "store", "socket")
+
+
+@contextmanager
+def lost_process_is_told(resume: str | None = None) -> Iterator[None]:
+    """Within this block the loss of another process raises ProcessLost instead of what gloo or NCCL say about it.
+
+    resume: the command that continues this run.
+    """
+    try:
+        yield
+    except ProcessLost as error:
+        if resume is None or error.fix == _fix(resume):
+            raise
+        raise ProcessLost(error.what, where=error.where, details=error.details, fix=_fix(resume)) from error.__cause__
+    except RuntimeError as error:
+        if not is_lost_process(error):
+            raise
+        raise ProcessLost(
+            "another process of this run ended, so this one cannot go on",
+            details=[f"torch says: {_first_sentence(error)}"],
+            fix=_fix(resume),
+        ) from error
+
+
+def is_lost_process(error: BaseException) -> bool:
+    """Whether an exchange between processes failed because one of them is not there any more."""
+    said = str(error).lower()
+    known = isinstance(error, torch.distributed.DistNetworkError | torch.distributed.DistBackendError)
+    return any(words in said for words in _LOST) and (known or any(words in said for words in _OF_PROCESSES))
+
+
+def sum_over_processes(accelerator: Accelerator, value: Tensor) -> Tensor:
+    """The sum over all processes of `value`, which has one shape in all.
+
+    Raises ProcessLost if one of them is gone.
+    """
+    if accelerator.num_processes == 1:
+        return value
+    with lost_process_is_told():
+        return accelerator.reduce(value.to(accelerator.device), "sum")  # type: ignore[return-value]
+
+
+def agree(accelerator: Accelerator, flag: bool) -> bool:
+    """Whether `flag` is true in any process: the same answer in all of them, which decide alike by it."""
+    return bool(sum_over_processes(accelerator, torch.tensor(float(flag))).item())
+
+
+def wait_for_everyone(accelerator: Accelerator) -> None:
+    """Return once all processes are here. Raises ProcessLost if one of them is gone."""
+    with lost_process_is_told():
+        accelerator.wait_for_everyone()
+
+
+def _fix(resume: str | None) -> str:
+    cause = "its own message says why, or the system's log if it was killed"
+    return f"{cause}; then continue with: {resume or 'lora train RECIPE --resume'}"
+
+
+def _first_sentence(error: BaseException) -> str:
+    return (str(error).strip() or type(error).__name__).splitlines()[0].split(". This ")[0][:200]
