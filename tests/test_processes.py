@@ -281,7 +281,8 @@ for name, architecture in ARCHITECTURES.items():
         assert found[1].keys() == expected[1].keys() and found[1]
         assert all(torch.equal(found[1][key], expected[1][key]) for key in found[1]), (name, quantization)
         assert any(bool(gradient.any()) for gradient in found[1].values())
-        print("spread", name, quantization, flush=True)
+        if state.is_main_process:
+            print("spread", name, quantization, flush=True)
 torch.distributed.destroy_process_group()
 """
 
@@ -294,7 +295,7 @@ def test_every_architecture_in_shares_is_itself(tmp_path):
     assert done.returncode == 0, done.stdout + done.stderr
     for name in ARCHITECTURES:
         for quantization in ("none", "nf4"):
-            assert done.stdout.count(f"spread {name} {quantization}\n") == 2
+            assert f"spread {name} {quantization}\n" in done.stdout
 
 
 # ── what a base in shares cannot do ─────────────────────────────────────────────────────────────────────────────
