@@ -6,7 +6,10 @@ trl                TRL + PEFT on instruction rows of 64 to 500 tokens, 8 a step
 trl-checkpointing  the same with gradient checkpointing on both sides
 peft-dense         a plain loop over PEFT on rows of exactly 512 tokens: nothing to gain from padding
 litgpt             litgpt's finetune_lora, where LITGPT_PYTHON names a Python that has it; unquantized, in bf16
-curves             loss over 60 steps against TRL + PEFT, in fp32 and in bf16, from the same initial A
+curves             loss over 60 steps against TRL + PEFT, in fp32 and in bf16, from the same initial A; TRL once with A
+                   and B in fp32, which is the same mathematics, and once as it ships, which rounds them to bf16
+                   (curves-fp32, curves-bf16: one of the two). Losses alone count there, not the time: on a CPU without
+                   bf16 instructions, products are those of benchmarks/bf16_products.py
 overhead           what a step costs beside its arithmetic: a tiny GPT-2 against transformers' Trainer
 picture            draws docs/pictures/train_vs_peers.png from --json FILE; after all sections also by itself
 
@@ -76,6 +79,7 @@ SIDES = {
     "lora-unquantized": Side("lora, unquantized", ours, {"quantization": "none"}),
     "trl": Side("TRL + PEFT", peers.trl),
     "trl-by-length": Side("TRL + PEFT, by length", peers.trl_by_length, same_order=False),
+    "trl-fp32-adapter": Side("TRL + PEFT, A, B in fp32", peers.trl_fp32_adapter),
     "peft": Side("PEFT loop", peers.peft),
     "litgpt": Side("litgpt, unquantized", peers.litgpt, python=os.environ.get("LITGPT_PYTHON"), same_A=False),
     "trainer": Side("Trainer, each step logged", peers.trainer),
@@ -90,20 +94,21 @@ class Section:
     work: Work
 
 
-LONG, SHORT = Work("long", 12, 8), Work("short", 60, 4, max_tokens=128)
+LONG, SHORT = Work("long", 12, 8), Work("short", 60, 4, max_tokens=128, losses_alone=True)
+CURVES = ("lora", "trl-fp32-adapter", "trl", "peft")
 TINY_WORK = Work("tiny", 301, 4, dtype="fp32", quantization="none", max_tokens=16)  # the last step also saves
 SECTIONS = {
     "trl": Section("instruction rows", ("lora", "trl", "trl-by-length"), LONG),
     "trl-checkpointing": Section("checkpointed", ("lora", "trl"), replace(LONG, checkpointing=True)),
     "peft-dense": Section("rows of 512 tokens", ("lora", "peft"), replace(LONG, rows="dense")),
     "litgpt": Section("without NF4", ("lora-unquantized", "litgpt"), LONG),
-    "curves-fp32": Section("loss in fp32", ("lora", "trl", "peft"), replace(SHORT, dtype="fp32")),
-    "curves-bf16": Section("loss in bf16", ("lora", "trl", "peft"), SHORT),
+    "curves-fp32": Section("loss in fp32", CURVES, replace(SHORT, dtype="fp32")),
+    "curves-bf16": Section("loss in bf16", CURVES, SHORT),
     "overhead": Section("a tiny model", ("lora", "trainer", "trainer-quiet"), TINY_WORK),
 }
 SPEED = ("trl", "trl-checkpointing", "peft-dense", "litgpt")  # what the picture shows
 GROUPS = {"curves": ("curves-fp32", "curves-bf16")}
-NAMES = ("trl", "trl-checkpointing", "peft-dense", "litgpt", "curves", "overhead", "picture")
+NAMES = ("trl", "trl-checkpointing", "peft-dense", "litgpt", "curves", "overhead", "picture")  # all there is
 
 
 def main() -> None:
@@ -121,8 +126,8 @@ def main() -> None:
         return one_side(arguments.side, arguments.folder)
     if arguments.steps is not None and arguments.steps < 2:
         parser.error("--steps: 2 or more; the first one is not measured")
-    if unknown := sorted(set(arguments.sections) - set(NAMES)):
-        parser.error(f"no section {', '.join(unknown)}; there are {', '.join(NAMES)}")
+    if unknown := sorted(set(arguments.sections) - {*NAMES, *SECTIONS}):
+        parser.error(f"no section {', '.join(unknown)}; there are {', '.join(dict.fromkeys((*NAMES, *SECTIONS)))}")
     results = json.loads(arguments.json.read_text()) if arguments.json and arguments.json.exists() else {}
     wanted = arguments.sections or NAMES
     for name in [each for group in wanted if group != "picture" for each in GROUPS.get(group, (group,))]:
@@ -190,7 +195,13 @@ def measure(name: str, folder: Path) -> dict[str, Any]:
 
 
 def one_side(name: str, folder: Path) -> None:
-    result = SIDES[name].train(folder, replace(Work.read(folder), **SIDES[name].changes))
+    work = replace(Work.read(folder), **SIDES[name].changes)
+    if work.losses_alone and work.dtype == "bf16":
+        from bf16_products import has_bf16_instructions, products_by_fp32
+
+        if not has_bf16_instructions():
+            products_by_fp32()
+    result = SIDES[name].train(folder, work)
     (folder / f"{name}.json").write_text(json.dumps(result | {"peak_memory_bytes": peak_memory_bytes()}))
 
 

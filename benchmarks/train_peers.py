@@ -25,8 +25,9 @@ from train_rows import ROOT, Work, steps_of
 Result = dict[str, list[Any]]
 
 
-def trl(folder: Path, work: Work, by_length: bool = False) -> Result:
+def trl(folder: Path, work: Work, by_length: bool = False, fp32_adapter: bool = False) -> Result:
     """TRL's SFTTrainer over PEFT. It pads each batch to its longest row; logits are made in chunks (loss_type nll)."""
+    import torch
     from datasets import Dataset
     from transformers import AutoTokenizer
     from trl import SFTConfig, SFTTrainer
@@ -49,12 +50,26 @@ def trl(folder: Path, work: Work, by_length: bool = False) -> Result:
         peft_config=adapter_settings(work),
     )
     assert trainer.train_dataset["input_ids"] == [row["ids"] for row in ordered], "TRL makes the same tokens"
+    if fp32_adapter:
+        for parameter in trainer.model.parameters():
+            if parameter.requires_grad:
+                parameter.data = parameter.data.to(torch.float32)
     return run(trainer)
 
 
 def trl_by_length(folder: Path, work: Work) -> Result:
     """The same with rows of similar length in a step: less padding, another order."""
     return trl(folder, work, by_length=True)
+
+
+def trl_fp32_adapter(folder: Path, work: Work) -> Result:
+    """The same with A and B in fp32, as lora and PEFT keep them.
+
+    Over a quantized model SFTTrainer turns A and B into bf16, so that each update of the optimizer is rounded to eight
+    bits, and computes their products in bf16 whatever the dtype of the model. This takes it back, so that curves
+    compare the same mathematics.
+    """
+    return trl(folder, work, fp32_adapter=True)
 
 
 def peft(folder: Path, work: Work) -> Result:

@@ -45,6 +45,7 @@ class Work:
     max_tokens: int = 512
     rate: float = 2e-4
     clip: float = 1.0
+    losses_alone: bool = False  # time and memory do not count: bf16 may be computed as benchmarks/bf16_products.py does
 
     @staticmethod
     def read(folder: Path) -> Work:
