@@ -44,7 +44,7 @@ class MicroBatches:
         Raises DoesNotFit, on all processes alike, with no gradient left.
         """
         pieces = cut(batches, max(parts, self._fewest_parts(len(batches))))
-        total = torch.zeros((), dtype=torch.float64)
+        total = 0.0
         failed = ""
         if not self.session.model.training:
             self.session.model.train()
@@ -57,7 +57,8 @@ class MicroBatches:
                         raise
                     failed = _first_line(error)
                     break
-        summed, failures = self._sum_over_processes(torch.stack([total, torch.tensor(float(bool(failed)))])).tolist()
+        here = torch.tensor([total, float(bool(failed))], dtype=torch.float64)
+        summed, failures = self._sum_over_processes(here).tolist()
         if failures:
             self._forget_gradients()
             raise DoesNotFit(failed or "in another process")
