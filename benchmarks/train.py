@@ -5,15 +5,20 @@
 trl                TRL + PEFT on instruction rows of 64 to 500 tokens, 8 a step
 trl-checkpointing  the same with gradient checkpointing on both sides
 peft-dense         a plain loop over PEFT on rows of exactly 512 tokens: nothing to gain from padding
-litgpt             litgpt's finetune_lora, where LITGPT_PYTHON names a Python that has it; unquantized, in bf16
-curves             loss over 60 steps against TRL + PEFT, in fp32 and in bf16, from the same initial A
+litgpt             litgpt's finetune_lora, where LITGPT_PYTHON names a Python that has it; unquantized
+curves             loss over 60 steps against TRL + PEFT, in fp32 and in bf16, from the same initial A; TRL once with A
+                   and B in fp32, which is the same mathematics, and once as it ships, which rounds them to bf16
+                   (curves-fp32, curves-bf16: one of the two). Losses alone count there, not the time: on a CPU without
+                   bf16 instructions, products are those of benchmarks/bf16_products.py
 overhead           what a step costs beside its arithmetic: a tiny GPT-2 against transformers' Trainer
 picture            draws docs/pictures/train_vs_peers.png from --json FILE; after all sections also by itself
 
 Work: SmolLM2-135M-Instruct in NF4 with double quantization, rank 16 on q, k, v and o, no dropout, AdamW at a constant
 2e-4, clipping at 1.0, bf16 (--dtype fp32 for the other). Rows are functions of Python's standard library.
 Real tokens are those of the rows, padding not counted. Speed is the median over steps 2 to N of a step's real tokens by
-the time from the end of the step before it to its own end. Peak memory is the largest resident size (VmHWM).
+the time from the end of the step before it to its own end. With --clock cpu that is processor time, which other work on
+the machine hardly changes; set OMP_NUM_THREADS=1 with it, because threads that wait count too. Peak memory is the
+largest resident size (VmHWM).
 --json keeps the sections of an earlier run that this one does not repeat.
 """
 
@@ -27,14 +32,13 @@ import statistics
 import subprocess
 import sys
 import tempfile
-import time
 from collections.abc import Callable
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
 import train_peers as peers
-from train_rows import MODEL, ROOT, Work, prepare_work, recipe_of, steps_of
+from train_rows import MODEL, ROOT, Work, clock, prepare_work, recipe_of, steps_of
 
 PICTURE = ROOT / "docs" / "pictures" / "train_vs_peers.png"
 TINY = "tiny-gpt2"  # made from its config; the name tells the peers what kind of model it is
@@ -47,11 +51,12 @@ def ours(folder: Path, work: Work) -> dict[str, Any]:
     from lora_cli.training import loop
 
     stamps: list[float] = []
+    now = clock(work)
     one_step = loop._Run._one_step
 
     def stamped(*arguments: Any) -> None:
         one_step(*arguments)
-        stamps.append(time.monotonic())
+        stamps.append(now())
 
     setattr(loop._Run, one_step.__name__, stamped)
     quiet_libraries()
@@ -76,6 +81,7 @@ SIDES = {
     "lora-unquantized": Side("lora, unquantized", ours, {"quantization": "none"}),
     "trl": Side("TRL + PEFT", peers.trl),
     "trl-by-length": Side("TRL + PEFT, by length", peers.trl_by_length, same_order=False),
+    "trl-fp32-adapter": Side("TRL + PEFT, A, B in fp32", peers.trl_fp32_adapter),
     "peft": Side("PEFT loop", peers.peft),
     "litgpt": Side("litgpt, unquantized", peers.litgpt, python=os.environ.get("LITGPT_PYTHON"), same_A=False),
     "trainer": Side("Trainer, each step logged", peers.trainer),
@@ -90,15 +96,16 @@ class Section:
     work: Work
 
 
-LONG, SHORT = Work("long", 12, 8), Work("short", 60, 4, max_tokens=128)
+LONG, SHORT = Work("long", 12, 8), Work("short", 60, 4, max_tokens=128, losses_alone=True)
+CURVES = ("lora", "trl-fp32-adapter", "trl", "peft")
 TINY_WORK = Work("tiny", 301, 4, dtype="fp32", quantization="none", max_tokens=16)  # the last step also saves
 SECTIONS = {
     "trl": Section("instruction rows", ("lora", "trl", "trl-by-length"), LONG),
     "trl-checkpointing": Section("checkpointed", ("lora", "trl"), replace(LONG, checkpointing=True)),
     "peft-dense": Section("rows of 512 tokens", ("lora", "peft"), replace(LONG, rows="dense")),
     "litgpt": Section("without NF4", ("lora-unquantized", "litgpt"), LONG),
-    "curves-fp32": Section("loss in fp32", ("lora", "trl", "peft"), replace(SHORT, dtype="fp32")),
-    "curves-bf16": Section("loss in bf16", ("lora", "trl", "peft"), SHORT),
+    "curves-fp32": Section("loss in fp32", CURVES, replace(SHORT, dtype="fp32")),
+    "curves-bf16": Section("loss in bf16", CURVES, SHORT),
     "overhead": Section("a tiny model", ("lora", "trainer", "trainer-quiet"), TINY_WORK),
 }
 SPEED = ("trl", "trl-checkpointing", "peft-dense", "litgpt")  # what the picture shows
@@ -112,6 +119,7 @@ def main() -> None:
     parser.add_argument("--steps", type=int, help="steps of each side, at least 2 (12; curves 60; overhead 301)")
     parser.add_argument("--rows", type=int, help="rows a step (8; curves and overhead 4)")
     parser.add_argument("--dtype", choices=["bf16", "fp32"], help="of all sections but curves")
+    parser.add_argument("--clock", choices=["wall", "cpu"], default="wall", help="what steps are timed by")
     parser.add_argument("--json", type=Path, help="also write the results here")
     parser.add_argument("--picture", type=Path, default=PICTURE, help="where the picture goes")
     parser.add_argument("--side", choices=list(SIDES), help=argparse.SUPPRESS)
@@ -121,13 +129,14 @@ def main() -> None:
         return one_side(arguments.side, arguments.folder)
     if arguments.steps is not None and arguments.steps < 2:
         parser.error("--steps: 2 or more; the first one is not measured")
-    if unknown := sorted(set(arguments.sections) - set(NAMES)):
-        parser.error(f"no section {', '.join(unknown)}; there are {', '.join(NAMES)}")
+    if unknown := sorted(set(arguments.sections) - {*NAMES, *SECTIONS}):
+        parser.error(f"no section {', '.join(unknown)}; there are {', '.join(dict.fromkeys((*NAMES, *SECTIONS)))}")
     results = json.loads(arguments.json.read_text()) if arguments.json and arguments.json.exists() else {}
     wanted = arguments.sections or NAMES
     for name in [each for group in wanted if group != "picture" for each in GROUPS.get(group, (group,))]:
         work = SECTIONS[name].work
         work = replace(work, steps=arguments.steps or work.steps, rows_per_step=arguments.rows or work.rows_per_step)
+        work = replace(work, clock=arguments.clock)
         if arguments.dtype and not name.startswith("curves"):
             work = replace(work, dtype=arguments.dtype)
         results[name] = compare(name, work)
@@ -150,7 +159,13 @@ def compare(name: str, work: Work) -> dict[str, Any]:
         work = replace(work, model=str(tiny_model(Path(place)) if name == "overhead" else real_model()))
         prepare_work(work, Path(place))
         results = {side: measure(side, Path(place)) for side in SECTIONS[name].sides}
-    return {"steps": work.steps, "rows_per_step": work.rows_per_step, "dtype": work.dtype, "sides": results}
+    return {
+        "steps": work.steps,
+        "rows_per_step": work.rows_per_step,
+        "dtype": work.dtype,
+        "clock": work.clock,
+        "sides": results,
+    }
 
 
 def real_model() -> Path:
@@ -190,7 +205,13 @@ def measure(name: str, folder: Path) -> dict[str, Any]:
 
 
 def one_side(name: str, folder: Path) -> None:
-    result = SIDES[name].train(folder, replace(Work.read(folder), **SIDES[name].changes))
+    work = replace(Work.read(folder), **SIDES[name].changes)
+    if work.losses_alone and work.dtype == "bf16":
+        from bf16_products import has_bf16_instructions, products_by_fp32
+
+        if not has_bf16_instructions():
+            products_by_fp32()
+    result = SIDES[name].train(folder, work)
     (folder / f"{name}.json").write_text(json.dumps(result | {"peak_memory_bytes": peak_memory_bytes()}))
 
 
@@ -232,7 +253,7 @@ def targets(row: dict[str, Any]) -> int:
 def show(name: str, result: dict[str, Any]) -> None:
     sides = {side: each for side, each in result["sides"].items() if "failed" not in each}
     first, steps = SECTIONS[name].sides[0], result["steps"]
-    print(f"\n{name}: {steps} steps of {result['rows_per_step']} rows, {result['dtype']}")
+    print(f"\n{name}: {steps} steps of {result['rows_per_step']} rows, {result['dtype']}, {result['clock']} time")
     print(" " * 24 + "".join(f"{SIDES[side].label:>28}" for side in sides))
     lines: list[tuple[str, str, float, int]] = [
         ("real tokens/s", "tokens_per_second", 1, 0),

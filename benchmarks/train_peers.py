@@ -16,17 +16,17 @@ import math
 import os
 import subprocess
 import sys
-import time
 from pathlib import Path
 from typing import Any
 
-from train_rows import ROOT, Work, steps_of
+from train_rows import ROOT, Work, clock, steps_of
 
 Result = dict[str, list[Any]]
 
 
-def trl(folder: Path, work: Work, by_length: bool = False) -> Result:
+def trl(folder: Path, work: Work, by_length: bool = False, fp32_adapter: bool = False) -> Result:
     """TRL's SFTTrainer over PEFT. It pads each batch to its longest row; logits are made in chunks (loss_type nll)."""
+    import torch
     from datasets import Dataset
     from transformers import AutoTokenizer
     from trl import SFTConfig, SFTTrainer
@@ -49,12 +49,26 @@ def trl(folder: Path, work: Work, by_length: bool = False) -> Result:
         peft_config=adapter_settings(work),
     )
     assert trainer.train_dataset["input_ids"] == [row["ids"] for row in ordered], "TRL makes the same tokens"
-    return run(trainer)
+    if fp32_adapter:
+        for parameter in trainer.model.parameters():
+            if parameter.requires_grad:
+                parameter.data = parameter.data.to(torch.float32)
+    return run(trainer, work)
 
 
 def trl_by_length(folder: Path, work: Work) -> Result:
     """The same with rows of similar length in a step: less padding, another order."""
     return trl(folder, work, by_length=True)
+
+
+def trl_fp32_adapter(folder: Path, work: Work) -> Result:
+    """The same with A and B in fp32, as lora and PEFT keep them.
+
+    Over a quantized model SFTTrainer turns A and B into bf16, so that each update of the optimizer is rounded to eight
+    bits, and computes their products in bf16 whatever the dtype of the model. This takes it back, so that curves
+    compare the same mathematics.
+    """
+    return trl(folder, work, fp32_adapter=True)
 
 
 def peft(folder: Path, work: Work) -> Result:
@@ -68,6 +82,7 @@ def peft(folder: Path, work: Work) -> Result:
     optimizer = torch.optim.AdamW(parameters, lr=work.rate, weight_decay=0.0, fused=True)
     model.train()
     result: Result = {"losses": [], "tokens": [], "targets": [], "stamps": []}
+    now = clock(work)
     for rows in steps_of(folder):
         batch = padded(rows)
         with torch.autocast("cpu", dtype=torch.bfloat16, enabled=work.dtype == "bf16"):
@@ -77,7 +92,7 @@ def peft(folder: Path, work: Work) -> Result:
         optimizer.step()
         optimizer.zero_grad()
         count(result, batch, loss.item())
-        result["stamps"].append(time.monotonic())
+        result["stamps"].append(now())
     return result
 
 
@@ -93,6 +108,7 @@ def litgpt(folder: Path, work: Work) -> Result:
     from litgpt.data import DataModule, get_sft_collate_fn  # pyright: ignore[reportMissingImports]
 
     result: Result = {"losses": [], "tokens": [], "targets": [], "stamps": []}
+    now = clock(work)
 
     class Rows(DataModule):
         prompt_style = None
@@ -119,7 +135,7 @@ def litgpt(folder: Path, work: Work) -> Result:
 
         def step(self, *arguments: Any) -> None:
             super().step(*arguments)
-            result["stamps"].append(time.monotonic())
+            result["stamps"].append(now())
 
     cross_entropy = finetune.chunked_cross_entropy
     finetune.chunked_cross_entropy = counted
@@ -170,7 +186,7 @@ def trainer(folder: Path, work: Work, **logging: Any) -> Result:
         args=TrainingArguments(**settings),
         train_dataset=rows,
     )
-    result = run(made)
+    result = run(made, work)
     for step in steps:  # counted afterwards: what one step costs is the measure here
         count(result, padded(step), math.nan)
     result["losses"] = [line["loss"] for line in made.state.log_history if "loss" in line]
@@ -283,15 +299,16 @@ def counting(kind: Any) -> Any:
     return Counting
 
 
-def run(trainer: Any) -> Result:
+def run(trainer: Any, work: Work) -> Result:
     """Train from lora's initial A, with the clock read at the end of every step."""
     from transformers import TrainerCallback
 
     result: Result = {"losses": [], "tokens": [], "targets": [], "stamps": []}
+    now = clock(work)
 
     class Clock(TrainerCallback):
         def on_step_end(self, *_: Any, **__: Any) -> None:
-            result["stamps"].append(time.monotonic())
+            result["stamps"].append(now())
 
     trainer.result = result  # where counting() puts what it counts
     trainer.add_callback(Clock())

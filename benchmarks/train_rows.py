@@ -14,6 +14,7 @@ import inspect
 import json
 import random
 import textwrap
+import time
 from collections.abc import Callable, Iterator
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -45,10 +46,17 @@ class Work:
     max_tokens: int = 512
     rate: float = 2e-4
     clip: float = 1.0
+    clock: str = "wall"  # or cpu: see `clock`
+    losses_alone: bool = False  # time and memory do not count: bf16 may be computed as benchmarks/bf16_products.py does
 
     @staticmethod
     def read(folder: Path) -> Work:
         return Work(**json.loads((folder / "work.json").read_text()))
+
+
+def clock(work: Work) -> Callable[[], float]:
+    """What the end of a step is read from, in seconds: of the wall, or the processor time of this process."""
+    return {"wall": time.monotonic, "cpu": time.process_time}[work.clock]
 
 
 def prepare_work(work: Work, folder: Path) -> None:

@@ -17,6 +17,7 @@ from lora_cli.base.causal_attention import causal_attention
 
 HEADS, WIDTH = 4, 8
 LENGTHS = [[1], [127], [128], [129], [300, 5, 200, 128, 1], [40, 40, 40], [3, 2, 200, 190, 140]]
+TINY = [[16, 16, 16], [32, 1, 7, 20]]  # attended to in one call
 TOLERANCES = {torch.float64: 1e-10, torch.float32: 1e-5}
 
 
@@ -67,7 +68,7 @@ def assert_close(actual: list[Tensor], expected: list[Tensor], tolerance: float)
 @pytest.mark.parametrize("scaling", [None, 0.3])
 @pytest.mark.parametrize("window", [None, 1, 3, 128, 200])
 @pytest.mark.parametrize("key_heads", [1, 2, 4])
-@pytest.mark.parametrize("lengths", LENGTHS, ids=lambda lengths: "-".join(map(str, lengths)))
+@pytest.mark.parametrize("lengths", LENGTHS + TINY, ids=lambda lengths: "-".join(map(str, lengths)))
 def test_it_is_torchs_attention_of_each_example(lengths, key_heads, window, scaling, dtype):
     settings = lengths, key_heads, dtype, window, scaling
     assert_close(results(causal_attention, *settings), results(by_torch, *settings), TOLERANCES[dtype])
@@ -87,9 +88,10 @@ def test_any_lengths_and_any_window(lengths: list[int], window: int | None, key_
 
 
 @pytest.mark.parametrize("window", [None, 3])
-def test_bf16_is_as_near_as_bf16_can_be(window):
+@pytest.mark.parametrize("lengths", [[300, 5, 200, 128, 1], *TINY], ids=str)
+def test_bf16_is_as_near_as_bf16_can_be(lengths, window):
     """Against fp32 on the same (rounded) values: scores, weights and sums are each rounded to 8 bits, 2⁻⁸."""
-    lengths, key_heads = [300, 5, 200, 128, 1], 2
+    key_heads = 2
     q, k, v, upstream = inputs(sum(lengths), key_heads, torch.bfloat16)
     out = causal_attention(q, k, v, lengths, window, None)
     assert out.dtype == torch.bfloat16
@@ -101,9 +103,9 @@ def test_bf16_is_as_near_as_bf16_can_be(window):
 
 @pytest.mark.parametrize("window", [None, 3])
 @pytest.mark.parametrize("changed", range(4))
-def test_no_example_sees_another(changed, window):
+@pytest.mark.parametrize("lengths", [[130, 7, 90, 7], [16, 16, 16, 16], [30, 7, 20, 7]], ids=str)
+def test_no_example_sees_another(lengths, changed, window):
     """Neither its output nor its gradients change by a bit when all of another example does."""
-    lengths = [130, 7, 90, 7]
     runs = []
     for replaced in (False, True):
         q, k, v, upstream = (x.detach().clone() for x in inputs(sum(lengths), 2, torch.float32))

@@ -77,8 +77,9 @@ class LoRALinear(nn.Module):
 
     def cast(self, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
         """A and B in a compute dtype, B with its mask; outside autograd, as `_AddUpdate` wants them."""
-        with torch.no_grad():
-            return self.lora_A.to(dtype), self._masked_B().to(dtype)
+        A, B = self.lora_A.detach(), self.lora_B.detach()
+        B = B if self.output_mask is None else B * self.output_mask  # type: ignore[operator]
+        return A.to(dtype), B.to(dtype)
 
     def _dropout_keys(self, x: Tensor) -> tuple[Tensor, Tensor]:
         if self.token_keys is None or self.token_keys.numel() * x.shape[-1] != x.numel():
@@ -197,6 +198,9 @@ def dropout_keys(layers: dict[str, LoRALinear], tokens: Tensor | None) -> Iterat
 
     The block must hold the backward pass as well when activations are recomputed in it.
     """
+    if tokens is None:  # nothing drops
+        yield
+        return
     for name, layer in layers.items():
         layer.token_keys = tokens
         if layer.dropout and layer.feature_keys is None:
@@ -211,10 +215,10 @@ def dropout_keys(layers: dict[str, LoRALinear], tokens: Tensor | None) -> Iterat
 @contextmanager
 def cast_once(layers: dict[str, LoRALinear], dtype: torch.dtype) -> Iterator[None]:
     """Within this block A and B must not change: they are cast to the compute dtype here, and not in every forward."""
-    for layer in layers.values():
-        layer.low_precision = layer.cast(dtype)
+    for layer in layers.values():  # past nn.Module.__setattr__, which costs as much as the rest of a small step's cast
+        vars(layer)["low_precision"] = layer.cast(dtype)
     try:
         yield
     finally:
         for layer in layers.values():
-            layer.low_precision = None
+            vars(layer)["low_precision"] = None

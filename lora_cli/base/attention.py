@@ -9,6 +9,7 @@ from __future__ import annotations
 
 from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor, nn
 from transformers import AttentionInterface, AttentionMaskInterface
@@ -45,8 +46,9 @@ def attention_implementation(config: Any) -> str:
 
 def packed_inputs(lengths: list[int], device: torch.device) -> dict[str, Any]:
     """Keyword arguments of a model's forward for one row holding examples of these lengths, in tokens."""
-    ends = torch.tensor([0, *lengths]).cumsum(0).to(device=device, dtype=torch.int32)
-    positions = torch.cat([torch.arange(length) for length in lengths]).unsqueeze(0).to(device)
+    bounds = np.cumsum([0, *lengths], dtype=np.int32)
+    ends = torch.from_numpy(bounds).to(device)
+    positions = torch.from_numpy(np.arange(bounds[-1]) - np.repeat(bounds[:-1], lengths)).unsqueeze(0).to(device)
     longest = max(lengths)
     return {
         "position_ids": positions,  # (1, tokens)

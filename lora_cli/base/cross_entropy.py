@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from functools import cached_property
 from typing import Any
 
 import torch
@@ -87,11 +88,19 @@ class _Settings:
     differentiate: bool
     parameters: list[nn.Parameter]
 
+    @cached_property
+    def plain_weight(self) -> Tensor | None:
+        """(vocabulary, hidden) of a plain frozen layer: its backward pass is one product, and needs no autograd."""
+        return self.head.weight if type(self.head) is nn.Linear and not self.parameters else None
+
 
 def _buffer(head: nn.Module, hidden: Tensor, dtype: torch.dtype, chunk_bytes: int) -> Tensor:
     """For the logits of a chunk: (targets of a chunk, vocabulary)."""
-    with torch.no_grad():
-        vocabulary = head(hidden[:0].unsqueeze(0)).shape[-1]
+    if type(head) is nn.Linear:
+        vocabulary = head.weight.shape[0]
+    else:
+        with torch.no_grad():
+            vocabulary = head(hidden[:0].unsqueeze(0)).shape[-1]
     size = max(1, min(chunk_bytes // (vocabulary * dtype.itemsize), len(hidden)))
     return hidden.new_empty(size, vocabulary, dtype=dtype)
 
@@ -106,14 +115,17 @@ class _LinearCrossEntropy(torch.autograd.Function):
         of_hidden = torch.empty_like(hidden) if wanted and hidden.requires_grad else None
         totals = [torch.zeros_like(p, dtype=sums.dtype) for p in settings.parameters] if wanted else []
         buffer = _buffer(settings.head, hidden, sums.dtype, settings.chunk_bytes)
+        plain = settings.plain_weight
         for start in range(0, len(targets), len(buffer)):
             part = slice(start, start + len(buffer))
-            with torch.set_grad_enabled(wanted):
+            with torch.set_grad_enabled(wanted and plain is None):
                 state = hidden[part].detach().requires_grad_(of_hidden is not None)
                 raw = settings.head(state.unsqueeze(0))[0]  # (chunk, vocabulary)
             weight = None if weights is None else weights[part]
             sums += _losses_(raw.detach(), targets[part], weight, buffer[: len(raw)], settings, wanted)
-            if wanted:
+            if of_hidden is not None and plain is not None:
+                of_hidden[part] = raw @ plain
+            elif wanted:
                 inputs = [*([] if of_hidden is None else [state]), *settings.parameters]
                 found = list(torch.autograd.grad(raw, inputs, raw.detach()))
                 if of_hidden is not None:
@@ -137,25 +149,36 @@ def _losses_(
 ) -> Tensor:
     """(loss, cross-entropy) summed over a chunk; in place of `raw`, the head's output, stands its gradient if wanted.
 
-    Everything happens in `buffer`: passes over the logits are what a chunk costs beside its matrix products.
+    Everything happens in `buffer`, or in `raw` itself if it is as precise: passes over the logits are what a chunk
+    costs beside its matrix products.
     """
     rule, z_loss = settings.rule, settings.z_loss
-    logits = rule.apply_(buffer.copy_(raw))
+    logits = rule.apply_(raw if raw.dtype == buffer.dtype else buffer.copy_(raw))
     capped = logits.clone() if wanted and rule.cap is not None else None
-    cross_entropy, log_z, partition = _cross_entropy_(logits, targets)
-    weight = torch.ones_like(log_z) if weights is None else weights[:, None].to(log_z.dtype)
-    sums = (torch.cat([cross_entropy + z_loss * log_z**2, cross_entropy], 1) * weight).sum(0)
+    cross_entropy, log_partition, highest, partition = _cross_entropy_(logits, targets)
+    loss, weight = cross_entropy, torch.ones_like(partition)
+    slope = weight  # of the loss by log Z
+    if z_loss:
+        log_z = log_partition + highest
+        loss, slope = cross_entropy + z_loss * log_z**2, 1 + 2 * z_loss * log_z
+    if weights is not None:
+        weight = weights[:, None].to(partition.dtype)
+        loss, cross_entropy, slope = loss * weight, cross_entropy * weight, slope * weight
     if wanted:
-        gradient = logits.mul_(weight * (1 + 2 * z_loss * log_z) / partition)
+        gradient = logits.mul_(slope / partition)
         gradient.scatter_add_(1, targets[:, None], -weight)
         raw.copy_(rule.backward_(gradient, capped))
-    return sums
+    return torch.stack([loss.sum(), cross_entropy.sum()])
 
 
-def _cross_entropy_(logits: Tensor, targets: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-    """(cross-entropy, log Z, partition) of each target, (chunk, 1) each; leaves `partition` · softmax in `logits`."""
+def _cross_entropy_(logits: Tensor, targets: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """(cross-entropy, log of the partition, highest logit, partition) of each target: (chunk, 1) each.
+
+    The partition is the sum of exp(logit - highest); in `logits` stands partition · softmax afterwards.
+    """
     highest = logits.amax(-1, keepdim=True)
     logits.sub_(highest)
     at_target = logits.gather(1, targets[:, None])
     partition = logits.exp_().sum(-1, keepdim=True)
-    return partition.log() - at_target, partition.log() + highest, partition
+    log_partition = partition.log()
+    return log_partition - at_target, log_partition, highest, partition

@@ -7,6 +7,7 @@ import os
 import re
 import resource
 import sys
+from contextlib import suppress
 from pathlib import Path
 
 import torch
@@ -72,9 +73,8 @@ def peak_memory_bytes(device: torch.device) -> int:
     """Most memory held so far: allocated by torch on a GPU, resident in the process on a CPU."""
     if device.type == "cuda":
         return torch.cuda.max_memory_allocated(device)
-    status = Path("/proc/self/status")
-    if status.exists():  # Linux; its ru_maxrss is inherited from the process that started this one
-        found = re.search(r"VmHWM:\s*(\d+) kB", status.read_text())
+    with suppress(OSError), open("/proc/self/status", "rb", buffering=0) as status:  # Linux, in every step
+        found = re.search(rb"VmHWM:\s*(\d+) kB", status.read())  # ru_maxrss begins with what the parent process held
         if found:
             return int(found[1]) * 1024
     peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss

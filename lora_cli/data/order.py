@@ -8,7 +8,7 @@ from __future__ import annotations
 import hashlib
 import math
 from dataclasses import dataclass
-from functools import cached_property
+from functools import cached_property, lru_cache
 
 from lora_cli.data.packing import Groups
 
@@ -52,6 +52,12 @@ class Permutation:
         return [hashlib.blake2b(f"{name}/{number}".encode(), digest_size=16).digest() for number in range(_ROUNDS)]
 
 
+@lru_cache(maxsize=2)
+def _permutation(size: int, seed: tuple[int, ...]) -> Permutation:
+    """The one of the last step again, with its keys."""
+    return Permutation(size, seed)
+
+
 @dataclass(frozen=True)
 class Order:
     """Which examples form each micro-batch of each step.
@@ -80,7 +86,7 @@ class Order:
     def step(self, step: int) -> list[list[int]]:
         """Example indices of each micro-batch of a step, counted from 1. The last step of an epoch may be smaller."""
         epoch, at = divmod(step - 1, self.steps_per_epoch)
-        shuffled = Permutation(len(self.rows), (self.seed, epoch))
+        shuffled = _permutation(len(self.rows), (self.seed, epoch))
         first, last = at * self.rows_per_step, min((at + 1) * self.rows_per_step, len(self.rows))
         rows = [self.rows[shuffled[place]] for place in range(first, last)]
         return [

@@ -46,7 +46,7 @@ class MicroBatches:
         sharded base LoraError instead of DoesNotFit: while one process cuts, the others would wait for its shares.
         """
         pieces = cut(batches, max(parts, self._fewest_parts(len(batches))))
-        total = torch.zeros((), dtype=torch.float64)
+        total = 0.0
         failed = ""
         if not self.session.model.training:
             self.session.model.train()
@@ -64,8 +64,8 @@ class MicroBatches:
                     if self.recipe.shard_base:
                         raise self._too_large_to_share(pieces[min(at, len(pieces) - 1)], failed) from error
                     break
-        outcome = torch.stack([total, torch.tensor(float(bool(failed)))])
-        summed, failures = sum_over_processes(self.accelerator, outcome).tolist()
+        here = torch.tensor([total, float(bool(failed))], dtype=torch.float64)
+        summed, failures = sum_over_processes(self.accelerator, here).tolist()
         if failures:
             self._forget_gradients()
             raise DoesNotFit(failed or "in another process")
