@@ -197,6 +197,10 @@ def test_no_line_of_metrics_is_too_odd_to_draw(metrics):
     assert pixels(loss_picture(metrics, report())).std() > 0
 
 
+def test_lines_are_drawn_by_step_whatever_their_order():
+    assert loss_picture(METRICS[::-1], report()) == loss_picture(METRICS, report())
+
+
 @pytest.mark.parametrize("metrics", [[], [{"step": 1, "loss": math.nan}]])
 def test_without_a_loss_there_is_no_picture(metrics):
     assert loss_picture(metrics, report()) is None

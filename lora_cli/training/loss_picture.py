@@ -105,9 +105,9 @@ def smoothed(losses: np.ndarray) -> tuple[np.ndarray, int]:
 
 
 def _series(metrics: Sequence[Mapping[str, Any]], name: str) -> tuple[np.ndarray, np.ndarray]:
-    """(steps, values) of the lines where both are finite numbers."""
-    pairs = [(line.get("step"), line.get(name)) for line in metrics]
-    kept = [(step, value) for step, value in pairs if is_number(step) and is_number(value)]
+    """(steps, values) of the lines where both are finite numbers, by step."""
+    pairs = ((line.get("step"), line.get(name)) for line in metrics)
+    kept = sorted({step: value for step, value in pairs if is_number(step) and is_number(value)}.items())
     steps, values = zip(*kept, strict=True) if kept else ((), ())
     return np.array(steps, np.float64), np.array(values, np.float64)
 
