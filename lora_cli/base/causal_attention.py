@@ -29,7 +29,8 @@ def causal_attention(
     lengths: of the examples, in tokens. window: how many tokens back a token sees, itself included.
     Returns (1, tokens, heads, head_dim).
     """
-    scaling = query.shape[-1] ** -0.5 if scaling is None else scaling
+    if scaling is None:
+        scaling = float(query.shape[-1] ** -0.5)
     longest = max(lengths)
     if longest <= _TINY and sum(lengths) <= _FEW and (window is None or window >= longest):
         return _in_one_call(query, key, value, tuple(lengths), scaling)

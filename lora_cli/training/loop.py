@@ -428,7 +428,7 @@ class _Run:
         wait_for_everyone(self.accelerator)  # the shipped adapter is there for all
         report = make_report(self.session, self.state, self.folder, self.accelerator)
         if self.accelerator.is_main_process:
-            self.keep.written(lambda: write_report(self.folder, report))
+            self.keep.written(lambda: write_report(self.folder, report, self.say))
         wait_for_everyone(self.accelerator)
         say_result(report, self.folder, self.say)
         return report

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 from collections.abc import Callable
 from typing import Any
 
@@ -14,7 +15,7 @@ from lora_cli.adapters.attach import adapter_parameters, is_inert
 from lora_cli.adapters.file import TENSORS
 from lora_cli.adapters.layer import lora_layers
 from lora_cli.adapters.update_size import update_sizes
-from lora_cli.errors import CheckFailed
+from lora_cli.errors import CheckFailed, DiskError
 from lora_cli.evaluation.forgetting import measure_forgetting
 from lora_cli.evaluation.gain import paired_gain
 from lora_cli.files import write_json
@@ -40,7 +41,7 @@ def make_report(session: Session, state: State, folder: RunFolder, accelerator: 
         "base_validation_loss": state.base_validation_loss,
         "best_validation_loss": state.best_validation_loss,
         "best_step": state.best_step,
-        "last_validation_loss": state.last_validation_loss,
+        "last_validation_loss": _finite(state.last_validation_loss),
         "tokens": state.tokens,
         "target_tokens": state.target_tokens,
         "seconds": round(state.seconds, 3),
@@ -61,16 +62,21 @@ def make_report(session: Session, state: State, folder: RunFolder, accelerator: 
     return report | {"verdict": judge(report).outcome}
 
 
-def write_report(folder: RunFolder, report: dict[str, Any]) -> None:
-    """The page first: a run is finished when report.json is there."""
-    write_report_page(
-        folder.path,
-        report,
-        read_metrics(folder.metrics),
-        recipe=folder.recipe.read_text(encoding="utf-8"),
-        environment=json.loads(folder.environment.read_text(encoding="utf-8")),
-        warnings=_warnings(report),
-    )
+def write_report(folder: RunFolder, report: dict[str, Any], say: Callable[[str], None]) -> None:
+    """The page first: a run is finished when report.json is there. A page that cannot be drawn is told, and no more."""
+    try:
+        write_report_page(
+            folder.path,
+            report,
+            read_metrics(folder.metrics),
+            recipe=folder.recipe.read_text(encoding="utf-8"),
+            environment=json.loads(folder.environment.read_text(encoding="utf-8")),
+            warnings=_warnings(report),
+        )
+    except DiskError:
+        raise
+    except Exception as error:  # whatever a drawing library thinks of
+        say(f"report.html could not be made: {type(error).__name__}: {error}")
     write_json(folder.report, report)
 
 
@@ -111,6 +117,11 @@ def _put_shipped_adapter(model: Any, folder: RunFolder) -> None:
         for name, layer in lora_layers(model).items():
             layer.lora_A.copy_(stored[f"base_model.model.{name}.lora_A.weight"])
             layer.lora_B.copy_(stored[f"base_model.model.{name}.lora_B.weight"])
+
+
+def _finite(value: float | None) -> float | None:
+    """JSON has no word for other numbers."""
+    return value if value is not None and math.isfinite(value) else None
 
 
 def _warnings(report: dict[str, Any]) -> list[str]:

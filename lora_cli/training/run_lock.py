@@ -6,6 +6,7 @@ import fcntl
 import json
 import os
 import platform
+import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from datetime import datetime, timezone
@@ -16,6 +17,7 @@ from lora_cli.errors import LoraError
 from lora_cli.files import disk_errors
 
 LOCK = ".lock"
+_AN_INSTANT = 0.2  # seconds
 
 
 @contextmanager
@@ -52,7 +54,11 @@ def locked(folder: Path, say: Callable[[str], None]) -> Iterator[None]:
 
 def _taken(handle: int, holder: dict[str, Any]) -> bool:
     try:
-        fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        try:
+            fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            time.sleep(_AN_INSTANT)  # `lora runs` looks whether a folder is held by holding it for a moment
+            fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
     except BlockingIOError:
         return False
     except OSError:  # a network drive without locks: then the holder counts, as long as it lives
