@@ -53,7 +53,6 @@ def test_loss_falls_and_the_run_folder_is_complete(run_recipe, sums):
         "loss.png",
         "status.json",
         "prepared",
-        ".lock",
     }
     line = json.loads((run / "metrics.jsonl").read_text().splitlines()[0])
     assert {"step", "loss", "tokens_per_second", "peak_memory_bytes"} <= set(line)

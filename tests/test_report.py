@@ -136,4 +136,4 @@ def test_nothing_is_left_in_the_home_folder(recipe_file, tmp_path):
     assert done.returncode == 0, done.stderr
     assert [str(path.relative_to(home)) for path in home.rglob("*")] == []
     left = [path.name for path in (tmp_path / "run").iterdir() if path.name.startswith(".")]
-    assert left == [".lock"]
+    assert left == []

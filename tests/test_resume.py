@@ -222,7 +222,7 @@ def test_a_kill_between_two_moves_leaves_no_half_folder(crashed):
     (run / "checkpoints" / "step_000004").rename(run / "checkpoints" / ".step_000004.old-123")
     resume(run)
     assert_same_run(run, straight)
-    assert [path.name for path in run.rglob(".*")] == [".lock"]
+    assert list(run.rglob(".*")) == []
 
 
 # ── what changed ────────────────────────────────────────────────────────────────────────────────────────────────
@@ -413,6 +413,29 @@ def test_the_lock_of_a_process_that_was_killed_is_stale_and_told(tmp_path):
         assert "stale" in told[0]
     with locked(tmp_path / "run", told.append):
         assert len(told) == 1, "who ends in order leaves nothing to tell"
+
+
+def test_of_many_that_want_a_folder_at_once_one_has_it_at_a_time(tmp_path):
+    """Each holder removes the file that the others wait for."""
+    children = []
+    for _ in range(6):
+        child = os.fork()
+        if not child:
+            done = 0
+            while done < 20:
+                try:
+                    with locked(tmp_path / "run", lambda text: os._exit(2)):
+                        (tmp_path / "inside").mkdir()
+                        (tmp_path / "inside").rmdir()
+                        done += 1
+                except LoraError:
+                    continue
+                except OSError:
+                    os._exit(1)  # another one was inside
+            os._exit(0)
+        children.append(child)
+    assert [os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) for child in children] == [0] * 6
+    assert not (tmp_path / "run" / ".lock").exists()
 
 
 def test_without_locks_of_the_system_a_living_holder_counts_and_a_dead_one_does_not(tmp_path, monkeypatch):

@@ -8,7 +8,7 @@ import os
 import platform
 import time
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from datetime import datetime, timezone
 from pathlib import Path
 from typing import Any
@@ -22,33 +22,49 @@ _AN_INSTANT = 0.2  # seconds
 
 @contextmanager
 def locked(folder: Path, say: Callable[[str], None]) -> Iterator[None]:
-    """Hold `folder`, made if it is missing, for this process alone.
+    """Hold `folder`, made if it is missing, for this process alone. What was made goes again if nothing came into it.
 
-    The file says who holds it; that it is held is known to the system (flock), so a holder that was killed leaves no
-    lock behind, only its name, which is told. Raises LoraError if another process holds it, DiskError if the folder
-    cannot be written.
+    The lock is known to the system (flock), so a holder that is killed leaves only its name behind, which is told.
+    Raises LoraError if another process holds it, DiskError if the folder cannot be written.
     """
+    made = [each for each in (folder, *folder.parents) if not each.exists()]
     with disk_errors(folder):
-        folder.mkdir(parents=True, exist_ok=True)
-        handle = os.open(folder / LOCK, os.O_RDWR | os.O_CREAT, 0o644)
-    mine = False
+        handle = _acquire(folder)
     try:
-        holder = _holder(handle)
-        if not _taken(handle, holder):
-            raise LoraError(
-                f"another process is writing to this run folder{_described(holder)}",
-                where=str(folder),
-                fix="wait for it or stop it; for a run of its own choose another output (--set output=…)",
-            )
-        if holder:
+        if holder := _holder(handle):
             say(f"the last process here{_described(holder)} ended without a word: its lock was stale and is taken over")
         with disk_errors(folder):
-            mine = True
-            _write(handle, {"pid": os.getpid(), "host": platform.node(), "since": now()})
+            os.ftruncate(handle, 0)
+            own = {"pid": os.getpid(), "host": platform.node(), "since": now()}
+            os.pwrite(handle, json.dumps(own).encode(), 0)
         yield
     finally:
-        if mine:
-            os.ftruncate(handle, 0)
+        with suppress(OSError):  # the folder may be gone, or hold what it shall keep
+            (folder / LOCK).unlink()
+            for each in made:
+                each.rmdir()
+        os.close(handle)
+
+
+def _acquire(folder: Path) -> int:
+    """The lock's file, opened and held. Its last holder removes it, so it may be gone from its place meanwhile."""
+    while True:
+        folder.mkdir(parents=True, exist_ok=True)
+        handle = os.open(folder / LOCK, os.O_RDWR | os.O_CREAT, 0o644)
+        try:
+            holder = _holder(handle)
+            if not _taken(handle, holder):
+                raise LoraError(
+                    f"another process is writing to this run folder{_described(holder)}",
+                    where=str(folder),
+                    fix="wait for it or stop it; for a run of its own choose another output (--set output=…)",
+                )
+            with suppress(FileNotFoundError):
+                if os.path.samestat(os.fstat(handle), os.stat(folder / LOCK)):
+                    return handle
+        except BaseException:
+            os.close(handle)
+            raise
         os.close(handle)
 
 
@@ -81,11 +97,6 @@ def _holder(handle: int) -> dict[str, Any]:
     except ValueError:
         return {}
     return found if isinstance(found, dict) else {}
-
-
-def _write(handle: int, holder: dict[str, Any]) -> None:
-    os.ftruncate(handle, 0)
-    os.pwrite(handle, json.dumps(holder).encode(), 0)
 
 
 def _described(holder: dict[str, Any]) -> str:
