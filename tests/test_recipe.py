@@ -171,7 +171,7 @@ def test_a_merge_key_brings_settings_in(load: Any):
         ("revision: 123456\n", "revision is 123456, but must be text"),
         ("revision: 2024-01-01\n", 'revision is "2024-01-01", but must be text'),
         ("trackers: tensorboard\n", 'trackers is "tensorboard", but must be a list'),
-        ("trackers: &own [*own]\n", "trackers is [[...]], but must be one of "),
+        ("trackers: &own [*own]\n", "trackers is [[[[[[[…]]]]]]], but must be one of "),
         ("train: {tokens_per_micro_batch: 1}\n", "train.tokens_per_micro_batch is 1, but must be at least 2"),
     ],
 )
@@ -389,7 +389,7 @@ def test_a_contradiction_made_by_an_override_is_found(problem: Any):
         (GOOD + "train: *gone\n", "recipe.yaml:4:8: not valid YAML: found undefined alias"),
         (GOOD + "[1]: 2\n", "recipe.yaml:4:1: a key must be a plain word"),
         (GOOD + "x: \x01\n", "recipe.yaml:4: not valid YAML: character 0x0001 is not allowed"),
-        (GOOD + "adapter: &own {x: *own}\n", "recipe.yaml: an alias (*name) stands inside its own anchor"),
+        (GOOD + "adapter: &own {x: *own}\n", "recipe.yaml: nested too deeply, or an alias (*name)"),
         (GOOD + "revision: 2024-99-99\n", "recipe.yaml: not valid YAML: month must be in 1..12"),
         (GOOD.encode() + b"# caf\xe9\n", "recipe.yaml:4: not UTF-8 text"),
     ],
