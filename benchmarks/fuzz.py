@@ -1,13 +1,14 @@
-"""Random recipes and damaged files: each ends in a valid result, or in an error that says what, where and how to mend it.
+"""Random recipes and damaged files: each ends in a valid result, or in an error of what, where and how to mend it.
 
     python benchmarks/fuzz.py [recipes|damage] [--count N] [--seed S] [--only NUMBER]
 
 recipes   10,000 mutations of valid recipes, by value, by text and by --set, to `lora check` and `lora train`
 damage    2,000 damaged adapters, run folders, data files and base models, to the commands that open them
 
-A case fails when it ends in a traceback, a signal or exit code 1, has no result within 10 seconds, gives an error that is
-not of the form what / where / fix, calls something done that is not valid, or writes outside the output folder. A
-run that is valid and would take hours is interrupted after 4 seconds, and must then end as after Ctrl+C.
+A case fails when it ends in a traceback, a signal or exit code 1, takes more than 10 seconds of processor time or
+waits as long for nothing, gives an error that is not of the form what / where / fix, calls something done that is not
+valid, or writes outside the output folder; a run that resumes from damage must also give the bytes of the run that was
+never damaged. A run that is valid and would take hours is interrupted after a few seconds, as by Ctrl+C.
 """
 
 from __future__ import annotations
@@ -18,12 +19,14 @@ import sys
 import tempfile
 import time
 from collections import Counter
-from functools import partial
+from functools import cache, partial
 from pathlib import Path
 from typing import Any
 
 sys.path.insert(0, str(Path(__file__).parent))
 
+import fuzz_damage
+import fuzz_recipes
 from fuzz_process import Result, import_everything, listing, run_all
 
 ROOT = Path(__file__).parents[1]
@@ -49,14 +52,10 @@ def main() -> None:
 
 def run(section: str, folder: Path, arguments: Any) -> bool:
     """Whether any case of a section failed."""
-    if section == "recipes":
-        import fuzz_recipes as cases
-
-        makers: Any = partial(cases.make_case, arguments.seed)
-        warm_up = fuzz_warm_up(folder)
-    else:
-        raise NotImplementedError
-    import_everything(folder, warm_up)
+    warm_up_once(folder)
+    if section == "damage":
+        fuzz_damage.prepare(folder, arguments.workers)
+    make_case = {"recipes": fuzz_recipes.make_case, "damage": fuzz_damage.make_case}[section]
     count = arguments.count or COUNTS[section]
     numbers = range(count) if arguments.only is None else [arguments.only]
     results: list[Result] = []
@@ -70,7 +69,7 @@ def run(section: str, folder: Path, arguments: Any) -> bool:
         elif len(results) % 500 == 0:
             print(f"{len(results):,} of {count:,}", file=sys.stderr, flush=True)
 
-    run_all([partial(makers, number) for number in numbers], folder, done, arguments.workers)
+    run_all([partial(make_case, arguments.seed, number) for number in numbers], folder, done, arguments.workers)
     after = {place: listing(ROOT / place) for place in WATCHED} | {"hf": listing(folder / "hf")}
     changed = [place for place in before if before[place] != after[place]]
     if arguments.only is not None:
@@ -82,22 +81,29 @@ def run(section: str, folder: Path, arguments: Any) -> bool:
     return bool(changed) or any(result.problem for result in results)
 
 
-def fuzz_warm_up(folder: Path) -> list[list[str]]:
+@cache
+def warm_up_once(folder: Path) -> None:
     recipe = str(ROOT / "configs/smoke-tiny-gpt2.yaml")
     steps = ["--set", "train.max_steps=1"]
-    return [
+    run = str(folder / "warm3")
+    commands = [
         ["check", recipe, "--set", f"output={folder / 'warm1'}"],
         ["train", recipe, "--set", f"output={folder / 'warm2'}", *steps],
-        ["train", recipe, "--set", f"output={folder / 'warm3'}", *steps, "--set", "quantization=none"],
+        ["train", recipe, "--set", f"output={run}", *steps, "--set", "quantization=none"],
+        ["eval", run],
+        ["merge", run, "--output", str(folder / "merged")],
+        ["generate", "one and one", "--run", run, "--max-new-tokens", "2"],
     ]
+    import_everything(folder, commands)
 
 
 def describe(result: Result, seed: int) -> str:
     section, number = result.case.name.split("/")
     said = "\n".join(f"    {line[:200]}" for line in result.stderr.strip().splitlines()[-12:])
     return (
-        f"failed: {result.case.name}: {result.problem}\n  done to it: {result.case.told}\n  ran: lora {result.case.words[0]}\n"
-        f"{said}\n  again: python benchmarks/fuzz.py {section} --seed {seed} --only {number}"
+        f"failed: {result.case.name}: {result.problem}\n  done to it: {result.case.told}\n"
+        f"  ran: lora {result.case.words[0]}\n{said}\n"
+        f"  again: python benchmarks/fuzz.py {section} --seed {seed} --only {number}"
     )
 
 
@@ -111,9 +117,8 @@ def summarize(section: str, results: list[Result], seconds: float) -> None:
         print(f"  {outcome:20}{sum(each):8,}" + "".join(f"{number:10,}" for number in each))
     print("  slowest:")
     for result in sorted(results, key=lambda each: -each.seconds)[:5]:
-        print(
-            f"    {result.seconds:5.1f} s  {result.case.name}: lora {result.case.words[0]}, {result.outcome}; {result.case.told[:100]}"
-        )
+        ran = f"lora {result.case.words[0]}, {result.outcome}"
+        print(f"    {result.seconds:5.1f} s  {result.case.name}: {ran}; {result.case.told[:100]}")
 
 
 if __name__ == "__main__":

@@ -109,6 +109,28 @@ def import_everything(folder: Path, warm_up: list[list[str]]) -> None:
     gc.freeze()  # children then do not copy what they only look at
 
 
+def run_alone(words: list[str], work: Path, folder: Path, *, interrupt_after: int | None = None, code: int = 0) -> None:
+    """One command in a child, in `work`, that must end with `code`; after a step that is logged, Ctrl+C is pressed."""
+    said = folder / "alone.txt"
+    pid = os.fork()
+    if pid == 0:
+        ended = 1
+        try:
+            with said.open("w") as stream:
+                os.dup2(stream.fileno(), 1)
+                os.dup2(stream.fileno(), 2)
+            os.chdir(work)
+            if interrupt_after is not None:
+                import fuzz_damage
+
+                fuzz_damage.interrupt_after(interrupt_after)
+            ended = _call(words)
+        finally:
+            os._exit(ended)
+    if os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1]) != code:
+        sys.exit(f"lora {' '.join(words)} fails with nothing damaged:\n{said.read_text()}")
+
+
 def run_all(
     cases: Sequence[Callable[[Path], Case]], folder: Path, done: Callable[[Result], None], workers: int = 2
 ) -> None:
@@ -329,6 +351,18 @@ def wrong_run(folder: Path) -> str | None:
     if steps != list(range(1, len(steps) + 1)):
         return f"metrics.jsonl has the steps {steps[:20]}"
     return wrong_adapter(folder / "adapter")
+
+
+def wrong_weights(folder: Path) -> str | None:
+    """What is wrong with a merged model: it must open, and hold finite numbers alone."""
+    from safetensors.torch import load_file
+
+    try:
+        tensors = load_file(folder / "model.safetensors")
+    except Exception as error:
+        return f"the merged model does not open: {error}"
+    broken = [name for name, tensor in tensors.items() if not bool(tensor.float().isfinite().all())]
+    return f"{broken[0]} of the merged model is not finite" if broken else None
 
 
 def wrong_json(text: str) -> str | None:

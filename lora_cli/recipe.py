@@ -31,7 +31,10 @@ class Section(BaseModel):
 class AdapterRecipe(Section):
     rank: int = Field(16, ge=1, le=_MOST, description="Rank r of the update B @ A of each adapted layer.")
     alpha: Number = Field(
-        32.0, gt=0, le=1e6, description="Strength of the update: it is scaled by alpha / rank (Hu et al. 2021, section 4.1)."
+        32.0,
+        gt=0,
+        le=1e6,
+        description="Strength of the update: it is scaled by alpha / rank (Hu et al. 2021, section 4.1).",
     )
     rank_stabilized: bool = Field(
         False,
@@ -174,7 +177,9 @@ class DataRecipe(Section):
         description="Which tokens carry loss: all assistant turns, the last one, the completion, or everything. "
         "Nothing: what answers (assistant turns, completions), or the whole text.",
     )
-    max_seq_len: int = Field(1024, ge=2, le=_MOST, description="Longest example in tokens, and the length of a packed row.")
+    max_seq_len: int = Field(
+        1024, ge=2, le=_MOST, description="Longest example in tokens, and the length of a packed row."
+    )
     packing: bool = Field(
         True, description="Lay several examples on one row, each seeing only itself. Off: rows of similar length."
     )
@@ -208,9 +213,14 @@ class TrainRecipe(Section):
         description="Rows per forward: examples, or packed rows of max_seq_len; `auto`: as many of batch_size as fit "
         "into memory. One that does not fit is halved; the result does not depend on it.",
     )
-    batch_size: int | None = Field(None, ge=1, le=_MOST, description="With micro_batch_size: auto: rows per optimizer step.")
+    batch_size: int | None = Field(
+        None, ge=1, le=_MOST, description="With micro_batch_size: auto: rows per optimizer step."
+    )
     tokens_per_micro_batch: int | None = Field(
-        None, ge=2, le=_MOST, description="Instead of micro_batch_size: as many rows per forward as fit into this many tokens."
+        None,
+        ge=2,
+        le=_MOST,
+        description="Instead of micro_batch_size: as many rows per forward as fit into this many tokens.",
     )
     gradient_accumulation_steps: int = Field(
         4,
@@ -288,7 +298,10 @@ class TrainRecipe(Section):
         description="Steps between evaluations on the validation data. Nothing: only before and after training.",
     )
     checkpoint_every: int | None = Field(
-        None, ge=1, le=_MOST, description="Steps between resumable checkpoints. Nothing: only at the end or when interrupted."
+        None,
+        ge=1,
+        le=_MOST,
+        description="Steps between resumable checkpoints. Nothing: only at the end or when interrupted.",
     )
     keep_checkpoints: int = Field(2, ge=1, le=_MOST, description="How many of the newest checkpoints to keep.")
 

@@ -19,7 +19,7 @@ import yaml
 from pydantic import BaseModel, ValidationError
 
 from lora_cli.errors import LoraError, RecipeErrors
-from lora_cli.files import human_bytes
+from lora_cli.files import human_bytes, require_regular
 from lora_cli.recipe import NUMBER, PATHS, Recipe, SourceRecipe, contradictions
 
 _LARGEST_RECIPE = 256 << 10  # bytes; every layer of the largest models can be named in that
@@ -129,7 +129,10 @@ def _read_yaml(path: Path) -> tuple[dict[str, Any], Positions, list[LoraError]]:
             )
         positions: Positions = {}
         twice = _locate(node, (), str(path), positions)
-        return loader.construct_document(node), positions, twice
+        values = loader.construct_document(node)
+        if not isinstance(values, dict):  # by a tag, such as !!set
+            raise LoraError(f"a recipe is a mapping, not {node.tag}", where=str(path), fix="remove the tag")
+        return values, positions, twice
     except yaml.MarkedYAMLError as error:
         mark = error.problem_mark
         where = f"{path}:{mark.line + 1}:{mark.column + 1}" if mark else str(path)
@@ -157,8 +160,7 @@ def _text_of(path: Path) -> str:
         entry = path.stat()
         if stat.S_ISDIR(entry.st_mode):
             raise LoraError("this is a folder, not a recipe", where=str(path), fix="name the YAML file")
-        if not stat.S_ISREG(entry.st_mode):  # paths in a recipe start at its folder, which a pipe does not have
-            raise LoraError("this is a pipe or a device, not a file", where=str(path), fix="save the recipe as a file")
+        require_regular(path)  # besides, paths in a recipe start at its folder, which a pipe does not have
         if entry.st_size > _LARGEST_RECIPE:
             what = f"{human_bytes(entry.st_size)} are too much for a recipe"
             raise LoraError(what, where=str(path), fix="check the path; a recipe is a page of YAML")
@@ -286,6 +288,14 @@ def _resolve_path(
         return [LoraError(what, where=_where(key, positions, file), fix=fix)]
     expanded = _VARIABLE.sub(lambda found: os.environ.get(found[1] or found[2] or "", "$"), os.path.expanduser(value))
     path = base / expanded
+    try:
+        os.lstat(path)
+    except (FileNotFoundError, NotADirectoryError):
+        pass
+    except (OSError, ValueError) as error:  # too long for the file system, with a NUL character in it, …
+        reason = (error.strerror if isinstance(error, OSError) else None) or str(error)
+        what = f"{'.'.join(key)} is no path: {reason}"
+        return [LoraError(what, where=_where(key, positions, file), fix=_describe(key))]
     if key == ("base_model",) and not path.exists() and Path(expanded).is_dir():
         fix = f"write {os.path.relpath(expanded, base)}, or an absolute path"
         what = f"base_model: {value} is a folder seen from here, but relative paths start at the recipe's folder"
@@ -365,9 +375,9 @@ def _problem(key: KeyPath, found: list[Any], values: dict[str, Any], positions: 
     if kind == "missing":
         return LoraError(f"{name} is missing", where=where, fix=f"add it: {_describe(key)}")
     value = found[0]["input"]
+    whole: Any = values
     for part in key if len(found) > 1 else ():  # several members of a union refused: show the whole value
-        inner: Any = values
-        value = values = inner[int(part)] if isinstance(inner, list) else inner.get(part, {})
+        value = whole = whole[int(part)] if isinstance(whole, list) else whole.get(part)
     shown = _shown(value)
     wanted = " or ".join(dict.fromkeys(_wanted(error) for error in found))
     return LoraError(f"{name} is {shown}, but must be {wanted}", where=where, fix=_describe(key) or None)

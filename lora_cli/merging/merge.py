@@ -8,6 +8,7 @@ the difference from base + adapter is measured on real or random tokens, and sai
 
 from __future__ import annotations
 
+import math
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -220,6 +221,12 @@ def _divergence(reference: Tensor, other: Tensor) -> float:
 
 
 def _require_same(report: MergeReport, adapter: AdapterFile) -> None:
+    if not (math.isfinite(report.kl) and math.isfinite(report.adapter_effect)):
+        raise CheckFailed(
+            "base + adapter compute what is no number: their weights are damaged, or too large",
+            where=str(adapter.folder),
+            fix="nothing was written; copy the adapter and download the base model again",
+        )
     if report.onto == "original" and adapter.quantization not in (None, "none"):
         return  # the user asked for another model than the trained one; the report says how different it is
     if report.kl > _NOISE and report.kept < _KEPT_AT_LEAST:
