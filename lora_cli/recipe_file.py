@@ -377,7 +377,8 @@ def _problem(key: KeyPath, found: list[Any], values: dict[str, Any], positions: 
     value = found[0]["input"]
     whole: Any = values
     for part in key if len(found) > 1 else ():  # several members of a union refused: show the whole value
-        value = whole = whole[int(part)] if isinstance(whole, list) else whole.get(part)
+        if isinstance(whole, list | dict):
+            value = whole = whole[int(part)] if isinstance(whole, list) else whole.get(part)
     shown = _shown(value)
     wanted = " or ".join(dict.fromkeys(_wanted(error) for error in found))
     return LoraError(f"{name} is {shown}, but must be {wanted}", where=where, fix=_describe(key) or None)
