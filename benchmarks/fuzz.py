@@ -99,7 +99,7 @@ def warm_up_once(folder: Path) -> None:
 
 def describe(result: Result, seed: int) -> str:
     section, number = result.case.name.split("/")
-    said = "\n".join(f"    {line[:200]}" for line in result.stderr.strip().splitlines()[-12:])
+    said = "\n".join(f"    {line[:200]}" for line in result.stderr.strip().splitlines()[-40 if result.hung else -12 :])
     return (
         f"failed: {result.case.name}: {result.problem}\n  done to it: {result.case.told}\n"
         f"  ran: lora {result.case.words[0]}\n{said}\n"

@@ -26,8 +26,7 @@ from pathlib import Path
 from typing import Any
 
 LIMIT_SECONDS = 10.0  # of processor time, because other work on the machine is not the case's; or of waiting
-_WAITS = 0.05  # share of processor time below which a process waits for something that does not come
-_MOST_SECONDS = 60.0  # by the clock, whatever it does
+_MOST_SECONDS = 120.0  # by the clock, whatever it does
 _MORE_MEMORY = 4 << 30  # bytes of address space beyond what the libraries take
 _LARGEST_FILE = 256 << 20
 _LONGEST_LINE, _LONGEST_MESSAGE = 1000, 20_000  # characters of an error that somebody still reads
@@ -160,6 +159,7 @@ class _Running:
         self.loaded = said.with_suffix(".loaded")
         self.loaded.unlink(missing_ok=True)
         self.interrupts, self.hung = 0, False
+        self.looked = self.moved = self.used = 0.0  # seconds: of the last look, of the last one that saw work, of work
         self.started = time.monotonic()
         sys.stdout.flush()
         sys.stderr.flush()
@@ -186,9 +186,11 @@ class _Running:
         if due is not None and seconds > due and self._used() > due:
             self.interrupts += 1
             os.kill(self.pid, signal.SIGINT)
-        if seconds > LIMIT_SECONDS and not self.hung:
-            used = self._used()
-            if used > LIMIT_SECONDS or used < _WAITS * seconds or seconds > _MOST_SECONDS:
+        if seconds > self.looked + 0.5 and not self.hung:
+            self.looked, used = seconds, self._used()
+            if used > self.used:
+                self.used, self.moved = used, seconds
+            if used > LIMIT_SECONDS or seconds > self.moved + LIMIT_SECONDS or seconds > _MOST_SECONDS:
                 self.hung = True
                 os.kill(self.pid, signal.SIGUSR1)  # says where it is
                 time.sleep(0.3)

@@ -9,9 +9,8 @@ import sys
 import pytest
 from conftest import ROOT
 
-# Of damage to checkpoints and to what else the loop reads, tests/test_loop.py and the large run say more.
 
-
+@pytest.mark.timeout(900)  # half a minute on a machine that has nothing else to do
 @pytest.mark.skipif(not hasattr(os, "fork") or not os.path.isdir("/proc"), reason="needs fork and /proc")
 @pytest.mark.parametrize(("section", "count"), [("recipes", 300), ("damage", 100)])
 def test_every_case_ends_in_a_result_or_an_error_that_helps(section: str, count: int):
