@@ -345,6 +345,13 @@ def main() -> None:
     except BrokenPipeError:
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         sys.exit(1)
+    except OSError as error:
+        if error.filename is None:
+            raise
+        # Paths come from the user, and what a file system can say of them has no end.
+        fix = "check the path, its permissions and its disk"
+        print(LoraError(error.strerror or str(error), where=str(error.filename), fix=fix).render(), file=sys.stderr)
+        sys.exit(LoraError.exit_code)
 
 
 def _console(*, stderr: bool = True) -> Any:

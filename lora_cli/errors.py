@@ -2,6 +2,14 @@
 
 from __future__ import annotations
 
+import re
+
+# What a terminal acts on instead of showing it: control characters, halves of characters, line ends other than \n, and
+# marks that turn the direction of writing. They come in by names and values of files.
+_UNSEEN = re.compile("[\x00-\x1f\x7f-\x9f\u2028\u2029\u202a-\u202e\u2066-\u2069\ud800-\udfff]")
+_LONGEST_LINE = 800  # characters; of a longer one the beginning and the end are shown
+_MOST_PROBLEMS = 50
+
 
 class LoraError(Exception):
     """A mistake the user can mend. Shown without a traceback; the command exits with `exit_code` 2.
@@ -23,7 +31,7 @@ class LoraError(Exception):
         lines = [head, *(f"  {line}" for line in self.details)]
         if self.fix:
             lines.append(f"  fix: {self.fix}")
-        return "\n".join(lines)
+        return "\n".join(map(_shown, lines))
 
 
 class RecipeErrors(LoraError):
@@ -34,7 +42,10 @@ class RecipeErrors(LoraError):
         super().__init__(f"{len(problems)} problems in the recipe")
 
     def render(self) -> str:
-        return "\n".join(problem.render() for problem in self.problems)
+        shown = [problem.render() for problem in self.problems[:_MOST_PROBLEMS]]
+        if more := len(self.problems) - len(shown):
+            shown.append(LoraError(f"{more:,} more problems", fix="mend those above first").render())
+        return "\n".join(shown)
 
 
 class CheckFailed(LoraError):
@@ -59,3 +70,11 @@ class ProcessLost(LoraError):
     """Another process of this run ended, so this one cannot go on. Exit code 1."""
 
     exit_code = 1
+
+
+def _shown(line: str) -> str:
+    """One line that any terminal shows as it is."""
+    if len(line) > _LONGEST_LINE:
+        half = _LONGEST_LINE // 2
+        line = f"{line[:half]} … {line[-half:]}"
+    return _UNSEEN.sub(lambda found: ascii(found[0])[1:-1], line)

@@ -121,6 +121,12 @@ def _disk_error(code: int | None, path: Path) -> DiskError | None:
     return None
 
 
+def require_regular(path: Path) -> None:
+    """Raises LoraError for a pipe or a device: reading one may never end, and a second reading gives something else."""
+    if path.exists() and not path.is_file() and not path.is_dir():
+        raise LoraError("this is a pipe or a device, not a file", where=str(path), fix="save what it holds as a file")
+
+
 def require_space(folder: Path, needed_bytes: int, purpose: str) -> None:
     """Raises LoraError if the disk of `folder` has less than `needed_bytes` free."""
     existing = next(parent for parent in (folder, *folder.parents) if parent.exists())

@@ -20,6 +20,7 @@ def _number_from_text(value: Any) -> Any:
     return float(value) if isinstance(value, str) and NUMBER.fullmatch(value) else value
 
 
+_MOST = 10**9  # of anything counted; more is a slip of the keyboard, and no machine gets there
 Number = Annotated[float, BeforeValidator(_number_from_text)]
 
 
@@ -28,9 +29,12 @@ class Section(BaseModel):
 
 
 class AdapterRecipe(Section):
-    rank: int = Field(16, ge=1, description="Rank r of the update B @ A of each adapted layer.")
+    rank: int = Field(16, ge=1, le=_MOST, description="Rank r of the update B @ A of each adapted layer.")
     alpha: Number = Field(
-        32.0, gt=0, description="Strength of the update: it is scaled by alpha / rank (Hu et al. 2021, section 4.1)."
+        32.0,
+        gt=0,
+        le=1e6,
+        description="Strength of the update: it is scaled by alpha / rank (Hu et al. 2021, section 4.1).",
     )
     rank_stabilized: bool = Field(
         False,
@@ -58,10 +62,10 @@ class AdapterRecipe(Section):
         min_length=1,
         description="Indices of the transformer blocks to adapt; negative ones count from the end. Nothing: all.",
     )
-    rank_pattern: dict[str, Annotated[int, Field(ge=1)]] = Field(
+    rank_pattern: dict[str, Annotated[int, Field(ge=1, le=_MOST)]] = Field(
         {}, description="Another rank for some modules: name, last part of a name, or regular expression → rank."
     )
-    alpha_pattern: dict[str, Annotated[Number, Field(gt=0)]] = Field(
+    alpha_pattern: dict[str, Annotated[Number, Field(gt=0, le=1e6)]] = Field(
         {}, description="Another alpha for some modules: name, last part of a name, or regular expression → alpha."
     )
     init: Literal["kaiming", "gaussian"] = Field(
@@ -87,6 +91,7 @@ class SourceRecipe(Section):
     weight: Number = Field(
         1.0,
         gt=0,
+        le=1000,  # such rows are repeated in the order
         description="How often an epoch sees each row: 2 is twice, 0.5 is one half of the rows, chosen by the seed. "
         "In a stream: how often it comes, against the others.",
     )
@@ -172,7 +177,9 @@ class DataRecipe(Section):
         description="Which tokens carry loss: all assistant turns, the last one, the completion, or everything. "
         "Nothing: what answers (assistant turns, completions), or the whole text.",
     )
-    max_seq_len: int = Field(1024, ge=2, description="Longest example in tokens, and the length of a packed row.")
+    max_seq_len: int = Field(
+        1024, ge=2, le=_MOST, description="Longest example in tokens, and the length of a packed row."
+    )
     packing: bool = Field(
         True, description="Lay several examples on one row, each seeing only itself. Off: rows of similar length."
     )
@@ -205,20 +212,26 @@ def _as_mode(value: Any) -> Any:
 
 
 class TrainRecipe(Section):
-    epochs: Number = Field(1.0, gt=0, description="Passes over the training data; a fraction is allowed.")
-    max_steps: int | None = Field(None, ge=1, description="Stop after this many steps even if epochs remain.")
-    micro_batch_size: Annotated[int, Field(ge=1)] | Literal["auto"] = Field(
+    epochs: Number = Field(1.0, gt=0, le=1e6, description="Passes over the training data; a fraction is allowed.")
+    max_steps: int | None = Field(None, ge=1, le=_MOST, description="Stop after this many steps even if epochs remain.")
+    micro_batch_size: Annotated[int, Field(ge=1, le=_MOST)] | Literal["auto"] = Field(
         4,
         description="Rows per forward: examples, or packed rows of max_seq_len; `auto`: as many of batch_size as fit "
         "into memory. One that does not fit is halved; the result does not depend on it.",
     )
-    batch_size: int | None = Field(None, ge=1, description="With micro_batch_size: auto: rows per optimizer step.")
+    batch_size: int | None = Field(
+        None, ge=1, le=_MOST, description="With micro_batch_size: auto: rows per optimizer step."
+    )
     tokens_per_micro_batch: int | None = Field(
-        None, ge=2, description="Instead of micro_batch_size: as many rows per forward as fit into this many tokens."
+        None,
+        ge=2,
+        le=_MOST,
+        description="Instead of micro_batch_size: as many rows per forward as fit into this many tokens.",
     )
     gradient_accumulation_steps: int = Field(
         4,
         ge=1,
+        le=_MOST,
         description="Micro-batches per optimizer step over all processes; the result does not depend on how many there "
         "are.",
     )
@@ -292,13 +305,17 @@ class TrainRecipe(Section):
     eval_every: int | None = Field(
         None,
         ge=1,
+        le=_MOST,
         description="Steps between evaluations on the validation data. Nothing: only before and after training.",
     )
     checkpoint_every: int | None = Field(
-        None, ge=1, description="Steps between resumable checkpoints. Nothing: only at the end or when interrupted."
+        None,
+        ge=1,
+        le=_MOST,
+        description="Steps between resumable checkpoints. Nothing: only at the end or when interrupted.",
     )
     keep_checkpoints: int = Field(
-        2, ge=1, description="How many of the newest checkpoints to keep, beside that of the best step."
+        2, ge=1, le=_MOST, description="How many of the newest checkpoints to keep, beside that of the best step."
     )
     on_nan: Literal["stop", "skip", "rewind"] = Field(
         "stop",

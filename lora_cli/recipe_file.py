@@ -10,6 +10,7 @@ import difflib
 import json
 import os
 import re
+import stat
 import sys
 from pathlib import Path
 from typing import Any
@@ -18,7 +19,12 @@ import yaml
 from pydantic import BaseModel, ValidationError
 
 from lora_cli.errors import LoraError, RecipeErrors
+from lora_cli.files import human_bytes, require_regular
 from lora_cli.recipe import NUMBER, PATHS, Recipe, SourceRecipe, contradictions
+
+_LARGEST_RECIPE = 256 << 10  # bytes; every layer of the largest models can be named in that
+# What PyYAML lets through of a value that looks like a date or is tagged as a number, and is none
+_NO_VALUE = (ValueError, LookupError, TypeError, AttributeError)
 
 KeyPath = tuple[str, ...]
 Positions = dict[KeyPath, str]  # where a key stands, such as "run.yaml:3:5" or "--set train.seed"
@@ -103,17 +109,7 @@ def _leaves(values: dict[str, Any], at: KeyPath = ()) -> list[tuple[KeyPath, Any
 
 def _read_yaml(path: Path) -> tuple[dict[str, Any], Positions, list[LoraError]]:
     """Values, where each key stands, and keys that stand twice. Raises LoraError for what cannot be read at all."""
-    if path.is_dir():
-        raise LoraError("this is a folder, not a recipe", where=str(path), fix="name the YAML file")
-    try:
-        text = path.read_text(encoding="utf-8")
-    except FileNotFoundError:
-        raise LoraError("no such recipe", where=str(path), fix=_nearby_file(path)) from None
-    except UnicodeDecodeError as error:
-        line = error.object[: error.start].count(b"\n") + 1
-        raise LoraError("not UTF-8 text", where=f"{path}:{line}", fix="save it as UTF-8") from None
-    except OSError as error:
-        raise LoraError(f"cannot be read: {error.strerror}", where=str(path)) from None
+    text = _text_of(path)
     try:
         loader = yaml.SafeLoader(text)
         node = loader.get_single_node()
@@ -125,7 +121,10 @@ def _read_yaml(path: Path) -> tuple[dict[str, Any], Positions, list[LoraError]]:
             )
         positions: Positions = {}
         twice = _locate(node, (), str(path), positions)
-        return loader.construct_document(node), positions, twice
+        values = loader.construct_document(node)
+        if not isinstance(values, dict):  # by a tag, such as !!set
+            raise LoraError(f"a recipe is a mapping, not {node.tag}", where=str(path), fix="remove the tag")
+        return values, positions, twice
     except yaml.MarkedYAMLError as error:
         mark = error.problem_mark
         where = f"{path}:{mark.line + 1}:{mark.column + 1}" if mark else str(path)
@@ -138,9 +137,35 @@ def _read_yaml(path: Path) -> tuple[dict[str, Any], Positions, list[LoraError]]:
             f"not valid YAML: character {error.character:#06x} is not allowed", where=f"{path}:{line}", fix="remove it"
         ) from None
     except RecursionError:
-        raise LoraError("an alias (*name) stands inside its own anchor (&name)", where=str(path)) from None
-    except ValueError as error:  # a value that looks like a date, and is none
+        raise LoraError(
+            "nested too deeply, or an alias (*name) stands inside its own anchor (&name)",
+            where=str(path),
+            fix="write the value out where the alias stands; a recipe has sections and keys in them, no deeper levels",
+        ) from None
+    except _NO_VALUE as error:
         raise LoraError(f"not valid YAML: {error}", where=str(path), fix="put the value in quotes") from None
+
+
+def _text_of(path: Path) -> str:
+    """Raises LoraError for what is no recipe by its kind or size, before any of it is read: a device has no end."""
+    try:
+        entry = path.stat()
+        if stat.S_ISDIR(entry.st_mode):
+            raise LoraError("this is a folder, not a recipe", where=str(path), fix="name the YAML file")
+        require_regular(path)  # besides, paths in a recipe start at its folder, which a pipe does not have
+        if entry.st_size > _LARGEST_RECIPE:
+            what = f"{human_bytes(entry.st_size)} are too much for a recipe"
+            raise LoraError(what, where=str(path), fix="check the path; a recipe is a page of YAML")
+        return path.read_text(encoding="utf-8")
+    except FileNotFoundError:
+        raise LoraError("no such recipe", where=str(path), fix=_nearby_file(path)) from None
+    except OSError as error:
+        raise LoraError(
+            f"cannot be read: {error.strerror}", where=str(path), fix="check path and permissions"
+        ) from None
+    except UnicodeDecodeError as error:
+        line = error.object[: error.start].count(b"\n") + 1
+        raise LoraError("not UTF-8 text", where=f"{path}:{line}", fix="save it as UTF-8") from None
 
 
 def _nearby_file(path: Path) -> str:
@@ -157,7 +182,7 @@ def _locate(node: yaml.MappingNode, at: KeyPath, file: str, positions: Positions
         mark = key_node.start_mark
         where = f"{file}:{mark.line + 1}:{mark.column + 1}"
         if not isinstance(key_node, yaml.ScalarNode):
-            raise LoraError("a key must be a plain word", where=where)
+            raise LoraError("a key must be a plain word", where=where, fix="write it as key: value")
         if key_node.tag != "tag:yaml.org,2002:merge":
             key_node.tag = "tag:yaml.org,2002:str"  # a key is its text, also where YAML reads a number, yes or null
         key = (*at, key_node.value)
@@ -202,7 +227,7 @@ def _apply_override(values: dict[str, Any], override: str) -> KeyPath:
         )
     try:
         value = yaml.safe_load(text)
-    except (yaml.YAMLError, ValueError, RecursionError):
+    except (yaml.YAMLError, RecursionError, *_NO_VALUE):
         raise LoraError(f"--set {override}: the value is not valid YAML", fix="quote it") from None
     at = values
     for part in key[:-1]:
@@ -255,6 +280,14 @@ def _resolve_path(
         return [LoraError(what, where=_where(key, positions, file), fix=fix)]
     expanded = _VARIABLE.sub(lambda found: os.environ.get(found[1] or found[2] or "", "$"), os.path.expanduser(value))
     path = base / expanded
+    try:
+        os.lstat(path)
+    except (FileNotFoundError, NotADirectoryError):
+        pass
+    except (OSError, ValueError) as error:  # too long for the file system, with a NUL character in it, …
+        reason = (error.strerror if isinstance(error, OSError) else None) or str(error)
+        what = f"{'.'.join(key)} is no path: {reason}"
+        return [LoraError(what, where=_where(key, positions, file), fix=_describe(key))]
     if key == ("base_model",) and not path.exists() and Path(expanded).is_dir():
         fix = f"write {os.path.relpath(expanded, base)}, or an absolute path"
         what = f"base_model: {value} is a folder seen from here, but relative paths start at the recipe's folder"
@@ -334,15 +367,38 @@ def _problem(key: KeyPath, found: list[Any], values: dict[str, Any], positions: 
     if kind == "missing":
         return LoraError(f"{name} is missing", where=where, fix=f"add it: {_describe(key)}")
     value = found[0]["input"]
+    whole: Any = values
     for part in key if len(found) > 1 else ():  # several members of a union refused: show the whole value
-        inner: Any = values
-        value = values = inner[int(part)] if isinstance(inner, list) else inner.get(part, {})
-    try:
-        shown = json.dumps(value, ensure_ascii=False, default=str)
-    except (ValueError, RecursionError):  # a list that holds itself, by a YAML alias
-        shown = str(value)
+        if isinstance(whole, list | dict):
+            value = whole = whole[int(part)] if isinstance(whole, list) else whole.get(part)
+    shown = _shown(value)
     wanted = " or ".join(dict.fromkeys(_wanted(error) for error in found))
     return LoraError(f"{name} is {shown}, but must be {wanted}", where=where, fix=_describe(key) or None)
+
+
+def _shown(value: Any, longest: int = 200) -> str:
+    """A value as JSON, cut after about `longest` characters.
+
+    Made piece by piece: aliases of YAML can make a value that is written out too long for any memory, or without end.
+    """
+    if isinstance(value, str):
+        return json.dumps(value[:longest], ensure_ascii=False) + ("…" if len(value) > longest else "")
+    if not isinstance(value, (list, tuple, dict)):
+        try:
+            return json.dumps(value, ensure_ascii=False, default=str)[: longest + 1]
+        except ValueError:  # a whole number of thousands of digits
+            return "a number too long to show"
+    pairs: Any = value.items() if isinstance(value, dict) else ((None, each) for each in value)
+    pieces: list[str] = []
+    for key, inner in pairs:
+        left = longest - sum(map(len, pieces)) - 4 * len(pieces)
+        if left < 4:
+            pieces.append("…")
+            break
+        name = "" if key is None else f"{_shown(str(key), left // 2)}: "
+        pieces.append(name + _shown(inner, left // 2))
+    opening, closing = "{}" if isinstance(value, dict) else "[]"
+    return opening + ", ".join(pieces) + closing
 
 
 def _wanted(error: Any) -> str:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import errno
 import gzip
 import json
+import os
 import shutil
 import sys
 from collections import namedtuple
@@ -737,10 +738,92 @@ def test_damaged_adapter(opening: Any, tmp_path: Path, change: Any, says: str):
     assert says in message
 
 
+def edit_config(**values: Any) -> Callable[[Path], Any]:
+    return replace("adapter_config.json", lambda b: json.dumps(json.loads(b) | values).encode())
+
+
+@pytest.mark.parametrize(
+    ("values", "says"),
+    [
+        ({"alpha_pattern": ["q_proj"]}, "alpha_pattern is of the wrong type: ['q_proj']"),
+        ({"target_modules": {"q_proj": 1}}, "target_modules is of the wrong type: "),
+        ({"base_model_name_or_path": 3}, "base_model_name_or_path is of the wrong type: 3"),
+        ({"lora_alpha": float("inf")}, "lora_alpha is inf, not a finite number"),
+        ({"lora_alpha": None}, "lora_alpha is None, not a finite number"),
+        ({"alpha_pattern": {"(": 2}}, "alpha_pattern: '(' is not a valid regular expression"),
+        ({"alpha_pattern": {"(.|.)*(.|.)*(.|.)*(.|.)*[!#]": 2}}, "takes more than 2 s to match"),
+    ],
+)
+def test_an_adapter_configuration_of_wrong_values(opening: Any, values: dict[str, Any], says: str):
+    message = opening(edit_config(**values))
+    assert "adapter_config.json: " in message
+    assert says in message
+    assert "\n  fix: " in message
+
+
+@pytest.mark.parametrize("number", [float("nan"), float("inf")])
+def test_an_adapter_of_what_is_no_number(opening: Any, number: float):
+    from safetensors.torch import load_file, save_file
+
+    def spoil(adapter: Path) -> None:
+        tensors = load_file(adapter / "adapter_model.safetensors")
+        next(iter(tensors.values()))[0, 0] = number
+        save_file(tensors, adapter / "adapter_model.safetensors")
+
+    assert "holds what is no finite number\n  fix: copy the adapter again" in opening(spoil)
+
+
 def test_no_adapter_folder(lora: Any, tmp_path: Path):
     said = lora("generate", "Hello", "--adapter", tmp_path / "gone")
     assert said.code == 2
     assert f"error: {tmp_path}/gone: no such folder\n  fix: " in said.error
+
+
+@pytest.mark.skipif(not hasattr(os, "mkfifo"), reason="needs named pipes")
+def test_pipes_and_devices_are_not_read(refused: Any, refused_later: Any, model: Any, tmp_path: Path):
+    """Reading one may never end; the test would hang."""
+    os.mkfifo(tmp_path / "rows.jsonl")
+    (tmp_path / "zero.jsonl").symlink_to("/dev/zero")
+    (tmp_path / "zero.jinja").symlink_to("/dev/zero")
+    says = "this is a pipe or a device, not a file\n  fix: save what it holds as a file"
+    for name in ("rows.jsonl", "zero.jsonl"):
+        assert says in refused(data={"train": str(tmp_path / name)})
+    assert says in refused(data={"template": str(tmp_path / "zero.jinja")})
+    folder = model({"tokenizer.json": None})
+    os.mkfifo(folder / "tokenizer.json")
+    assert f"{folder}/tokenizer.json: {says}" in refused(base_model=str(folder))
+
+
+@pytest.mark.parametrize(
+    ("content", "says"),
+    [
+        ("[", "generation_config.json is not valid JSON"),
+        ("[" * 100_000, "generation_config.json is not valid JSON"),
+        ("[1]", "generation_config.json is not valid JSON"),
+        ('{"eos_token_id": "end"}', "eos_token_id is no token's number"),
+        ('{"eos_token_id": [1, null]}', "eos_token_id is no token's number"),
+    ],
+)
+def test_damaged_generation_settings(refused: Any, model: Any, content: str, says: str):
+    assert says in refused(base_model=str(model({"generation_config.json": content})))
+
+
+def test_a_weight_file_with_a_gap(refused_later: Any, model: Any, tiny_gpt2: Path):
+    """Its header is readable, and safetensors refuses it when the tensors are read."""
+    data = (tiny_gpt2 / "model.safetensors").read_bytes()
+    length = int.from_bytes(data[:8], "little")
+    header = json.loads(data[8 : 8 + length])
+    del header["transformer.h.0.attn.c_proj.weight"]
+    text = json.dumps(header).encode()
+    folder = model({"model.safetensors": len(text).to_bytes(8, "little") + text + data[8 + length :]})
+    assert "the base model cannot be loaded: Error while deserializing header" in refused_later(base_model=str(folder))
+
+
+def test_what_the_file_system_refuses_is_no_traceback(lora: Any):
+    said = lora("eval", "--model", "x" * 300, "--data", "rows.jsonl")
+    assert said.code == 2
+    assert "File name too long" in said.error
+    assert "\n  fix: " in said.error
 
 
 # ── checks that protect the result: exit code 3 ─────────────────────────────────────────────────────────────────

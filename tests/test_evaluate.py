@@ -16,6 +16,8 @@ from hypothesis import strategies as st
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from lora_cli.adapters.attach import attach
+from lora_cli.adapters.file import save_adapter
+from lora_cli.adapters.layer import lora_layers
 from lora_cli.adapters.targets import find_targets
 from lora_cli.base.load import load_model, load_tokenizer
 from lora_cli.base.source import find_base
@@ -23,9 +25,10 @@ from lora_cli.data.batches import collate
 from lora_cli.data.example import Example, windows
 from lora_cli.data.prepare import prepare
 from lora_cli.data.sources import read_rows
-from lora_cli.errors import LoraError
+from lora_cli.errors import CheckFailed, LoraError
 from lora_cli.evaluation.evaluate import evaluate_model, evaluate_run
 from lora_cli.evaluation.perplexity import EvaluationStopped, example_losses, mean_loss
+from lora_cli.merging.merge import merge
 from lora_cli.recipe_file import load_recipe
 
 CPU = torch.device("cpu")
@@ -214,3 +217,16 @@ def test_reading_leaves_no_cache_behind(sums, tmp_path, monkeypatch):
     monkeypatch.setenv("HF_DATASETS_CACHE", str(tmp_path / "cache"))
     assert len(read_rows(sums)) == 24
     assert not (tmp_path / "cache").exists()
+
+
+def test_a_loss_that_is_no_number_is_no_score(adapted, tmp_path, tiny_llama):
+    """Numbers that are finite and too large to compute with: a table with nan in it would look like a result."""
+    for layer in lora_layers(adapted).values():
+        layer.lora_B.data.fill_(3e38)
+    save_adapter(adapted, tmp_path, find_base(str(tiny_llama)), quantization="none", double_quantization=True)
+    data = write_rows(tmp_path / "rows.jsonl", [{"text": "one and one is two"}])
+    with pytest.raises(CheckFailed, match="the loss of the base model with the adapter is nan"):
+        evaluate_model(None, tmp_path, data, device="cpu")
+    with pytest.raises(CheckFailed, match="base \\+ adapter compute what is no number"):
+        merge(tmp_path, tmp_path / "merged", dtype="fp32")
+    assert not (tmp_path / "merged").exists()

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import ast
 import json
+import os
 from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import Any
@@ -171,7 +172,7 @@ def test_a_merge_key_brings_settings_in(load: Any):
         ("revision: 123456\n", "revision is 123456, but must be text"),
         ("revision: 2024-01-01\n", 'revision is "2024-01-01", but must be text'),
         ("trackers: tensorboard\n", 'trackers is "tensorboard", but must be a list'),
-        ("trackers: &own [*own]\n", "trackers is [[...]], but must be one of "),
+        ("trackers: &own [*own]\n", "trackers is [[[[[[[…]]]]]]], but must be one of "),
         ("train: {tokens_per_micro_batch: 1}\n", "train.tokens_per_micro_batch is 1, but must be at least 2"),
     ],
 )
@@ -400,9 +401,15 @@ def test_a_contradiction_made_by_an_override_is_found(problem: Any):
         (GOOD + "train: *gone\n", "recipe.yaml:4:8: not valid YAML: found undefined alias"),
         (GOOD + "[1]: 2\n", "recipe.yaml:4:1: a key must be a plain word"),
         (GOOD + "x: \x01\n", "recipe.yaml:4: not valid YAML: character 0x0001 is not allowed"),
-        (GOOD + "adapter: &own {x: *own}\n", "recipe.yaml: an alias (*name) stands inside its own anchor"),
+        (GOOD + "adapter: &own {x: *own}\n", "recipe.yaml: nested too deeply, or an alias (*name)"),
         (GOOD + "revision: 2024-99-99\n", "recipe.yaml: not valid YAML: month must be in 1..12"),
         (GOOD.encode() + b"# caf\xe9\n", "recipe.yaml:4: not UTF-8 text"),
+        (GOOD + "revision: !!bool maybe\n", "recipe.yaml: not valid YAML: 'maybe'"),
+        (GOOD + "revision: !!int ''\n", "recipe.yaml: not valid YAML: "),
+        ("!!set {base_model}\n", "recipe.yaml: a recipe is a mapping, not tag:yaml.org,2002:set"),
+        ("[" * 100_000, "recipe.yaml: nested too deeply"),
+        (GOOD + "# " + "x" * 300_000, "recipe.yaml: 293 KiB are too much for a recipe"),
+        (GOOD + "cache: " + "9" * 5000, "recipe.yaml: not valid YAML: "),
     ],
 )
 def test_what_is_no_recipe(problem: Any, text: str | bytes, says: str):
@@ -419,6 +426,54 @@ def test_tags_build_no_objects(problem: Any, tmp_path: Path, monkeypatch: pytest
 
 def test_a_byte_order_mark_is_no_key(load: Any):
     assert load("\ufeff" + GOOD).base_model == "owner/name"
+
+
+def test_aliases_that_multiply_end_in_a_short_message(problem: Any):
+    """Written out, this value has 9^11 items."""
+    levels = [f"a{n}: &a{n} [{', '.join([f'*a{n - 1}'] * 9) if n else 'x'}]" for n in range(12)]
+    message = problem("\n".join(levels) + f"\n{GOOD}revision: *a11\n")
+    assert "revision is [[[[[" in message
+    assert len(message) < 6000
+
+
+def test_a_message_holds_nothing_that_a_terminal_acts_on(problem: Any):
+    message = problem(GOOD + '"\\x1b[31mred\\r\\u202e": 1\n')
+    assert "unknown key \\x1b[31mred\\r\\u202e\n" in message
+    assert max(map(len, problem(GOOD + "revision: [" + "x" * 5000 + "]\n").splitlines())) < 400
+    long = problem(GOOD + f"? {'x' * 5000}\n: 1\n")
+    assert "fix: known keys here" in long
+    assert max(map(len, long.splitlines())) < 900
+
+
+def test_of_very_many_problems_the_first_are_shown(problem: Any):
+    message = problem(GOOD + "".join(f"key{number}: 1\n" for number in range(1000)))
+    assert message.count("unknown key") == 50
+    assert message.endswith("error: 950 more problems\n  fix: mend those above first")
+
+
+@pytest.mark.skipif(not hasattr(os, "mkfifo"), reason="needs named pipes")
+def test_pipes_devices_and_loops_are_no_recipes(tmp_path: Path):
+    os.mkfifo(tmp_path / "pipe")
+    (tmp_path / "loop").symlink_to("loop")
+    for path, says in [
+        (tmp_path / "pipe", "this is a pipe or a device, not a file"),
+        (Path("/dev/zero"), "this is a pipe or a device, not a file"),
+        (tmp_path / "loop", "cannot be read: Too many levels of symbolic links"),
+    ]:
+        with pytest.raises(LoraError, match=says) as refused:
+            load_recipe(path)
+        assert refused.value.fix
+
+
+@pytest.mark.parametrize(("path", "says"), [("x" * 300, "File name too long"), ("a\\0b", "embedded null")])
+def test_what_is_no_path(problem: Any, path: str, says: str):
+    for key in ("data.train", "output", "base_model"):
+        values: Any = {"base_model": "owner/name", "data": {"train": "rows.jsonl"}, "output": "run"}
+        section, _, name = key.rpartition(".")
+        (values[section] if section else values)[name] = path.replace("\\0", "\0")
+        message = problem(yaml.safe_dump(values))
+        assert f"{key} is no path: " in message
+        assert says in message
 
 
 def test_a_recipe_that_is_not_there(tmp_path: Path):
@@ -546,7 +601,7 @@ def test_the_base_model_is_a_path_only_where_it_looks_like_one(load: Any, tmp_pa
 # ── writing ─────────────────────────────────────────────────────────────────────────────────────────────────────
 
 _names = st.text("abc_ äß$.#:'\"-01", min_size=1, max_size=12).map(lambda name: f"x{name}x".replace("$", "$$"))
-_positive = st.floats(1e-8, 1e8)
+_positive = st.floats(1e-8, 1e6)
 _share = st.floats(0, 0.99)
 _counts = st.integers(1, 10**6)
 _modules = st.text("abcq_.*()", min_size=1, max_size=8)
@@ -577,7 +632,7 @@ VALUES: dict[str, st.SearchStrategy[Any]] = {
     "adapter.layers": st.none() | st.lists(st.integers(-9, 9), min_size=1, max_size=3),
     "adapter.rank_pattern": st.dictionaries(_modules, _counts, max_size=2),
     "adapter.alpha_pattern": st.dictionaries(_modules, _positive, max_size=2),
-    "data.train": _sources(_names, ["owner/name", "squad"], {"weight": _positive}),
+    "data.train": _sources(_names, ["owner/name", "squad"], {"weight": st.floats(1e-8, 1000)}),
     "data.validation": st.none()
     | st.floats(0.01, 0.99)
     | _sources(_names.map(lambda name: f"{name}.jsonl"), ["owner/held"]),  # other sources than those of data.train

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import time
 from typing import Any
 
 import pytest
@@ -9,7 +10,8 @@ import torch
 from torch import nn
 from transformers import AutoModelForCausalLM, GPT2Config, LlamaConfig, OPTConfig
 
-from lora_cli.adapters.targets import Target, block_lists, find_targets, linear_layers, matches
+from lora_cli.adapters.patterns import BadPattern, matching
+from lora_cli.adapters.targets import Target, block_lists, find_targets, linear_layers
 from lora_cli.errors import LoraError
 
 BLOCKS = 4
@@ -89,9 +91,22 @@ def test_all_linear_is_every_linear_layer_but_the_head(llama, gpt2):
 def test_a_name_is_a_whole_part_and_a_pattern_matches_the_whole_name():
     name = "model.layers.1.self_attn.q_proj"
     for pattern in (name, "q_proj", "self_attn.q_proj", r".*q_proj", r".*\.1\..*", "model.layers.1.self_attn..*"):
-        assert matches(pattern, name), pattern
+        assert matching(pattern, [name]) == [name], pattern
     for pattern in ("proj", "_proj", "attn.q_proj", "q_pro", "self_attn", "model.layers.1", r"\.q_proj", "q_proj.*"):
-        assert not matches(pattern, name), pattern
+        assert matching(pattern, [name]) == [], pattern
+
+
+def test_a_pattern_that_would_search_for_years_is_given_up():
+    pattern = "(.|.)*(.|.)*(.|.)*(.|.)*[!#]"
+    started = time.monotonic()
+    with pytest.raises(BadPattern, match="takes more than 2 s to match"):
+        matching(pattern, [f"model.layers.{block}.self_attn.q_proj" for block in range(1000)])
+    assert time.monotonic() - started < 20  # for all names together
+
+
+def test_a_pattern_nested_too_deeply_is_no_pattern():
+    with pytest.raises(BadPattern, match="nested too deeply"):
+        matching("(" * 5000 + ")" * 5000, ["q_proj"])
 
 
 def test_blocks_are_the_outermost_lists_that_hold_linear_layers(llama, gpt2):

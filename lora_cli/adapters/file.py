@@ -7,7 +7,6 @@ safetensors metadata also says which base weights the adapter belongs to, and ho
 from __future__ import annotations
 
 import json
-import math
 import re
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -21,34 +20,16 @@ from torch import Tensor
 
 from lora_cli.adapters.attach import attach
 from lora_cli.adapters.layer import LoRALinear, lora_layers
-from lora_cli.adapters.targets import Target, linear_layers, matches
+from lora_cli.adapters.peft_config import CONFIG, alphas, peft_matching, read_config
+from lora_cli.adapters.targets import Target, linear_layers
 from lora_cli.base.linear import features, is_linear, stored_transposed
 from lora_cli.base.source import BaseSource
 from lora_cli.base.weight_files import order_metadata
 from lora_cli.errors import LoraError
 
-TENSORS, CONFIG = "adapter_model.safetensors", "adapter_config.json"
+TENSORS = "adapter_model.safetensors"
 CHAT_TEMPLATE = "chat_template.jinja"  # where the Hugging Face libraries look for it
 _KEY = re.compile(r"base_model\.model\.(.+)\.lora_([AB])\.weight")
-# What PEFT can store in a LoRA adapter and this program cannot compute; a value other than these would be lost.
-_PLAIN = {
-    "use_dora": False,
-    "bias": "none",
-    "lora_bias": False,
-    "modules_to_save": None,
-    "target_parameters": None,
-    "trainable_token_indices": None,
-    "alora_invocation_tokens": None,
-    "layer_replication": None,
-    "megatron_config": None,
-    "use_qalora": False,
-    "use_bdlora": None,
-    "arrow_config": None,
-    "kasa_config": None,
-    "monteclora_config": None,
-}
-# Starts of PEFT that also change the base's weights; the adapter means nothing on the base as it was.
-_CHANGED_BASE = ("pissa", "olora", "corda", "loftq", "lora_ga")
 
 
 @dataclass(frozen=True)
@@ -139,7 +120,7 @@ def _target_modules(model: Any, adapted: list[str]) -> list[str]:
 
 def read_adapter(folder: Path) -> AdapterFile:
     """Read an adapter of this program or of PEFT. Raises LoraError for damage or for what cannot be computed."""
-    config = _read_config(folder)
+    config = read_config(folder)
     path = folder / TENSORS
     if not path.is_file():
         pickled = " (adapter_model.bin is pickled and is not opened)" if (folder / "adapter_model.bin").exists() else ""
@@ -166,7 +147,7 @@ def read_adapter(folder: Path) -> AdapterFile:
         double_quantization=metadata.get("double_quantization", "true") == "true",
         target_modules=config.get("target_modules"),
         whole=not any(config.get(key) for key in ("layers_to_transform", "layers_pattern", "exclude_modules")),
-        alphas={name: _alpha(config, name, pair["A"].shape[0], path) for name, pair in tensors.items()},
+        alphas=alphas(config, {name: pair["A"].shape[0] for name, pair in tensors.items()}, folder),
         tensors=tensors,
     )
 
@@ -207,60 +188,23 @@ def attach_adapter(model: Any, adapter: AdapterFile, base: BaseSource) -> dict[s
     return layers
 
 
-def _read_config(folder: Path) -> dict[str, Any]:
-    path = folder / CONFIG
-    if not path.is_file():
-        raise LoraError(
-            f"no adapter here: {CONFIG} is missing", where=str(folder), fix="name an adapter folder or a run folder"
-        )
-    try:
-        config = json.loads(path.read_text(encoding="utf-8"))
-        kind = config.get("peft_type")
-    except (ValueError, AttributeError):
-        raise LoraError(
-            "the adapter's configuration is not valid JSON", where=str(path), fix="copy the adapter again"
-        ) from None
-    if kind != "LORA":
-        raise LoraError(f"this is a {kind} adapter; only LORA can be opened", where=str(path))
-    lost = [
-        f"{key}: {config[key]}" for key, plain in _PLAIN.items() if config.get(key, plain) not in (plain, None, [], {})
-    ]
-    start = config.get("init_lora_weights")
-    if isinstance(start, str) and start.lower().startswith(_CHANGED_BASE):
-        lost.append(f"init_lora_weights: {start}, which changes the base model's weights")
-    if lost:
-        raise LoraError("the adapter uses what this program cannot compute", where=str(path), details=lost)
-    return config
-
-
 def _by_module(flat: dict[str, Tensor], path: Path) -> dict[str, dict[str, Tensor]]:
     tensors: dict[str, dict[str, Tensor]] = {}
+    again = "copy the adapter again"
     for key, tensor in flat.items():
         found = _KEY.fullmatch(key)
-        if found is None or tensor.ndim != 2:
-            raise LoraError(f"{key} {tuple(tensor.shape)} is not the A or B of a linear layer", where=str(path))
+        if found is None or tensor.ndim != 2 or not tensor.numel():
+            what = f"{key} {tuple(tensor.shape)} is not the A or B of a linear layer"
+            raise LoraError(what, where=str(path), fix="name an adapter for a language model, or copy it again")
+        if not tensor.is_floating_point() or not tensor.float().isfinite().all():
+            raise LoraError(f"{key} holds what is no finite number", where=str(path), fix=again)
         tensors.setdefault(found[1], {})[found[2]] = tensor
     if not tensors:
-        raise LoraError("the adapter file holds no tensors", where=str(path))
+        raise LoraError("the adapter file holds no tensors", where=str(path), fix=again)
     half = [name for name, pair in tensors.items() if len(pair) != len("AB")]
     if half:
-        raise LoraError(f"{half[0]} has only one of lora_A and lora_B", where=str(path), fix="copy the adapter again")
+        raise LoraError(f"{half[0]} has only one of lora_A and lora_B", where=str(path), fix=again)
     return tensors
-
-
-def _alpha(config: dict[str, Any], name: str, rank: int, path: Path) -> float:
-    alpha = next(
-        (v for key, v in (config.get("alpha_pattern") or {}).items() if _peft_match(key, name)),
-        config.get("lora_alpha"),
-    )
-    if not isinstance(alpha, (int, float)) or isinstance(alpha, bool):
-        raise LoraError(f"lora_alpha is {alpha!r}, not a number", where=str(path.parent / CONFIG))
-    # Rank-stabilized LoRA scales by alpha / √rank (Kalajdzievski 2023, arXiv:2312.03732); ours is then alpha · √rank
-    return alpha * math.sqrt(rank) if config.get("use_rslora") else float(alpha)
-
-
-def _peft_match(key: str, name: str) -> bool:
-    return re.fullmatch(rf"(.*\.)?({key})", name) is not None
 
 
 def _misfits(modules: Mapping[str, Any], adapter: AdapterFile) -> list[str]:
@@ -282,14 +226,13 @@ def _unfilled(model: Any, adapter: AdapterFile) -> list[str]:
     wanted = adapter.target_modules
     if not adapter.whole or not wanted or wanted == "all-linear":
         return []
-    patterns = [wanted] if isinstance(wanted, str) else wanted
-    exact = not isinstance(wanted, str)
-
-    def meant(name: str) -> bool:
-        return any((name == p or name.endswith(f".{p}")) if exact else matches(p, name) for p in patterns)
-
+    names = list(linear_layers(model))
+    if isinstance(wanted, str):
+        meant = set(peft_matching(wanted, names, "target_modules", adapter.folder))
+    else:
+        meant = {name for name in names if any(name == last or name.endswith(f".{last}") for last in wanted)}
     return [
         f"{name}: in target_modules, but not in the file"
-        for name in linear_layers(model)
-        if meant(name) and name not in adapter.tensors
+        for name in names
+        if name in meant and name not in adapter.tensors
     ]

@@ -9,7 +9,8 @@ from typing import Any
 import torch
 from transformers import PreTrainedTokenizerBase
 
-from lora_cli.adapters.file import CHAT_TEMPLATE, CONFIG, AdapterFile, attach_adapter, read_adapter
+from lora_cli.adapters.file import CHAT_TEMPLATE, AdapterFile, attach_adapter, read_adapter
+from lora_cli.adapters.peft_config import CONFIG
 from lora_cli.base.device import pick_device, pick_dtype
 from lora_cli.base.load import load_model, load_tokenizer
 from lora_cli.base.source import BaseSource, find_base

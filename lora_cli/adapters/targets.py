@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import difflib
 import math
-import re
 from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
@@ -13,6 +12,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from lora_cli.adapters.patterns import BadPattern, matching
 from lora_cli.adapters.projections import output_parts
 from lora_cli.base.linear import features, is_linear
 from lora_cli.errors import LoraError
@@ -152,17 +152,12 @@ def _attention_layers(model: nn.Module, linear: dict[str, nn.Module]) -> list[st
     ]
 
 
-def matches(pattern: str, name: str) -> bool:
-    """Whether a full module name is meant by a name, a last part of a name, or a regular expression."""
-    return name == pattern or name.endswith(f".{pattern}") or bool(re.fullmatch(pattern, name))
-
-
 def _require(pattern: str, names: list[str], key: str, linear: dict[str, nn.Module]) -> list[str]:
     try:
-        hit = [name for name in names if matches(pattern, name)]
-    except re.error as error:
+        hit = matching(pattern, names)
+    except BadPattern as error:
         raise LoraError(
-            f"adapter.{key}: {pattern!r} is not a valid regular expression: {error}",
+            f"adapter.{key}: {pattern!r} {error}",
             details=[_listing(linear)],
             fix="mend it, or name layers from that list",
         ) from None

@@ -54,7 +54,7 @@ def load_model(
             f"{source.name} does not fit into the memory of {device}",
             fix="use quantization: nf4, or a smaller base model",
         ) from None
-    except (OSError, ValueError, RuntimeError, KeyError) as error:
+    except Exception as error:  # a damaged config.json can fail anywhere in the code that builds a model
         raise LoraError(
             f"the base model cannot be loaded: {_first_line(error)}",
             where=str(source.folder),
@@ -114,7 +114,7 @@ def model_config(source: BaseSource, trust_remote_code: bool) -> Any:
         )
     try:
         config = AutoConfig.from_pretrained(source.folder, trust_remote_code=trust_remote_code, local_files_only=True)
-    except (OSError, ValueError, KeyError) as error:
+    except Exception as error:
         kind = source.config.get("model_type")
         raise LoraError(
             f"model type {kind!r} is not known to the installed transformers: {_first_line(error)}",

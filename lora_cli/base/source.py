@@ -10,7 +10,7 @@ from typing import Any
 
 from lora_cli.base.weight_files import fingerprint, stored_tensors
 from lora_cli.errors import LoraError
-from lora_cli.files import disk_errors
+from lora_cli.files import disk_errors, require_regular
 
 # Configuration, tokenizer and safetensors; no pickles, no copies in other formats. Code comes only when it may run.
 _WANTED = ["*.json", "*.safetensors", "*.txt", "*.model", "*.jinja", "tokenizer*"]
@@ -67,12 +67,24 @@ def _check_folder(source: BaseSource) -> None:
             where=str(source.folder),
             fix="name the folder that holds config.json and the weights",
         )
-    try:
-        if not isinstance(source.config, dict):
-            raise ValueError
-    except (ValueError, UnicodeDecodeError):
-        raise LoraError("config.json is not valid JSON", where=str(config), fix="download it again") from None
+    for file in source.folder.iterdir():
+        require_regular(file)
+    _json_object(config)
+    generation = source.folder / "generation_config.json"
+    ends = _json_object(generation).get("eos_token_id") if generation.is_file() else None
+    if ends is not None and not all(type(end) is int for end in (ends if isinstance(ends, list) else [ends])):
+        raise LoraError("eos_token_id is no token's number", where=str(generation), fix="download the file again")
     stored_tensors(source.folder)
+
+
+def _json_object(file: Path) -> dict[str, Any]:
+    try:
+        value = json.loads(file.read_text(encoding="utf-8"))
+    except (ValueError, RecursionError):
+        value = None
+    if not isinstance(value, dict):
+        raise LoraError(f"{file.name} is not valid JSON", where=str(file), fix="download it again")
+    return value
 
 
 def _download(name: str, revision: str | None, trust_remote_code: bool) -> BaseSource:

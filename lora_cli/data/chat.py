@@ -25,6 +25,7 @@ from jinja2.sandbox import ImmutableSandboxedEnvironment
 from transformers import PreTrainedTokenizerBase
 
 from lora_cli.errors import LoraError
+from lora_cli.files import require_regular
 from lora_cli.recipe import TEMPLATES
 
 Turns = list[dict[str, Any]]
@@ -277,6 +278,7 @@ def chat_template(tokenizer: PreTrainedTokenizerBase, wanted: str | None, where:
         text = (resources.files("lora_cli.data") / "templates" / f"{wanted}.jinja").read_text(encoding="utf-8")
         return ChatTemplate(text, tokenizer, f"built-in {wanted}")
     if wanted is not None:
+        require_regular(Path(wanted))
         try:
             return ChatTemplate(Path(wanted).read_text(encoding="utf-8"), tokenizer, wanted)
         except (OSError, UnicodeDecodeError) as error:

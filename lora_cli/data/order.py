@@ -77,7 +77,7 @@ class Order:
 
     @property
     def steps_per_epoch(self) -> int:
-        return math.ceil(len(self.rows) / self.rows_per_step)
+        return -(-len(self.rows) // self.rows_per_step)
 
     def total_steps(self, epochs: float, max_steps: int | None) -> int:
         steps = max(1, math.ceil(self.steps_per_epoch * epochs - 1e-9))

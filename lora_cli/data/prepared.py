@@ -77,6 +77,8 @@ class PreparedData:
 def open_prepared(folder: Path) -> PreparedData | None:
     """What stands in the folder, or None if it is missing or damaged in any byte."""
     try:
+        if not all((folder / name).is_file() for name in (*PARTS, "summary.json")):  # a pipe or a device has no end
+            return None
         stored = json.loads((folder / "summary.json").read_text(encoding="utf-8"))
         if any(checksum(folder / name) != stored["checksums"].get(name) for name in PARTS):
             return None

@@ -20,6 +20,7 @@ from pathlib import Path
 from typing import IO, Any
 
 from lora_cli.errors import LoraError
+from lora_cli.files import require_regular
 
 PACKED = (".gz", ".zst")  # what text kinds may be compressed with
 _LONGEST_FIELD = 2**31 - 1  # characters of a CSV field; the csv module stops at 131,072 on its own
@@ -51,11 +52,8 @@ def kind_of(path: Path) -> str | None:
     return endings[-1] if endings and endings[-1] in (*_TEXT_KINDS, *_TABLE_KINDS) else None
 
 
-def read_file(path: Path) -> Iterator[Row]:
-    """The rows of a data file, one at a time; a .txt file is one row, `text`.
-
-    Raises LoraError for a file that is empty, of an unknown kind, not UTF-8, or broken (with the line).
-    """
+def require_kind(path: Path) -> str:
+    """How a file is read. Raises LoraError for one of an unknown kind, and for what is no file."""
     kind = kind_of(path)
     if kind is None:
         known = ", ".join((*_TEXT_KINDS, *_TABLE_KINDS))
@@ -64,6 +62,16 @@ def read_file(path: Path) -> Iterator[Row]:
             where=str(path),
             fix=f"use {known}; all but the last two also with .gz or .zst",
         )
+    require_regular(path)
+    return kind
+
+
+def read_file(path: Path) -> Iterator[Row]:
+    """The rows of a data file, one at a time; a .txt file is one row, `text`.
+
+    Raises LoraError for a file that is empty, of an unknown kind, not UTF-8, or broken (with the line).
+    """
+    kind = require_kind(path)
     if path.stat().st_size == 0:
         raise LoraError("the data file is empty", where=str(path), fix="check what wrote it")
     number = 0

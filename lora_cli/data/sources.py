@@ -11,7 +11,7 @@ from functools import cached_property
 from pathlib import Path
 
 from lora_cli.data.hub import HubSource
-from lora_cli.data.readers import Row, kind_of, read_file
+from lora_cli.data.readers import Row, kind_of, read_file, require_kind
 from lora_cli.errors import LoraError
 from lora_cli.recipe import SourceRecipe
 
@@ -59,7 +59,10 @@ def open_source(recipe: SourceRecipe, *, streaming: bool = False) -> Source:
     if recipe.hub is not None:
         return HubSource(recipe.hub, recipe.config, recipe.split, recipe.revision, streaming)
     assert recipe.path is not None
-    return FileSource(recipe.path, tuple(_files(recipe.path)))
+    paths = tuple(_files(recipe.path))
+    for path in paths:
+        require_kind(path)  # before its bytes are hashed
+    return FileSource(recipe.path, paths)
 
 
 def read_rows(path: Path) -> list[Row]:

@@ -85,11 +85,14 @@ def compare(opened: Opened, examples: Sequence[Example], text_bytes: int) -> dic
     pad_id: Any = opened.tokenizer.eos_token_id
     lay_out = partial(collate, packed=False, pad_id=pad_id, device=opened.device)
     budget = max(4096, *(len(example.ids) for example in examples))
-    measure = partial(score, opened.model, examples, lay_out, budget, text_bytes)
+
+    def measure(name: str) -> Score:
+        return score(name, opened.model, examples, lay_out, budget, text_bytes)
+
     with adapters_disabled(opened.model):
-        scores = {"base": measure()}
+        scores = {"base": measure("base model")}
     if opened.adapter is not None:
-        scores["adapter"] = measure()
+        scores["adapter"] = measure("base model with the adapter")
     return scores
 
 

@@ -14,6 +14,7 @@ from torch import Tensor
 from lora_cli.data.batches import MicroBatch, similar_length_batches
 from lora_cli.data.example import Example
 from lora_cli.data.store import Examples
+from lora_cli.errors import CheckFailed
 from lora_cli.evaluation.loss import target_losses
 
 Collate = Callable[[list[Example]], MicroBatch]
@@ -87,7 +88,15 @@ def mean_loss(model: Any, examples: Sequence[Example], collate: Collate, max_tok
     return losses.sum().item() / count, count
 
 
-def score(model: Any, examples: Sequence[Example], collate: Collate, max_tokens: int, text_bytes: int) -> Score:
+def score(
+    name: str, model: Any, examples: Sequence[Example], collate: Collate, max_tokens: int, text_bytes: int
+) -> Score:
+    """Raises CheckFailed where the loss is no number; name: of what is measured, for the message."""
     loss, count = mean_loss(model, examples, collate, max_tokens)
+    if not math.isfinite(loss):
+        raise CheckFailed(
+            f"the loss of the {name} is {loss}: its weights are damaged, or too large for its dtype",
+            fix="try --dtype fp32; if that does not help, copy or download it again",
+        )
     bits = loss * count / math.log(2)
     return Score(loss, math.exp(min(loss, 700)), bits / text_bytes if text_bytes else math.inf, count)

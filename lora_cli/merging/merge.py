@@ -8,6 +8,7 @@ the difference from base + adapter is measured on real or random tokens, and sai
 
 from __future__ import annotations
 
+import math
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -86,6 +87,7 @@ def merge(
     reference = _log_probabilities(opened.model, tokens)
     with adapters_disabled(opened.model):
         effect = _divergence(reference, _log_probabilities(opened.model, tokens))
+    _require_number(effect, stored)
     layers = len(lora_layers(opened.model))
     if onto == "original" and quantization != "none":
         opened = open_model(
@@ -220,6 +222,7 @@ def _divergence(reference: Tensor, other: Tensor) -> float:
 
 
 def _require_same(report: MergeReport, adapter: AdapterFile) -> None:
+    _require_number(report.kl, adapter)
     if report.onto == "original" and adapter.quantization not in (None, "none"):
         return  # the user asked for another model than the trained one; the report says how different it is
     if report.kl > _NOISE and report.kept < _KEPT_AT_LEAST:
@@ -228,4 +231,14 @@ def _require_same(report: MergeReport, adapter: AdapterFile) -> None:
             f"while the adapter itself changes {report.adapter_effect:.2g}",
             where=report.output,
             fix="nothing was written; try --dtype fp32, and report this",
+        )
+
+
+def _require_number(divergence: float, adapter: AdapterFile) -> None:
+    """A comparison with nan is never true, so no limit would be passed."""
+    if not math.isfinite(divergence):
+        raise CheckFailed(
+            "base + adapter compute what is no number: their weights are damaged, or too large",
+            where=str(adapter.folder),
+            fix="nothing was written; copy the adapter and download the base model again",
         )
