@@ -528,3 +528,10 @@ def test_cross_entropy_is_what_the_closed_form_says_for_a_uniform_model():
         weighted, plain = (summed_loss(Uniform(), batch, weighted=on).item() for on in (True, False))
         assert weighted == pytest.approx((0.5 * 2 + 4 + 1) * math.log(11), rel=1e-6)
         assert plain == pytest.approx(4 * math.log(11), rel=1e-6)
+
+
+def test_a_row_longer_than_all_examples_together_holds_them_all():
+    """Its length costs nothing: a table of a thousand million rooms would not end."""
+    groups = pack([3, 9, 5], 10**9)
+    assert [groups[at] for at in range(len(groups))] == [[0, 1, 2]]
+    assert len(pack([], 10**9)) == 0

@@ -573,3 +573,14 @@ def test_sources_may_be_of_different_formats(tmp_path, tokenizer):
     }
     decoded = [tokenizer.decode(example.ids) for example in data.train]
     assert decoded == ["a text<|endoftext|>", "1 + 1 = 2<|endoftext|>"]
+
+
+@pytest.mark.parametrize("name", ["", "*", "**"])
+def test_a_folder_without_end_is_no_source(tmp_path, monkeypatch, name):
+    monkeypatch.setattr(sources, "_MOST_FILES", 3)
+    for number in range(4):
+        (tmp_path / f"{number}.jsonl").write_text('{"text": "a"}\n')
+    with pytest.raises(LoraError, match="more than 3 files\n  fix: name a folder that holds data alone"):
+        read_rows(tmp_path / name)
+    monkeypatch.undo()
+    assert len(read_rows(tmp_path / "*")) == 4

@@ -47,6 +47,7 @@ def pack(lengths: Sequence[int] | np.ndarray, capacity: int) -> Groups:
     if len(lengths) and lengths.max() > capacity:
         longest = int(lengths.argmax())
         raise ValueError(f"example {longest} has {lengths[longest]} tokens, above the capacity of {capacity}")
+    capacity = min(capacity, int(lengths.sum(dtype=np.int64)))  # all on one row need no more
     by_length = np.argsort(-lengths, kind="stable").astype(np.int32)
     row_of = np.empty(len(lengths), np.int32)
     open_rows: list[list[int]] = [[] for _ in range(capacity + 1)]  # by room

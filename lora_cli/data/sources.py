@@ -5,6 +5,7 @@ from __future__ import annotations
 import difflib
 import glob
 import hashlib
+import os
 from collections.abc import Iterator
 from dataclasses import dataclass
 from functools import cached_property
@@ -14,6 +15,8 @@ from lora_cli.data.hub import HubSource
 from lora_cli.data.readers import Row, kind_of, read_file, require_kind
 from lora_cli.errors import LoraError
 from lora_cli.recipe import SourceRecipe
+
+_MOST_FILES = 100_000  # that are looked at in a folder or for a pattern, data or not
 
 
 @dataclass(frozen=True)
@@ -81,20 +84,35 @@ def file_hash(path: Path) -> str:
 def _files(name: str) -> list[Path]:
     path = Path(name)
     if path.is_dir():
-        found = [
-            each for each in sorted(path.rglob("*")) if each.is_file() and kind_of(each) and not _hidden(each, path)
-        ]
+        found = sorted(
+            each
+            for each in _few(map(Path, _inside(path)), name)
+            if kind_of(each) and each.is_file() and not _hidden(each, path)
+        )
         if not found:
             raise LoraError("no data files in this folder", where=name, fix="name a folder that holds some, or a file")
         return found
     if not path.exists() and glob.has_magic(name):
-        found = [Path(each) for each in sorted(glob.glob(name, recursive=True)) if Path(each).is_file()]
+        found = [each for each in sorted(_few(map(Path, glob.iglob(name, recursive=True)), name)) if each.is_file()]
         if not found:
             raise LoraError("no file matches this pattern", where=name, fix="check the pattern; ** goes into folders")
         return found
     if not path.exists():
         raise LoraError("no such data file", where=name, fix=_nearby(path))
     return [path]
+
+
+def _inside(folder: Path) -> Iterator[str]:
+    for place, _, names in os.walk(folder):
+        yield from (os.path.join(place, name) for name in names)
+
+
+def _few(paths: Iterator[Path], name: str) -> Iterator[Path]:
+    """Raises LoraError where there is no end of them, as in a home folder or a whole disk."""
+    for number, path in enumerate(paths):
+        if number == _MOST_FILES:
+            raise LoraError(f"more than {_MOST_FILES:,} files", where=name, fix="name a folder that holds data alone")
+        yield path
 
 
 def _hidden(path: Path, folder: Path) -> bool:
