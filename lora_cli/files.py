@@ -8,7 +8,7 @@ import os
 import re
 import shutil
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
@@ -57,9 +57,14 @@ def write_bytes(path: Path, content: bytes) -> None:
     """Replace `path` in one move, so that it is never half written."""
     temporary = path.with_name(f".{path.name}.tmp-{os.getpid()}")
     with disk_errors(path):
-        temporary.write_bytes(content)
-        flush(temporary)
-        temporary.replace(path)
+        try:
+            temporary.write_bytes(content)
+            flush(temporary)
+            temporary.replace(path)
+        except BaseException:
+            with suppress(OSError):
+                temporary.unlink()
+            raise
 
 
 def remove_folder(folder: Path) -> None:

@@ -50,7 +50,6 @@ def test_loss_falls_and_the_run_folder_is_complete(run_recipe, sums):
         "adapter_last",
         "report.json",
         "report.html",
-        "loss.png",
         "status.json",
         "prepared",
     }

@@ -157,7 +157,7 @@ class Replay:
         def optimize(run: Any, step: int) -> Any:
             parameters = {
                 f"base_model.model.{name}.{part}.weight": getattr(layer, part)
-                for name, layer in lora_layers(run.model).items()
+                for name, layer in lora_layers(run.session.model).items()
                 for part in ("lora_A", "lora_B")
             }
             if step == 1:

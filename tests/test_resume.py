@@ -20,7 +20,7 @@ from safetensors.torch import load_file
 
 from lora_cli.errors import CheckFailed, DiskError, Interrupted, LoraError
 from lora_cli.recipe_file import load_recipe
-from lora_cli.training import checkpoint, keeping, loop, micro_batches, run_lock
+from lora_cli.training import checkpoint, keeping, loop, micro_batches, run_folder, run_lock
 from lora_cli.training.divergence import what_is_wrong
 from lora_cli.training.run_folder import RunFolder, read_metrics
 from lora_cli.training.run_lock import locked
@@ -465,6 +465,27 @@ def failing(monkeypatch: pytest.MonkeyPatch, place: Any, name: str, when: Any, c
 
     monkeypatch.setattr(place, name, fail)
     return calls
+
+
+def test_a_run_that_could_not_begin_leaves_its_place_free(run_recipe, recipe_file, tmp_path, monkeypatch):
+    """Whether its disk failed between the first two files, or it was killed there."""
+
+    def fails(place: Path, _: bytes) -> None:
+        raise DiskError("the disk failed", where=str(place))
+
+    with monkeypatch.context() as patch:
+        patch.setattr(run_folder, "write_bytes", fails)
+        with pytest.raises(DiskError, match=r"recipe\.yaml: the disk failed"):
+            run_recipe()
+    assert [path.name for path in (tmp_path / "run").iterdir()] == ["prepared"]
+    run_recipe(output=str(tmp_path / "other"))
+    shutil.copy(tmp_path / "other" / "environment.json", tmp_path / "run")
+    with pytest.raises(LoraError, match="already holds other files"):
+        run_recipe()  # whose it is nobody knows
+    (tmp_path / "run" / ".lock").write_text("{}")
+    (tmp_path / "run" / ".recipe.yaml.tmp-77").touch()
+    run_recipe()
+    assert not list((tmp_path / "run").glob(".*"))
 
 
 @pytest.mark.parametrize("code", [errno.ENOSPC, errno.EIO, errno.EROFS])

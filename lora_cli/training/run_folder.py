@@ -10,13 +10,14 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from lora_cli.errors import LoraError
+from lora_cli.errors import DiskError, LoraError
 from lora_cli.files import disk_errors, finish_moves, write_bytes, write_json
 from lora_cli.recipe import Recipe
 from lora_cli.recipe_file import dump_recipe, load_recipe
 from lora_cli.training.run_lock import LOCK, now
 
-_BEFORE_A_RUN = ("prepared", "compiled", LOCK)  # what one that did not begin may leave
+_BEFORE_A_RUN = re.compile(r"prepared|compiled|\.lock")  # what one that did not begin may leave
+_OF_A_KILLED = re.compile(r"environment\.json|\..+\.tmp-\w+")  # and one that was killed just then, with its lock
 _STEP = re.compile(r"step_\d{6,}")
 
 
@@ -66,7 +67,9 @@ class RunFolder:
         if self.path.exists() and not self.path.is_dir():
             raise LoraError("the output is a file, not a folder", where=str(self.path), fix="choose another output")
         with disk_errors(self.path):
-            taken = self.path.is_dir() and any(each.name not in _BEFORE_A_RUN for each in self.path.iterdir())
+            names = [each.name for each in self.path.iterdir()] if self.path.is_dir() else []
+        ours = [_BEFORE_A_RUN, _OF_A_KILLED] if LOCK in names else [_BEFORE_A_RUN]
+        taken = any(not any(each.fullmatch(name) for each in ours) for name in names)
         if taken and not resume:
             what = "another run" if self.recipe.exists() else "other files"
             raise LoraError(
@@ -96,7 +99,12 @@ class RunFolder:
     def begin(self, recipe: Recipe, environment: dict[str, Any]) -> None:
         """Also where a resumed run goes on under a changed recipe. recipe.yaml comes last: it is what makes a run."""
         write_json(self.environment, environment)
-        write_bytes(self.recipe, dump_recipe(recipe).encode())
+        try:
+            write_bytes(self.recipe, dump_recipe(recipe).encode())
+        except DiskError:
+            if not self.recipe.exists():  # no run began, so the place stays free for one
+                self.environment.unlink()
+            raise
 
     def clear_after_a_kill(self) -> None:
         for folder in (self.path, self.checkpoints):
