@@ -26,6 +26,8 @@ _LARGEST_RECIPE = 256 << 10  # bytes; every layer of the largest models can be n
 # What PyYAML lets through of a value that looks like a date or is tagged as a number, and is none
 _NO_VALUE = (ValueError, LookupError, TypeError, AttributeError)
 
+_DEEPEST = 255  # parts of a path; the standard library makes missing folders by recursion
+
 KeyPath = tuple[str, ...]
 Positions = dict[KeyPath, str]  # where a key stands, such as "run.yaml:3:5" or "--set train.seed"
 
@@ -281,6 +283,8 @@ def _resolve_path(
     expanded = _VARIABLE.sub(lambda found: os.environ.get(found[1] or found[2] or "", "$"), os.path.expanduser(value))
     path = base / expanded
     try:
+        if len(path.parts) > _DEEPEST:
+            raise ValueError(f"more than {_DEEPEST} folders inside each other")
         os.lstat(path)
     except (FileNotFoundError, NotADirectoryError):
         pass

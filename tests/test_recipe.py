@@ -465,7 +465,10 @@ def test_pipes_devices_and_loops_are_no_recipes(tmp_path: Path):
         assert refused.value.fix
 
 
-@pytest.mark.parametrize(("path", "says"), [("x" * 300, "File name too long"), ("a\\0b", "embedded null")])
+@pytest.mark.parametrize(
+    ("path", "says"),
+    [("x" * 300, "File name too long"), ("a\\0b", "embedded null"), ("a/" * 900, "more than 255 folders")],
+)
 def test_what_is_no_path(problem: Any, path: str, says: str):
     for key in ("data.train", "output", "base_model"):
         values: Any = {"base_model": "owner/name", "data": {"train": "rows.jsonl"}, "output": "run"}
