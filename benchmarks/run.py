@@ -1,4 +1,4 @@
-"""Runs every benchmark, the short ones first: `make bench`. About an hour on two cores."""
+"""Runs every benchmark, the short ones first: `make bench`. A few hours on two cores."""
 
 from __future__ import annotations
 
