@@ -1,6 +1,6 @@
 """Random recipes and damaged files: each ends in a valid result, or in an error of what, where and how to mend it.
 
-    python benchmarks/fuzz.py [recipes|damage] [--count N] [--seed S] [--only NUMBER]
+    python benchmarks/fuzz.py [recipes|damage] [--count N] [--first N] [--seed S] [--only N]
 
 recipes   10,000 mutations of valid recipes, by value, by text and by --set, to `lora check` and `lora train`
 damage    2,000 damaged adapters, run folders, data files and base models, to the commands that open them
@@ -38,6 +38,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("section", nargs="?", choices=list(COUNTS), help="default: both")
     parser.add_argument("--count", type=int, help="how many cases; default: 10,000 recipes and 2,000 damaged files")
+    parser.add_argument("--first", type=int, default=0, help="number of the first case, to go on with a run that ended")
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--only", type=int, help="just the case of this number, and all that it says")
     parser.add_argument("--workers", type=int, default=2)
@@ -57,7 +58,8 @@ def run(section: str, folder: Path, arguments: Any) -> bool:
         fuzz_damage.prepare(folder, arguments.workers)
     make_case = {"recipes": fuzz_recipes.make_case, "damage": fuzz_damage.make_case}[section]
     count = arguments.count or COUNTS[section]
-    numbers = range(count) if arguments.only is None else [arguments.only]
+    first = arguments.first
+    numbers = range(first, first + count) if arguments.only is None else [arguments.only]
     results: list[Result] = []
     before = {place: listing(ROOT / place) for place in WATCHED} | {"hf": listing(folder / "hf")}
     started = time.monotonic()

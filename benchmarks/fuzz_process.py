@@ -234,7 +234,7 @@ def _child(case: Case, said: Path, loaded: Path) -> None:
     code = 1
     try:
         for number, path in ((1, said.with_suffix(".out")), (2, said.with_suffix(".err"))):
-            os.dup2(os.open(path, os.O_WRONLY | os.O_CREAT | os.O_TRUNC), number)
+            os.dup2(os.open(path, os.O_WRONLY | os.O_CREAT | os.O_TRUNC, 0o644), number)
         os.dup2(os.open(os.devnull, os.O_RDONLY), 0)
         faulthandler.register(signal.SIGUSR1, file=2, all_threads=True)
         signal.signal(signal.SIGINT, signal.default_int_handler)
