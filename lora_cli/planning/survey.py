@@ -193,7 +193,7 @@ def survey_data(
     source: FileSource, reading: Reading, tokenizer: PreTrainedTokenizerBase, template: str | None
 ) -> DataSurvey:
     """Tokenizes all rows, or of large data a sample. Raises LoraError with what the gate finds in them."""
-    uncut = {"max_seq_len": 2**31 - 1, "packing": False, "train": source.name, "template": template}
+    uncut = {"max_seq_len": 10**9, "packing": False, "train": source.name, "template": template}
     settings = uncut | {"format": reading.wanted, "columns": reading.columns}
     recipe = Recipe.model_validate({"base_model": "-", "data": settings, "output": os.devnull})
     sample, rows, counted = _sample_of(source)
