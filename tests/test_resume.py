@@ -292,6 +292,24 @@ def test_a_damaged_environment_is_a_clear_error(crashed, content):
         resume(run)
 
 
+def test_the_largest_micro_batch_is_not_tried_again_unless_something_changed(crashed, monkeypatch):
+    """A trial costs as much as a step, and is for finding out what the run has shown already."""
+    run, straight = crashed(train={"max_steps": 10})
+    tried: list[int] = []
+    real = micro_batches.MicroBatches.rehearse
+
+    def rehearse(self: Any, first: int, *rest: Any) -> int:
+        tried.append(first)
+        return real(self, first, *rest)
+
+    monkeypatch.setattr(micro_batches.MicroBatches, "rehearse", rehearse)
+    resume(run)
+    assert tried == []
+    assert_same_run(run, straight)
+    resume(run, "train.max_steps=11", allow=["train.max_steps"])
+    assert tried == [11]
+
+
 # ── signals and time ────────────────────────────────────────────────────────────────────────────────────────────
 
 

@@ -115,16 +115,18 @@ def _open(
         "data_files": session.data_files,
     }
     began: dict[str, Any] = folder.stored_environment() if resume else {}
+    note = rounding_note(began, environment) if resume else None
     if resume:
         other = changes_of_environment(began, environment)
         refuse_other_run(other, allow, folder.path)
         changes += other
-        if (note := rounding_note(began, environment)) is not None:
+        if note is not None:
             console.print(note, highlight=False, markup=False, soft_wrap=True)
     wait_for_everyone(accelerator)  # each has compared before one writes
     run = _Run(session, folder, accelerator, console, stop, environment)
     if resume:
         run.go_back(changes)
+        run.tried = run.state.step > 0 and not changes and note is None
     if accelerator.is_main_process and (changes or not resume):
         kept = recipe.model_copy(update={"revision": session.source.revision})
         history = began.get("changed", [])
@@ -171,6 +173,7 @@ class _Run:
         # Only fp16 needs accelerate around each step and backward; it looks for packages on the disk every time.
         self.optimizer = optimizer if accelerator.scaler is None else accelerator.prepare(optimizer)
         self.state = State()
+        self.tried = False  # whether this run, on this machine, has had its largest micro-batch before
         self.wall_seconds_before = folder.wall_seconds()
         self.micro_batches = MicroBatches(session, accelerator, self.parameters)
         self.judge = Judge(session, accelerator, lambda: stop.requested)
@@ -228,7 +231,8 @@ class _Run:
         if self.recipe.on_nan == "rewind" and not self.folder.list_checkpoints():
             self.keep.checkpoint(self.state)  # there must be something to go back to
         reset_peak_memory(self.session.device)
-        self.state.parts = self.micro_batches.rehearse(self.state.step + 1, self.state.parts, progress.say)
+        if not self.tried:
+            self.state.parts = self.micro_batches.rehearse(self.state.step + 1, self.state.parts, progress.say)
         while self.state.step < self.session.total_steps:
             if self._asked_to_stop():
                 self.keep.checkpoint(self.state)
