@@ -18,9 +18,10 @@ from typing import Any
 import yaml
 from pydantic import BaseModel, ValidationError
 
+from lora_cli.contradictions import contradictions
 from lora_cli.errors import LoraError, RecipeErrors
 from lora_cli.files import human_bytes, require_regular
-from lora_cli.recipe import NUMBER, PATHS, Recipe, SourceRecipe, contradictions
+from lora_cli.recipe import NUMBER, PATHS, Recipe, SourceRecipe
 
 _LARGEST_RECIPE = 256 << 10  # bytes; every layer of the largest models can be named in that
 # What PyYAML lets through of a value that looks like a date or is tagged as a number, and is none

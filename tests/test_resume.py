@@ -148,6 +148,30 @@ def test_an_intact_checkpoint_verifies_and_one_file_more_does_not(crashed):
         checkpoint.verify(newest)
 
 
+@pytest.mark.parametrize("name", ["manifest.json", "optimizer.safetensors", "best/adapter_config.json"])
+def test_a_pipe_in_place_of_a_file_is_damage_and_nothing_to_wait_for(crashed, heard, name):
+    run, straight = crashed()
+    file = RunFolder(run).list_checkpoints()[-1] / name
+    file.unlink()
+    os.mkfifo(file)
+    resume(run, console=heard)
+    assert f"{name} is no file" in heard.said
+    assert_same_run(run, straight)
+
+
+@pytest.mark.parametrize("name", ["environment.json", ".lock", "status.json", "metrics.jsonl"])
+def test_a_pipe_in_the_run_folder_is_refused_or_replaced(crashed, name):
+    run, straight = crashed()
+    (run / name).unlink(missing_ok=True)
+    os.mkfifo(run / name)
+    if name in ("environment.json", ".lock"):
+        with pytest.raises(LoraError, match=rf"{name}: "):
+            resume(run)
+    else:
+        resume(run)
+        assert_same_run(run, straight)
+
+
 def test_with_every_checkpoint_damaged_the_run_begins_again_and_is_the_same(crashed, heard):
     run, straight = crashed()
     for each in RunFolder(run).list_checkpoints():

@@ -117,11 +117,12 @@ def load_checkpoint(folder: Path, model: nn.Module, optimizer: Any) -> State:
 def verify(folder: Path) -> dict[str, Any]:
     """The manifest, after every file was compared with it. Raises Damaged; LoraError for another format."""
     try:
+        _require_files(folder)  # reading a pipe would wait for ever
         manifest = json.loads((folder / "manifest.json").read_text(encoding="utf-8"))
         checksum, stated = manifest.pop("checksum"), dict(manifest["files"])
     except (OSError, ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
         old = folder / "state.json"
-        if not (folder / "manifest.json").exists() and old.exists():
+        if not (folder / "manifest.json").exists() and old.is_file():
             _refuse_old(folder, old)
         raise _damaged(folder, f"its manifest cannot be read ({error})") from None
     if checksum != _checksum(manifest):
@@ -181,6 +182,13 @@ def _checksums(folder: Path) -> dict[str, dict[str, Any]]:
                     digest.update(piece)
             found[name] = {"bytes": path.stat().st_size, "sha256": digest.hexdigest()}
     return found
+
+
+def _require_files(folder: Path) -> None:
+    """Raises OSError for a device, a pipe or a broken link in place of a file."""
+    for path in folder.rglob("*"):
+        if not path.is_dir() and not path.is_file():
+            raise OSError(f"{path.relative_to(folder).as_posix()} is no file")
 
 
 def _checksum(manifest: dict[str, Any]) -> str:

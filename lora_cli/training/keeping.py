@@ -12,7 +12,7 @@ from accelerate import Accelerator
 
 from lora_cli.adapters.attach import is_inert
 from lora_cli.adapters.file import save_adapter
-from lora_cli.errors import DiskError, Interrupted, LoraError
+from lora_cli.errors import DiskError, Interrupted
 from lora_cli.files import disk_errors, remove_folder, written_whole
 from lora_cli.training.checkpoint import BEST, Damaged, load_checkpoint, prune_checkpoints, save_checkpoint, verify
 from lora_cli.training.optimizer import learning_rate
@@ -187,12 +187,3 @@ def _same_files(one: Path, other: Path) -> bool:
     if not other.is_dir() or names != {path.name for path in other.iterdir()}:
         return False
     return filecmp.cmpfiles(one, other, list(names), shallow=False)[0] == list(names)
-
-
-def require_one_process(recipe: Any, processes: int) -> None:
-    """Raises LoraError for a run that would wait for a disk while other processes wait for it, and give up."""
-    if processes > 1 and recipe.on_write_error == "pause":
-        raise LoraError(
-            f"train.on_write_error: pause is for one process, but there are {processes}",
-            fix="write on_write_error: stop",
-        )

@@ -17,18 +17,17 @@ from accelerate import Accelerator
 from rich.console import Console
 
 from lora_cli.adapters.attach import adapter_parameters
-from lora_cli.base.device import describe_device, peak_memory_bytes, pick_device, pick_dtype, reset_peak_memory
+from lora_cli.base.device import describe_device, peak_memory_bytes, reset_peak_memory
 from lora_cli.data.example import Example
-from lora_cli.data.prepared import micro_batches_per_step
 from lora_cli.errors import CheckFailed, DiskError, Interrupted, LoraError
 from lora_cli.evaluation.perplexity import EvaluationStopped
 from lora_cli.recipe import Recipe
 from lora_cli.training.divergence import what_is_wrong
 from lora_cli.training.judging import Judge
-from lora_cli.training.keeping import Keeper, require_one_process, resume_command
+from lora_cli.training.keeping import Keeper, resume_command
 from lora_cli.training.micro_batches import DoesNotFit, MicroBatches, smaller_from_now_on
 from lora_cli.training.optimizer import averaged_weights, learning_rate, make_optimizer, set_learning_rate
-from lora_cli.training.processes import lost_process_is_told, sum_over_processes, wait_for_everyone
+from lora_cli.training.processes import lost_process_is_told, start_accelerator, sum_over_processes, wait_for_everyone
 from lora_cli.training.progress import Progress
 from lora_cli.training.report import make_report, require_learned, say_result, write_report
 from lora_cli.training.resume import (
@@ -62,7 +61,8 @@ def train(
     """
     require_known(allow)
     folder = RunFolder(Path(recipe.output))
-    accelerator = _accelerator(recipe)
+    require_trackers(recipe.trackers)
+    accelerator = start_accelerator(recipe)
     console.quiet |= not accelerator.is_main_process
     say = partial(console.print, highlight=False, markup=False, soft_wrap=True)
 
@@ -135,23 +135,6 @@ def _open(
     return run
 
 
-def _accelerator(recipe: Recipe) -> Accelerator:
-    require_trackers(recipe.trackers)
-    # fp16 needs loss scaling, which accelerate brings with its fp16 mode. For bf16 the frozen weights already are
-    # bf16 and the layers cast A and B: no autocast, so no copies of what need not be copied.
-    device = pick_device(recipe.device)
-    dtype, _ = pick_dtype(recipe.dtype, device)
-    accelerator = Accelerator(mixed_precision="fp16" if dtype == torch.float16 else "no", cpu=device.type == "cpu")
-    micro_batches = micro_batches_per_step(recipe)
-    if recipe.train.batch_size is None and accelerator.num_processes > micro_batches:
-        raise LoraError(
-            f"{accelerator.num_processes} processes, but {micro_batches} micro-batches a step",
-            fix="raise train.gradient_accumulation_steps to the number of processes or more",
-        )
-    require_one_process(recipe.train, accelerator.num_processes)
-    return accelerator
-
-
 class _Run:
     """One run from its first or resumed step to its last."""
 
@@ -185,9 +168,8 @@ class _Run:
             "environment": {name: environment[name] for name in identity},
         }
         self.keep = Keeper(session, folder, accelerator, self.optimizer, stop, belongs_to, self.say)
-        random.seed(
-            self.recipe.seed
-        )  # what a model's own code or a library may draw from; torch is seeded in each step
+        # What a model's own code or a library may draw from; torch is seeded in each step.
+        random.seed(self.recipe.seed)
         np.random.seed(self.recipe.seed)
 
     def go_back(self, changes: Sequence[Change] = ()) -> None:

@@ -9,7 +9,10 @@ import torch
 from accelerate import Accelerator
 from torch import Tensor
 
-from lora_cli.errors import ProcessLost
+from lora_cli.base.device import pick_device, pick_dtype
+from lora_cli.data.prepared import micro_batches_per_step
+from lora_cli.errors import LoraError, ProcessLost
+from lora_cli.recipe import Recipe
 
 # By what gloo, NCCL and torch's store say, because all three raise a plain RuntimeError as well.
 _LOST = (
@@ -27,6 +30,27 @@ _LOST = (
     "unhandled system error",  # NCCL, of a socket
 )
 _OF_PROCESSES = ("gloo", "nccl", "processgroup", "tcpstore", "store", "socket")
+
+
+def start_accelerator(recipe: Recipe) -> Accelerator:
+    """Raises LoraError for a recipe that so many processes cannot run."""
+    # fp16 needs loss scaling, which accelerate brings with its fp16 mode. For bf16 the frozen weights already are
+    # bf16 and the layers cast A and B: no autocast, so no copies of what need not be copied.
+    device = pick_device(recipe.device)
+    dtype, _ = pick_dtype(recipe.dtype, device)
+    accelerator = Accelerator(mixed_precision="fp16" if dtype == torch.float16 else "no", cpu=device.type == "cpu")
+    micro_batches = micro_batches_per_step(recipe)
+    if recipe.train.batch_size is None and accelerator.num_processes > micro_batches:
+        raise LoraError(
+            f"{accelerator.num_processes} processes, but {micro_batches} micro-batches a step",
+            fix="raise train.gradient_accumulation_steps to the number of processes or more",
+        )
+    if accelerator.num_processes > 1 and recipe.train.on_write_error == "pause":
+        raise LoraError(  # the others would wait for the one that writes, and give up
+            f"train.on_write_error: pause is for one process, but there are {accelerator.num_processes}",
+            fix="write on_write_error: stop",
+        )
+    return accelerator
 
 
 @contextmanager

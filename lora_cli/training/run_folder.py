@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from lora_cli.errors import DiskError, LoraError
-from lora_cli.files import disk_errors, finish_moves, write_bytes, write_json
+from lora_cli.files import disk_errors, finish_moves, require_regular, write_bytes, write_json
 from lora_cli.recipe import Recipe
 from lora_cli.recipe_file import dump_recipe, load_recipe
 from lora_cli.training.run_lock import LOCK, now
@@ -85,6 +85,7 @@ class RunFolder:
 
     def stored_environment(self) -> dict[str, Any]:
         try:
+            require_regular(self.environment)
             found = json.loads(self.environment.read_text(encoding="utf-8"))
             if not isinstance(found, dict):
                 raise ValueError("it is no mapping")
@@ -142,6 +143,8 @@ class RunFolder:
         return float(found) if isinstance(found, int | float) else 0.0
 
     def _said(self) -> dict[str, Any]:
+        if not self.status.is_file():
+            return {}
         try:
             known = json.loads(self.status.read_text(encoding="utf-8"))
         except (OSError, ValueError, RecursionError):

@@ -6,6 +6,7 @@ import fcntl
 import json
 import os
 import platform
+import stat
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
@@ -52,6 +53,8 @@ def _acquire(folder: Path) -> int:
         folder.mkdir(parents=True, exist_ok=True)
         handle = os.open(folder / LOCK, os.O_RDWR | os.O_CREAT, 0o644)
         try:
+            if not stat.S_ISREG(os.fstat(handle).st_mode):
+                raise LoraError("this is no file, so it is no lock", where=str(folder / LOCK), fix="remove it")
             holder = _holder(handle)
             if not _taken(handle, holder):
                 raise LoraError(
