@@ -77,9 +77,7 @@ class LoRALinear(nn.Module):
 
     def cast(self, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
         """A and B in a compute dtype, B with its mask; outside autograd, as `_AddUpdate` wants them."""
-        A, B = self.lora_A.detach(), self.lora_B.detach()
-        B = B if self.output_mask is None else B * self.output_mask  # type: ignore[operator]
-        return A.to(dtype), B.to(dtype)
+        return self.lora_A.detach().to(dtype), self._masked_B().detach().to(dtype)
 
     def _dropout_keys(self, x: Tensor) -> tuple[Tensor, Tensor]:
         if self.token_keys is None or self.token_keys.numel() * x.shape[-1] != x.numel():
