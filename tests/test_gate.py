@@ -407,14 +407,17 @@ def test_an_overlap_of_long_rows_that_are_left_out_is_none(run):
 
 
 @pytest.mark.parametrize(
-    ("stored", "found"), [(None, True), (0, True), (2, False), ([0, 2], False), ([0], True)], ids=str
+    ("stored", "found"),
+    [(None, True), ({}, True), ({"eos_token_id": None}, True), (0, True), (2, False), ([0, 2], False), ([0], True)],
+    ids=str,
 )
 def test_the_models_own_end_tokens_end_turns_too(run, stored, found):
     """Llama 3's instruct models stop at <|eot_id|>, which their generation settings name beside the end token."""
     folder = run.folder / "model"
     make_tokenizer().save_pretrained(folder)
     if stored is not None:
-        (folder / "generation_config.json").write_text(json.dumps({"eos_token_id": stored}))
+        settings = stored if isinstance(stored, dict) else {"eos_token_id": stored}
+        (folder / "generation_config.json").write_text(json.dumps(settings))
     from transformers import AutoTokenizer
 
     tokenizer = AutoTokenizer.from_pretrained(folder)

@@ -365,12 +365,11 @@ def _numbers(values: array, dtype: Any) -> np.ndarray:
 def _generation_ends(tokenizer: PreTrainedTokenizerBase) -> set[int]:
     """Tokens at which generation stops: those of the generation settings beside the tokenizer, and its end token."""
     end: Any = tokenizer.eos_token_id
-    ends: set[int] = {end}
     settings = Path(tokenizer.name_or_path) / "generation_config.json"
-    if settings.is_file():
-        stored = json.loads(settings.read_text(encoding="utf-8")).get("eos_token_id")
-        ends |= set(stored if isinstance(stored, list) else [stored])
-    return ends
+    if not settings.is_file():
+        return {end}
+    stored = json.loads(settings.read_text(encoding="utf-8")).get("eos_token_id")  # checked by find_base
+    return {end} if stored is None else {end, *(stored if isinstance(stored, list) else [stored])}
 
 
 def _tokenizer_hash(tokenizer: PreTrainedTokenizerBase) -> str:
