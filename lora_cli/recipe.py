@@ -368,3 +368,17 @@ PATHS = (
     "output",
     "base_model",
 )  # those of sources come from recipe_file
+
+
+def section_of(annotation: Any) -> type[Section] | None:
+    """The section that a field holds, if it holds one."""
+    return annotation if isinstance(annotation, type) and issubclass(annotation, Section) else None
+
+
+def all_keys() -> list[tuple[str, ...]]:
+    """Every setting of the recipe, sections left out."""
+    found: list[tuple[str, ...]] = []
+    for name, field in Recipe.model_fields.items():
+        section = section_of(field.annotation)
+        found += [(name, inner) for inner in section.model_fields] if section else [(name,)]
+    return found

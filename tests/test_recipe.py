@@ -16,8 +16,8 @@ from hypothesis import strategies as st
 
 from lora_cli.contradictions import contradictions
 from lora_cli.errors import LoraError, RecipeErrors
-from lora_cli.recipe import FIELDS, TEMPLATES, Recipe, SourceRecipe
-from lora_cli.recipe_file import all_keys, differences, dump_recipe, json_schema, load_recipe
+from lora_cli.recipe import FIELDS, TEMPLATES, Recipe, SourceRecipe, all_keys
+from lora_cli.recipe_file import differences, dump_recipe, json_schema, load_recipe
 
 ROOT = Path(__file__).parents[1]
 GOOD = "base_model: owner/name\ndata: {train: rows.jsonl}\noutput: run\n"  # three lines: what is added begins on line 4

@@ -11,8 +11,8 @@ from typing import Any, NamedTuple
 
 from lora_cli import __version__
 from lora_cli.errors import LoraError
-from lora_cli.recipe import Recipe
-from lora_cli.recipe_file import all_keys, differences
+from lora_cli.recipe import Recipe, all_keys
+from lora_cli.recipe_file import differences
 
 _PACKAGES = ("torch", "transformers", "bitsandbytes", "accelerate", "datasets", "safetensors", "tokenizers")
 _COMPUTING = ("lora", "torch", "transformers", "bitsandbytes", "accelerate")  # what a step's numbers come from

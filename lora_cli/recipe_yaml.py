@@ -1,0 +1,127 @@
+"""A recipe's YAML: its values, and where each key stands in the file."""
+
+from __future__ import annotations
+
+import difflib
+import re
+import stat
+import sys
+from pathlib import Path
+from typing import Any
+
+import yaml
+
+from lora_cli.errors import LoraError
+from lora_cli.files import human_bytes, require_regular
+
+_LARGEST_RECIPE = 256 << 10  # bytes; every layer of the largest models can be named in that
+# What PyYAML lets through of a value that looks like a date or is tagged as a number, and is none
+NO_VALUE = (ValueError, LookupError, TypeError, AttributeError)
+
+KeyPath = tuple[str, ...]
+Positions = dict[KeyPath, str]  # where a key stands, such as "run.yaml:3:5" or "--set train.seed"
+
+
+def read_recipe_yaml(path: Path) -> tuple[dict[str, Any], Positions, list[LoraError]]:
+    """Values, where each key stands, and keys that stand twice. Raises LoraError for what cannot be read at all."""
+    text = _text_of(path)
+    try:
+        loader = yaml.SafeLoader(text)
+        node = loader.get_single_node()
+        if node is None:
+            raise LoraError("the recipe is empty", where=str(path), fix="start from one of configs/*.yaml")
+        if not isinstance(node, yaml.MappingNode):
+            raise LoraError(
+                "a recipe is a mapping of keys to values", where=str(path), fix="start from one of configs/*.yaml"
+            )
+        positions: Positions = {}
+        twice = _locate(node, (), str(path), positions)
+        values = loader.construct_document(node)
+        if not isinstance(values, dict):  # by a tag, such as !!set
+            raise LoraError(f"a recipe is a mapping, not {node.tag}", where=str(path), fix="remove the tag")
+        return values, positions, twice
+    except yaml.MarkedYAMLError as error:
+        mark = error.problem_mark
+        where = f"{path}:{mark.line + 1}:{mark.column + 1}" if mark else str(path)
+        raise LoraError(
+            f"not valid YAML: {error.problem}", where=where, fix="check indentation, colons and quotes"
+        ) from None
+    except yaml.reader.ReaderError as error:
+        line = text[: error.position].count("\n") + 1
+        raise LoraError(
+            f"not valid YAML: character {error.character:#06x} is not allowed", where=f"{path}:{line}", fix="remove it"
+        ) from None
+    except RecursionError:
+        raise LoraError(
+            "nested too deeply, or an alias (*name) stands inside its own anchor (&name)",
+            where=str(path),
+            fix="write the value out where the alias stands; a recipe has sections and keys in them, no deeper levels",
+        ) from None
+    except NO_VALUE as error:
+        raise LoraError(f"not valid YAML: {error}", where=str(path), fix="put the value in quotes") from None
+
+
+def _text_of(path: Path) -> str:
+    """Raises LoraError for what is no recipe by its kind or size, before any of it is read: a device has no end."""
+    try:
+        entry = path.stat()
+        if stat.S_ISDIR(entry.st_mode):
+            raise LoraError("this is a folder, not a recipe", where=str(path), fix="name the YAML file")
+        require_regular(path)  # besides, paths in a recipe start at its folder, which a pipe does not have
+        if entry.st_size > _LARGEST_RECIPE:
+            what = f"{human_bytes(entry.st_size)} are too much for a recipe"
+            raise LoraError(what, where=str(path), fix="check the path; a recipe is a page of YAML")
+        return path.read_text(encoding="utf-8")
+    except FileNotFoundError:
+        raise LoraError("no such recipe", where=str(path), fix=_nearby_file(path)) from None
+    except OSError as error:
+        raise LoraError(
+            f"cannot be read: {error.strerror}", where=str(path), fix="check path and permissions"
+        ) from None
+    except UnicodeDecodeError as error:
+        line = error.object[: error.start].count(b"\n") + 1
+        raise LoraError("not UTF-8 text", where=f"{path}:{line}", fix="save it as UTF-8") from None
+
+
+def _nearby_file(path: Path) -> str:
+    folder = path.parent if path.parent.is_dir() else Path(".")
+    names = [p.name for p in folder.iterdir() if p.suffix in (".yaml", ".yml")]
+    near = difflib.get_close_matches(path.name, names, n=1)
+    return f"did you mean {folder / near[0]}?" if near else "check the path; configs/ holds examples"
+
+
+def _locate(node: yaml.MappingNode, at: KeyPath, file: str, positions: Positions) -> list[LoraError]:
+    """Fills `positions`, of list items too; returns an error for every key that stands twice."""
+    twice: list[LoraError] = []
+    for key_node, value_node in node.value:
+        mark = key_node.start_mark
+        where = f"{file}:{mark.line + 1}:{mark.column + 1}"
+        if not isinstance(key_node, yaml.ScalarNode):
+            raise LoraError("a key must be a plain word", where=where, fix="write it as key: value")
+        if key_node.tag != "tag:yaml.org,2002:merge":
+            key_node.tag = "tag:yaml.org,2002:str"  # a key is its text, also where YAML reads a number, yes or null
+        key = (*at, key_node.value)
+        if key in positions:
+            fix = f"remove one; the other is at {positions[key]}"
+            twice.append(LoraError(f"the key {'.'.join(key)} stands twice", where=where, fix=fix))
+        positions.setdefault(key, where)
+        if isinstance(value_node, yaml.MappingNode):
+            twice += _locate(value_node, key, file, positions)
+        for number, item in enumerate(value_node.value if isinstance(value_node, yaml.SequenceNode) else []):
+            positions.setdefault((*key, str(number)), f"{file}:{item.start_mark.line + 1}:{item.start_mark.column + 1}")
+            if isinstance(item, yaml.MappingNode):
+                twice += _locate(item, (*key, str(number)), file, positions)
+    return twice
+
+
+def where_of(key: KeyPath, positions: Positions, file: str) -> str:
+    """Where a key stands; one that is missing is missing from its section."""
+    inside = (where for known, where in positions.items() if known[: len(key)] == key)
+    around = (positions[key[:end]] for end in range(len(key) - 1, 0, -1) if key[:end] in positions)
+    return positions.get(key) or next(inside, None) or next(around, file)
+
+
+def place_of(problem: LoraError) -> tuple[int, int]:
+    """To sort by line and column; then comes what concerns the whole file, then the command line."""
+    found = re.search(r":(\d+)(?::(\d+))?$", problem.where or "")
+    return (int(found[1]), int(found[2] or 0)) if found else (sys.maxsize, "--set" in str(problem))
