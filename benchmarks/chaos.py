@@ -354,7 +354,7 @@ def main() -> None:
     folder = options.keep or Path(tempfile.mkdtemp(prefix="chaos-"))
     folder.mkdir(parents=True, exist_ok=True)
 
-    import lora_cli.training.loop  # noqa: F401  (what every life would import)
+    import lora_cli.training.train  # noqa: F401  (what every life would import)
     from lora_cli.base.load import quiet_libraries
 
     quiet_libraries()

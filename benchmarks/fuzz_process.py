@@ -77,7 +77,7 @@ def import_everything(folder: Path, warm_up: list[list[str]]) -> None:
         "COLUMNS": "120",
     }
     import lora_cli.planning.check
-    import lora_cli.training.loop  # noqa: F401
+    import lora_cli.training.train  # noqa: F401
 
     listed = folder / "modules.json"
     pid = os.fork()

@@ -57,7 +57,7 @@ def cost(steps: int) -> None:
 
     from lora_cli.base.load import quiet_libraries
     from lora_cli.training.keeping import Keeper
-    from lora_cli.training.loop import train
+    from lora_cli.training.train import train
 
     quiet_libraries()
     taken: list[float] = []

@@ -52,13 +52,13 @@ def ours(folder: Path, work: Work) -> dict[str, Any]:
 
     stamps: list[float] = []
     now = clock(work)
-    one_step = loop._Run._one_step
+    one_step = loop.Run._one_step
 
     def stamped(*arguments: Any) -> None:
         one_step(*arguments)
         stamps.append(now())
 
-    setattr(loop._Run, one_step.__name__, stamped)
+    setattr(loop.Run, one_step.__name__, stamped)
     quiet_libraries()
     loop.train(recipe_of(work, folder, "run"), Console(stderr=True))
     lines = [json.loads(line) for line in (folder / "run" / "metrics.jsonl").read_text().splitlines()]

@@ -120,7 +120,7 @@ def train(
     console = _console()
     with console.status("loading libraries"):
         from lora_cli.base.load import quiet_libraries
-        from lora_cli.training.loop import train as run
+        from lora_cli.training.train import train as run
     quiet_libraries()
     report = run(loaded, console, resume=resume, allow=allow or [], max_hours=max_hours)
     if as_json:

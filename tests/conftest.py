@@ -20,7 +20,7 @@ from tiny_model import make_tokenizer, save_tiny  # noqa: E402
 
 from lora_cli.base.load import quiet_libraries  # noqa: E402
 from lora_cli.recipe_file import load_recipe  # noqa: E402
-from lora_cli.training.loop import train  # noqa: E402
+from lora_cli.training.train import train  # noqa: E402
 
 quiet_libraries()
 torch.set_num_threads(1)  # tiny matrices: a second thread costs more than it brings, and results stay bitwise equal

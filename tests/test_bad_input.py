@@ -664,7 +664,7 @@ def trained(tmp_path_factory: pytest.TempPathFactory, tiny_llama: Path) -> Path:
     from conftest import quiet_console
 
     from lora_cli.recipe_file import load_recipe
-    from lora_cli.training.loop import train
+    from lora_cli.training.train import train
 
     folder = tmp_path_factory.mktemp("trained")
     write_rows(folder / "rows.jsonl", [SHORT] * 4)

@@ -21,7 +21,8 @@ from lora_cli.data.preview import as_text, tokens_of
 from lora_cli.errors import CheckFailed, LoraError
 from lora_cli.planning.check import check, print_checked, write_page
 from lora_cli.recipe_file import load_recipe
-from lora_cli.training import loop, micro_batches
+from lora_cli.training import micro_batches
+from lora_cli.training.train import train
 
 CHAT = [
     {"role": "user", "content": "How many Käse?"},
@@ -65,7 +66,7 @@ def test_what_check_shows_is_what_is_trained_on_token_for_token(
         sums = write_rows(tmp_path / "chat.jsonl", [{"messages": CHAT[: 2 + 2 * (at % 2)]} for at in range(6)])
     settings = {"data": {"train": str(sums), "packing": packing, "max_seq_len": 200}, "train": {"epochs": 1}}
     shown = checked_json(recipe_file(**settings), "--show", "99")
-    loop.train(load_recipe(recipe_file(**settings | {"train": {"epochs": 1, "max_steps": 99}})), quiet_console())
+    train(load_recipe(recipe_file(**settings | {"train": {"epochs": 1, "max_steps": 99}})), quiet_console())
     expected = sorted(
         ([token["id"] for token in row["tokens"]], [t["id"] if t["trained"] else -1 for t in row["tokens"][1:]] + [-1])
         for row in shown["rows"]

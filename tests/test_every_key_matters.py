@@ -27,8 +27,8 @@ from lora_cli.data.prepared import PreparedData, open_prepared
 from lora_cli.errors import CheckFailed, LoraError
 from lora_cli.recipe import Allowed, SourceRecipe, all_keys
 from lora_cli.recipe_file import load_recipe
-from lora_cli.training.loop import train
 from lora_cli.training.run_folder import read_metrics
+from lora_cli.training.train import train
 
 Observe = Callable[[Path], Any]
 

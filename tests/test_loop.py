@@ -20,8 +20,8 @@ from lora_cli.data.order import Order
 from lora_cli.data.packing import Groups
 from lora_cli.recipe import TrainRecipe
 from lora_cli.recipe_file import load_recipe
-from lora_cli.training.loop import train
 from lora_cli.training.optimizer import learning_rate
+from lora_cli.training.train import train
 
 HARD = {  # everything on that could make a resumed run another run
     "quantization": "nf4",
@@ -179,17 +179,17 @@ def test_resume_from_a_stop_between_steps_is_the_uninterrupted_run(recipe_file, 
     straight = load_recipe(recipe_file(**settings, output=str(tmp_path / "straight")))
     train(straight, quiet_console())
     crashed = load_recipe(recipe_file(**settings, output=str(tmp_path / "crashed")))
-    real = loop._Run._optimize
+    real = loop.Run._optimize
 
     def crash_at_eight(self, step):
         if step == 8:
             raise RuntimeError("power cut")
         return real(self, step)
 
-    monkeypatch.setattr(loop._Run, "_optimize", crash_at_eight)
+    monkeypatch.setattr(loop.Run, "_optimize", crash_at_eight)
     with pytest.raises(RuntimeError, match="power cut"):
         train(crashed, quiet_console())
-    monkeypatch.setattr(loop._Run, "_optimize", real)
+    monkeypatch.setattr(loop.Run, "_optimize", real)
     train(crashed, quiet_console(), resume=True)
     assert losses(tmp_path / "crashed") == losses(tmp_path / "straight")
     assert adapter_bytes(tmp_path / "crashed") == adapter_bytes(tmp_path / "straight")

@@ -152,7 +152,7 @@ class Replay:
     def __init__(self, monkeypatch: pytest.MonkeyPatch):
         self.start: dict[str, Tensor] = {}
         self.gradients: list[dict[str, Tensor]] = []
-        real = loop._Run._optimize
+        real = loop.Run._optimize
 
         def optimize(run: Any, step: int) -> Any:
             parameters = {
@@ -172,7 +172,7 @@ class Replay:
                 patch.setattr(run.optimizer, "step", record_and_step)
                 return real(run, step)
 
-        monkeypatch.setattr(loop._Run, "_optimize", optimize)
+        monkeypatch.setattr(loop.Run, "_optimize", optimize)
 
     def through(
         self, make: Callable[[list[Any]], Any], before_step: Callable[[Any, int], None] = lambda *_: None

@@ -21,10 +21,10 @@ from lora_cli.adapters.attach import adapter_parameters
 from lora_cli.errors import LoraError, ProcessLost
 from lora_cli.recipe_file import load_recipe
 from lora_cli.training import micro_batches
-from lora_cli.training.loop import train
 from lora_cli.training.micro_batches import MicroBatches
 from lora_cli.training.processes import is_lost_process, lost_process_is_told
 from lora_cli.training.session import open_session
+from lora_cli.training.train import train
 
 TORCHRUN = ["torch.distributed.run", "--standalone", "--nproc-per-node"]
 # With --cpu accelerate starts one process whatever is asked for; this starts several, which find no GPU
@@ -41,7 +41,8 @@ from rich.console import Console
 from lora_cli.base import sharding
 from lora_cli.base.load import quiet_libraries
 from lora_cli.recipe_file import load_recipe
-from lora_cli.training import loop, micro_batches, session
+from lora_cli.training import micro_batches, session
+from lora_cli.training.train import train
 quiet_libraries()
 torch.set_num_threads(1)
 spread, shares, run = session.shard_base, [], micro_batches.MicroBatches.run
@@ -61,7 +62,7 @@ for path in sys.argv[1:]:
     recipe = load_recipe(Path(path))
     micro_batches.MicroBatches.resumed = resume = Path(recipe.output, "metrics.jsonl").exists()
     try:
-        loop.train(recipe, Console(quiet=True), resume=resume)
+        train(recipe, Console(quiet=True), resume=resume)
     except Stopped:
         continue
     if recipe.train.shard_base:

@@ -11,7 +11,7 @@ from lora_cli.adapters.opened import open_model
 from lora_cli.evaluation.evaluate import evaluate_model
 from lora_cli.evaluation.generation import complete, generation_config
 from lora_cli.recipe_file import load_recipe
-from lora_cli.training.loop import train
+from lora_cli.training.train import train
 
 pytestmark = pytest.mark.real_model
 

@@ -20,11 +20,12 @@ from safetensors.torch import load_file
 
 from lora_cli.errors import CheckFailed, DiskError, Interrupted, LoraError
 from lora_cli.recipe_file import load_recipe
-from lora_cli.training import checkpoint, keeping, loop, micro_batches, run_folder, run_lock
+from lora_cli.training import checkpoint, keeping, loop, micro_batches, run_folder, run_lock, session
 from lora_cli.training.divergence import what_is_wrong
 from lora_cli.training.run_folder import RunFolder, read_metrics
 from lora_cli.training.run_lock import locked
 from lora_cli.training.stopping import Stop
+from lora_cli.training.train import train
 
 MEASURED = ("seconds", "tokens_per_second", "peak_memory_bytes")  # of the machine, not of the run
 
@@ -51,9 +52,7 @@ def assert_same_run(run: Path, straight: Path) -> None:
 
 
 def resume(run: Path, *overrides: str, console: Console | None = None, **options: Any) -> dict[str, Any]:
-    return loop.train(
-        load_recipe(run / "recipe.yaml", list(overrides)), console or quiet_console(), resume=True, **options
-    )
+    return train(load_recipe(run / "recipe.yaml", list(overrides)), console or quiet_console(), resume=True, **options)
 
 
 @pytest.fixture
@@ -82,7 +81,7 @@ def crashed(run_recipe: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) ->
             "train": {"max_steps": 8, "checkpoint_every": 2, "eval_every": 2, **settings.get("train", {})},
         }
         straight, _ = run_recipe(**settings, output=str(tmp_path / "straight"))
-        real = loop._Run._optimize
+        real = loop.Run._optimize
 
         def optimize(self: Any, step: int) -> Any:
             if step == at:
@@ -90,7 +89,7 @@ def crashed(run_recipe: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) ->
             return real(self, step)
 
         with monkeypatch.context() as patch:
-            patch.setattr(loop._Run, "_optimize", optimize)
+            patch.setattr(loop.Run, "_optimize", optimize)
             with pytest.raises(PowerCut):
                 run_recipe(**settings, output=str(tmp_path / "crashed"))
         return tmp_path / "crashed", straight
@@ -375,17 +374,17 @@ def test_a_signal_while_the_base_is_evaluated_ends_the_run_before_it_begins(run_
 
 
 def test_a_signal_while_the_model_is_loaded_ends_the_run_at_once(run_recipe, monkeypatch, tmp_path):
-    real = loop.open_session
+    real = session.open_session
 
     def signalled(*arguments: Any) -> Any:
         os.kill(os.getpid(), signal.SIGTERM)
         return real(*arguments)
 
-    monkeypatch.setattr(loop, "open_session", signalled)
+    monkeypatch.setattr("lora_cli.training.train.open_session", signalled)
     with pytest.raises(Interrupted, match="SIGTERM before its first step") as caught:
         run_recipe()
     assert caught.value.exit_code == 143
-    monkeypatch.setattr(loop, "open_session", real)
+    monkeypatch.setattr("lora_cli.training.train.open_session", real)
     run_recipe()  # the folder is not taken
 
 
@@ -403,7 +402,7 @@ def test_a_signal_that_comes_in_a_finalizer_is_not_lost(run_recipe, monkeypatch)
             time.sleep(0.05)
         pytest.fail("the signal was lost")
 
-    monkeypatch.setattr(loop, "open_session", forever)
+    monkeypatch.setattr("lora_cli.training.train.open_session", forever)
     with pytest.raises(Interrupted, match="SIGINT before its first step"):
         run_recipe()
 
@@ -411,7 +410,7 @@ def test_a_signal_that_comes_in_a_finalizer_is_not_lost(run_recipe, monkeypatch)
 def test_max_hours_ends_a_run_with_a_checkpoint(recipe_file, tmp_path):
     recipe = load_recipe(recipe_file(train={"max_steps": 100_000, "epochs": 1_000_000}))
     with pytest.raises(Interrupted, match="its time was up") as caught:
-        loop.train(recipe, quiet_console(), max_hours=6 / 3600)
+        train(recipe, quiet_console(), max_hours=6 / 3600)
     assert caught.value.exit_code == 130
     (newest,) = RunFolder(tmp_path / "run").list_checkpoints()
     assert newest.name == f"step_{len(losses(tmp_path / 'run')):06d}"
@@ -582,7 +581,7 @@ def test_a_folder_that_cannot_be_written_is_told_before_anything_is_loaded(run_r
     def closed(*_: Any, **__: Any) -> None:
         raise OSError(errno.EROFS, "Read-only file system")
 
-    monkeypatch.setattr(loop, "open_session", lambda *_: pytest.fail("nothing may be loaded"))
+    monkeypatch.setattr("lora_cli.training.train.open_session", lambda *_: pytest.fail("nothing may be loaded"))
     monkeypatch.setattr(Path, "mkdir", closed)
     with pytest.raises(DiskError, match="this place cannot be written"):
         run_recipe()
@@ -594,7 +593,7 @@ def test_too_little_space_is_told_before_the_first_step_with_what_the_run_will_w
     usage = namedtuple("usage", "total used free")
     monkeypatch.setattr("shutil.disk_usage", lambda _: usage(10**9, 10**9, 10**6))
     with pytest.raises(LoraError, match=r"needs about 10 MiB, 977 KiB are free"):
-        loop.train(load_recipe(recipe_file()), quiet_console())
+        train(load_recipe(recipe_file()), quiet_console())
 
 
 def test_what_a_run_writes_is_no_more_than_it_said(run_recipe, heard, recipe_file):
@@ -603,7 +602,7 @@ def test_what_a_run_writes_is_no_more_than_it_said(run_recipe, heard, recipe_fil
     recipe = load_recipe(
         recipe_file(data={"validation": 0.25}, train={"max_steps": 12, "checkpoint_every": 2, "eval_every": 1})
     )
-    report = loop.train(recipe, heard)
+    report = train(recipe, heard)
     run = Path(recipe.output)
     written = sum(path.stat().st_size for path in run.rglob("*") if path.is_file() and "prepared" not in path.parts)
     said = disk_needed(recipe, report["trained_parameters"], report["steps"])
@@ -732,14 +731,14 @@ def test_a_run_killed_after_it_rewound_goes_on_the_same_way(run_recipe, poisoned
     plain, _ = run_recipe(**settings, output=str(tmp_path / "plain"))
     poisoned({row_of_step(plain, 5)})
     straight, _ = run_recipe(**settings, output=str(tmp_path / "straight"))
-    real = loop._Run._rewind
+    real = loop.Run._rewind
 
     def cut(self: Any, wrong: str, step: int) -> None:
         real(self, wrong, step)
         raise PowerCut
 
     with monkeypatch.context() as patch:
-        patch.setattr(loop._Run, "_rewind", cut)
+        patch.setattr(loop.Run, "_rewind", cut)
         with pytest.raises(PowerCut):
             run_recipe(**settings)
     resume(tmp_path / "run")
@@ -795,7 +794,7 @@ def test_a_tracker_that_fails_or_hangs_never_stops_a_run(
     monkeypatch.setattr(trackers, "_LAST_WORDS_SECONDS", 0.3)
     plain, _ = run_recipe(output=str(tmp_path / "plain"))
     recipe = load_recipe(recipe_file(trackers=["tensorboard"]))
-    loop.train(recipe, heard)
+    train(recipe, heard)
     never.set()
     assert heard.said.count("tracker tensorboard is lost") == 1
     assert metrics(Path(recipe.output)) == metrics(plain)

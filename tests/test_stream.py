@@ -127,18 +127,18 @@ def test_resumed_stream_is_bitwise_the_uninterrupted_one(run_recipe, small_windo
 
     whole, _ = run_recipe(**STREAM)
     expected = losses(whole)
-    real = loop._Run._one_step
+    real = loop.Run._one_step
 
     def interrupted(self, step, progress, track):
         real(self, step, progress, track)
         if step == 3:
             self.stop.ask("a test", 130)
 
-    monkeypatch.setattr(loop._Run, "_one_step", interrupted)
+    monkeypatch.setattr(loop.Run, "_one_step", interrupted)
     other = {"output": str(tmp_path / "stopped")}
     with pytest.raises(LoraError, match="stopped after step 3"):
         run_recipe(**STREAM | other)
-    monkeypatch.setattr(loop._Run, "_one_step", real)
+    monkeypatch.setattr(loop.Run, "_one_step", real)
     resumed, _ = run_recipe(resume=True, **STREAM | other)
     assert losses(resumed) == expected
     assert (whole / "adapter" / "adapter_model.safetensors").read_bytes() == (

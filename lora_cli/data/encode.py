@@ -16,6 +16,7 @@ from transformers import PreTrainedTokenizerBase
 from lora_cli.data.chat import ChatTemplate, Rendered, wants_bos
 from lora_cli.data.chat import Span as TurnSpan
 from lora_cli.data.example import Example, Span
+from lora_cli.data.findings import Encoded, Finding, nothing_trained, refused, special_in_text, unstopped
 from lora_cli.data.formats import Completion, Conversation, Document, Format, Text
 from lora_cli.data.readers import Row
 from lora_cli.errors import LoraError
@@ -26,25 +27,6 @@ TRAIN_ON = {  # format → what may be trained, the default first
     "instruction": ("assistant", "completion", "last_assistant", "all"),
     "chat": ("assistant", "last_assistant", "all"),
 }
-
-
-@dataclass(frozen=True)
-class Finding:
-    """Something the gate has to know of a row. kind: one of those in gate.py. error: the same, for a person."""
-
-    kind: str
-    error: LoraError | None = None
-
-
-@dataclass(frozen=True)
-class Encoded:
-    """What became of a row: an example, the finding that stands against it, or both: then the recipe can allow it."""
-
-    row: Row
-    example: Example | None
-    finding: Finding | None = None
-    notes: tuple[str, ...] = ()
-    proved: bool = False  # the bytes of its tokens are those of its text
 
 
 @dataclass(frozen=True)
@@ -114,13 +96,13 @@ class Encoder:
                 return Encoded(row, None, Finding("left_out"))
             if isinstance(document, Text):
                 if not document.text.strip():
-                    return _refused(document, "empty", "the text is empty", "remove the row")
+                    return refused(document, "empty", "the text is empty", "remove the row")
                 return Prepared(document, document.text, special=True)
             if isinstance(document, Completion):
                 if not (document.prompt + document.completion).strip():
-                    return _refused(document, "empty", "prompt and completion are empty", "remove the row")
+                    return refused(document, "empty", "prompt and completion are empty", "remove the row")
                 if not document.completion and self.train_on != "all":
-                    return _nothing_trained(document)
+                    return nothing_trained(document)
                 return Prepared(document, document.prompt + document.completion, True, prompt=document.prompt)
             return self._prepared_conversation(document)
         except LoraError as error:
@@ -128,7 +110,7 @@ class Encoder:
 
     def _prepared_conversation(self, document: Conversation) -> Prepared | Encoded:
         if not any(turn["content"].strip() or turn.get("tool_calls") for turn in document.turns):
-            return _refused(document, "empty", "every turn is empty", "remove the row")
+            return refused(document, "empty", "every turn is empty", "remove the row")
         assert self.template is not None
         where = document.row.where
         if self.train_on == "all":
@@ -147,7 +129,7 @@ class Encoder:
             wanted = wanted[-1:]
         wanted = [at for at in wanted if document.weights[at] > 0]
         if not wanted:
-            return _nothing_trained(document)
+            return nothing_trained(document)
         rendered = self.template.render_with_spans(document.turns, wanted, where, document.tools)
         return Prepared(document, rendered.text, special=False, rendered=rendered)
 
@@ -200,10 +182,10 @@ class Encoder:
                 return Encoded(document.row, None, Finding("not_round_trip", error))
             for turn, (_, last, _) in zip(turns, spans, strict=True):
                 if not turn.stopped:
-                    finding = finding or _unstopped(document, self.template, turn.turn)
+                    finding = finding or unstopped(document, self.template, turn.turn)
                 elif ids[last - 1] not in self._special:
                     token = str(self._backend.id_to_token(ids[last - 1]))
-                    finding = finding or _unstopped(document, self.template, turn.turn, token)
+                    finding = finding or unstopped(document, self.template, turn.turn, token)
             notes += [] if all(span.prompted for span in each.rendered.spans) else ["not_prompted"]
             ids, spans = self._with_bos(ids, spans)
         if self._bos is not None and ids[:2] == [self._bos] * 2:
@@ -212,10 +194,10 @@ class Encoder:
             )
             finding = finding or Finding("double_bos", error)
         if isinstance(document, Conversation) and self.template is not None:
-            finding = finding or _special_in_text(document, self.template)
+            finding = finding or special_in_text(document, self.template)
         example = Example(ids, spans, document.row.file, document.row.number)
         if not example.targets:
-            return _nothing_trained(document)
+            return nothing_trained(document)
         kept = len(encoding.ids) <= len(ids) and ids[: len(encoding.ids)] == encoding.ids  # none was tokenized anew
         proved = pieces is not None and (kept or not isinstance(document, Completion))
         return Encoded(document.row, example, finding, tuple(notes), proved)
@@ -367,44 +349,6 @@ def _plain(text: str) -> str:
 
 def _spoken(turn: dict[str, Any]) -> bool:
     return turn["role"] == "assistant"
-
-
-def _unstopped(document: Conversation, template: ChatTemplate | None, turn: int, token: str | None = None) -> Finding:
-    name = template.name if template is not None else ""
-    how = "without a special token" if token is None else f"in {token!r}, which is no special token of the tokenizer"
-    error = LoraError(
-        f"the chat template ({name}) ends turn {turn + 1} {how}: the model would not learn to stop",
-        where=document.row.where,
-        fix="use a model whose template ends turns with a stop token, or data.template: alpaca or plain, which end "
-        "them with the model's end token",
-    )
-    return Finding("no_stop_token", error)
-
-
-def _special_in_text(document: Conversation, template: ChatTemplate) -> Finding | None:
-    found = template.special_in_text(document.turns, document.tools)
-    if found is None:
-        return None
-    turn, token = found
-    error = LoraError(
-        f"{f'turn {turn} holds' if turn else 'the tools hold'} {token!r}, which the tokenizer reads as a special token",
-        where=document.row.where,
-        fix="remove or rewrite it",
-    )
-    return Finding("special_in_text", error)
-
-
-def _refused(document: Document, kind: str, what: str, fix: str) -> Encoded:
-    return Encoded(document.row, None, Finding(kind, LoraError(what, where=document.row.where, fix=fix)))
-
-
-def _nothing_trained(document: Document) -> Encoded:
-    return _refused(
-        document,
-        "no_target",
-        "no target tokens: nothing in this row would be trained",
-        "give it a completion, an assistant turn or some text, or remove the row",
-    )
 
 
 def target_bytes(examples: Iterable[Example], tokenizer: PreTrainedTokenizerBase) -> int:

@@ -9,8 +9,9 @@ from transformers import PreTrainedTokenizerBase
 
 from lora_cli.data.ahead import ahead
 from lora_cli.data.chat import chat_template
-from lora_cli.data.encode import TRAIN_ON, Encoded, Encoder
+from lora_cli.data.encode import TRAIN_ON, Encoder
 from lora_cli.data.example import Example, cut, windows
+from lora_cli.data.findings import Encoded
 from lora_cli.data.formats import Format, detect_format
 from lora_cli.data.gate import Findings
 from lora_cli.data.readers import Row

@@ -1,4 +1,4 @@
-"""The training loop: recipe in, adapter out."""
+"""The training loop: a session in, a report out."""
 
 from __future__ import annotations
 
@@ -6,9 +6,8 @@ import math
 import random
 import time
 from collections.abc import Sequence
-from contextlib import ExitStack, suppress
+from contextlib import suppress
 from functools import partial
-from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -17,125 +16,30 @@ from accelerate import Accelerator
 from rich.console import Console
 
 from lora_cli.adapters.attach import adapter_parameters
-from lora_cli.base.device import describe_device, peak_memory_bytes, reset_peak_memory
+from lora_cli.base.device import peak_memory_bytes, reset_peak_memory
 from lora_cli.data.example import Example
 from lora_cli.errors import CheckFailed, DiskError, Interrupted, LoraError
 from lora_cli.evaluation.perplexity import EvaluationStopped
-from lora_cli.recipe import Recipe
 from lora_cli.training.divergence import what_is_wrong
 from lora_cli.training.judging import Judge
 from lora_cli.training.keeping import Keeper, resume_command
 from lora_cli.training.micro_batches import DoesNotFit, MicroBatches, smaller_from_now_on
 from lora_cli.training.optimizer import averaged_weights, learning_rate, make_optimizer, set_learning_rate
-from lora_cli.training.processes import lost_process_is_told, start_accelerator, sum_over_processes, wait_for_everyone
+from lora_cli.training.processes import sum_over_processes, wait_for_everyone
 from lora_cli.training.progress import Progress
 from lora_cli.training.report import make_report, require_learned, say_result, write_report
-from lora_cli.training.resume import (
-    Change,
-    changes_of_environment,
-    changes_of_recipe,
-    environment_of,
-    refuse_other_run,
-    require_known,
-    rounding_note,
-)
+from lora_cli.training.resume import Change
 from lora_cli.training.run_folder import RunFolder
-from lora_cli.training.run_lock import locked
-from lora_cli.training.session import Session, open_session
+from lora_cli.training.session import Session
 from lora_cli.training.state import State
 from lora_cli.training.stopping import SIGTERM_CODE, Stop
-from lora_cli.training.trackers import open_trackers, require_trackers
+from lora_cli.training.trackers import open_trackers
 
 _SKIPPED_IN_A_ROW = 10  # then it is not the data that are at fault
 _REWINDS = 3
 
 
-def train(
-    recipe: Recipe, console: Console, *, resume: bool = False, allow: Sequence[str] = (), max_hours: float | None = None
-) -> dict[str, Any]:
-    """Run a recipe to its end; returns the report that is also written to report.json.
-
-    allow: settings, sections, `data` or `versions` that may have changed since a resumed run was begun.
-    Raises Interrupted after Ctrl+C, SIGTERM or max_hours, with a checkpoint written; CheckFailed when the loss is not
-    finite or nothing was learned; DiskError when what has to be kept cannot be written.
-    """
-    require_known(allow)
-    folder = RunFolder(Path(recipe.output))
-    require_trackers(recipe.trackers)
-    accelerator = start_accelerator(recipe)
-    console.quiet |= not accelerator.is_main_process
-    say = partial(console.print, highlight=False, markup=False, soft_wrap=True)
-
-    def say_it_aloud(text: str) -> None:
-        say(text)
-        console.show_cursor()  # a second signal ends the process before the live display can
-
-    stop = Stop(say_it_aloud, max_seconds=max_hours and max_hours * 3600, processes=accelerator.num_processes)
-    with lost_process_is_told(resume_command(folder)), stop.listening(), ExitStack() as held:
-        try:
-            if accelerator.is_main_process:
-                folder.refuse_if_taken(resume)
-                held.enter_context(locked(folder.path, say))
-                folder.refuse_if_taken(resume)  # by one that ended in between
-                folder.clear_after_a_kill()
-            wait_for_everyone(accelerator)
-            run = _open(recipe, folder, accelerator, console, stop, resume, allow)
-            return run.to_the_end()
-        except KeyboardInterrupt:
-            if not stop.requested:
-                raise
-            raise Interrupted(
-                f"stopped: {stop.why}", exit_code=stop.exit_code, where=str(folder.path), fix="start it again"
-            ) from None
-
-
-def _open(
-    recipe: Recipe,
-    folder: RunFolder,
-    accelerator: Accelerator,
-    console: Console,
-    stop: Stop,
-    resume: bool,
-    allow: Sequence[str],
-) -> _Run:
-    """A run that is ready for its next step, after all that could keep it from being the run that was asked for."""
-    changes: list[Change] = []
-    if resume:
-        stored = folder.stored_recipe()
-        changes = changes_of_recipe(stored, recipe)
-        refuse_other_run(changes, allow, folder.recipe)
-        if recipe.revision is None and recipe.base_model == stored.base_model:
-            recipe = recipe.model_copy(update={"revision": stored.revision})
-    session = open_session(recipe, console)
-    environment = environment_of(describe_device(session.device), str(session.dtype)) | {
-        "processes": accelerator.num_processes,
-        "base_revision": session.source.revision,
-        "base_fingerprint": session.source.fingerprint,
-        "data_fingerprint": session.data_fingerprint,
-        "data_files": session.data_files,
-    }
-    began: dict[str, Any] = folder.stored_environment() if resume else {}
-    note = rounding_note(began, environment) if resume else None
-    if resume:
-        other = changes_of_environment(began, environment)
-        refuse_other_run(other, allow, folder.path)
-        changes += other
-        if note is not None:
-            console.print(note, highlight=False, markup=False, soft_wrap=True)
-    wait_for_everyone(accelerator)  # each has compared before one writes
-    run = _Run(session, folder, accelerator, console, stop, environment)
-    if resume:
-        run.go_back(changes)
-        run.tried = run.state.step > 0 and not changes and note is None
-    if accelerator.is_main_process and (changes or not resume):
-        kept = recipe.model_copy(update={"revision": session.source.revision})
-        history = began.get("changed", [])
-        history += [{"after_step": run.state.step, "changes": [each.said for each in changes]}] if changes else []
-        folder.begin(kept, environment | ({"changed": history} if history else {}))
-    return run
-
-
-class _Run:
+class Run:
     """One run from its first or resumed step to its last."""
 
     def __init__(
