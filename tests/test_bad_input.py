@@ -578,6 +578,7 @@ def test_the_disk_fills_while_a_checkpoint_is_written(
         ({}, {"n_layer": 3}, "model: the weights do not fill the model: 12 tensors missing, 0 of another shape"),
         ({}, {"n_embd": 32}, "model: the weights do not fill the model: 0 tensors missing, 28 of another shape"),
         ({}, {"n_head": 5}, "model: the base model cannot be loaded: `embed_dim` must be divisible by num_heads"),
+        ({}, {"activation_function": "gElu"}, "model: the base model cannot be loaded: KeyError: 'gElu'"),
         ({"model.safetensors": None}, {}, "model: the model folder holds no safetensors weights\n"),
         (
             {"model.safetensors": None, "pytorch_model.bin": b"pickled"},
@@ -604,6 +605,17 @@ def test_broken_model_folder(
     refused_later: Any, model: Any, tmp_path: Path, files: dict[str, Any], config: dict[str, Any], says: str
 ):
     assert refused_later(base_model=str(model(files, **config))).startswith(f"error: {tmp_path}/{says}")
+
+
+def test_a_model_that_cannot_be_built_to_find_what_stays_unquantized(refused_later: Any, model: Any):
+    folder = str(model({}, activation_function="gElu"))
+    assert "the base model cannot be loaded: KeyError: 'gElu'" in refused_later(base_model=folder, quantization="nf4")
+
+
+def test_a_tokenizer_that_fails_once_it_is_used(refused_later: Any, model: Any, tiny_gpt2: Path):
+    settings = json.loads((tiny_gpt2 / "tokenizer_config.json").read_text()) | {"model_max_length": [512, 512]}
+    folder = str(model({"tokenizer_config.json": json.dumps(settings)}))
+    assert "the tokenizer cannot be loaded: '>' not supported" in refused_later(base_model=folder)
 
 
 def test_truncated_weights(refused: Any, model: Any, tiny_gpt2: Path):

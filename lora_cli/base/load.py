@@ -33,9 +33,9 @@ def load_model(
     """
     config = model_config(source, trust_remote_code)
     settings = _quantization_settings(source, quantization, dtype, double_quantization)
-    if quantization == "nf4" and settings is not None and device.type == "cpu":
-        settings.llm_int8_skip_modules = _wrong_on_cpu(config, trust_remote_code)
     try:
+        if quantization == "nf4" and settings is not None and device.type == "cpu":
+            settings.llm_int8_skip_modules = _wrong_on_cpu(config, trust_remote_code)
         loaded: Any = AutoModelForCausalLM.from_pretrained(
             source.folder,
             config=config,
@@ -75,6 +75,7 @@ def load_tokenizer(source: BaseSource, *, trust_remote_code: bool = False) -> Pr
         tokenizer = AutoTokenizer.from_pretrained(
             source.folder, trust_remote_code=trust_remote_code, local_files_only=True
         )
+        tokenizer("tried once: a damaged setting can fail as late as this")
     except Exception as error:  # tokenizers raises bare Exceptions for damaged files
         raise LoraError(
             f"the tokenizer cannot be loaded: {_first_line(error)}",
@@ -208,4 +209,6 @@ def _wrong_on_cpu(config: Any, trust_remote_code: bool) -> list[str] | None:
 
 
 def _first_line(error: BaseException) -> str:
-    return (str(error).strip() or type(error).__name__).splitlines()[0][:300]
+    said = str(error).strip()
+    bare = len(said.split()) < 2  # such as KeyError's, which is the key alone
+    return (f"{type(error).__name__}: {said}" if bare else said).splitlines()[0][:300].rstrip(": ")
