@@ -10,7 +10,8 @@ curves             loss over 60 steps against TRL + PEFT, in fp32 and in bf16, f
                    and B in fp32, which is the same mathematics, and once as it ships, which rounds them to bf16
                    (curves-fp32, curves-bf16: one of the two). Losses alone count there, not the time: on a CPU without
                    bf16 instructions, products are those of benchmarks/bf16_products.py
-overhead           what a step costs beside its arithmetic: a tiny GPT-2 against transformers' Trainer
+overhead           what a step costs beside its arithmetic: a tiny GPT-2 against transformers' Trainer, a plain loop
+                   over PEFT, and the forward and backward pass of PEFT's model with nothing around it
 picture            draws docs/pictures/train_vs_peers.png from --json FILE; after all sections also by itself
 
 Work: SmolLM2-135M-Instruct in NF4 with double quantization, rank 16 on q, k, v and o, no dropout, AdamW at a constant
@@ -49,6 +50,7 @@ def ours(folder: Path, work: Work) -> dict[str, Any]:
 
     from lora_cli.base.load import quiet_libraries
     from lora_cli.training import loop
+    from lora_cli.training.train import train
 
     stamps: list[float] = []
     now = clock(work)
@@ -60,7 +62,7 @@ def ours(folder: Path, work: Work) -> dict[str, Any]:
 
     setattr(loop.Run, one_step.__name__, stamped)
     quiet_libraries()
-    loop.train(recipe_of(work, folder, "run"), Console(stderr=True))
+    train(recipe_of(work, folder, "run"), Console(stderr=True))
     lines = [json.loads(line) for line in (folder / "run" / "metrics.jsonl").read_text().splitlines()]
     names = {"losses": "loss", "tokens": "tokens", "targets": "target_tokens"}
     return {name: [line[key] for line in lines] for name, key in names.items()} | {"stamps": stamps}
@@ -85,6 +87,7 @@ SIDES = {
     "peft": Side("PEFT loop", peers.peft),
     "litgpt": Side("litgpt, unquantized", peers.litgpt, python=os.environ.get("LITGPT_PYTHON"), same_A=False),
     "trainer": Side("Trainer, each step logged", peers.trainer),
+    "model-alone": Side("model alone", peers.model_alone),
     "trainer-quiet": Side("Trainer, every 500 logged", peers.trainer_quiet),
 }
 
@@ -106,7 +109,7 @@ SECTIONS = {
     "litgpt": Section("without NF4", ("lora-unquantized", "litgpt"), LONG),
     "curves-fp32": Section("loss in fp32", CURVES, replace(SHORT, dtype="fp32")),
     "curves-bf16": Section("loss in bf16", CURVES, SHORT),
-    "overhead": Section("a tiny model", ("lora", "trainer", "trainer-quiet"), TINY_WORK),
+    "overhead": Section("a tiny model", ("lora", "trainer", "trainer-quiet", "peft", "model-alone"), TINY_WORK),
 }
 SPEED = ("trl", "trl-checkpointing", "peft-dense", "litgpt")  # what the picture shows
 GROUPS = {"curves": ("curves-fp32", "curves-bf16")}

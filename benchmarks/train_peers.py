@@ -96,6 +96,25 @@ def peft(folder: Path, work: Work) -> Result:
     return result
 
 
+def model_alone(folder: Path, work: Work) -> Result:
+    """The model's forward and backward pass over batches that are there already: what no trainer can leave out."""
+    from peft import get_peft_model
+
+    model = get_peft_model(base_model(work), adapter_settings(work))
+    same_initial_A(model)
+    model.train()
+    batches = [padded(rows) for rows in steps_of(folder)]
+    result: Result = {"losses": [], "tokens": [], "targets": [], "stamps": []}
+    now = clock(work)
+    for batch in batches:
+        model(**batch).loss.backward()
+        result["stamps"].append(now())
+        model.zero_grad()
+    for batch in batches:
+        count(result, batch, math.nan)
+    return result | {"losses": []}  # nothing is trained
+
+
 def litgpt(folder: Path, work: Work) -> Result:
     """litgpt's finetune_lora, unquantized, in bf16: Lightning refuses bitsandbytes where there is no CUDA device.
 
