@@ -30,7 +30,7 @@ _MOST_SECONDS = 120.0  # by the clock, whatever it does
 _MORE_MEMORY = 4 << 30  # bytes of address space beyond what the libraries take
 _LARGEST_FILE = 256 << 20
 _LONGEST_LINE, _LONGEST_MESSAGE = 1000, 20_000  # characters of an error that somebody still reads
-_OUTCOMES = {0: "done", 2: "refused", 3: "stopped by a check", 130: "interrupted"}
+_OUTCOMES = {0: "done", 2: "refused", 3: "stopped by a check", 130: "interrupted", -signal.SIGINT: "interrupted"}
 _UNPRINTABLE = re.compile(r"[\x00-\x09\x0b-\x1f\x7f-\x9f]")
 
 
@@ -295,6 +295,8 @@ def _wrong(result: Result) -> str | None:
         return f"did not end within {LIMIT_SECONDS:.0f} s"
     if "Traceback" in said or "Traceback" in result.stdout:
         return f"a traceback: {said.strip().splitlines()[-1][:200]}"
+    if code == -signal.SIGINT and result.interrupts:  # the command itself takes Ctrl+C; this was at the exit
+        return None
     if code < 0:
         return f"ended by {signal.Signals(-code).name}"
     if code not in _OUTCOMES:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import os
 import shlex
+import signal
 import sys
 from pathlib import Path
 from typing import Annotated, Any, Literal
@@ -352,6 +353,8 @@ def main() -> None:
         fix = "check the path, its permissions and its disk"
         print(LoraError(error.strerror or str(error), where=str(error.filename), fix=fix).render(), file=sys.stderr)
         sys.exit(LoraError.exit_code)
+    finally:
+        signal.signal(signal.SIGINT, signal.SIG_DFL)  # all is said: Ctrl+C in what libraries do at exit ends them
 
 
 def _console(*, stderr: bool = True) -> Any:

@@ -131,7 +131,7 @@ def _path_places(values: dict[str, Any]) -> list[tuple[Any, Any, KeyPath]]:
     for key_text in PATHS:
         *sections, name = key_text.split(".")
         section: Any = values.get(sections[0]) if sections else values
-        places.append((section, name, tuple(key_text.split("."))))
+        places += [(section, name, tuple(key_text.split(".")))] if isinstance(section, dict) else []
     data: Any = values.get("data")
     for name in ("train", "validation") if isinstance(data, dict) else ():
         entry = data.get(name)
@@ -143,7 +143,7 @@ def _path_places(values: dict[str, Any]) -> list[tuple[Any, Any, KeyPath]]:
     return [
         (section, name, key)
         for section, name, key in places
-        if (isinstance(section, list) or (isinstance(section, dict) and name in section))
+        if (isinstance(section, list) or name in section)
         and isinstance(section[name], str)
         and section[name]
         and not (key == ("data", "validation") and NUMBER.fullmatch(section[name]))

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import os
 import shutil
+import signal
 import subprocess
 import sys
 from pathlib import Path
@@ -158,3 +159,11 @@ def test_mistakes_exit_2_with_a_fix_and_no_traceback(arguments, message):
 def test_schema_is_json():
     done = lora("init", "--schema")
     assert json.loads(done.stdout)["properties"]["base_model"]["description"]
+
+
+def test_ctrl_c_while_the_interpreter_ends_is_quiet():
+    code = "import atexit, os, sys; atexit.register(os.kill, os.getpid(), 2); sys.argv = ['lora', '--version']; "
+    code += "from lora_cli.cli import main; main()"
+    ended = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=False)
+    assert ended.stdout.startswith("lora ")
+    assert (ended.returncode, ended.stderr) == (-signal.SIGINT, "")

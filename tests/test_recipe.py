@@ -184,6 +184,11 @@ def test_a_wrong_value_says_what_was_found_and_what_is_allowed(problem: Any, add
     assert added.startswith(("train:\n", "train: [")) or "\n  fix: " in message
 
 
+def test_data_that_is_a_list_is_no_section(problem: Any):
+    text = GOOD.replace("{train: rows.jsonl}", "[train.jsonl]")
+    assert 'data is ["train.jsonl"], but must be a section with keys of its own' in problem(text)
+
+
 @pytest.mark.parametrize("key", ["base_model", "output"])
 def test_empty_text_is_no_name(problem: Any, key: str):
     text = GOOD.replace("owner/name" if key == "base_model" else "run", '""')
