@@ -4,6 +4,7 @@
 
 step        step time over the time of the step's own matrix products (same shapes, same dtype, timed between the
             steps), and what else the time goes to
+step-fp32   the same with the base unquantized and everything in fp32, for CPUs without bf16 instructions
 tokens      memory beyond the weights, for micro-batches of 512 to 8,192 tokens in rows of at most 512
 vocabulary  memory of the loss beyond head and hidden states, for vocabularies of 32k to 256k, on synthetic heads
 compile     the same step with train.compile, its warm-up by itself
@@ -42,7 +43,7 @@ PARTS = {
 class Step:
     """One training step on the real model, as the loop does it."""
 
-    def __init__(self, lengths: tuple[int, ...] = LENGTHS, compiled: bool = False):
+    def __init__(self, lengths: tuple[int, ...] = LENGTHS, compiled: bool = False, fp32: bool = False):
         import numpy as np
         import torch
 
@@ -57,7 +58,9 @@ class Step:
         quiet_libraries()
         self.device = torch.device("cpu")
         source = find_base(str(MODEL), None)
-        self.model = load_model(source, quantization="nf4", dtype=torch.bfloat16, device=self.device)
+        self.dtype = torch.float32 if fp32 else torch.bfloat16
+        quantization = "none" if fp32 else "nf4"
+        self.model = load_model(source, quantization=quantization, dtype=self.dtype, device=self.device)
         self.layers = attach(self.model, find_targets(self.model, "attention", rank=16, alpha=32))
         for layer in self.layers.values():
             torch.nn.init.normal_(layer.lora_B, std=0.01)
@@ -94,7 +97,7 @@ class Step:
         started = time.perf_counter()
         with stage("data"):
             batch = collate(self.examples, packed=True, pad_id=0, device=self.device)
-        with stage("forward and backward"), cast_once(self.layers, torch.bfloat16):
+        with stage("forward and backward"), cast_once(self.layers, self.dtype):
             (summed_loss(self.model, batch) / self.targets).backward()
         with stage("optimizer"):
             torch.nn.utils.clip_grad_norm_(self.parameters, 1.0)
@@ -115,7 +118,7 @@ def products(step: Step) -> Callable[[], float]:
     made: dict[tuple[int, int], Any] = {}
 
     def matrix(rows: int, columns: int) -> Any:
-        return made.setdefault((rows, columns), torch.randn(rows, columns).bfloat16())
+        return made.setdefault((rows, columns), torch.randn(rows, columns, dtype=step.dtype))
 
     shapes = []  # (left, right) of each product
     for layer in linear_layers(step.model).values():
@@ -142,10 +145,10 @@ def products(step: Step) -> Callable[[], float]:
     return run
 
 
-def section_step(steps: int, compiled: bool = False) -> dict[str, Any]:
+def section_step(steps: int, compiled: bool = False, fp32: bool = False) -> dict[str, Any]:
     import torch
 
-    step = Step(compiled=compiled)
+    step = Step(compiled=compiled, fp32=fp32)
     limit = products(step)
     warm_up = step.run()
     limit()
@@ -169,6 +172,10 @@ def section_step(steps: int, compiled: bool = False) -> dict[str, Any]:
             step.run(torch.profiler.record_function)
         result["parts"] = parts(profile, limits[-1])
     return result
+
+
+def section_step_fp32(steps: int) -> dict[str, Any]:
+    return section_step(steps, fp32=True)
 
 
 def parts(profile: Any, products_seconds: float) -> dict[str, float]:
@@ -312,6 +319,7 @@ def status(key: str) -> int:
 
 SECTIONS = {
     "step": section_step,
+    "step-fp32": section_step_fp32,
     "tokens": section_tokens,
     "vocabulary": section_vocabulary,
     "compile": section_compile,
@@ -339,7 +347,7 @@ def main() -> None:
     make_real_model(MODEL, ROOT / "build" / "downloads")
     results = json.loads(arguments.json.read_text()) if arguments.json and arguments.json.exists() else {}
     for name in arguments.sections or SECTIONS:
-        in_own_process = name in ("step", "compile")
+        in_own_process = name in ("step", "step-fp32", "compile")
         results[name] = alone(name, arguments.steps) if in_own_process else SECTIONS[name](arguments.steps)
         show(name, results[name])
         if arguments.json:
