@@ -2,7 +2,7 @@
 
 JSON, CSV and text are read as they stand, by the standard library: type guessing (of pandas and pyarrow, inside
 `datasets`) turns a completion "42" of a CSV file into a number and "2024-01-01" of a JSON file into a date. Parquet and
-Arrow have types of their own and are read by pyarrow.
+Arrow have types of their own: see tables.py.
 """
 
 from __future__ import annotations
@@ -19,13 +19,12 @@ from functools import partial
 from pathlib import Path
 from typing import IO, Any
 
+from lora_cli.data.tables import TABLE_KINDS
 from lora_cli.errors import LoraError
 from lora_cli.files import require_regular
 
 PACKED = (".gz", ".zst")  # what text kinds may be compressed with
 _LONGEST_FIELD = 2**31 - 1  # characters of a CSV field; the csv module stops at 131,072 on its own
-_ROWS_AT_ONCE = 1000
-_END_OF_STREAM = b"\xff\xff\xff\xff\0\0\0\0"  # of an Arrow stream (format specification, "IPC streaming format")
 
 Values = dict[str, Any]
 
@@ -49,14 +48,14 @@ def kind_of(path: Path) -> str | None:
     if endings and endings[-1] in PACKED:
         kind = endings[0] if len(endings) > 1 else ""
         return kind if kind in _TEXT_KINDS else None
-    return endings[-1] if endings and endings[-1] in (*_TEXT_KINDS, *_TABLE_KINDS) else None
+    return endings[-1] if endings and endings[-1] in (*_TEXT_KINDS, *TABLE_KINDS) else None
 
 
 def require_kind(path: Path) -> str:
     """How a file is read. Raises LoraError for one of an unknown kind, and for what is no file."""
     kind = kind_of(path)
     if kind is None:
-        known = ", ".join((*_TEXT_KINDS, *_TABLE_KINDS))
+        known = ", ".join((*_TEXT_KINDS, *TABLE_KINDS))
         raise LoraError(
             f"unknown kind of data file {''.join(path.suffixes[-2:]) or '(no ending)'}",
             where=str(path),
@@ -75,7 +74,7 @@ def read_file(path: Path) -> Iterator[Row]:
     if path.stat().st_size == 0:
         raise LoraError("the data file is empty", where=str(path), fix="check what wrote it")
     number = 0
-    for number, values in enumerate({**_TEXT_KINDS, **_TABLE_KINDS}[kind](path), 1):
+    for number, values in enumerate({**_TEXT_KINDS, **TABLE_KINDS}[kind](path), 1):
         yield Row(str(path), number, values)
     if number == 0:
         raise LoraError("the data file has no rows", where=str(path), fix="check what wrote it")
@@ -198,7 +197,7 @@ def _checked_row(row: Any, where: str) -> Values:
     return row
 
 
-# ── tables and text ─────────────────────────────────────────────────────────────────────────────────────────────
+# ── CSV and text ─────────────────────────────────────────────────────────────────────────────────────────────
 
 
 def _separated(path: Path, delimiter: str) -> Iterator[Values]:
@@ -225,45 +224,6 @@ def _separated(path: Path, delimiter: str) -> Iterator[Values]:
         raise LoraError(f"broken {kind}: {error}", where=f"{path}:{begin}", fix=fix) from None
 
 
-def _parquet(path: Path) -> Iterator[Values]:
-    import pyarrow
-    from pyarrow import parquet
-
-    try:
-        with parquet.ParquetFile(path) as file:
-            for batch in file.iter_batches(_ROWS_AT_ONCE):
-                yield from batch.to_pylist()
-    except (pyarrow.ArrowException, OSError, ValueError) as error:
-        raise _unreadable(path, "Parquet", error) from None
-
-
-def _arrow(path: Path) -> Iterator[Values]:
-    """An Arrow file, or an Arrow stream as `datasets` saves it."""
-    import pyarrow
-
-    try:
-        with pyarrow.OSFile(str(path)) as file:
-            if file.read(6) == b"ARROW1":
-                reader = pyarrow.ipc.open_file(file)
-                batches = (reader.get_batch(at) for at in range(reader.num_record_batches))
-            else:
-                file.seek(max(0, file.size() - len(_END_OF_STREAM)))
-                if file.read() != _END_OF_STREAM:
-                    raise ValueError("the stream has no end; it was cut")
-                file.seek(0)
-                batches = iter(pyarrow.ipc.open_stream(file))
-            for batch in batches:
-                batch.validate(full=True)  # offsets that point outside would crash the interpreter
-                yield from batch.to_pylist()
-    except (pyarrow.ArrowException, OSError, ValueError) as error:
-        raise _unreadable(path, "Arrow", error) from None
-
-
-def _unreadable(path: Path, kind: str, error: Exception) -> LoraError:
-    reason = str(error).strip().splitlines()[0][:300]
-    return LoraError(f"cannot be read as {kind}: {reason}", where=str(path), fix="write or copy it again")
-
-
 def _text(path: Path) -> Iterator[Values]:
     yield {"text": _text_of(path)}
 
@@ -275,4 +235,3 @@ _TEXT_KINDS: dict[str, Callable[[Path], Iterator[Values]]] = {
     ".tsv": partial(_separated, delimiter="\t"),
     ".txt": _text,
 }
-_TABLE_KINDS: dict[str, Callable[[Path], Iterator[Values]]] = {".parquet": _parquet, ".arrow": _arrow}
