@@ -2,9 +2,7 @@
 
 from __future__ import annotations
 
-import json
 import os
-import shlex
 import signal
 import sys
 from pathlib import Path
@@ -12,8 +10,9 @@ from typing import Annotated, Any, Literal
 
 import typer
 
-from lora_cli import __version__
-from lora_cli.errors import LoraError
+from lora_cli import __version__, boundary
+from lora_cli.boundary import print_json
+from lora_cli.errors import LoraError, command
 
 app = typer.Typer(
     help="Fine-tune a causal language model with LoRA or QLoRA from one YAML recipe.",
@@ -83,13 +82,13 @@ def init(
     with _console().status("looking at model and data"):
         written = planning.write_first_recipe(model, data, output, gpu=gpu, trust_remote_code=trust_remote_code)
     if as_json:
-        print(json.dumps(written.as_dict(), ensure_ascii=False))
+        print_json(written.as_dict())
         return
     for note in written.notes:
         _console().print(f"note: {note}", highlight=False, markup=False, soft_wrap=True)
     print(f"{output} is written, for {written.device.name}: about {written.memory.total / 2**30:.1f} GiB, estimated")
-    print(f"next: lora check {shlex.quote(str(output))}     shows what is trained on")
-    print(f"      lora train {shlex.quote(str(output))}")
+    print(f"next: {command('lora', 'check', output)}     shows what is trained on")
+    print(f"      {command('lora', 'train', output)}")
 
 
 @app.command()
@@ -123,9 +122,10 @@ def train(
         from lora_cli.base.load import quiet_libraries
         from lora_cli.training.train import train as run
     quiet_libraries()
+    boundary.keep_tracebacks_in(Path(loaded.output))
     report = run(loaded, console, resume=resume, allow=allow or [], max_hours=max_hours)
-    if as_json:
-        print(json.dumps(report))
+    if as_json and boundary.is_first_process():
+        print_json(report)
 
 
 @app.command()
@@ -151,11 +151,15 @@ def check(
         checked = checking.check(loaded, keep=prepare)
     if html is not None:
         checking.write_page(checked, html, show)
-    if as_json:
-        print(checking.as_json(checked, show))
-    else:
+    if not as_json:
         checking.print_checked(checked, _console(stderr=False), show)
-    checked.require_ok()
+    try:
+        checked.require_ok()
+    except LoraError as error:
+        error.result = checked.as_dict(show)
+        raise
+    if as_json:
+        print_json(checked.as_dict(show))
 
 
 @app.command("eval")
@@ -205,7 +209,7 @@ def evaluate(
             trust_remote_code=trust_remote_code,
         )
     if as_json:
-        print(json.dumps({name: score.as_dict() for name, score in scores.items()}))
+        print_json({name: score.as_dict() for name, score in scores.items()})
     else:
         _print_scores(scores)
 
@@ -233,7 +237,7 @@ def merge(
         source, output, base=base, dtype=dtype, onto=onto, trust_remote_code=trust_remote_code
     )
     if as_json:
-        print(json.dumps(report.as_dict()))
+        print_json(report.as_dict())
         return
     console = _console()
     console.print(
@@ -324,35 +328,17 @@ def runs(
 
     found = listing.list_runs(folder, per_hour)
     if as_json:
-        print(listing.as_json(found))
+        print_json(listing.as_dicts(found))
     else:
         listing.print_runs(found, folder, _console(stderr=False))
 
 
 def main() -> None:
-    """Entry point: a LoraError becomes its message and exit code, Ctrl+C becomes 130."""
+    """Entry point: what a command raises becomes words, with --json a document, and an exit code."""
     os.environ.setdefault("HF_HUB_DISABLE_TELEMETRY", "1")
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "true")  # no process is forked here
     try:
-        app()
-    except LoraError as error:
-        print(error.render(), file=sys.stderr)
-        sys.exit(error.exit_code)
-    except (KeyboardInterrupt, SystemExit) as end:  # typer makes the one into the other, without a word
-        if isinstance(end, SystemExit) and end.code != 130:
-            raise
-        print("stopped", file=sys.stderr)
-        sys.exit(130)
-    except BrokenPipeError:
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
-        sys.exit(1)
-    except OSError as error:
-        if error.filename is None:
-            raise
-        # Paths come from the user, and what a file system can say of them has no end.
-        fix = "check the path, its permissions and its disk"
-        print(LoraError(error.strerror or str(error), where=str(error.filename), fix=fix).render(), file=sys.stderr)
-        sys.exit(LoraError.exit_code)
+        sys.exit(boundary.run(app, sys.argv[1:]))
     finally:
         signal.signal(signal.SIGINT, signal.SIG_DFL)  # all is said: Ctrl+C in what libraries do at exit ends them
 

@@ -1,24 +1,30 @@
-"""Errors a person reads: what happened, where, how to fix it."""
+"""Errors a person reads: what happened, where, how to fix it. And what other people's code raises, turned into them."""
 
 from __future__ import annotations
 
+import os
 import re
+import shlex
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Any
 
-# What a terminal acts on instead of showing it: control characters, halves of characters, line ends other than \n, and
-# marks that turn the direction of writing. They come in by names and values of files.
+# Characters that a terminal interprets (controls, lone surrogates, bidi marks), found in file names and contents.
 _UNSEEN = re.compile("[\x00-\x1f\x7f-\x9f\u2028\u2029\u202a-\u202e\u2066-\u2069\ud800-\udfff]")
 _LONGEST_LINE = 800  # characters; of a longer one the beginning and the end are shown
+_LONGEST_FIX = 5000  # it may hold a command with a path, which cannot be pasted when it is cut
 _MOST_PROBLEMS = 50
 
 
 class LoraError(Exception):
-    """A mistake the user can mend. Shown without a traceback; the command exits with `exit_code` 2.
+    """A mistake that the user can fix. Shown without a traceback; the command exits with `exit_code` 2.
 
     what: one sentence, what happened. where: file, line, row, layer. fix: what to do about it.
     details: further lines, such as the list of names that do exist.
     """
 
     exit_code = 2
+    result: dict[str, Any] | None = None  # what was computed all the same; --json prints it beside the error
 
     def __init__(
         self, what: str, *, where: str | None = None, fix: str | None = None, details: list[str] | None = None
@@ -28,10 +34,20 @@ class LoraError(Exception):
 
     def render(self) -> str:
         head = f"error: {self.where}: {self.what}" if self.where else f"error: {self.what}"
-        lines = [head, *(f"  {line}" for line in self.details)]
+        lines = [_shown(line) for line in (head, *(f"  {line}" for line in self.details))]
         if self.fix:
-            lines.append(f"  fix: {self.fix}")
-        return "\n".join(map(_shown, lines))
+            lines.append(_shown(f"  fix: {self.fix}", _LONGEST_FIX))
+        return "\n".join(lines)
+
+    def as_dict(self) -> dict[str, Any]:
+        """For --json, under the key `error`."""
+        return {
+            "what": self.what,
+            "where": self.where,
+            "fix": self.fix,
+            "details": self.details,
+            "exit_code": self.exit_code,
+        }
 
 
 class RecipeErrors(LoraError):
@@ -40,11 +56,12 @@ class RecipeErrors(LoraError):
     def __init__(self, problems: list[LoraError]):
         self.problems = problems
         super().__init__(f"{len(problems)} problems in the recipe")
+        self.details = [problem.render() for problem in problems[:_MOST_PROBLEMS]]
 
     def render(self) -> str:
         shown = [problem.render() for problem in self.problems[:_MOST_PROBLEMS]]
         if more := len(self.problems) - len(shown):
-            shown.append(LoraError(f"{more:,} more problems", fix="mend those above first").render())
+            shown.append(LoraError(f"{more:,} more problems", fix="fix those above first").render())
         return "\n".join(shown)
 
 
@@ -72,9 +89,73 @@ class ProcessLost(LoraError):
     exit_code = 1
 
 
-def _shown(line: str) -> str:
+class Unexpected(LoraError):
+    """A mistake of this program, or of a library it uses. Exit code 1."""
+
+    exit_code = 1
+
+
+@contextmanager
+def reading(what: str, where: str | os.PathLike[str] | None = None, fix: str | None = None) -> Iterator[None]:
+    """Whatever a library raises inside this block becomes a LoraError: `what`, the library's reason, where and fix.
+
+    For reading what comes from others: a model's configuration, a tokenizer, a template, weights, data, an adapter, a
+    run folder. A damaged file can make a library raise anything: RecursionError, OverflowError, MemoryError, and the
+    tokenizers library PanicException, which is no Exception. LoraErrors pass as they are, and so does what is no error
+    at all (Ctrl+C, an exit).
+    """
+    try:
+        yield
+    except LoraError:
+        raise
+    except BaseException as error:
+        if not is_error(error):
+            raise
+        place = None if where is None else os.fspath(where)
+        raise LoraError(f"{what}: {reason_of(error)}", where=place, fix=fix) from error
+
+
+def is_error(raised: BaseException) -> bool:
+    """Whether something went wrong, and not somebody asked for an end. A panic in Rust code is a BaseException."""
+    return isinstance(raised, Exception) or type(raised).__name__ == "PanicException"
+
+
+def reason_of(error: BaseException) -> str:
+    """What an exception says, in one line; its class where it says nothing that is a sentence."""
+    if isinstance(error, RecursionError):
+        return "it is nested too deeply"
+    if isinstance(error, MemoryError):
+        return "it needs more memory than there is"
+    if isinstance(error, UnicodeDecodeError):
+        return f"it is not UTF-8 text: byte {error.object[error.start]:#04x} at position {error.start:,}"
+    if isinstance(error, OSError) and error.strerror:
+        return error.strerror
+    try:
+        said = str(error).strip()
+    except Exception:  # an exception whose own text cannot be made
+        said = ""
+    if len(said.split()) < 2:  # such as KeyError's, which is the key alone
+        said = f"{type(error).__name__}: {said}"
+    return said.splitlines()[0][:300].rstrip(": ")
+
+
+def command(*words: str | os.PathLike[str]) -> str:
+    """A command line that can be pasted into a shell as it is, whatever the words hold."""
+    return " ".join(_quoted(os.fspath(word)) for word in words)
+
+
+def _quoted(word: str) -> str:
+    if not _UNSEEN.search(word):
+        return shlex.quote(word)
+    plain = word.replace("\\", "\\\\").replace("'", "\\'")
+    as_bytes = _UNSEEN.sub(
+        lambda found: "".join(f"\\x{byte:02x}" for byte in found[0].encode(errors="surrogateescape")), plain
+    )
+    return f"$'{as_bytes}'"  # as bash, zsh and POSIX 2024 read it
+
+
+def _shown(line: str, longest: int = _LONGEST_LINE) -> str:
     """One line that any terminal shows as it is."""
-    if len(line) > _LONGEST_LINE:
-        half = _LONGEST_LINE // 2
-        line = f"{line[:half]} … {line[-half:]}"
+    if len(line) > longest:
+        line = f"{line[: longest // 2]} … {line[-longest // 2 :]}"
     return _UNSEEN.sub(lambda found: ascii(found[0])[1:-1], line)

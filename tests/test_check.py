@@ -106,7 +106,8 @@ def test_json_names_rows_and_findings(recipe_file, tmp_path):
     result = CliRunner().invoke(app, ["check", str(recipe), "--json"])
     assert isinstance(result.exception, CheckFailed)
     assert result.exception.exit_code == 3
-    shown = json.loads(result.stdout)
+    shown = result.exception.result
+    assert shown is not None
     assert not shown["ok"]
     assert [(each["kind"], each["count"], each["rows"]) for each in shown["findings"]] == [
         ("no_target", 1, [6]),

@@ -17,7 +17,7 @@ import pytest
 from rich.console import Console
 
 from lora_cli.errors import LoraError
-from lora_cli.training.runs import Run, as_json, list_runs, print_runs
+from lora_cli.training.runs import Run, as_dicts, list_runs, print_runs
 
 REPORT = {"steps": 60, "best_validation_loss": 0.5, "tokens": 30_000, "seconds": 120.0, "learned": True}
 
@@ -192,7 +192,7 @@ def test_damaged_files_count_as_far_as_they_can_be_read(tmp_path, name, content)
     found = only(tmp_path, price=1.0)
     assert found.name == "run"
     assert shown([found])
-    assert json.loads(as_json([found]))
+    assert json.loads(json.dumps(as_dicts([found])))
 
 
 @pytest.mark.parametrize("value", [None, "x", [], {}, True, float("nan"), -1, 1e400])

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import sys
 from collections.abc import Callable
 from contextlib import nullcontext
@@ -13,6 +12,7 @@ from accelerate.utils import set_seed
 
 from lora_cli.adapters.layer import adapters_disabled
 from lora_cli.adapters.opened import Opened, open_model
+from lora_cli.boundary import print_json
 from lora_cli.data.chat import ChatTemplate, chat_template, wants_bos
 from lora_cli.errors import LoraError
 from lora_cli.evaluation.generation import complete, generation_config
@@ -62,7 +62,10 @@ def talk(
         answer = speak(template.render(prompt_turns, "the prompt", generation_prompt=True), emit)
     else:
         answer = speak(prompt, emit)
-    print(json.dumps({"prompt": prompt, "completion": answer}) if as_json else "")
+    if as_json:
+        print_json({"prompt": prompt, "completion": answer})
+    else:
+        print()
 
 
 def _speaker(

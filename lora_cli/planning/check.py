@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import os
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -179,7 +178,3 @@ def _lines(checked: Checked) -> list[tuple[str, str]]:
     data, recipe = checked.data, checked.recipe
     told = data_lines(data, recipe) if checked.stream is None else stream_lines(checked.stream, data, recipe)
     return lines + [("" if at else "data", text) for at, text in enumerate(told)]
-
-
-def as_json(checked: Checked, show: int) -> str:
-    return json.dumps(checked.as_dict(show), ensure_ascii=False)

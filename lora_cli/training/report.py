@@ -84,12 +84,14 @@ def require_learned(report: dict[str, Any], folder: RunFolder) -> None:
     """Raises CheckFailed if the run was for nothing."""
     verdict = judge(report)
     if verdict.outcome == "nothing learned":
-        raise CheckFailed(
+        error = CheckFailed(
             verdict.headline.rstrip("."),
             where=str(folder.path),
             details=[verdict.why, f"the whole report: {folder.page}"],
             fix=verdict.fix,
         )
+        error.result = report
+        raise error
 
 
 def say_result(report: dict[str, Any], folder: RunFolder, say: Callable[[str], None]) -> None:

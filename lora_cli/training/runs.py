@@ -72,8 +72,9 @@ def list_runs(folder: Path, price: float | None = None) -> list[Run]:
     return sorted(found, key=lambda run: run.last_activity, reverse=True)
 
 
-def as_json(runs: list[Run]) -> str:
-    return json.dumps([asdict(run) for run in runs], ensure_ascii=False)
+def as_dicts(runs: list[Run]) -> list[dict[str, Any]]:
+    """For --json."""
+    return [asdict(run) for run in runs]
 
 
 def print_runs(runs: list[Run], folder: Path, console: Any) -> None:

@@ -1,0 +1,171 @@
+"""Where an exception ends the program: it becomes words on stderr, a JSON document for --json, and an exit code."""
+
+from __future__ import annotations
+
+import json
+import math
+import os
+import re
+import sys
+import tempfile
+import traceback
+from collections.abc import Callable, Sequence
+from contextlib import suppress
+from pathlib import Path
+from typing import Any
+
+from lora_cli.errors import Interrupted, LoraError, Unexpected, command, is_error, reason_of
+
+_output: Path | None = None
+
+
+def keep_tracebacks_in(output: Path) -> None:
+    """Name the output folder of this command: once a run is in it, a traceback is written there."""
+    global _output  # noqa: PLW0603 - it has to be known after the command has failed
+    _output = output
+
+
+def run(app: Callable[..., Any], arguments: Sequence[str]) -> int:
+    """Run the command line; returns its exit code. No exception leaves but one that asks for an exit."""
+    try:
+        ended = app(list(arguments), standalone_mode=False)
+        if ended != 130:  # typer returns it for Ctrl+C; a command itself returns nothing
+            _flush()
+            return int(ended or 0)
+        problem = _stopped()
+    except BrokenPipeError:  # nobody reads what is printed; no words are needed
+        os.dup2(os.open(os.devnull, os.O_WRONLY), 1)
+        return 1
+    except BaseException as error:
+        if isinstance(error, SystemExit) and error.code != 130:
+            raise
+        if type(error).__name__ == "NoArgsIsHelpError":
+            error.show()  # type: ignore[attr-defined]
+            return 2
+        problem = _problem(error)
+    say(problem.render() if not isinstance(problem, _Stopped) else problem.what)
+    if "--json" in arguments and is_first_process():
+        with suppress(OSError, ValueError):
+            print_json((problem.result or {}) | {"error": problem.as_dict()})
+            _flush()
+    return problem.exit_code
+
+
+def print_json(value: Any) -> None:
+    """One document on stdout, in ASCII, which no terminal can misread; numbers that JSON has no word for are null."""
+    try:
+        text = json.dumps(value, allow_nan=False)
+    except ValueError:
+        text = json.dumps(_finite(value))
+    print(text)
+
+
+def is_first_process() -> bool:
+    """Whether this is the process that reports, of those that torchrun has started."""
+    return os.environ.get("RANK", "0") == "0"
+
+
+def say(text: str) -> None:
+    """On stderr, where there is one. Nothing that goes wrong here hides what went wrong before."""
+    with suppress(OSError, ValueError):
+        if sys.stderr is not None:
+            print(text, file=sys.stderr, flush=True)
+
+
+class _Stopped(Interrupted):
+    """Ctrl+C in a command that has nothing to keep."""
+
+
+def _stopped() -> LoraError:
+    return _Stopped("stopped")
+
+
+def _problem(error: BaseException) -> LoraError:
+    if isinstance(error, LoraError):
+        return error
+    if isinstance(error, (KeyboardInterrupt, SystemExit)) or type(error).__name__ == "Abort":
+        return _stopped()
+    if hasattr(error, "format_message"):  # typer's usage errors, of click or of the copy of it inside typer
+        return _usage(error)
+    if isinstance(error, OSError) and error.filename is not None:
+        # Paths come from the user, and what a file system can say of them has no end.
+        fix = "check the path, its permissions and its disk"
+        return LoraError(error.strerror or str(error), where=os.fsdecode(error.filename), fix=fix)
+    return _unexpected(error)
+
+
+def _usage(error: Any) -> LoraError:
+    """A mistake on the command line, in the words and the form of all other errors."""
+    words: list[str] = []
+    context = getattr(error, "ctx", None)
+    while context is not None and context.parent is not None:
+        words, context = [context.info_name, *words], context.parent
+    said = error.format_message().strip().rstrip(".")
+    parts = re.fullmatch(r"(.*?)(?:\. (Did you mean .*)| \((Possible options: .*)\))?", said, re.DOTALL)
+    what, *hints = parts.groups() if parts is not None else (said,)
+    fix = "; ".join(each[0].lower() + each[1:] for each in hints if each)
+    see = f"see {command('lora', *words, '--help')}"
+    return LoraError(what[0].lower() + what[1:], fix=f"{fix}; {see}" if fix else see)
+
+
+def _unexpected(error: BaseException) -> LoraError:
+    """Whatever no part of the program had expected: one line, and a file with the rest."""
+    what = (
+        f"{type(error).__name__}: {reason_of(error).removeprefix(type(error).__name__ + ': ')}"
+        if is_error(error)
+        else type(error).__name__
+    )
+    text = _traceback(error)
+    place = _written(text)
+    if isinstance(error, MemoryError):
+        return Unexpected(
+            "there is not enough memory",
+            details=[f"the traceback is in {place}"] if place else [],
+            fix="close other programs, or use a smaller model, fewer rows or a shorter data.max_seq_len",
+        )
+    if place is None:
+        return Unexpected(f"a mistake in lora: {what}", details=text.splitlines(), fix="please report this")
+    return Unexpected(f"a mistake in lora: {what}", where=place, fix="please report it, with this file")
+
+
+def _traceback(error: BaseException) -> str:
+    """Of a MemoryError or RecursionError even the formatting can fail; then the places are named alone."""
+    try:
+        return "".join(traceback.format_exception(error))
+    except BaseException:
+        places, at = [], error.__traceback__
+        while at is not None and len(places) < 200:
+            places.append(f"{at.tb_frame.f_code.co_filename}:{at.tb_lineno}\n")
+            at = at.tb_next
+        return "".join(places)
+
+
+def _written(text: str) -> str | None:
+    """The file that a traceback was written to: in the run's folder, else a temporary or the current folder."""
+    for folder in (_folder_of_run, tempfile.gettempdir, Path.cwd):
+        with suppress(Exception):
+            handle, name = tempfile.mkstemp(prefix="lora-traceback-", suffix=".txt", dir=folder())  # mode 0600
+            with os.fdopen(handle, "w", encoding="utf-8", errors="backslashreplace") as file:
+                file.write(text)
+            return name
+    return None
+
+
+def _folder_of_run() -> Path:
+    if _output is None or not (_output / "recipe.yaml").is_file():
+        raise FileNotFoundError("no run has begun")
+    return _output
+
+
+def _flush() -> None:
+    """Now, where an error can still be told, and not when the interpreter ends."""
+    if sys.stdout is not None:
+        sys.stdout.flush()
+
+
+def _finite(value: Any) -> Any:
+    if isinstance(value, dict):
+        return {key: _finite(each) for key, each in value.items()}
+    if isinstance(value, list | tuple):
+        return [_finite(each) for each in value]
+    return None if isinstance(value, float) and not math.isfinite(value) else value
