@@ -8,6 +8,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from lora_cli.data.readers import Row
+from lora_cli.data.tables import Unreadable
 from lora_cli.data.turns import bounded, decoded, read_tools, read_turn, said_weight
 from lora_cli.errors import LoraError
 
@@ -91,10 +92,11 @@ class Format:
     def text(self, row: Row, meaning: str) -> str:
         value = self.value(row, meaning)
         if not isinstance(value, str):
+            kind = value.why if isinstance(value, Unreadable) else type(value).__name__
             raise LoraError(
-                f"{self._column(meaning)} is {type(value).__name__}, not text",
+                f"{self._column(meaning)} is {kind}, not text",
                 where=row.where,
-                fix="write it as text, in quotes",
+                fix="write it as text: in JSON in quotes, in a table as a column of strings",
             )
         return value
 

@@ -31,11 +31,15 @@ Values = dict[str, Any]
 
 @dataclass(frozen=True)
 class Row:
-    """One row of a data file. number: counted from 1, in the file's order."""
+    """One row of a data file. number: counted from 1, in the file's order.
+
+    filled: it comes from a table, where a struct has null for every member that only other rows have.
+    """
 
     file: str
     number: int
     values: Values
+    filled: bool = False
 
     @property
     def where(self) -> str:
@@ -75,7 +79,7 @@ def read_file(path: Path) -> Iterator[Row]:
         raise LoraError("the data file is empty", where=str(path), fix="check what wrote it")
     number = 0
     for number, values in enumerate({**_TEXT_KINDS, **TABLE_KINDS}[kind](path), 1):
-        yield Row(str(path), number, values)
+        yield Row(str(path), number, values, filled=kind in TABLE_KINDS)
     if number == 0:
         raise LoraError("the data file has no rows", where=str(path), fix="check what wrote it")
 

@@ -1,17 +1,186 @@
-"""Rows of Parquet and Arrow files, read by pyarrow: they have types of their own."""
+"""Rows of Parquet and Arrow files, and of anything else that comes as Arrow: they have types of their own.
+
+What JSON has no type for becomes text: dates, times and decimals as they are written, bytes where they are UTF-8. All
+of this is done by Arrow on whole columns, so a value that Python has no object for (a year 300,000, nanoseconds, an
+unknown time zone) does no harm, least of all in a column that nothing reads.
+"""
 
 from __future__ import annotations
 
+import re
 from collections.abc import Callable, Iterator
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from lora_cli.errors import LoraError
 
+if TYPE_CHECKING:
+    import pyarrow
+
 _ROWS_AT_ONCE = 1000
 _END_OF_STREAM = b"\xff\xff\xff\xff\0\0\0\0"  # of an Arrow stream (format specification, "IPC streaming format")
+_OUT_OF_RANGE = "<value out of range"  # as Arrow's cast to text begins
+_NO_FRACTION = re.compile(r"\.0+(?![0-9])")
 
 Values = dict[str, Any]
+
+
+class Unreadable:
+    """A value of a table that cannot be written as text. Harmless where nothing reads it."""
+
+    def __init__(self, why: str):
+        self.why = why
+
+    def __repr__(self) -> str:
+        return f"({self.why})"
+
+
+def rows_of(batch: pyarrow.RecordBatch | pyarrow.Table, where: str) -> Iterator[Values]:
+    """The rows of a batch of Arrow, as JSON could hold them. Raises LoraError if two columns have one name."""
+    require_distinct(batch.schema, where)
+    names = batch.schema.names
+    columns = [_values(batch.column(at)) for at in range(len(names))]
+    if not columns:
+        yield from ({} for _ in range(batch.num_rows))
+    for values in zip(*columns, strict=True):
+        yield dict(zip(names, values, strict=True))
+
+
+def require_distinct(fields: Any, where: str, inside: str = "") -> None:
+    """Raises LoraError where two columns, or two members of a struct, are called the same: which is meant?"""
+    fields = list(fields)
+    names = [field.name for field in fields]
+    if twice := [name for name in names if names.count(name) > 1]:
+        raise LoraError(
+            f"two columns are called {inside}{twice[0]}", where=where, fix="rename one of them, or write only one"
+        )
+    for field in fields:
+        require_distinct(_members(field.type), where, f"{inside}{field.name}.")
+
+
+def _members(kind: Any) -> list[Any]:
+    return [kind.field(at) for at in range(kind.num_fields)]
+
+
+# ── values ──────────────────────────────────────────────────────────────────────────────────────────────────────
+
+
+def _values(column: Any) -> list[Any]:
+    """The values of a column in Python, those of types that JSON lacks as text."""
+    from pyarrow import compute, types
+
+    kind = column.type
+    if types.is_run_end_encoded(kind):
+        return _values(compute.run_end_decode(column))
+    if types.is_dictionary(kind) and _lacked(kind.value_type):
+        return _values(column.cast(kind.value_type))
+    for timed in (kind, _in_utc(kind)) if _lacked(kind) else ():
+        try:
+            return [_tidied(value, kind) for value in _listed(column.cast(timed).cast(_as_text(kind)))]
+        except Exception:  # an unknown time zone, a type that cannot be cast
+            continue
+    try:
+        return _listed(column)
+    except Exception:  # pyarrow, pandas and datetime each raise their own
+        return [_one(value) for value in column]
+
+
+def _one(value: Any) -> Any:
+    try:
+        return value.as_py()
+    except Exception:
+        return Unreadable(f"{value.type} out of range")
+
+
+def _listed(column: Any) -> list[Any]:
+    try:
+        return column.to_pylist(maps_as_pydicts="strict")
+    except KeyError:  # a map that has a key twice
+        return column.to_pylist()
+
+
+def _lacked(kind: Any) -> bool:
+    """Whether JSON has no such type, or none for a part of it."""
+    from pyarrow import types
+
+    own = types.is_temporal(kind) or types.is_decimal(kind) or _is_bytes(kind)
+    return own or any(_lacked(field.type) for field in _members(kind))
+
+
+def _is_bytes(kind: Any) -> bool:
+    from pyarrow import types
+
+    some = (types.is_binary, types.is_large_binary, types.is_fixed_size_binary, types.is_binary_view)
+    return any(is_one(kind) for is_one in some)
+
+
+def _as_text(kind: Any) -> Any:
+    """The type with text in the place of times and decimals, at any depth."""
+    import pyarrow
+    from pyarrow import types
+
+    def inner(field: Any) -> Any:
+        return field.with_type(_as_text(field.type))
+
+    if types.is_temporal(kind) or types.is_decimal(kind):
+        return pyarrow.string()
+    if types.is_struct(kind):
+        return pyarrow.struct([inner(field) for field in _members(kind)])
+    if types.is_list(kind):
+        return pyarrow.list_(inner(kind.value_field))
+    if types.is_large_list(kind):
+        return pyarrow.large_list(inner(kind.value_field))
+    if types.is_fixed_size_list(kind):
+        return pyarrow.list_(inner(kind.value_field), kind.list_size)
+    if types.is_map(kind):
+        return pyarrow.map_(_as_text(kind.key_type), _as_text(kind.item_type))
+    return kind
+
+
+def _in_utc(kind: Any) -> Any:
+    """The type with UTC in the place of time zones, some of which this machine may not know."""
+    import pyarrow
+    from pyarrow import types
+
+    def inner(field: Any) -> Any:
+        return field.with_type(_in_utc(field.type))
+
+    if types.is_timestamp(kind) and kind.tz is not None:
+        return pyarrow.timestamp(kind.unit, "UTC")
+    if types.is_struct(kind):
+        return pyarrow.struct([inner(field) for field in _members(kind)])
+    if types.is_list(kind):
+        return pyarrow.list_(inner(kind.value_field))
+    return kind
+
+
+def _tidied(value: Any, kind: Any) -> Any:
+    """A value whose times and decimals were cast to text, as a person would write them."""
+    from pyarrow import types
+
+    if value is None:
+        return None
+    if types.is_struct(kind):
+        return {field.name: _tidied(value[field.name], field.type) for field in _members(kind)}
+    if types.is_list(kind) or types.is_large_list(kind) or types.is_fixed_size_list(kind):
+        return [_tidied(each, kind.value_type) for each in value]
+    if types.is_map(kind):
+        pairs = value.items() if isinstance(value, dict) else value
+        tidied = [(_tidied(key, kind.key_type), _tidied(each, kind.item_type)) for key, each in pairs]
+        return dict(tidied) if isinstance(value, dict) else tidied
+    if _is_bytes(kind):
+        try:
+            return value.decode()
+        except UnicodeDecodeError:
+            return value
+    if not types.is_temporal(kind):
+        return value
+    if value.startswith(_OUT_OF_RANGE):
+        return Unreadable(f"{kind} out of range")
+    return f"{value} {kind.unit}" if types.is_duration(kind) else _NO_FRACTION.sub("", value, count=1)
+
+
+# ── files ───────────────────────────────────────────────────────────────────────────────────────────────────────
 
 
 def _parquet(path: Path) -> Iterator[Values]:
@@ -20,8 +189,9 @@ def _parquet(path: Path) -> Iterator[Values]:
 
     try:
         with parquet.ParquetFile(path) as file:
+            require_distinct(file.schema_arrow, str(path))
             for batch in file.iter_batches(_ROWS_AT_ONCE):
-                yield from batch.to_pylist()
+                yield from rows_of(batch, str(path))
     except (pyarrow.ArrowException, OSError, ValueError) as error:
         raise _unreadable(path, "Parquet", error) from None
 
@@ -43,13 +213,13 @@ def _arrow(path: Path) -> Iterator[Values]:
                 batches = iter(pyarrow.ipc.open_stream(file))
             for batch in batches:
                 batch.validate(full=True)  # offsets that point outside would crash the interpreter
-                yield from batch.to_pylist()
+                yield from rows_of(batch, str(path))
     except (pyarrow.ArrowException, OSError, ValueError) as error:
         raise _unreadable(path, "Arrow", error) from None
 
 
 def _unreadable(path: Path, kind: str, error: Exception) -> LoraError:
-    reason = str(error).strip().splitlines()[0][:300]
+    reason = (str(error).strip() or type(error).__name__).splitlines()[0][:300]
     return LoraError(f"cannot be read as {kind}: {reason}", where=str(path), fix="write or copy it again")
 
 
