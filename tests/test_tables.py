@@ -113,7 +113,7 @@ def test_a_column_of_a_type_that_json_lacks_is_text_where_it_can_be_written_and_
 
 def test_dictionary_and_run_end_encoded_dates_are_dates():
     dates = pa.array([datetime.date(2024, 1, 1), None])
-    for column in (dates.dictionary_encode(), compute.run_end_encode(dates)):
+    for column in (dates.dictionary_encode(), compute.run_end_encode(dates)):  # type: ignore[attr-defined]
         assert [row["d"] for row in rows_of(pa.table({"d": column}), "t")] == ["2024-01-01", None]
 
 

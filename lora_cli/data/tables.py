@@ -71,7 +71,7 @@ def _values(column: Any) -> list[Any]:
 
     kind = column.type
     if types.is_run_end_encoded(kind):
-        return _values(compute.run_end_decode(column))
+        return _values(compute.run_end_decode(column))  # type: ignore[attr-defined]
     if types.is_dictionary(kind) and _lacked(kind.value_type):
         return _values(column.cast(kind.value_type))
     for timed in (kind, _in_utc(kind)) if _lacked(kind) else ():
