@@ -2,11 +2,8 @@
 
 from __future__ import annotations
 
-import json
-import math
 import os
 import re
-import sys
 import tempfile
 import traceback
 from collections.abc import Callable, Sequence
@@ -15,6 +12,7 @@ from pathlib import Path
 from typing import Any
 
 from lora_cli.errors import Interrupted, LoraError, Unexpected, command, is_error, reason_of
+from lora_cli.streams import finish_results, print_json, print_note
 
 _output: Path | None = None
 
@@ -30,11 +28,10 @@ def run(app: Callable[..., Any], arguments: Sequence[str]) -> int:
     try:
         ended = app(list(arguments), standalone_mode=False)
         if ended != 130:  # typer returns it for Ctrl+C; a command itself returns nothing
-            _flush()
+            finish_results()
             return int(ended or 0)
         problem = _stopped()
     except BrokenPipeError:  # nobody reads what is printed; no words are needed
-        os.dup2(os.open(os.devnull, os.O_WRONLY), 1)
         return 1
     except BaseException as error:
         if isinstance(error, SystemExit) and error.code != 130:
@@ -43,33 +40,17 @@ def run(app: Callable[..., Any], arguments: Sequence[str]) -> int:
             error.show()  # type: ignore[attr-defined]
             return 2
         problem = _problem(error)
-    say(problem.render() if not isinstance(problem, _Stopped) else problem.what)
+    print_note(problem.render() if not isinstance(problem, _Stopped) else problem.what)
     if "--json" in arguments and is_first_process():
-        with suppress(OSError, ValueError):
+        with suppress(Exception):
             print_json((problem.result or {}) | {"error": problem.as_dict()})
-            _flush()
+            finish_results()
     return problem.exit_code
-
-
-def print_json(value: Any) -> None:
-    """One document on stdout, in ASCII, which no terminal can misread; numbers that JSON has no word for are null."""
-    try:
-        text = json.dumps(value, allow_nan=False)
-    except ValueError:
-        text = json.dumps(_finite(value))
-    print(text)
 
 
 def is_first_process() -> bool:
     """Whether this is the process that reports, of those that torchrun has started."""
     return os.environ.get("RANK", "0") == "0"
-
-
-def say(text: str) -> None:
-    """On stderr, where there is one. Nothing that goes wrong here hides what went wrong before."""
-    with suppress(OSError, ValueError):
-        if sys.stderr is not None:
-            print(text, file=sys.stderr, flush=True)
 
 
 class _Stopped(Interrupted):
@@ -155,17 +136,3 @@ def _folder_of_run() -> Path:
     if _output is None or not (_output / "recipe.yaml").is_file():
         raise FileNotFoundError("no run has begun")
     return _output
-
-
-def _flush() -> None:
-    """Now, where an error can still be told, and not when the interpreter ends."""
-    if sys.stdout is not None:
-        sys.stdout.flush()
-
-
-def _finite(value: Any) -> Any:
-    if isinstance(value, dict):
-        return {key: _finite(each) for key, each in value.items()}
-    if isinstance(value, list | tuple):
-        return [_finite(each) for each in value]
-    return None if isinstance(value, float) and not math.isfinite(value) else value

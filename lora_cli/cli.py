@@ -5,14 +5,15 @@ from __future__ import annotations
 import os
 import signal
 import sys
+from contextlib import AbstractContextManager, suppress
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
 import typer
 
 from lora_cli import __version__, boundary
-from lora_cli.boundary import print_json
 from lora_cli.errors import LoraError, command
+from lora_cli.streams import finish_results, guard_streams, print_json, print_note, print_result
 
 app = typer.Typer(
     help="Fine-tune a causal language model with LoRA or QLoRA from one YAML recipe.",
@@ -35,7 +36,7 @@ RemoteCode = Annotated[
 
 def _version(show: bool) -> None:
     if show:
-        print(f"lora {__version__}")
+        print_result(f"lora {__version__}")
         raise typer.Exit
 
 
@@ -71,7 +72,7 @@ def init(
             raise LoraError("--schema prints the schema and writes no recipe", fix="remove --schema, or all else")
         from lora_cli.recipe_file import json_schema
 
-        print(json_schema())
+        sys.stdout.write(json_schema() + "\n")
         return
     if model is None or data is None:
         raise LoraError(
@@ -79,16 +80,18 @@ def init(
             fix="lora init MODEL DATA [--gpu 12GB]; or for editors: lora init --schema > recipe.schema.json",
         )
     planning = _heavy("lora_cli.planning.first_recipe")
-    with _console().status("looking at model and data"):
+    with _status("looking at model and data"):
         written = planning.write_first_recipe(model, data, output, gpu=gpu, trust_remote_code=trust_remote_code)
     if as_json:
         print_json(written.as_dict())
         return
     for note in written.notes:
-        _console().print(f"note: {note}", highlight=False, markup=False, soft_wrap=True)
-    print(f"{output} is written, for {written.device.name}: about {written.memory.total / 2**30:.1f} GiB, estimated")
-    print(f"next: {command('lora', 'check', output)}     shows what is trained on")
-    print(f"      {command('lora', 'train', output)}")
+        print_note(f"note: {note}")
+    print_result(
+        f"{output} is written, for {written.device.name}: about {written.memory.total / 2**30:.1f} GiB, estimated"
+    )
+    print_result(f"next: {command('lora', 'check', output)}     shows what is trained on")
+    print_result(f"      {command('lora', 'train', output)}")
 
 
 @app.command()
@@ -118,7 +121,7 @@ def train(
     if max_hours is not None and not 0 < max_hours < 1e6:
         raise LoraError(f"--max-hours is {max_hours}, but must be above 0", fix="for example --max-hours 7.5")
     console = _console()
-    with console.status("loading libraries"):
+    with _status("loading libraries"):
         from lora_cli.base.load import quiet_libraries
         from lora_cli.training.train import train as run
     quiet_libraries()
@@ -147,7 +150,7 @@ def check(
 
     loaded = load_recipe(recipe, overrides)
     checking = _heavy("lora_cli.planning.check")
-    with _console().status("preparing the data"):
+    with _status("preparing the data"):
         checked = checking.check(loaded, keep=prepare)
     if html is not None:
         checking.write_page(checked, html, show)
@@ -239,15 +242,10 @@ def merge(
     if as_json:
         print_json(report.as_dict())
         return
-    console = _console()
-    console.print(
-        f"merged {report.layers} layers onto the {report.onto} weights, in {report.dtype}: {report.output}",
-        highlight=False,
-    )
-    console.print(
+    print_note(f"merged {report.layers} layers onto the {report.onto} weights, in {report.dtype}: {report.output}")
+    print_note(
         f"compared with base + adapter on {report.tokens_compared} tokens: KL {report.kl:.2g} nats a token "
-        f"(the adapter itself changes {report.adapter_effect:.2g}), same top token at {report.top1_agreement:.1%}",
-        highlight=False,
+        f"(the adapter itself changes {report.adapter_effect:.2g}), same top token at {report.top1_agreement:.1%}"
     )
 
 
@@ -337,30 +335,38 @@ def main() -> None:
     """Entry point: what a command raises becomes words, with --json a document, and an exit code."""
     os.environ.setdefault("HF_HUB_DISABLE_TELEMETRY", "1")
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "true")  # no process is forked here
+    guard_streams()
     try:
         sys.exit(boundary.run(app, sys.argv[1:]))
     finally:
+        with suppress(Exception):  # of a command that failed; what it had printed matters no more
+            finish_results()
         signal.signal(signal.SIGINT, signal.SIG_DFL)  # all is said: Ctrl+C in what libraries do at exit ends them
 
 
 def _console(*, stderr: bool = True) -> Any:
-    from rich.console import Console
+    from lora_cli.screen import Screen
 
-    return Console(stderr=stderr)
+    return Screen(stderr=stderr)
+
+
+def _status(what: str) -> AbstractContextManager[None]:
+    from lora_cli.screen import status
+
+    return status(_console(), what)
 
 
 def _heavy(module: str) -> Any:
     """Import a module that imports torch, saying so meanwhile."""
     import importlib
 
-    with _console().status("loading libraries"):
+    with _status("loading libraries"):
         loaded = importlib.import_module(module)
         importlib.import_module("lora_cli.base.load").quiet_libraries()
     return loaded
 
 
 def _print_scores(scores: dict[str, Any]) -> None:
-    from rich.console import Console
     from rich.table import Table
 
     table = Table(
@@ -376,9 +382,7 @@ def _print_scores(scores: dict[str, Any]) -> None:
             f"{score.bits_per_byte:.4f}",
             f"{score.target_tokens:,}",
         )
-    Console().print(table)
+    _console(stderr=False).print(table)
     if "adapter" in scores:
         change = 1 - scores["adapter"].perplexity / scores["base"].perplexity
-        Console().print(
-            f"perplexity {abs(change):.1%} {'lower' if change >= 0 else 'higher'} with the adapter", highlight=False
-        )
+        print_result(f"perplexity {abs(change):.1%} {'lower' if change >= 0 else 'higher'} with the adapter")

@@ -9,8 +9,12 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Any
 
-# Characters that a terminal interprets (controls, lone surrogates, bidi marks), found in file names and contents.
-_UNSEEN = re.compile("[\x00-\x1f\x7f-\x9f\u2028\u2029\u202a-\u202e\u2066-\u2069\ud800-\udfff]")
+# Characters that a terminal interprets and does not show: controls, marks that turn the direction of writing, those
+# without a shape that hide text, lone surrogates. Found in the names and contents of files.
+_CONTROLS, _DIRECTIONS = "\x00-\x1f\x7f-\x9f", "\u061c\u200e\u200f\u202a-\u202e\u2066-\u2069"
+_SHAPELESS = "\u200b\u2060-\u2064\ufeff\ufff9-\ufffb\U000e0000-\U000e007f"
+_UNSEEN = re.compile(f"[{_CONTROLS}{_DIRECTIONS}{_SHAPELESS}\u2028\u2029\ud800-\udfff]")
+UNSEEN = re.compile(f"(?!\n){_UNSEEN.pattern}")  # in text of several lines
 _LONGEST_LINE = 800  # characters; of a longer one the beginning and the end are shown
 _LONGEST_FIX = 5000  # it may hold a command with a path, which cannot be pasted when it is cut
 _MOST_PROBLEMS = 50
@@ -34,9 +38,9 @@ class LoraError(Exception):
 
     def render(self) -> str:
         head = f"error: {self.where}: {self.what}" if self.where else f"error: {self.what}"
-        lines = [_shown(line) for line in (head, *(f"  {line}" for line in self.details))]
+        lines = [shown(line) for line in (head, *(f"  {line}" for line in self.details))]
         if self.fix:
-            lines.append(_shown(f"  fix: {self.fix}", _LONGEST_FIX))
+            lines.append(shown(f"  fix: {self.fix}", _LONGEST_FIX))
         return "\n".join(lines)
 
     def as_dict(self) -> dict[str, Any]:
@@ -59,10 +63,10 @@ class RecipeErrors(LoraError):
         self.details = [problem.render() for problem in problems[:_MOST_PROBLEMS]]
 
     def render(self) -> str:
-        shown = [problem.render() for problem in self.problems[:_MOST_PROBLEMS]]
-        if more := len(self.problems) - len(shown):
-            shown.append(LoraError(f"{more:,} more problems", fix="fix those above first").render())
-        return "\n".join(shown)
+        lines = [problem.render() for problem in self.problems[:_MOST_PROBLEMS]]
+        if more := len(self.problems) - len(lines):
+            lines.append(LoraError(f"{more:,} more problems", fix="fix those above first").render())
+        return "\n".join(lines)
 
 
 class CheckFailed(LoraError):
@@ -154,8 +158,13 @@ def _quoted(word: str) -> str:
     return f"$'{as_bytes}'"  # as bash, zsh and POSIX 2024 read it
 
 
-def _shown(line: str, longest: int = _LONGEST_LINE) -> str:
-    """One line that any terminal shows as it is."""
+def shown(line: str, longest: int = _LONGEST_LINE) -> str:
+    """One line that any terminal shows as it is; of a very long one the beginning and the end."""
     if len(line) > longest:
         line = f"{line[: longest // 2]} … {line[-longest // 2 :]}"
+    return escaped(line)
+
+
+def escaped(line: str) -> str:
+    """The line with everything spelled out that a terminal would act on, line ends too: \\x1b for an escape."""
     return _UNSEEN.sub(lambda found: ascii(found[0])[1:-1], line)

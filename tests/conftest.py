@@ -11,7 +11,6 @@ from typing import Any
 import pytest
 import torch
 import yaml
-from rich.console import Console
 
 ROOT = Path(__file__).parents[1]
 sys.path.insert(0, str(ROOT / "scripts"))
@@ -20,6 +19,7 @@ from tiny_model import make_tokenizer, save_tiny  # noqa: E402
 
 from lora_cli.base.load import quiet_libraries  # noqa: E402
 from lora_cli.recipe_file import load_recipe  # noqa: E402
+from lora_cli.screen import Screen  # noqa: E402
 from lora_cli.training.train import train  # noqa: E402
 
 quiet_libraries()
@@ -120,8 +120,8 @@ def run_recipe(recipe_file: Callable[..., Path]) -> Callable[..., tuple[Path, di
     return run
 
 
-def quiet_console() -> Console:
-    return Console(stderr=True, quiet=True)
+def quiet_console() -> Screen:
+    return Screen(stderr=True, quiet=True)
 
 
 def losses(run: Path) -> list[float]:

@@ -8,7 +8,7 @@ from typing import Any
 
 import numpy as np
 
-from lora_cli.errors import CheckFailed, LoraError
+from lora_cli.errors import CheckFailed, LoraError, shown
 
 TOO_LONG_SHARE = 0.01  # of the rows: up to this many are left out, above it the recipe has to say what shall happen
 _KEPT_ROWS = 1000  # of one kind that are named; all are counted
@@ -148,7 +148,7 @@ class GateClosed(CheckFailed):
             for error in self.findings.errors[kind]:
                 lines.append(f"  {error.where}: {error.what}" if error.where else f"  {error.what}")
             lines.append(f"  fix: {self.findings.fix(kind)}")
-        return "\n".join(lines)
+        return "\n".join(map(shown, lines))
 
 
 @dataclass(frozen=True)

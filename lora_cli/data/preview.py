@@ -13,6 +13,7 @@ from transformers import PreTrainedTokenizerBase
 
 from lora_cli.data.example import Example
 from lora_cli.data.gate import KINDS, Findings
+from lora_cli.errors import UNSEEN, escaped
 
 _TRAINED, _CONTEXT = Style(color="black", bgcolor="green"), Style(dim=True)
 _SPECIAL = Style(color="magenta", bold=True)
@@ -84,7 +85,8 @@ def as_text(example: Example, tokenizer: PreTrainedTokenizerBase, *, colour: boo
 def _visible(text: str) -> str:
     """Line ends and tabs that can be seen; control characters that do nothing to a terminal."""
     text = text.replace("\n", "↵\n").replace("\t", "⇥   ").replace("\r", "␍")
-    return "".join(chr(0x2400 + ord(c)) if ord(c) < 32 and c != "\n" else "␡" if c == "\x7f" else c for c in text)
+    text = "".join(chr(0x2400 + ord(c)) if ord(c) < 32 and c != "\n" else "␡" if c == "\x7f" else c for c in text)
+    return UNSEEN.sub(lambda found: escaped(found[0]), text)
 
 
 # ── a page ──────────────────────────────────────────────────────────────────────────────────────────────────────

@@ -12,10 +12,10 @@ from accelerate.utils import set_seed
 
 from lora_cli.adapters.layer import adapters_disabled
 from lora_cli.adapters.opened import Opened, open_model
-from lora_cli.boundary import print_json
 from lora_cli.data.chat import ChatTemplate, chat_template, wants_bos
 from lora_cli.errors import LoraError
 from lora_cli.evaluation.generation import complete, generation_config
+from lora_cli.streams import print_json, print_note, print_piece
 
 
 def talk(
@@ -51,7 +51,7 @@ def talk(
     template = chat_template(opened.tokenizer, None, "the model") if chat else None
     speak = _speaker(opened, use_adapter, sampling, template)
     turns = [{"role": "system", "content": system}] if system is not None else []
-    emit = None if as_json else _print_now
+    emit = None if as_json else print_piece
     if conversation:
         assert template is not None
         _converse(speak, template, turns)
@@ -65,7 +65,7 @@ def talk(
     if as_json:
         print_json({"prompt": prompt, "completion": answer})
     else:
-        print()
+        print_piece("\n")
 
 
 def _speaker(
@@ -87,20 +87,16 @@ def _speaker(
 
 
 def _converse(speak: Callable[..., str], template: ChatTemplate, turns: list[dict[str, str]]) -> None:
-    print("Ctrl+D ends the conversation.", file=sys.stderr)
+    print_note("Ctrl+D ends the conversation.")
     while True:
         try:
             said = input("> ")
         except EOFError:
-            print()
+            print_piece("\n")
             return
         if not said.strip():
             continue
         turns.append({"role": "user", "content": said})
         text = template.render(turns, "the conversation", generation_prompt=True)
-        turns.append({"role": "assistant", "content": speak(text, _print_now)})
-        print()
-
-
-def _print_now(text: str) -> None:
-    print(text, end="", flush=True)
+        turns.append({"role": "assistant", "content": speak(text, print_piece)})
+        print_piece("\n")

@@ -28,6 +28,7 @@ from lora_cli.data.stream import StreamFeed
 from lora_cli.errors import LoraError
 from lora_cli.files import disk_errors
 from lora_cli.recipe import Recipe
+from lora_cli.screen import say_on, styled
 
 
 @dataclass(frozen=True)
@@ -125,8 +126,9 @@ def write_page(checked: Checked, path: Path, show: int) -> None:
 
 
 def print_checked(checked: Checked, console: Console, show: int) -> None:
+    say = say_on(console)
     for name, text in _lines(checked):
-        console.print(f"{name:9}{text}", highlight=False, markup=False, soft_wrap=True)
+        say(f"{name:9}{text}")
     found = checked.findings()
     if found:
         table = Table("", "rows", "what", "where", "fix", box=None, pad_edge=False, header_style="bold")
@@ -137,19 +139,15 @@ def print_checked(checked: Checked, console: Console, show: int) -> None:
                 mark,
                 f"{each['count']:,}",
                 KINDS[each["kind"]].title,
-                _where(each),
-                each["fix"],
+                styled(_where(each)),
+                styled(each["fix"]),
                 style="" if each["stops"] else "dim",
             )
         console.print()
         console.print(table)
     for example in checked.shown(show):
-        console.print(
-            f"\n{example.source}: {len(example.ids):,} tokens, {example.targets:,} trained",
-            style="bold",
-            highlight=False,
-            markup=False,
-        )
+        console.print()
+        console.print(styled(f"{example.source}: {len(example.ids):,} tokens, {example.targets:,} trained", "bold"))
         colour = console.is_terminal and not console.no_color
         console.print(Padding(as_text(example, checked.tokenizer, colour=colour), (0, 0, 0, 2), expand=False))
 

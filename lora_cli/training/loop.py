@@ -20,6 +20,7 @@ from lora_cli.base.device import peak_memory_bytes, reset_peak_memory
 from lora_cli.data.example import Example
 from lora_cli.errors import CheckFailed, DiskError, Interrupted, LoraError
 from lora_cli.evaluation.perplexity import EvaluationStopped
+from lora_cli.screen import say_on
 from lora_cli.training.divergence import what_is_wrong
 from lora_cli.training.judging import Judge
 from lora_cli.training.keeping import Keeper, resume_command
@@ -52,7 +53,7 @@ class Run:
         environment: dict[str, Any],
     ):
         self.session, self.folder, self.accelerator, self.stop = session, folder, accelerator, stop
-        self.say = partial(console.print, highlight=False, markup=False, soft_wrap=True)
+        self.say = say_on(console)
         self.console, self.environment = console, environment
         self.recipe = session.recipe.train
         self.parameters = adapter_parameters(session.model)

@@ -12,6 +12,7 @@ from rich.table import Table
 from rich.text import Text
 
 from lora_cli.files import human_bytes
+from lora_cli.screen import say_on, styled
 
 _PLAIN_EVERY_SECONDS = 5.0
 _WIDTH = 30
@@ -43,7 +44,7 @@ class Progress:
             self.live.stop()
 
     def say(self, text: str) -> None:
-        self.console.print(text, highlight=False, markup=False, soft_wrap=True)
+        say_on(self.console)(text)
 
     def doing(self, activity: str) -> None:
         """Name what keeps the loop from its next step, such as an evaluation."""
@@ -85,7 +86,7 @@ class Progress:
 
     def _render(self) -> Table | Text:
         if not self.line:
-            return Text(f"  {self.activity or 'first step'} …")
+            return styled(f"  {self.activity or 'first step'} …")
         filled = round(_WIDTH * self.line["step"] / self.total)
         grid = Table.grid(padding=(0, 2))
         grid.add_row(Text("━" * filled, "green") + Text("━" * (_WIDTH - filled), "dim"), self._plain())
@@ -93,5 +94,5 @@ class Progress:
             at, loss = self.validation
             grid.add_row("", f"validation loss {loss:.4f} at step {at}")
         if self.activity:
-            grid.add_row("", Text(f"{self.activity} …", "dim"))
+            grid.add_row("", styled(f"{self.activity} …", "dim"))
         return grid

@@ -79,16 +79,14 @@ def as_dicts(runs: list[Run]) -> list[dict[str, Any]]:
 
 def print_runs(runs: list[Run], folder: Path, console: Any) -> None:
     """A table for a terminal, or what to do where there are no runs."""
+    from lora_cli.screen import say_on, styled
+
+    say = say_on(console)
     if not runs:
-        console.print(
-            f"no runs in {folder}\nlora train RECIPE starts one; lora runs FOLDER looks in another folder",
-            highlight=False,
-            markup=False,
-            soft_wrap=True,
-        )
+        say(f"no runs in {folder}")
+        say("lora train RECIPE starts one; lora runs FOLDER looks in another folder")
         return
     from rich.table import Table
-    from rich.text import Text
 
     styles = {"running": "cyan", "done": "green", "interrupted": "yellow"}
     table = Table(box=None, pad_edge=False, padding=(0, 2, 0, 0), header_style="bold")
@@ -101,11 +99,13 @@ def print_runs(runs: list[Run], folder: Path, console: Any) -> None:
         cells = [_decimals(run.loss, 4), _decimals(run.validation_loss, 4), _short(run.tokens), _decimals(run.hours, 2)]
         if runs[0].cost is not None:
             cells.append(_decimals(run.cost, 2))
-        table.add_row(Text(run.name), Text(run.progress, styles.get(run.state, "red")), *cells, _ago(run.last_activity))
+        table.add_row(
+            styled(run.name), styled(run.progress, styles.get(run.state, "red")), *cells, _ago(run.last_activity)
+        )
     console.print(table)
     for run in runs:
         if run.why and run.state in ("failed", "nothing learned"):
-            console.print(f"{run.name}: {run.why}", highlight=False, markup=False, soft_wrap=True)
+            say(f"{run.name}: {run.why}")
 
 
 # ── one run ─────────────────────────────────────────────────────────────────────────────────────────────────────

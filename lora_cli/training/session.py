@@ -40,6 +40,7 @@ from lora_cli.evaluation.loss import logit_rule, summed_loss
 from lora_cli.evaluation.packing_check import require_no_leak
 from lora_cli.files import human_bytes, require_space
 from lora_cli.recipe import Recipe
+from lora_cli.screen import say_on
 
 Collate = Any  # (examples) -> MicroBatch
 _SAMPLE_TOKENS = 64  # enough to see what a token keeps
@@ -90,7 +91,7 @@ class Session:
 
 def open_session(recipe: Recipe, console: Console) -> Session:
     """Data first (seconds), then the model (minutes). Says what was derived from the recipe as it goes."""
-    say = partial(console.print, highlight=False, markup=False, soft_wrap=True)
+    say = say_on(console)
     device = pick_device(recipe.device)
     dtype, reason = pick_dtype(recipe.dtype, device)
     if device.type == "cpu":

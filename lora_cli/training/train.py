@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from contextlib import ExitStack
-from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -14,6 +13,7 @@ from rich.console import Console
 from lora_cli.base.device import describe_device
 from lora_cli.errors import Interrupted
 from lora_cli.recipe import Recipe
+from lora_cli.screen import say_on
 from lora_cli.training.keeping import resume_command
 from lora_cli.training.loop import Run
 from lora_cli.training.processes import lost_process_is_told, start_accelerator, wait_for_everyone
@@ -47,7 +47,7 @@ def train(
     require_trackers(recipe.trackers)
     accelerator = start_accelerator(recipe)
     console.quiet |= not accelerator.is_main_process
-    say = partial(console.print, highlight=False, markup=False, soft_wrap=True)
+    say = say_on(console)
 
     def say_it_aloud(text: str) -> None:
         say(text)
@@ -104,7 +104,7 @@ def _open(
         refuse_other_run(other, allow, folder.path)
         changes += other
         if note is not None:
-            console.print(note, highlight=False, markup=False, soft_wrap=True)
+            say_on(console)(note)
     wait_for_everyone(accelerator)  # each has compared before one writes
     run = Run(session, folder, accelerator, console, stop, environment)
     if resume:

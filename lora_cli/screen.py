@@ -1,0 +1,65 @@
+"""The one way to print: names and texts of files come out as they are, and do nothing to a terminal.
+
+A string, wherever rich takes one (a line, a cell, a heading, a title), is foreign text: no markup, no emoji codes, and
+what a terminal would act on is spelled out. Our own styles are Text and Style objects. streams.py guards what is below.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from typing import Any
+
+from rich.console import Console
+from rich.segment import Segment
+from rich.text import Text
+
+from lora_cli.errors import UNSEEN, escaped
+
+
+class Screen(Console):
+    """rich's console for text from anywhere. stderr=True for what is said to people, else the result on stdout."""
+
+    def __init__(self, **options: Any):
+        super().__init__(**{"markup": False, "emoji": False, "highlight": False, **options})
+
+    def render_str(self, text: str, **options: Any) -> Text:
+        return super().render_str(escaped(text), **options)
+
+    def render(self, renderable: Any, options: Any = None) -> Iterator[Segment]:
+        """What comes as a Text is caught here, after it was laid out."""
+        for segment in super().render(renderable, options):
+            if segment.control or not UNSEEN.search(segment.text):
+                yield segment
+            else:
+                lines = segment.text.split("\n")
+                yield Segment("\n".join(map(escaped, lines)), segment.style)
+
+    def on_broken_pipe(self) -> None:
+        """Only of a result: nobody reads on, so there is nothing left to do."""
+        self.quiet = True
+        raise BrokenPipeError
+
+
+def styled(text: str, style: str = "") -> Text:
+    """Foreign text in a style of ours."""
+    return Text(escaped(text), style)
+
+
+def say_on(console: Console) -> Callable[[str], None]:
+    """A function that prints one line, however long, on the console."""
+
+    def say(text: str) -> None:
+        console.print(escaped(text), markup=False, emoji=False, highlight=False, soft_wrap=True)
+
+    return say
+
+
+@contextmanager
+def status(console: Console, what: str) -> Iterator[None]:
+    """Shows what is being done, where somebody watches."""
+    if not console.is_terminal or console.quiet:
+        yield
+        return
+    with console.status(styled(what)):
+        yield

@@ -1,0 +1,184 @@
+"""stdout and stderr that survive: a reader that left, a full disk, a closed descriptor, a terminal that knows ASCII.
+
+What is said on stderr is said to people, and never ends or fails a run: where it cannot be written it is dropped. What
+is printed on stdout is the result: where it cannot be written the command fails. Imports nothing heavy.
+"""
+
+from __future__ import annotations
+
+import codecs
+import errno
+import io
+import json
+import math
+import os
+import select
+import sys
+from typing import Any, NoReturn
+
+from lora_cli.errors import UNSEEN, LoraError, escaped
+
+_PATIENCE_SECONDS = 5.0  # for a reader of stderr that does not read: a stopped terminal, a pager
+_PIECE_BYTES = 4096  # what a pipe that can be written takes at once on every system
+
+# For terminals that do not know them. What is not here is shown as its number.
+_STAND_INS = {
+    "→": "->", "−": "-", "↵": "\\n", "⇥": "\\t", "␡": "\\x7f", "…": "...", "–": "-", "—": "-", "·": "-", "×": "x",
+    "≤": "<=", "≥": ">=", "≈": "~", "±": "+-", "━": "=", "─": "-", "│": "|", "⟦": "[[", "⟧": "]]", "✓": "ok",
+    "’": "'", "‘": "'", "“": '"', "”": '"',
+}  # fmt: skip
+_STAND_INS |= {chr(0x2400 + at): ascii(chr(at))[1:-1] for at in range(32)}  # the pictures of control characters
+_STAND_INS |= {chr(0x2800 + at): "*" for at in range(256)}  # the spinner is made of braille
+
+
+def _stand_in(error: UnicodeError) -> tuple[str | bytes, int]:
+    assert isinstance(error, UnicodeEncodeError)
+    lost = error.object[error.start : error.end]
+    return "".join(
+        _STAND_INS.get(each) or each.encode("ascii", "backslashreplace").decode() for each in lost
+    ), error.end
+
+
+codecs.register_error("lora.stand_in", _stand_in)
+
+
+def guard_streams() -> None:
+    """Replace sys.stdout and sys.stderr by streams that survive. Streams of no file descriptor stay, as in tests."""
+    closed = {name for name in ("stdout", "stderr") if getattr(sys, name) is None}
+    _fill_closed_descriptors()
+    for name, descriptor, kind in (("stdout", 1, _Results), ("stderr", 2, _Notes)):
+        stream = getattr(sys, name)
+        try:
+            if name not in closed and stream.fileno() != descriptor:
+                continue
+        except (AttributeError, OSError, ValueError):
+            continue
+        if os.name == "nt" and name not in closed and stream.isatty():  # a console there takes no bytes
+            stream.reconfigure(errors="lora.stand_in")
+            continue
+        raw = kind(descriptor, "w", closefd=False)
+        raw.lost = name in closed
+        if stream is not None:
+            stream.flush()
+        guarded: Any = io.TextIOWrapper(
+            raw,  # type: ignore[arg-type]  # without a buffer between, as python -u does: a signal's handler may write too
+            encoding=getattr(stream, "encoding", None) or "utf-8",
+            errors="lora.stand_in",
+            line_buffering=name == "stderr" or raw.isatty(),
+            write_through=name == "stderr",
+        )
+        guarded.mode = "w"
+        setattr(sys, name, guarded)
+
+
+def print_result(text: str) -> None:
+    """One line of a result on stdout, with nothing in it that a terminal acts on. Raises LoraError if it is lost."""
+    print(escaped(text))
+
+
+def print_json(value: Any) -> None:
+    """One document on stdout, in ASCII, which no terminal can misread; numbers that JSON has no word for are null."""
+    try:
+        text = json.dumps(value, allow_nan=False)
+    except ValueError:
+        text = json.dumps(_finite(value))
+    print(text)
+
+
+def print_piece(text: str) -> None:
+    """A piece of what a model wrote: as it is into a file or a pipe; on a terminal nothing of it is acted on."""
+    if sys.stdout is not None and sys.stdout.isatty():
+        text = UNSEEN.sub(lambda found: found[0] if found[0] == "\t" else escaped(found[0]), text)
+    print(text, end="", flush=True)
+
+
+def print_note(text: str) -> None:
+    """Lines for people on stderr, for what is said before or after rich is there."""
+    if sys.stderr is not None:
+        print("\n".join(map(escaped, text.split("\n"))), file=sys.stderr, flush=True)
+
+
+def finish_results() -> None:
+    """Hand on what stdout still holds. Raises LoraError, or BrokenPipeError for a reader that left."""
+    if sys.stdout is not None:
+        sys.stdout.flush()
+
+
+def _fill_closed_descriptors() -> None:
+    """Let no file that is opened later become what libraries take for stdout or stderr, and write into."""
+    for descriptor in (0, 1, 2):
+        try:
+            os.fstat(descriptor)
+        except OSError:
+            opened = os.open(os.devnull, os.O_RDWR)
+            if opened != descriptor:
+                os.dup2(opened, descriptor)
+                os.close(opened)
+
+
+class _Notes(io.FileIO):
+    """Takes everything, and writes what can be written."""
+
+    lost = False
+    _stuck = False
+
+    def write(self, content: Any) -> int:
+        left = memoryview(content).cast("B")
+        size = len(left)
+        try:
+            while left and not self.lost and self._can_be_written():
+                left = left[super().write(left[:_PIECE_BYTES]) or 0 :]
+        except OSError as error:
+            self.lost = error.errno in (errno.EPIPE, errno.EBADF)  # a disk may have room again
+        return size
+
+    def _can_be_written(self) -> bool:
+        if not hasattr(select, "poll"):
+            return True
+        poll = select.poll()
+        poll.register(self.fileno(), select.POLLOUT)
+        self._stuck = not poll.poll(0 if self._stuck else _PATIENCE_SECONDS * 1000)
+        return not self._stuck
+
+
+class _Results(io.FileIO):
+    """Raises LoraError, once, when a result cannot be written; BrokenPipeError when nobody reads on."""
+
+    lost = False
+    _failed = False
+
+    def write(self, content: Any) -> int:
+        left = memoryview(content).cast("B")
+        size = len(left)
+        if self._failed:
+            return size
+        if self.lost:
+            self._fail("it is closed")
+        try:
+            while left:
+                written = super().write(left)
+                if written is None:  # set to not wait, by whoever shares the terminal
+                    select.select([], [self.fileno()], [])
+                left = left[written or 0 :]
+        except BrokenPipeError:
+            self._failed = True
+            raise
+        except OSError as error:
+            self._fail(error.strerror or str(error))
+        return size
+
+    def _fail(self, why: str) -> NoReturn:
+        self._failed = True
+        raise LoraError(
+            f"the result cannot be written: {why}",
+            where="stdout",
+            fix="send it to a terminal, a pipe, or a disk with room",
+        ) from None
+
+
+def _finite(value: Any) -> Any:
+    if isinstance(value, dict):
+        return {key: _finite(each) for key, each in value.items()}
+    if isinstance(value, list | tuple):
+        return [_finite(each) for each in value]
+    return None if isinstance(value, float) and not math.isfinite(value) else value
