@@ -336,6 +336,9 @@ def main() -> None:
     os.environ.setdefault("HF_HUB_DISABLE_TELEMETRY", "1")
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "true")  # no process is forked here
     guard_streams()
+    if sys.platform == "linux" and "PYTORCH_CUDA_ALLOC_CONF" not in os.environ:
+        # Micro-batches differ in length: without this, pieces of a GPU's memory are left over that fit none of them.
+        os.environ.setdefault("PYTORCH_ALLOC_CONF", "expandable_segments:True")
     try:
         sys.exit(boundary.run(app, sys.argv[1:]))
     finally:

@@ -8,7 +8,7 @@ from typing import Any
 import pytest
 import torch
 import transformers as hf
-from conftest import randomize_adapter
+from conftest import quiet_console, randomize_adapter
 from hypothesis import given
 from hypothesis import strategies as st
 from torch import Tensor, nn
@@ -16,6 +16,8 @@ from torch import Tensor, nn
 from lora_cli.adapters.attach import adapter_parameters, attach
 from lora_cli.adapters.targets import block_lists, find_targets
 from lora_cli.base.activations import ActivationPlan, follow, measured, plan_activations
+from lora_cli.recipe_file import load_recipe
+from lora_cli.training.session import open_session
 
 # ── planning ────────────────────────────────────────────────────────────────────────────────────────────────────
 
@@ -99,6 +101,23 @@ def test_each_storage_is_counted_once_where_it_was_kept():
     before = kept.copy()
     blocks[1](blocks[0](x))
     assert kept == before  # the hooks are gone
+
+
+@pytest.mark.parametrize(("dtype", "size"), [("fp32", 4), ("bf16", 2)])
+def test_a_and_b_in_the_compute_dtype_are_weights_and_no_activations(recipe_file, dtype, size):
+    """A token keeps `rank` values more in each of the seven layers, and no share of A and B: they are cast once a step.
+
+    Counted as activations they made up to half of what a token seemed to keep in bf16.
+    """
+
+    def kept(rank: int) -> tuple[float, ...]:
+        adapter = {"rank": rank, "target_modules": "all-linear"}
+        return open_session(
+            load_recipe(recipe_file(dtype=dtype, adapter=adapter)), quiet_console()
+        ).activations.bytes_per_token
+
+    small, large = kept(4), kept(32)
+    assert [more - less for less, more in zip(small, large, strict=True)] == [7 * 28 * size] * len(small)
 
 
 # ── following a plan ────────────────────────────────────────────────────────────────────────────────────────────

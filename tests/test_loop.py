@@ -59,12 +59,15 @@ def test_loss_falls_and_the_run_folder_is_complete(run_recipe, sums):
     assert environment["data_files"].keys() == {str(sums)}
 
 
-@pytest.mark.parametrize("packing", [False, True])
-def test_any_split_of_a_step_is_the_same_step(run_recipe, tmp_path, packing):
+@pytest.mark.parametrize(
+    ("packing", "quantization"), [(False, "none"), (True, "none"), (False, "int8"), (True, "int8")]
+)
+def test_any_split_of_a_step_is_the_same_step(run_recipe, tmp_path, packing, quantization):
     adapters, curves = [], []
     for micro, accumulated in [(8, 1), (4, 2), (1, 8)]:
         run, _ = run_recipe(
             data={"packing": packing},
+            quantization=quantization,
             train={"micro_batch_size": micro, "gradient_accumulation_steps": accumulated},
             output=str(tmp_path / f"run-{micro}"),
         )

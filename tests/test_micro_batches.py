@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import os
 import subprocess
 import sys
@@ -174,6 +175,18 @@ def test_an_allocation_that_fails_is_known_for_what_it_is():
         torch.empty(2**60, dtype=torch.uint8)
     assert is_out_of_memory(error.value)
     assert is_out_of_memory(MemoryError())
+    for said in (
+        "CUDA error: out of memory",  # of the driver, also for page-locked host memory
+        "CUDA error: CUBLAS_STATUS_ALLOC_FAILED when calling `cublasCreate(handle)`",
+        "Triton Error [CUDA]: out of memory",
+        "[enforce fail at alloc_cpu.cpp:118] . DefaultCPUAllocator: can't allocate memory: you tried to allocate 8.",
+        "std::bad_alloc",
+        "cuDNN error: CUDNN_STATUS_ALLOC_FAILED",
+    ):
+        assert is_out_of_memory(RuntimeError(said)), said
+    assert is_out_of_memory(torch.AcceleratorError("CUDA error: out of memory"))
+    assert is_out_of_memory(torch.OutOfMemoryError("CUDA out of memory."))
+    assert not is_out_of_memory(ValueError("out of memory"))
     assert not is_out_of_memory(RuntimeError("mat1 and mat2 shapes cannot be multiplied"))
 
 
@@ -215,3 +228,28 @@ def test_when_one_process_runs_out_all_cut_smaller(recipe_file, run_recipe, tmp_
     assert done.returncode == 0, done.stderr
     assert "out of memory (in another process): each micro-batch is now cut into 2" in done.stderr
     assert_same_run(tmp_path / "two", plain)
+
+
+def test_a_step_reads_its_losses_back_once(run_recipe, monkeypatch):
+    """A GPU works ahead of the program, until somebody asks for a number: then everything waits for it."""
+    returned, read = [], []
+    forward_backward, stack = micro_batches.MicroBatches._forward_backward, torch.stack
+
+    def counted(self, *given):
+        loss = forward_backward(self, *given)
+        returned.append(loss)
+        return loss
+
+    def stacked(tensors, *rest):
+        if tensors and any(tensors[0] is each for each in returned):
+            read.append(len(tensors))
+        return stack(tensors, *rest)
+
+    monkeypatch.setattr(micro_batches.MicroBatches, "_forward_backward", counted)
+    monkeypatch.setattr(torch, "stack", stacked)
+    run, _ = run_recipe(train={"max_steps": 3, "micro_batch_size": 1, "gradient_accumulation_steps": 4})
+    assert all(isinstance(loss, torch.Tensor) and loss.ndim == 0 for loss in returned)
+    assert read == [4, 4, 4]
+    sums = [sum(each.item() for each in returned[at : at + 4]) for at in (0, 4, 8)]
+    lines = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
+    assert [line["loss"] * line["target_tokens"] for line in lines] == pytest.approx(sums, rel=1e-12)

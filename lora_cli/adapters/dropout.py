@@ -8,6 +8,8 @@ import numpy as np
 import torch
 from torch import Tensor
 
+_MASK_NUMBERS = 1 << 22  # int32 numbers drawn at a time: 16 MiB
+
 
 def token_keys(seed: int, step: int, ids: np.ndarray) -> np.ndarray:
     """A random odd number for each token of an example, in one step: (tokens,) int32.
@@ -34,6 +36,21 @@ def keep_mask(tokens: Tensor, features: Tensor, p: float) -> Tensor:
     for the backward pass.
     """
     return torch.outer(tokens, features) >= round(p * 2**32) - 2**31
+
+
+def dropped(values: Tensor, tokens: Tensor, features: Tensor, p: float) -> Tensor:
+    """values (tokens, features) where they are kept, zero elsewhere; not scaled by 1 / (1 - p).
+
+    Some rows at a time: the random numbers behind a mask take twice the memory of bf16 values.
+    """
+    if len(values) * len(features) <= _MASK_NUMBERS:
+        return torch.where(keep_mask(tokens, features, p), values, 0)
+    result = torch.empty_like(values)
+    rows = max(1, _MASK_NUMBERS // len(features))
+    for at in range(0, len(values), rows):
+        part = slice(at, at + rows)
+        torch.where(keep_mask(tokens[part], features, p), values[part], 0, out=result[part])
+    return result
 
 
 def _odd_numbers(key: int, count: int) -> np.ndarray:

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 
-from lora_cli.adapters.dropout import feature_keys, keep_mask
+from lora_cli.adapters.dropout import dropped, feature_keys
 from lora_cli.base.linear import features
 from lora_cli.errors import LoraError
 
@@ -114,13 +114,14 @@ class LoRALinear(nn.Module):
 class _AddUpdate(torch.autograd.Function):
     """base + scaling · B A dropout(x), and the gradients of base, x, A and B.
 
-    Kept for the backward pass: x, which layers beside each other share, and low = A dropout(x), which is rank /
+    Kept for the backward pass: x, which layers beside each other share, and low = A d(x), which is rank /
     in_features of its size. The dropped input is made again. The base layer has its own backward, so its kind does not
     matter here, and none of its weight is kept in another form.
 
     base: (tokens, out). x: (tokens, in). A, B: fp32 masters, (rank, in) and (out, rank). low_A, low_B: the same in the
-    dtype of x, B with its mask. mask: of B. tokens, inputs: keys of dropout. With U the gradient of the result and
-    G = scaling · U B: dA = Gᵀ dropout(x), dB = scaling · Uᵀ low, dx = dropout(G A) beside what the base layer gives.
+    dtype of x, B with its mask. mask: of B. tokens, inputs: keys of dropout. With U the gradient of the result, d what
+    drops without the factor 1 / (1 - p), which is part of the scaling s here, and G = s · U B: dA = Gᵀ d(x),
+    dB = s · Uᵀ low, dx = d(G A) beside what the base layer gives.
     """
 
     @staticmethod
@@ -138,6 +139,7 @@ class _AddUpdate(torch.autograd.Function):
         tokens: Tensor | None,
         inputs: Tensor | None,
     ) -> Tensor:
+        scaling /= 1 - dropout
         ctx.scaling, ctx.dropout, ctx.tokens, ctx.inputs, ctx.mask = scaling, dropout, tokens, inputs, mask
         ctx.master = A.dtype
         low = _dropped(ctx, x) @ low_A.T  # (tokens, rank)
@@ -165,10 +167,8 @@ class _AddUpdate(torch.autograd.Function):
 
 
 def _dropped(ctx: Any, values: Tensor) -> Tensor:
-    """values ⊙ keep / (1 - p): the same elements are dropped of the input and of its gradient."""
-    if not ctx.dropout:
-        return values
-    return values * keep_mask(ctx.tokens, ctx.inputs, ctx.dropout) / (1 - ctx.dropout)
+    """values where they are kept: the same elements are dropped of the input and of its gradient."""
+    return dropped(values, ctx.tokens, ctx.inputs, ctx.dropout) if ctx.dropout else values
 
 
 def lora_layers(model: nn.Module) -> dict[str, LoRALinear]:

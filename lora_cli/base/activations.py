@@ -108,7 +108,10 @@ def _offloading(
 
 
 def _places(block: nn.Module) -> set[int]:
-    return {tensor.untyped_storage().data_ptr() for tensor in (*block.parameters(), *block.buffers())}
+    """Where a block's weights lie, A and B in the compute dtype among them: a step casts them once, for all tokens."""
+    cast = (pair for module in block.modules() if (pair := getattr(module, "low_precision", None)) is not None)
+    weights = (*block.parameters(), *block.buffers(), *(tensor for pair in cast for tensor in pair))
+    return {tensor.untyped_storage().data_ptr() for tensor in weights}
 
 
 def to_pinned_memory(tensor: Tensor) -> Tensor:

@@ -5,7 +5,6 @@ from __future__ import annotations
 import ctypes
 import os
 import re
-import resource
 import sys
 from contextlib import suppress
 from pathlib import Path
@@ -15,6 +14,12 @@ from accelerate import PartialState
 
 from lora_cli.errors import LoraError
 
+try:
+    import resource
+except ImportError:  # Windows, which has no counterpart to what is asked of it here
+    resource = None
+
+_UNKNOWN_MEMORY = 4 * 2**30  # counted on where the system does not say
 _M_ARENA_MAX = -8  # malloc.h
 DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}
 
@@ -69,27 +74,57 @@ def reset_peak_memory(device: torch.device) -> None:
         torch.cuda.reset_peak_memory_stats(device)
 
 
+def make_memory_errors_real(device: torch.device) -> None:
+    """Let torch take no more of a GPU than is free now, so that a run that needs more fails instead of crawling.
+
+    Drivers on Windows and WSL lend host memory beyond that, at a tenth of the speed and without a word: whatever is
+    tried then seems to fit. It also leaves a desktop its share.
+    """
+    if device.type == "cuda":
+        free, total = torch.cuda.mem_get_info(device)
+        torch.cuda.set_per_process_memory_fraction((free + torch.cuda.memory_reserved(device)) / total, device)
+
+
+def reserved_memory_bytes(device: torch.device) -> int | None:
+    """Most memory that torch took from a GPU so far, with what it holds unused: this is what a card has to have.
+
+    The driver's own share (0.4 to 0.8 GiB) comes on top. None on other devices, where nothing of the kind is counted.
+    """
+    return torch.cuda.max_memory_reserved(device) if device.type == "cuda" else None
+
+
 def peak_memory_bytes(device: torch.device) -> int:
-    """Most memory held so far: allocated by torch on a GPU, resident in the process on a CPU."""
+    """Most memory held so far: allocated by torch on a GPU, resident in the process on a CPU.
+
+    Where the system does not say, as on Windows, 0.
+    """
     if device.type == "cuda":
         return torch.cuda.max_memory_allocated(device)
     with suppress(OSError), open("/proc/self/status", "rb", buffering=0) as status:  # Linux, in every step
         found = re.search(rb"VmHWM:\s*(\d+) kB", status.read())  # ru_maxrss begins with what the parent process held
         if found:
             return int(found[1]) * 1024
+    if resource is None:
+        return 0
     peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
     return peak if sys.platform == "darwin" else peak * 1024  # Linux counts KiB
 
 
 def free_memory_bytes(device: torch.device) -> int:
-    """Memory that may still be taken: what the driver counts as free on a GPU, as available to programs on Linux."""
+    """Memory that may still be taken: what the driver counts as free on a GPU, as available to programs on Linux.
+
+    On a GPU also what torch has taken but does not use: loading a model leaves gigabytes of that.
+    """
     if device.type == "cuda":
-        return torch.cuda.mem_get_info(device)[0]
+        unused = torch.cuda.memory_reserved(device) - torch.cuda.memory_allocated(device)
+        return torch.cuda.mem_get_info(device)[0] + unused
     meminfo = Path("/proc/meminfo")
     found = re.search(r"MemAvailable:\s*(\d+) kB", meminfo.read_text()) if meminfo.exists() else None
     if found:
         return min(int(found[1]) * 1024, *_limits())
-    return os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") // 2
+    if hasattr(os, "sysconf"):
+        return os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") // 2
+    return _UNKNOWN_MEMORY
 
 
 def _limits() -> list[int]:
@@ -99,6 +134,8 @@ def _limits() -> list[int]:
     if (group / "memory.max").exists() and (limit := (group / "memory.max").read_text().strip()).isdigit():
         cached = re.search(r"^inactive_file (\d+)", (group / "memory.stat").read_text(), re.M)  # given back when needed
         left.append(int(limit) - int((group / "memory.current").read_text()) + int(cached[1] if cached else 0))
+    if resource is None:
+        return left
     soft, _ = resource.getrlimit(resource.RLIMIT_AS)
     if soft != resource.RLIM_INFINITY:
         mapped = int(Path("/proc/self/statm").read_text().split()[0]) * os.sysconf("SC_PAGE_SIZE")

@@ -18,7 +18,8 @@ def is_linear(module: nn.Module) -> bool:
     if isinstance(module, Conv1D):
         return True
     kind = type(module)
-    known = kind.__module__.startswith("bitsandbytes.") or kind.__name__ == "FalconLinear"
+    quantized = any(each.__module__.startswith("bitsandbytes.") for each in kind.__mro__)
+    known = quantized or kind.__name__ == "FalconLinear"
     return isinstance(module, nn.Linear) and (known or kind.forward is nn.Linear.forward)
 
 
@@ -48,10 +49,10 @@ def dense_weight(layer: nn.Module) -> Tensor:
         from bitsandbytes.functional import dequantize_4bit
 
         return dequantize_4bit(weight.data, state)
-    if type(layer).__name__ == "Linear8bitLt":
-        held = layer.state
-        int8, row_scale = (held.CB, held.SCB) if held.CB is not None else (weight.CB, weight.SCB)  # type: ignore
-        return int8.float() * (row_scale.float() / 127.0).unsqueeze(1)  # type: ignore[union-attr]
+    if any(each.__name__ == "Linear8bitLt" for each in type(layer).__mro__):
+        from lora_cli.base.int8 import dequantized, int8_parts
+
+        return dequantized(*int8_parts(layer))
     return weight.data.T if isinstance(layer, Conv1D) else weight.data
 
 

@@ -65,6 +65,10 @@ def load_model(
     for parameter in model.parameters():
         parameter.requires_grad_(False)
     _keep_trainable_on_cpu(model)
+    if quantization == "int8":
+        from lora_cli.base.int8 import compute_exactly
+
+        compute_exactly(model)
     model.config.use_cache = False
     return model.eval()
 

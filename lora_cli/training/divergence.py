@@ -14,8 +14,8 @@ def what_is_wrong(
 
     A model that knows nothing loses log(vocabulary) nats a token by guessing evenly. A loss above twice that, and above
     twice what the run began with, has exploded: the model is sure of what is wrong. grad_norm: of all gradients
-    together, None while it is not known. scaled: fp16, whose gradients overflow now and then; its loss scaling skips
-    such steps by itself.
+    together, None while it is not known. scaled: fp16 with a loss scale above 1, where gradients overflow now and then;
+    its scaler leaves such updates out and lowers the scale.
     """
     if not math.isfinite(loss):
         return f"the loss is {loss}"

@@ -8,7 +8,7 @@ from collections.abc import Callable
 from accelerate import Accelerator
 from torch import Tensor
 
-from lora_cli.adapters.layer import adapters_disabled
+from lora_cli.adapters.layer import adapters_disabled, cast_once
 from lora_cli.data.prepared import rows_per_micro_batch
 from lora_cli.evaluation.perplexity import example_losses
 from lora_cli.training.processes import sum_over_processes
@@ -58,7 +58,7 @@ class Judge:
         train = session.recipe.train
         rows = math.ceil(rows_per_micro_batch(session.recipe) / parts)
         budget = train.tokens_per_micro_batch or rows * session.recipe.data.max_seq_len
-        with accelerator.autocast():
+        with cast_once(session.layers, session.dtype):
             losses, targets = example_losses(
                 session.model,
                 held_out,

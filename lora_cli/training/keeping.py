@@ -8,6 +8,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any, TypeVar
 
+import torch
 from accelerate import Accelerator
 
 from lora_cli.adapters.attach import is_inert
@@ -38,12 +39,13 @@ class Keeper:
         folder: RunFolder,
         accelerator: Accelerator,
         optimizer: Any,
+        scaler: torch.amp.GradScaler,
         stop: Stop,
         belongs_to: dict[str, Any],
         say: Callable[[str], None],
     ):
         self.session, self.folder, self.accelerator, self.optimizer = session, folder, accelerator, optimizer
-        self.stop, self.belongs_to, self.say = stop, belongs_to, say
+        self.scaler, self.stop, self.belongs_to, self.say = scaler, stop, belongs_to, say
         self.recipe = session.recipe.train
 
     def metrics(self, line: dict[str, Any]) -> None:
@@ -57,8 +59,7 @@ class Keeper:
 
     def checkpoint(self, state: State) -> None:
         if self.accelerator.is_main_process:
-            if self.accelerator.scaler is not None:
-                state.loss_scale = self.accelerator.scaler.state_dict()
+            state.loss_scale = self.scaler.state_dict()
             self.written(lambda: self._write_checkpoint(state))
         wait_for_everyone(self.accelerator)
 
@@ -72,8 +73,8 @@ class Keeper:
         wait_for_everyone(self.accelerator)
         checkpoints = self.folder.list_checkpoints()
         state = load_checkpoint(checkpoints[-1], self.session.model, self.optimizer) if checkpoints else None
-        if state is not None and self.accelerator.scaler is not None and state.loss_scale:
-            self.accelerator.scaler.load_state_dict(state.loss_scale)
+        if state is not None and state.loss_scale:
+            self.scaler.load_state_dict(state.loss_scale)
         if self.accelerator.is_main_process:
             self.written(lambda: self._put_back(checkpoints[-1] if checkpoints else None))
         wait_for_everyone(self.accelerator)

@@ -14,9 +14,10 @@ import numpy as np
 import torch
 from accelerate import Accelerator
 from rich.console import Console
+from torch import nn
 
 from lora_cli.adapters.attach import adapter_parameters
-from lora_cli.base.device import peak_memory_bytes, reset_peak_memory
+from lora_cli.base.device import peak_memory_bytes, reserved_memory_bytes, reset_peak_memory
 from lora_cli.data.example import Example
 from lora_cli.errors import CheckFailed, DiskError, Interrupted, LoraError
 from lora_cli.evaluation.perplexity import EvaluationStopped
@@ -57,13 +58,13 @@ class Run:
         self.console, self.environment = console, environment
         self.recipe = session.recipe.train
         self.parameters = adapter_parameters(session.model)
-        optimizer = make_optimizer(self.recipe, session.model)
-        # Only fp16 needs accelerate around each step and backward; it looks for packages on the disk every time.
-        self.optimizer = optimizer if accelerator.scaler is None else accelerator.prepare(optimizer)
+        self.optimizer = make_optimizer(self.recipe, session.model)
+        # Gradients of fp16 would vanish in its narrow range without; for other dtypes it passes everything on.
+        self.scaler = torch.amp.GradScaler(session.device.type, enabled=session.dtype == torch.float16)
         self.state = State()
         self.tried = False  # whether this run, on this machine, has had its largest micro-batch before
         self.wall_seconds_before = folder.wall_seconds()
-        self.micro_batches = MicroBatches(session, accelerator, self.parameters)
+        self.micro_batches = MicroBatches(session, accelerator, self.parameters, self.scaler)
         self.judge = Judge(session, accelerator, lambda: stop.requested)
         identity = ("lora", "torch", "transformers", "bitsandbytes", "accelerate", "device", "dtype", "processes")
         belongs_to = {
@@ -72,7 +73,7 @@ class Run:
             "base_fingerprint": session.source.fingerprint,
             "environment": {name: environment[name] for name in identity},
         }
-        self.keep = Keeper(session, folder, accelerator, self.optimizer, stop, belongs_to, self.say)
+        self.keep = Keeper(session, folder, accelerator, self.optimizer, self.scaler, stop, belongs_to, self.say)
         # What a model's own code or a library may draw from; torch is seeded in each step.
         random.seed(self.recipe.seed)
         np.random.seed(self.recipe.seed)
@@ -138,6 +139,8 @@ class Run:
         line["seconds"] = time.monotonic() - started
         line["tokens_per_second"] = line["tokens"] / line["seconds"]
         line["peak_memory_bytes"] = peak_memory_bytes(self.session.device)
+        if (reserved := reserved_memory_bytes(self.session.device)) is not None:
+            line["reserved_memory_bytes"] = reserved
         state = self.state
         state.step, state.last_loss = step, line["loss"]
         state.first_loss = line["loss"] if state.first_loss is None else state.first_loss
@@ -145,6 +148,7 @@ class Run:
         state.target_tokens += line["target_tokens"]
         state.seconds += line["seconds"]
         state.peak_memory_bytes = max(state.peak_memory_bytes, line["peak_memory_bytes"])
+        state.reserved_memory_bytes = max(state.reserved_memory_bytes, line.get("reserved_memory_bytes", 0))
         self._complete(line, progress, track)
 
     def _complete(self, line: dict[str, Any], progress: Progress, track: Any) -> None:
@@ -181,14 +185,18 @@ class Run:
             mean,
             first_loss=self.state.first_loss,
             vocabulary=self.session.model.config.get_text_config().vocab_size,
-            scaled=self.accelerator.scaler is not None,
+            scaled=self.scaler.is_enabled() and self.scaler.get_scale() > 1,
         )
         norm, wrong = None, is_wrong(None)
         if wrong is None:
-            norm = float(self.accelerator.clip_grad_norm_(self.parameters, self.recipe.max_grad_norm))  # type: ignore[arg-type]
+            self.scaler.unscale_(self.optimizer)
+            norm = float(nn.utils.clip_grad_norm_(self.parameters, self.recipe.max_grad_norm))
             wrong = is_wrong(norm)
         if wrong is None:
-            self.optimizer.step()
+            self.scaler.step(self.optimizer)  # leaves the update out where gradients are infinite
+        overflow = self._tell_overflow(step, norm) if wrong is None else None
+        if norm is not None:
+            self.scaler.update()
         self.optimizer.zero_grad()
         self.state.position = self.session.feed.position()
         tokens = sum(len(example.ids) for batch in batches for example in batch)
@@ -200,7 +208,19 @@ class Run:
             "target_tokens": targets,
             "tokens": tokens,
         }
+        if overflow is not None:
+            line["skipped"] = overflow
         return line, wrong
+
+    def _tell_overflow(self, step: int, norm: float | None) -> str | None:
+        """Of fp16: why the scaler left out the update of this step, if it did; it goes on with half the scale."""
+        if not self.scaler.is_enabled() or norm is None or math.isfinite(norm):
+            return None
+        scale = self.scaler.get_scale()
+        self.state.skipped.append(step)
+        why = f"gradients overflow fp16 at a loss scale of {scale:g}"
+        self.say(f"step {step}: {why}; its update is left out, and the scale is halved")
+        return why
 
     def _gradients(self, step: int, batches: list[list[Example]], weight: float) -> float:
         """Cross-entropy summed over a step, whose gradients are then there; in smaller micro-batches if need be."""

@@ -8,7 +8,7 @@ from collections.abc import Callable, Sequence
 
 import torch
 from accelerate import Accelerator
-from torch import nn
+from torch import Tensor, nn
 
 from lora_cli.adapters.layer import cast_once, dropout_keys
 from lora_cli.base.device import free_memory_bytes
@@ -19,7 +19,8 @@ from lora_cli.files import human_bytes
 from lora_cli.training.processes import agree, lost_process_is_told, sum_over_processes
 from lora_cli.training.session import Session
 
-_CPU_SAYS = ("can't allocate memory", "not enough memory", "bad_alloc")
+# By what torch, CUDA, cuBLAS, Triton and the C++ library say, in plain RuntimeErrors, where no memory is left.
+_OUT_OF_MEMORY = ("out of memory", "can't allocate memory", "not enough memory", "bad_alloc", "alloc_failed")
 _HARDLY_LARGER = 1.1  # than what step 1 brings anyway
 _AMPLE = 4  # times what is kept until the backward pass: kernels and fragments come on top
 
@@ -35,18 +36,26 @@ class MicroBatches:
     function of the token, so that this changes nothing in the result.
     """
 
-    def __init__(self, session: Session, accelerator: Accelerator, parameters: Sequence[nn.Parameter]):
-        self.session, self.accelerator, self.parameters = session, accelerator, parameters
+    def __init__(
+        self,
+        session: Session,
+        accelerator: Accelerator,
+        parameters: Sequence[nn.Parameter],
+        scaler: torch.amp.GradScaler,
+    ):
+        self.session, self.accelerator, self.parameters, self.scaler = session, accelerator, parameters, scaler
         self.recipe = session.recipe.train
 
     def run(self, step: int, batches: Sequence[Sequence[Example]], weight: float, parts: int) -> float:
         """Cross-entropy summed over the step; the gradient of what is minimized, over `weight`, is then in place.
 
-        Raises DoesNotFit, on all processes alike, with no gradient left; ProcessLost when one of them is gone. With a
-        sharded base LoraError instead of DoesNotFit: while one process cuts, the others would wait for its shares.
+        With fp16 the gradient is scaled, as the scaler has it. Nothing is read back from the device before the last
+        micro-batch: it works while the next one is put together here. Raises DoesNotFit, on all processes alike, with
+        no gradient left; ProcessLost when one of them is gone. With a sharded base LoraError instead of DoesNotFit:
+        while one process cuts, the others would wait for its shares.
         """
         pieces = cut(batches, max(parts, self._fewest_parts(len(batches))))
-        total = 0.0
+        losses: list[Tensor] = []
         failed = ""
         if not self.session.model.training:
             self.session.model.train()
@@ -54,7 +63,7 @@ class MicroBatches:
             for at in range(self.accelerator.process_index, self._passes(pieces), self.accelerator.num_processes):
                 try:
                     if at < len(pieces):
-                        total += self._forward_backward(pieces[at], step, at, weight)
+                        losses.append(self._forward_backward(pieces[at], step, at, weight))
                     else:
                         self._keep_company(pieces[-1], step, at, weight)
                 except (RuntimeError, MemoryError) as error:
@@ -64,6 +73,7 @@ class MicroBatches:
                     if self.recipe.shard_base:
                         raise self._too_large_to_share(pieces[min(at, len(pieces) - 1)], failed) from error
                     break
+        total, failed = self._read(losses, failed)
         here = torch.tensor([total, float(bool(failed))], dtype=torch.float64)
         summed, failures = sum_over_processes(self.accelerator, here).tolist()
         if failures:
@@ -71,6 +81,18 @@ class MicroBatches:
             raise DoesNotFit(failed or "in another process")
         self._add_gradients()
         return summed
+
+    @staticmethod
+    def _read(losses: list[Tensor], failed: str) -> tuple[float, str]:
+        """(sum of what is on the device, why a micro-batch failed): an allocation there may fail as late as this."""
+        if failed or not losses:
+            return 0.0, failed
+        try:
+            return sum(torch.stack(losses).tolist()), ""
+        except (RuntimeError, MemoryError) as error:
+            if not is_out_of_memory(error):
+                raise
+            return 0.0, _first_line(error)
 
     def smaller(self, batches: Sequence[Sequence[Example]], parts: int, problem: DoesNotFit) -> int:
         """Parts with which the largest piece has about half as many tokens.
@@ -150,19 +172,16 @@ class MicroBatches:
         self._forget_gradients()
         return None
 
-    def _forward_backward(self, piece: list[Example], step: int, at: int, weight: float) -> float:
+    def _forward_backward(self, piece: list[Example], step: int, at: int, weight: float) -> Tensor:
+        """Cross-entropy of a micro-batch, a scalar on the device; its gradient is added to the parameters'."""
         recipe, session = self.recipe, self.session
         dropout = (recipe.seed, step) if session.recipe.adapter.dropout else None
         batch = session.collate(piece, dropout=dropout)
         _seed(recipe.seed, step, at, session.device)
         with dropout_keys(session.layers, batch.dropout_keys):  # also for what the backward pass computes again
-            with self.accelerator.autocast():
-                loss, cross_entropy = training_loss(session.model, batch, z_loss=recipe.z_loss)
-            if self.accelerator.scaler is None:
-                (loss / weight).backward()
-            else:
-                self.accelerator.backward(loss / weight)
-        return cross_entropy.item()
+            loss, cross_entropy = training_loss(session.model, batch, z_loss=recipe.z_loss)
+            self.scaler.scale(loss / weight).backward()
+        return cross_entropy
 
     def _passes(self, pieces: Sequence[list[Example]]) -> int:
         """Passes of all processes together. With a sharded base each makes as many: a pass needs them all."""
@@ -198,12 +217,16 @@ class MicroBatches:
             torch.cuda.empty_cache()
 
     def _add_gradients(self) -> None:
-        """Sum the adapter's gradients over processes: all that they need to tell each other in a step."""
+        """Sum the adapter's gradients over processes: all that they need to tell each other in a step.
+
+        In one exchange: an adapter is hundreds of small tensors, and each exchange waits for the slowest process.
+        """
         if self.accelerator.num_processes == 1:
             return
-        for parameter in self.parameters:
-            gradient = parameter.grad if parameter.grad is not None else torch.zeros_like(parameter)
-            parameter.grad = sum_over_processes(self.accelerator, gradient)
+        gradients = [p.grad if p.grad is not None else torch.zeros_like(p) for p in self.parameters]
+        summed = sum_over_processes(self.accelerator, torch.cat([each.flatten() for each in gradients]))
+        for parameter, part in zip(self.parameters, summed.split([each.numel() for each in gradients]), strict=True):
+            parameter.grad = part.view_as(parameter)
 
 
 def smaller_from_now_on(problem: DoesNotFit, parts: int) -> str:
@@ -234,7 +257,8 @@ def is_out_of_memory(error: BaseException) -> bool:
     """Whether an allocation failed: on a GPU, or on a CPU under a limit."""
     if isinstance(error, torch.OutOfMemoryError | MemoryError):
         return True
-    return isinstance(error, RuntimeError) and any(words in str(error) for words in _CPU_SAYS)
+    said = str(error).lower()
+    return isinstance(error, RuntimeError) and any(words in said for words in _OUT_OF_MEMORY)
 
 
 def _tokens(examples: Sequence[Example]) -> int:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any
 
@@ -12,8 +12,10 @@ from torch import nn
 
 from lora_cli.adapters.attach import adapter_parameters
 from lora_cli.adapters.layer import lora_layers
+from lora_cli.files import human_bytes
 from lora_cli.recipe import TrainRecipe
 
+_LEAST_PAGED = 100_000  # numbers; bitsandbytes 0.50, optim/optimizer.py
 _FUSED = ("cpu", "cuda", "mps", "xpu")  # devices for which torch has AdamW as one kernel over all tensors
 
 
@@ -47,6 +49,24 @@ def make_optimizer(recipe: TrainRecipe, model: nn.Module) -> Any:
     if recipe.optimizer.endswith("8bit"):
         return (bnb.optim.PagedAdamW8bit if paged else bnb.optim.AdamW8bit)(groups, **options)
     return (bnb.optim.PagedAdamW32bit if paged else bnb.optim.AdamW32bit)(groups, **options)
+
+
+def paging_note(name: str, sizes: Sequence[int], device: str) -> str | None:
+    """What to know of a paged optimizer with tensors of these sizes: how much of its states can page at all.
+
+    bitsandbytes pages the states of tensors of 100,000 numbers or more; an adapter's are mostly smaller. And it waits
+    for the GPU after every tensor, where torch's AdamW is one kernel over all.
+    """
+    if not name.startswith("paged") or device == "cpu":
+        return None
+    paged = sum(size for size in sizes if size >= _LEAST_PAGED)
+    spared = (
+        f"{paged / sum(sizes):.0%} of its states can page to host memory" if paged else "none of its states can page"
+    )
+    return (
+        f"{name}: {spared} (bitsandbytes pages tensors of {_LEAST_PAGED:,} numbers or more, until the run is resumed); "
+        f"optimizer: adamw holds {human_bytes(8 * sum(sizes))} of states on the GPU and is faster"
+    )
 
 
 def set_learning_rate(optimizer: Any, rate: float) -> None:

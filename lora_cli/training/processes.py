@@ -9,7 +9,7 @@ import torch
 from accelerate import Accelerator
 from torch import Tensor
 
-from lora_cli.base.device import pick_device, pick_dtype
+from lora_cli.base.device import pick_device
 from lora_cli.data.prepared import micro_batches_per_step
 from lora_cli.errors import LoraError, ProcessLost
 from lora_cli.recipe import Recipe
@@ -34,11 +34,9 @@ _OF_PROCESSES = ("gloo", "nccl", "processgroup", "tcpstore", "store", "socket")
 
 def start_accelerator(recipe: Recipe) -> Accelerator:
     """Raises LoraError for a recipe that so many processes cannot run."""
-    # fp16 needs loss scaling, which accelerate brings with its fp16 mode. For bf16 the frozen weights already are
-    # bf16 and the layers cast A and B: no autocast, so no copies of what need not be copied.
-    device = pick_device(recipe.device)
-    dtype, _ = pick_dtype(recipe.dtype, device)
-    accelerator = Accelerator(mixed_precision="fp16" if dtype == torch.float16 else "no", cpu=device.type == "cpu")
+    # No autocast: the frozen weights are in the compute dtype already, and the layers cast A and B. Under autocast
+    # some operations would return fp32 beside it, and what need not be copied would be copied.
+    accelerator = Accelerator(mixed_precision="no", cpu=pick_device(recipe.device).type == "cpu")
     micro_batches = micro_batches_per_step(recipe)
     if recipe.train.batch_size is None and accelerator.num_processes > micro_batches:
         raise LoraError(

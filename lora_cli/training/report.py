@@ -47,6 +47,7 @@ def make_report(session: Session, state: State, folder: RunFolder, accelerator: 
         "seconds": round(state.seconds, 3),
         "tokens_per_second": round(state.tokens / state.seconds, 1),
         "peak_memory_bytes": state.peak_memory_bytes,
+        "reserved_memory_bytes": state.reserved_memory_bytes or None,
         "skipped_steps": state.skipped,
         "rewound_from_steps": [step for step, _ in state.rewound],
         "adapted_layers": len(session.layers),
@@ -103,14 +104,13 @@ def say_result(report: dict[str, Any], folder: RunFolder, say: Callable[[str], N
 def _forgetting(session: Session, accelerator: Accelerator) -> dict[str, Any] | None:
     if session.general_text is None:
         return None
-    with accelerator.autocast():
-        return measure_forgetting(
-            session.model,
-            session.general_text,
-            session.collate,
-            share=(accelerator.process_index, accelerator.num_processes),
-            summed=lambda own: sum_over_processes(accelerator, own).cpu(),
-        )
+    return measure_forgetting(
+        session.model,
+        session.general_text,
+        session.collate,
+        share=(accelerator.process_index, accelerator.num_processes),
+        summed=lambda own: sum_over_processes(accelerator, own).cpu(),
+    )
 
 
 def _put_shipped_adapter(model: Any, folder: RunFolder) -> None:

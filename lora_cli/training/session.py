@@ -16,12 +16,19 @@ from torch import nn
 from transformers import PreTrainedTokenizerBase
 
 from lora_cli.adapters.attach import adapter_parameters, attach
-from lora_cli.adapters.layer import LoRALinear, dropout_keys
+from lora_cli.adapters.layer import LoRALinear, cast_once, dropout_keys
 from lora_cli.adapters.targets import block_lists, targets_of
 from lora_cli.base.activations import ActivationPlan, follow, measured, plan_activations, to_pinned_memory
 from lora_cli.base.attention import packed_attention_name
 from lora_cli.base.compiled import compile_blocks
-from lora_cli.base.device import describe_device, free_memory_bytes, pick_device, pick_dtype, share_one_heap
+from lora_cli.base.device import (
+    describe_device,
+    free_memory_bytes,
+    make_memory_errors_real,
+    pick_device,
+    pick_dtype,
+    share_one_heap,
+)
 from lora_cli.base.linear import quantized_bytes, unquantized_layers
 from lora_cli.base.load import load_model, load_tokenizer
 from lora_cli.base.recompute import keep_inputs_alone
@@ -41,6 +48,7 @@ from lora_cli.evaluation.packing_check import require_no_leak
 from lora_cli.files import human_bytes, require_space
 from lora_cli.recipe import Recipe
 from lora_cli.screen import say_on
+from lora_cli.training.optimizer import paging_note
 
 Collate = Any  # (examples) -> MicroBatch
 _SAMPLE_TOKENS = 64  # enough to see what a token keeps
@@ -96,6 +104,7 @@ def open_session(recipe: Recipe, console: Console) -> Session:
     dtype, reason = pick_dtype(recipe.dtype, device)
     if device.type == "cpu":
         share_one_heap()
+    make_memory_errors_real(device)
     if recipe.train.shard_base:
         require_shardable(PartialState().num_processes)
     source = find_base(recipe.base_model, recipe.revision, trust_remote_code=recipe.trust_remote_code)
@@ -139,13 +148,16 @@ def open_session(recipe: Recipe, console: Console) -> Session:
     side_by_side = _layout(model, recipe, device, say)
     trained = sum(parameter.numel() for parameter in adapter_parameters(model))
     say(f"adapter  {len(layers)} layers, {trained:,} trained parameters")
+    sizes = [parameter.numel() for parameter in adapter_parameters(model)]
+    if note := paging_note(recipe.train.optimizer, sizes, device.type):
+        say(f"         {note}")
     pad_id: Any = tokenizer.eos_token_id
     lay_out = partial(collate, packed=side_by_side, pad_id=pad_id, device=device)
     if logit_rule(model) is None:
         say(f"loss     logits of all targets at once: what {type(model).__name__} does to them is not known here")
     tokens = sum(len(example.ids) for example in feed.largest())
     if recipe.train.compile:
-        compile_blocks(blocks, Path(recipe.output) / "compiled")
+        compile_blocks(blocks, Path(recipe.output) / "compiled", say)
         say("compile  transformer blocks, at their first use: this takes minutes once")
     plan = _plan_activations(model, blocks, layers, recipe, lay_out, tokens, device)
     say(f"memory   {_describe_plan(plan, tokens)}")
@@ -199,7 +211,7 @@ def _plan_activations(
     batch = lay_out(sample, dropout=(0, 0))
     training = model.training
     model.train()
-    with dropout_keys(layers, batch.dropout_keys), measured(blocks) as kept:
+    with cast_once(layers, model.dtype), dropout_keys(layers, batch.dropout_keys), measured(blocks) as kept:
         try:
             summed_loss(model, batch)
         except Exception as error:

@@ -28,6 +28,7 @@ class State:
     target_tokens: int = 0
     seconds: float = 0.0
     peak_memory_bytes: int = 0
+    reserved_memory_bytes: int = 0  # of a GPU
     parts: int = 1  # pieces that each micro-batch of the recipe is cut into, because it did not fit whole
     loss_scale: dict[str, Any] = field(default_factory=dict)
     position: dict[str, int] = field(default_factory=dict)  # of the data, where the step does not say it

@@ -157,7 +157,9 @@ def cost_words(report: Mapping[str, Any]) -> str:
     if is_number(speed):
         parts.append(f"{speed:,.0f} tokens/s")
     if is_number(report.get("peak_memory_bytes")):
-        parts.append(f"peak memory {human_bytes(report['peak_memory_bytes'])}")
+        reserved = report.get("reserved_memory_bytes")
+        taken = f" ({human_bytes(reserved)} reserved)" if is_number(reserved) else ""
+        parts.append(f"peak memory {human_bytes(report['peak_memory_bytes'])}{taken}")
     return ", ".join(parts)
 
 
