@@ -18,8 +18,9 @@ from torch import Tensor, nn
 from torch.testing import assert_close
 from transformers.pytorch_utils import Conv1D
 
+from lora_cli.adapters import dropout as dropout_module
 from lora_cli.adapters.attach import adapter_parameters, attach, is_inert
-from lora_cli.adapters.dropout import feature_keys, keep_mask, token_keys
+from lora_cli.adapters.dropout import dropped, feature_keys, keep_mask, token_keys
 from lora_cli.adapters.layer import LoRALinear, adapters_disabled, cast_once, dropout_keys, lora_layers
 from lora_cli.adapters.targets import Target, find_targets
 from lora_cli.base.int8 import compute_exactly
@@ -676,3 +677,14 @@ def test_an_evaluation_in_the_middle_changes_no_gradient_of_an_nf4_model(tiny_ll
         model.eval()(input_ids=ids)
     assert all(gradient.any() for gradient in before)
     assert all(torch.equal(a, b) for a, b in zip(before, gradients(), strict=True))
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_dropping_some_rows_at_a_time_drops_the_same(dtype, monkeypatch):
+    """The random numbers behind a mask take twice the memory of bf16 values, so few rows are drawn at a time."""
+    values = make_input(7, 9, dtype=dtype).detach().reshape(63, IN)
+    tokens, inputs = torch.from_numpy(token_keys(0, 1, np.arange(63))), feature_keys("layer", IN)
+    whole = dropped(values, tokens, inputs, 0.3)
+    assert torch.equal(whole, values * keep_mask(tokens, inputs, 0.3))
+    monkeypatch.setattr(dropout_module, "_MASK_NUMBERS", 5 * IN)
+    assert torch.equal(dropped(values, tokens, inputs, 0.3), whole)

@@ -43,13 +43,14 @@ def dropped(values: Tensor, tokens: Tensor, features: Tensor, p: float) -> Tenso
 
     Some rows at a time: the random numbers behind a mask take twice the memory of bf16 values.
     """
+    zero = values.new_zeros(())
     if len(values) * len(features) <= _MASK_NUMBERS:
-        return torch.where(keep_mask(tokens, features, p), values, 0)
+        return torch.where(keep_mask(tokens, features, p), values, zero)
     result = torch.empty_like(values)
     rows = max(1, _MASK_NUMBERS // len(features))
     for at in range(0, len(values), rows):
         part = slice(at, at + rows)
-        torch.where(keep_mask(tokens[part], features, p), values[part], 0, out=result[part])
+        torch.where(keep_mask(tokens[part], features, p), values[part], zero, out=result[part])
     return result
 
 
