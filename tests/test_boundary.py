@@ -5,12 +5,14 @@ from __future__ import annotations
 import errno
 import json
 import os
+import shutil
 import stat
 import subprocess
 import tempfile
 from pathlib import Path
 
 import pytest
+from conftest import ROOT, write_rows
 
 from lora_cli import boundary
 from lora_cli.cli import app
@@ -232,3 +234,62 @@ def test_a_suggested_command_can_be_pasted_into_a_shell(name, tmp_path):
     done = subprocess.run(["bash", "-c", line], capture_output=True, cwd=tmp_path, check=True)
     assert done.stdout == f"./{name}/recipe.yaml".encode()
     assert os.listdir(tmp_path) == []
+
+
+def edit(folder: Path, name: str, **values: object) -> None:
+    path = folder / name
+    path.write_text(json.dumps(json.loads(path.read_text()) | values), encoding="utf-8")
+
+
+def set_tokenizer(folder: Path, **parts: object) -> None:
+    edit(folder, "tokenizer.json", **parts)
+
+
+CATASTROPHIC = {"type": "Split", "pattern": {"Regex": r"(a|a)*$|(\w+\s?)+!"}, "behavior": "Isolated", "invert": False}
+UNKNOWN_TOKEN = {
+    "type": "TemplateProcessing",
+    "single": [{"SpecialToken": {"id": "[NO]", "type_id": 0}}, {"Sequence": {"id": "A", "type_id": 0}}],
+    "pair": [{"Sequence": {"id": "A", "type_id": 0}}, {"Sequence": {"id": "B", "type_id": 1}}],
+    "special_tokens": {},
+}
+DAMAGE = {
+    "a regex that searches for ever": lambda at: set_tokenizer(at, pre_tokenizer=CATASTROPHIC),
+    "a token that is not there": lambda at: set_tokenizer(at, post_processor=UNKNOWN_TOKEN),
+    "tokenizer.json is a list": lambda at: (at / "tokenizer.json").write_text("[]"),
+    "tokenizer.json is deep": lambda at: (at / "tokenizer.json").write_text("[" * 100_000),
+    "an unknown activation": lambda at: edit(at, "config.json", activation_function="nope"),
+    "heads that do not divide": lambda at: edit(at, "config.json", n_head=5),
+    "negative width": lambda at: edit(at, "config.json", n_embd=-64),
+    "no width": lambda at: edit(at, "config.json", n_embd=0),
+    "no heads": lambda at: edit(at, "config.json", n_head=0),
+    "negative positions": lambda at: edit(at, "config.json", n_positions=-5),
+    "dtype is a mapping": lambda at: edit(at, "config.json", dtype={}),
+    "a width in words": lambda at: edit(at, "config.json", n_embd="wide"),
+    "another kind of model": lambda at: edit(at, "config.json", model_type="vit", architectures=[1]),
+    "architectures is a number": lambda at: edit(at, "config.json", model_type="vit", architectures=7),
+    "quantization is a list": lambda at: edit(at, "config.json", quantization_config=["nf4"]),
+    "quantization without a method": lambda at: edit(at, "config.json", quantization_config={}),
+    "model_type is a list": lambda at: edit(at, "config.json", model_type=["gpt2"]),
+    "config.json is deep": lambda at: (at / "config.json").write_text("[" * 100_000),
+    "end token is a mapping": lambda at: edit(at, "tokenizer_config.json", eos_token={"content": {"a": 1}}),
+    "template is a number": lambda at: edit(at, "tokenizer_config.json", chat_template=7),
+}
+
+
+@pytest.mark.parametrize("damage", DAMAGE)
+@pytest.mark.parametrize("command_line", ["check", "init"])
+def test_a_damaged_model_folder_is_refused_in_words(damage, command_line, recipe_file, tmp_path, temporary, capsys):
+    model = tmp_path / "model"
+    shutil.copytree(ROOT / "tests" / "data" / "tiny-gpt2", model)
+    DAMAGE[damage](model)
+    rows = [{"prompt": "a" * 60, "completion": "aaaa aaaa bbbb " * 4 + str(at)} for at in range(200)]
+    data = write_rows(tmp_path / "rows.jsonl", rows)
+    recipe = recipe_file(base_model=str(model), data={"train": str(data), "max_seq_len": 128})
+    arguments = ["check", str(recipe)]
+    if command_line == "init":
+        arguments = ["init", str(model), str(data), "--output", str(tmp_path / "new.yaml"), "--gpu", "12GB"]
+    assert boundary.run(app, arguments) in (0, 2)  # 0 where what is damaged is not used
+    err = capsys.readouterr().err
+    assert "Traceback" not in err
+    assert "a mistake in lora" not in err
+    assert not list(temporary.glob("lora-traceback-*"))

@@ -8,13 +8,15 @@ from typing import Any
 
 import torch
 from torch import nn
-from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, PreTrainedTokenizerBase
+from transformers import CONFIG_MAPPING, AutoConfig, AutoModelForCausalLM, AutoTokenizer, PreTrainedTokenizerBase
 from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING
 
 from lora_cli.base.attention import attention_implementation
 from lora_cli.base.linear import features, is_linear
 from lora_cli.base.source import BaseSource
-from lora_cli.errors import LoraError
+from lora_cli.errors import LoraError, reading
+
+_CHECK_CONFIG = "check config.json, or download it again"
 
 
 def load_model(
@@ -33,33 +35,29 @@ def load_model(
     """
     config = model_config(source, trust_remote_code)
     settings = _quantization_settings(source, quantization, dtype, double_quantization)
-    try:
-        if quantization == "nf4" and settings is not None and device.type == "cpu":
-            settings.llm_int8_skip_modules = _wrong_on_cpu(config, trust_remote_code)
-        loaded: Any = AutoModelForCausalLM.from_pretrained(
-            source.folder,
-            config=config,
-            dtype=dtype,
-            device_map={"": device},
-            quantization_config=settings,
-            attn_implementation=attention_implementation(config),
-            use_safetensors=True,
-            trust_remote_code=trust_remote_code,
-            local_files_only=True,
-            output_loading_info=True,
-            ignore_mismatched_sizes=True,  # refused below, with the names
-        )
-    except torch.OutOfMemoryError:
-        raise LoraError(
-            f"{source.name} does not fit into the memory of {device}",
-            fix="use quantization: nf4, or a smaller base model",
-        ) from None
-    except Exception as error:  # a damaged config.json can fail anywhere in the code that builds a model
-        raise LoraError(
-            f"the base model cannot be loaded: {_first_line(error)}",
-            where=str(source.folder),
-            fix="check config.json, or download the model again",
-        ) from error
+    if quantization == "nf4" and settings is not None and device.type == "cpu":
+        settings.llm_int8_skip_modules = _wrong_on_cpu(skeleton_of(source, config, trust_remote_code))
+    # A damaged config.json can fail anywhere in the code that builds a model.
+    with reading("the base model cannot be loaded", source.folder, "check config.json, or download the model again"):
+        try:
+            loaded: Any = AutoModelForCausalLM.from_pretrained(
+                source.folder,
+                config=config,
+                dtype=dtype,
+                device_map={"": device},
+                quantization_config=settings,
+                attn_implementation=attention_implementation(config),
+                use_safetensors=True,
+                trust_remote_code=trust_remote_code,
+                local_files_only=True,
+                output_loading_info=True,
+                ignore_mismatched_sizes=True,  # refused below, with the names
+            )
+        except (torch.OutOfMemoryError, MemoryError):
+            raise LoraError(
+                f"{source.name} does not fit into the memory of {device}",
+                fix="use quantization: nf4, or a smaller base model",
+            ) from None
     model, info = loaded
     _require_all_weights(source, info)
     for parameter in model.parameters():
@@ -73,19 +71,25 @@ def load_model(
     return model.eval()
 
 
+def skeleton_of(source: BaseSource, config: Any, trust_remote_code: bool) -> Any:
+    """The model's modules on the device meta, without weights. Raises LoraError if none can be made of `config`."""
+    with (
+        reading("no model can be built from this configuration", source.folder / "config.json", _CHECK_CONFIG),
+        torch.device("meta"),
+    ):
+        return AutoModelForCausalLM.from_config(
+            config, attn_implementation=attention_implementation(config), trust_remote_code=trust_remote_code
+        )
+
+
 def load_tokenizer(source: BaseSource, *, trust_remote_code: bool = False) -> PreTrainedTokenizerBase:
     """The model's tokenizer. Raises LoraError if it has none, is no fast tokenizer, or has no end token."""
-    try:
+    fix = "the folder needs the model's own tokenizer.json and tokenizer_config.json; download them again"
+    with reading("the tokenizer cannot be loaded", source.folder, fix):
         tokenizer = AutoTokenizer.from_pretrained(
             source.folder, trust_remote_code=trust_remote_code, local_files_only=True
         )
         tokenizer("tried once: a damaged setting can fail as late as this")
-    except Exception as error:  # tokenizers raises bare Exceptions for damaged files
-        raise LoraError(
-            f"the tokenizer cannot be loaded: {_first_line(error)}",
-            where=str(source.folder),
-            fix="the folder needs tokenizer.json and tokenizer_config.json",
-        ) from error
     if not tokenizer.is_fast:
         raise LoraError(
             "the tokenizer gives no character offsets (it is not a fast tokenizer)", where=str(source.folder)
@@ -117,18 +121,18 @@ def model_config(source: BaseSource, trust_remote_code: bool) -> Any:
             f"{source.name} is defined by Python code of its own",
             fix="read that code, then write trust_remote_code: true",
         )
-    try:
+    kind = source.config.get("model_type")
+    if isinstance(kind, str) and kind in CONFIG_MAPPING:
+        what, fix = "the model's configuration cannot be read", _CHECK_CONFIG
+    else:
+        what = f"model type {kind!r} is not known to the installed transformers"
+        fix = "upgrade transformers; if the model ships its own code, read it and write trust_remote_code: true"
+    with reading(what, source.folder / "config.json", fix):
         config = AutoConfig.from_pretrained(source.folder, trust_remote_code=trust_remote_code, local_files_only=True)
-    except Exception as error:
-        kind = source.config.get("model_type")
-        raise LoraError(
-            f"model type {kind!r} is not known to the installed transformers: {_first_line(error)}",
-            where=str(source.folder / "config.json"),
-            fix="upgrade transformers; if the model ships its own code, read it and write trust_remote_code: true",
-        ) from None
     remote = trust_remote_code and "AutoModelForCausalLM" in (getattr(config, "auto_map", None) or {})
     if type(config) not in MODEL_FOR_CAUSAL_LM_MAPPING and not remote:
-        named = ", ".join(source.config.get("architectures") or [config.model_type])
+        architectures = source.config.get("architectures")
+        named = ", ".join(map(str, architectures)) if isinstance(architectures, list) else config.model_type
         raise LoraError(
             f"{source.name} ({named}) is not a causal language model",
             fix="choose a decoder-only model such as Llama, Qwen, Mistral or GPT-2",
@@ -146,17 +150,24 @@ def _without_dropout(config: Any) -> None:
             _without_dropout(value)
 
 
+def stored_quantization(source: BaseSource) -> str | None:
+    """How the checkpoint is quantized already: nf4, int8 or the name of another method; None as a rule."""
+    stored = source.config.get("quantization_config")
+    if stored is None:
+        return None
+    if not isinstance(stored, dict):
+        raise LoraError(
+            "quantization_config is not a mapping", where=str(source.folder / "config.json"), fix=_CHECK_CONFIG
+        )
+    if stored.get("load_in_4bit"):
+        return "nf4"
+    return "int8" if stored.get("load_in_8bit") else str(stored.get("quant_method"))
+
+
 def _quantization_settings(source: BaseSource, quantization: str, dtype: torch.dtype, double: bool) -> Any:
     """Settings for transformers, or nothing when the checkpoint is to be read as it is."""
-    stored = source.config.get("quantization_config")
-    if stored is not None:
-        kind = (
-            "nf4"
-            if stored.get("load_in_4bit")
-            else "int8"
-            if stored.get("load_in_8bit")
-            else stored.get("quant_method")
-        )
+    kind = stored_quantization(source)
+    if kind is not None:
         if kind != quantization:
             raise LoraError(
                 f"the checkpoint is already quantized ({kind}), but the recipe says quantization: {quantization}",
@@ -198,21 +209,13 @@ def _keep_trainable_on_cpu(model: nn.Module) -> None:
             module.support_avx512bf16_for_cpu = False  # type: ignore[assignment]
 
 
-def _wrong_on_cpu(config: Any, trust_remote_code: bool) -> list[str] | None:
+def _wrong_on_cpu(skeleton: Any) -> list[str] | None:
     """Layers that bitsandbytes 0.50 computes wrongly in 4-bit on a CPU: their rows are no whole number of blocks of 64.
 
     Its kernel takes the scales of other blocks there, some from beyond their end. Such layers stay unquantized.
     """
-    with torch.device("meta"):
-        model = AutoModelForCausalLM.from_config(config, trust_remote_code=trust_remote_code)
-    head = model.get_output_embeddings()  # never quantized, but naming others makes transformers forget it
-    linear = [(name, module) for name, module in model.named_modules() if is_linear(module)]
+    head = skeleton.get_output_embeddings()  # never quantized, but naming others makes transformers forget it
+    linear = [(name, module) for name, module in skeleton.named_modules() if is_linear(module)]
     if not any(features(module)[0] % 64 for _, module in linear if module is not head):
         return None
     return [name for name, module in linear if module is head or features(module)[0] % 64]
-
-
-def _first_line(error: BaseException) -> str:
-    said = str(error).strip()
-    bare = len(said.split()) < 2  # such as KeyError's, which is the key alone
-    return (f"{type(error).__name__}: {said}" if bare else said).splitlines()[0][:300].rstrip(": ")

@@ -9,13 +9,13 @@ from transformers import PreTrainedTokenizerBase
 
 from lora_cli.data.ahead import ahead
 from lora_cli.data.chat import chat_template
-from lora_cli.data.encode import TRAIN_ON, Encoder
+from lora_cli.data.encode import TRAIN_ON, Encoder, Prepared, Tokenized
 from lora_cli.data.example import Example, cut, windows
 from lora_cli.data.findings import Encoded
 from lora_cli.data.formats import Format, detect_format
 from lora_cli.data.gate import Findings
 from lora_cli.data.readers import Row
-from lora_cli.errors import LoraError
+from lora_cli.errors import LoraError, reading
 from lora_cli.recipe import DataRecipe
 
 _ROWS_AT_ONCE = 512
@@ -44,7 +44,7 @@ class RowEncoder:
         Rows are read and rendered in one thread and tokenized in another, while those before are masked and written.
         """
         chunks = iter(lambda: [self._encoder.prepare(row) for row in islice(rows, _ROWS_AT_ONCE)], [])
-        for tokenized in ahead(map(self._encoder.tokenize, ahead(chunks, 2)), 2):
+        for tokenized in ahead(map(self._tokenize, ahead(chunks, 2)), 2):
             for encoded in self._encoder.encode(tokenized):
                 for note in encoded.notes:
                     findings.add(note, encoded.row.file, encoded.row.number)
@@ -52,6 +52,13 @@ class RowEncoder:
                     found = encoded.finding
                     findings.add(found.kind, encoded.row.file, encoded.row.number, found.error)
                 yield encoded
+
+    def _tokenize(self, prepared: list[Prepared | Encoded]) -> Tokenized:
+        ends = (prepared[0], prepared[-1])
+        first, last = (each.row if isinstance(each, Encoded) else each.document.row for each in ends)
+        where = first.where if first is last else f"{first.where} to {last.number}"
+        with reading("the tokenizer cannot read these rows", where, "download the model's tokenizer.json again"):
+            return self._encoder.tokenize(prepared)
 
 
 def fit_length(

@@ -8,15 +8,14 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import torch
 from rich.console import Console
 from rich.padding import Padding
 from rich.table import Table
 from rich.text import Text
-from transformers import AutoModelForCausalLM, PreTrainedTokenizerBase
+from transformers import PreTrainedTokenizerBase
 
 from lora_cli.adapters.targets import targets_of
-from lora_cli.base.load import load_tokenizer, model_config
+from lora_cli.base.load import load_tokenizer, model_config, skeleton_of
 from lora_cli.base.source import BaseSource, find_base
 from lora_cli.data.example import Example
 from lora_cli.data.gate import KINDS
@@ -91,8 +90,7 @@ def check(recipe: Recipe, *, keep: bool = False) -> Checked:
     source = find_base(recipe.base_model, recipe.revision, trust_remote_code=recipe.trust_remote_code)
     tokenizer = load_tokenizer(source, trust_remote_code=recipe.trust_remote_code)
     config = model_config(source, recipe.trust_remote_code)
-    with torch.device("meta"):
-        model = AutoModelForCausalLM.from_config(config, trust_remote_code=recipe.trust_remote_code)
+    model = skeleton_of(source, config, recipe.trust_remote_code)
     # Which outputs of a fused layer are q or v is asked of a model that computes: here all projections are looked for.
     adapter = recipe.adapter.model_copy(update={"projections": ["q", "k", "v", "o"]})
     targets = targets_of(model, adapter)

@@ -12,7 +12,7 @@ import torch
 from transformers import AutoModelForCausalLM, PreTrainedTokenizerBase
 
 from lora_cli.base.attention import attention_implementation
-from lora_cli.base.load import load_tokenizer, model_config
+from lora_cli.base.load import load_tokenizer, model_config, skeleton_of, stored_quantization
 from lora_cli.base.source import BaseSource, find_base
 from lora_cli.errors import LoraError
 from lora_cli.evaluation.packing_check import require_no_leak
@@ -85,10 +85,8 @@ def look_at_model(name: str, *, trust_remote_code: bool = False) -> BaseModel:
     source = _without_weights(name, trust_remote_code)
     tokenizer = load_tokenizer(source, trust_remote_code=trust_remote_code)
     config = model_config(source, trust_remote_code)
-    with torch.device("meta"):
-        skeleton = AutoModelForCausalLM.from_config(config, trust_remote_code=trust_remote_code)
-    stored = source.config.get("quantization_config") or {}
-    kind = "nf4" if stored.get("load_in_4bit") else "int8" if stored.get("load_in_8bit") else stored.get("quant_method")
+    skeleton = skeleton_of(source, config, trust_remote_code)
+    kind = stored_quantization(source)
     if kind not in (None, "nf4", "int8"):
         raise LoraError(
             f"the checkpoint is already quantized ({kind}), which cannot be trained on",
