@@ -14,7 +14,7 @@ from typing import Any
 import yaml
 from fuzz_process import Case, Result, wrong_run
 
-ROOT = Path(__file__).parents[1]
+ROOT = Path(__file__).parents[2]
 CHECKED = 0.65  # share of recipes that go to `lora check`, which takes half the time; the rest to `lora train`
 
 TEXTS = ["", " ", "\n", "a", "null", "~", "true", "1", "1e-4", "-1", "nan", ".inf", "Größe", "数学🙂", "e\u0301\u202e"]

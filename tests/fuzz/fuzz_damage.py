@@ -15,7 +15,7 @@ from typing import Any
 
 from fuzz_process import Case, Result, run_alone, wrong_json, wrong_run, wrong_weights
 
-ROOT = Path(__file__).parents[1]
+ROOT = Path(__file__).parents[2]
 STOPPED_AFTER = 5  # steps of 8, with checkpoints every 2
 RECIPE = {
     "base_model": "model",
@@ -114,7 +114,7 @@ Planned = tuple[Path, list[str], list[str], Callable[[Result], "str | None"]]
 def _adapter(random: Random, work: Path, _template: Path) -> Planned:
     file = random.choice([work / "adapter" / name for name in ("adapter_model.safetensors", "adapter_config.json")])
     if random.random() < 0.5:  # as other programs write it: nothing says which base it belongs to
-        _forget_metadata(work / "adapter" / "adapter_model.safetensors")
+        forget_metadata(work / "adapter" / "adapter_model.safetensors")
     return file, *_using(random, "adapter", work)
 
 
@@ -189,7 +189,7 @@ def _model(random: Random, work: Path, _template: Path) -> Planned:
     if command == "generate":
         words = ["generate", "one and one", "--model", "model", "--max-new-tokens", "4", "--json"]
         return file, words, [], lambda result: wrong_json(result.stdout)
-    _forget_metadata(work / "adapter" / "adapter_model.safetensors")
+    forget_metadata(work / "adapter" / "adapter_model.safetensors")
     words = ["merge", "adapter", "--output", "merged", "--json"]
     return file, words, ["merged"], lambda result: wrong_json(result.stdout) or wrong_weights(work / "merged")
 
@@ -425,7 +425,7 @@ def _join(file: Path, header: dict[str, Any], data: bytes) -> None:
     file.write_bytes(struct.pack("<Q", len(text)) + text + data)
 
 
-def _forget_metadata(file: Path) -> None:
+def forget_metadata(file: Path) -> None:
     header, data = _split(file)
     header.pop("__metadata__", None)
     _join(file, header, data)

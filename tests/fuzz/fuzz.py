@@ -1,9 +1,11 @@
 """Random recipes and damaged files: each ends in a valid result, or in an error of what, where and how to mend it.
 
-    python benchmarks/fuzz.py [recipes|damage] [--count N] [--first N] [--seed S] [--only N]
+    python tests/fuzz/fuzz.py [recipes|damage|strangers] [--count N] [--first N] [--seed S] [--only N]
 
 recipes   10,000 mutations of valid recipes, by value, by text and by --set, to `lora check` and `lora train`
 damage    2,000 damaged adapters, run folders, data files and base models, to the commands that open them
+strangers 3,000 files that are whole but odd: models, tokenizers, templates, generation settings, column types, links
+          and pipes in run folders, status files
 
 A case fails when it ends in a traceback, a signal or exit code 1, takes more than 10 seconds of processor time or
 waits as long for nothing, gives an error that is not of the form what / where / fix, calls something done that is not
@@ -27,17 +29,20 @@ sys.path.insert(0, str(Path(__file__).parent))
 
 import fuzz_damage
 import fuzz_recipes
+import fuzz_strangers
 from fuzz_process import Result, import_everything, listing, run_all
 
-ROOT = Path(__file__).parents[1]
-COUNTS = {"recipes": 10_000, "damage": 2_000}
+ROOT = Path(__file__).parents[2]
+COUNTS = {"recipes": 10_000, "damage": 2_000, "strangers": 3_000}
 WATCHED = ("tests/data", "configs")  # of the repository; no case may change them
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("section", nargs="?", choices=list(COUNTS), help="default: both")
-    parser.add_argument("--count", type=int, help="how many cases; default: 10,000 recipes and 2,000 damaged files")
+    parser.add_argument("section", nargs="?", choices=list(COUNTS), help="default: all")
+    parser.add_argument(
+        "--count", type=int, help="how many cases; default: 10,000 recipes, 2,000 damaged files, 3,000 odd ones"
+    )
     parser.add_argument("--first", type=int, default=0, help="number of the first case, to go on with a run that ended")
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--only", type=int, help="just the case of this number, and all that it says")
@@ -54,9 +59,13 @@ def main() -> None:
 def run(section: str, folder: Path, arguments: Any) -> bool:
     """Whether any case of a section failed."""
     warm_up_once(folder)
-    if section == "damage":
+    if section != "recipes":
         fuzz_damage.prepare(folder, arguments.workers)
-    make_case = {"recipes": fuzz_recipes.make_case, "damage": fuzz_damage.make_case}[section]
+    make_case = {
+        "recipes": fuzz_recipes.make_case,
+        "damage": fuzz_damage.make_case,
+        "strangers": fuzz_strangers.make_case,
+    }[section]
     count = arguments.count or COUNTS[section]
     first = arguments.first
     numbers = range(first, first + count) if arguments.only is None else [arguments.only]
@@ -105,7 +114,7 @@ def describe(result: Result, seed: int) -> str:
     return (
         f"failed: {result.case.name}: {result.problem}\n  done to it: {result.case.told}\n"
         f"  ran: lora {result.case.words[0]}\n{said}\n"
-        f"  again: python benchmarks/fuzz.py {section} --seed {seed} --only {number}"
+        f"  again: python tests/fuzz/fuzz.py {section} --seed {seed} --only {number}"
     )
 
 
