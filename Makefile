@@ -7,8 +7,11 @@ PYTHON ?= python3
 SHELL := bash
 STAMP := .venv/.installed
 
-# What the tests run by default, real-model tests among them; `.venv/bin/pytest` alone runs every tier.
-DEFAULT_TIER := not slow and not gpu
+# Two tiers: tiny models in this process; and what takes longer, such as real models, kills and other environments.
+# `.venv/bin/pytest` alone runs both, and the tests that need a GPU where there is one.
+DEFAULT_TIER := not slow and not real_model and not gpu
+SLOW_TIER := (slow or real_model) and not gpu
+WORKERS ?= 2
 
 # .venv can be kept when its python runs and is new enough, and when it was made for this folder:
 # after a move its scripts and the editable install still point at the old place.
@@ -22,16 +25,19 @@ install = set -o pipefail; .venv/bin/python -m pip install --disable-pip-version
 	/^Installing collected/ { print "  installing " NF - 3 " packages" } { fflush() }'
 
 .DEFAULT_GOAL := help
-.PHONY: help demo test check bench clean venv
+.PHONY: help demo test test-slow check bench clean venv
 
 help:  ## show this list
-	@awk -F ':.*## ' '/^[a-z]+:.*## / { printf "  make %-7s %s\n", $$1, $$2 }' Makefile
+	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "  make %-9s  %s\n", $$1, $$2 }' Makefile
 
 demo: $(STAMP)  ## run the main job end to end
 	.venv/bin/python scripts/demo.py
 
 test: $(STAMP)  ## run the default tier of tests
-	.venv/bin/python -m pytest -m "$(DEFAULT_TIER)"
+	.venv/bin/python -m pytest -n $(WORKERS) --dist loadfile -m "$(DEFAULT_TIER)"
+
+test-slow: $(STAMP)  ## run the slow tier: real models, kills, other environments
+	.venv/bin/python -m pytest -n $(WORKERS) --dist loadscope -m "$(SLOW_TIER)"
 
 check: $(STAMP)  ## check format, lint and types
 	.venv/bin/ruff format --check .

@@ -15,7 +15,6 @@ if __name__ == "__main__":
         "resume.py",
         "limit.py",
         "train.py",
-        "fuzz.py",
         "chaos.py",
     ):
         print(f"\n── {name}", flush=True)

@@ -27,22 +27,22 @@ def test_the_smoke_data_is_what_its_script_makes():
     assert (ROOT / "tests" / "data" / "smoke.jsonl").read_text() == tiny_model.smoke_rows()
 
 
-def test_every_file_in_the_readme_tree_exists():
-    tree = (ROOT / "README.md").read_text().split("## The tree")[1].split("```")[1]
+def test_every_file_that_contributing_names_exists():
+    table = [line for line in (ROOT / "CONTRIBUTING.md").read_text().splitlines() if line.startswith("| ")]
+    for line in table:
+        room = ROOT
+        for name in re.findall(r"`(?:python )?([\w/]+(?:\.py|/))`", line):
+            place = ROOT / name if "/" in name else room / name  # a name alone is a neighbour of the one before
+            assert place.exists(), line
+            room = place.parent
+
+
+def test_the_house_in_design_names_every_room():
+    house = (ROOT / "docs" / "design.md").read_text().split("## The house")[1].split("```")[1]
     package = ROOT / "lora_cli"
-    room = package
-    for line in tree.splitlines():
-        found = re.match(r"( *)([\w./]+)(/|\.py) ", line)
-        if not found:
-            continue
-        indent, name = len(found[1]), found[2] + found[3]
-        base = {0: ROOT, 2: package, 4: room}[indent]
-        assert (base / name).exists(), line
-        if name.endswith("/") and indent == 2:
-            room = base / name
-    for file in package.rglob("*.py"):
-        if file.parent in (package, package / "base", package / "adapters", package / "data") and file.name[0] != "_":
-            assert file.name in tree, f"the README's tree lacks {file.name}"
+    for path in package.iterdir():
+        if (path.is_dir() and (path / "__init__.py").exists()) or (path.suffix == ".py" and path.name[0] != "_"):
+            assert path.name in house, f"docs/design.md lacks {path.name}"
 
 
 def test_every_command_and_option_in_the_readme_exists():
