@@ -11,6 +11,7 @@ from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
+from lora_cli.ending import signal_received
 from lora_cli.errors import Interrupted, LoraError, Unexpected, command, is_error, reason_of
 from lora_cli.streams import finish_results, print_json, print_note
 
@@ -54,11 +55,11 @@ def is_first_process() -> bool:
 
 
 class _Stopped(Interrupted):
-    """Ctrl+C in a command that has nothing to keep."""
+    """Ctrl+C, SIGTERM or SIGHUP in a command that has nothing to keep."""
 
 
 def _stopped() -> LoraError:
-    return _Stopped("stopped")
+    return _Stopped("stopped", exit_code=128 + signal_received())
 
 
 def _problem(error: BaseException) -> LoraError:
@@ -72,6 +73,12 @@ def _problem(error: BaseException) -> LoraError:
         # Paths come from the user, and what a file system can say of them has no end.
         fix = "check the path, its permissions and its disk"
         return LoraError(error.strerror or str(error), where=os.fsdecode(error.filename), fix=fix)
+    if isinstance(error, RuntimeError) and "can't start new thread" in str(error):
+        return LoraError(
+            "no further thread can be started",
+            fix="raise or remove the limits of this shell or container (ulimit -v, ulimit -u, pids.max), or set "
+            "OMP_NUM_THREADS=1",
+        )
     return _unexpected(error)
 
 

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import os
-import signal
 import sys
 from contextlib import AbstractContextManager, suppress
 from pathlib import Path
@@ -12,6 +11,7 @@ from typing import Annotated, Any, Literal
 import typer
 
 from lora_cli import __version__, boundary
+from lora_cli.ending import end_as_by_ctrl_c, let_go, require_temporary_folder
 from lora_cli.errors import LoraError, command
 from lora_cli.streams import finish_results, guard_streams, print_json, print_note, print_result
 
@@ -79,7 +79,7 @@ def init(
             "which model, and which data?",
             fix="lora init MODEL DATA [--gpu 12GB]; or for editors: lora init --schema > recipe.schema.json",
         )
-    planning = _heavy("lora_cli.planning.first_recipe")
+    planning = _heavy("lora_cli.planning.first_recipe", output)
     with _status("looking at model and data"):
         written = planning.write_first_recipe(model, data, output, gpu=gpu, trust_remote_code=trust_remote_code)
     if as_json:
@@ -121,6 +121,7 @@ def train(
     if max_hours is not None and not 0 < max_hours < 1e6:
         raise LoraError(f"--max-hours is {max_hours}, but must be above 0", fix="for example --max-hours 7.5")
     console = _console()
+    require_temporary_folder(Path(loaded.output))
     with _status("loading libraries"):
         from lora_cli.base.load import quiet_libraries
         from lora_cli.training.train import train as run
@@ -149,7 +150,7 @@ def check(
     from lora_cli.recipe_file import load_recipe
 
     loaded = load_recipe(recipe, overrides)
-    checking = _heavy("lora_cli.planning.check")
+    checking = _heavy("lora_cli.planning.check", Path(loaded.output))
     with _status("preparing the data"):
         checked = checking.check(loaded, keep=prepare)
     if html is not None:
@@ -236,7 +237,7 @@ def merge(
 
     Writes an ordinary Hugging Face folder; the merge fails if it is not the model that was trained.
     """
-    report = _heavy("lora_cli.merging.merge").merge(
+    report = _heavy("lora_cli.merging.merge", output).merge(
         source, output, base=base, dtype=dtype, onto=onto, trust_remote_code=trust_remote_code
     )
     if as_json:
@@ -336,6 +337,7 @@ def main() -> None:
     os.environ.setdefault("HF_HUB_DISABLE_TELEMETRY", "1")
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "true")  # no process is forked here
     guard_streams()
+    end_as_by_ctrl_c()
     if sys.platform == "linux" and "PYTORCH_CUDA_ALLOC_CONF" not in os.environ:
         # Micro-batches differ in length: without this, pieces of a GPU's memory are left over that fit none of them.
         os.environ.setdefault("PYTORCH_ALLOC_CONF", "expandable_segments:True")
@@ -344,7 +346,7 @@ def main() -> None:
     finally:
         with suppress(Exception):  # of a command that failed; what it had printed matters no more
             finish_results()
-        signal.signal(signal.SIGINT, signal.SIG_DFL)  # all is said: Ctrl+C in what libraries do at exit ends them
+        let_go()  # all is said: Ctrl+C in what libraries do at exit ends them
 
 
 def _console(*, stderr: bool = True) -> Any:
@@ -359,10 +361,11 @@ def _status(what: str) -> AbstractContextManager[None]:
     return status(_console(), what)
 
 
-def _heavy(module: str) -> Any:
-    """Import a module that imports torch, saying so meanwhile."""
+def _heavy(module: str, *outputs: Path) -> Any:
+    """Import a module that imports torch, saying so meanwhile. outputs: where a temporary file may be, too."""
     import importlib
 
+    require_temporary_folder(*outputs)
     with _status("loading libraries"):
         loaded = importlib.import_module(module)
         importlib.import_module("lora_cli.base.load").quiet_libraries()

@@ -80,7 +80,8 @@ class DiskError(LoraError):
 
 
 class Interrupted(LoraError):
-    """A run was asked to stop, and can be resumed. Exit code 128 + signal: 130 for Ctrl+C, 143 for SIGTERM."""
+    """A run was asked to stop, and can be resumed. Exit code 128 + signal: 130 for Ctrl+C, 143 for SIGTERM, 129 for
+    SIGHUP."""
 
     def __init__(self, what: str, *, exit_code: int = 130, where: str | None = None, fix: str | None = None):
         self.exit_code = exit_code

@@ -7,7 +7,7 @@ what a terminal would act on is spelled out. Our own styles are Text and Style o
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from typing import Any
 
 from rich.console import Console
@@ -61,5 +61,10 @@ def status(console: Console, what: str) -> Iterator[None]:
     if not console.is_terminal or console.quiet:
         yield
         return
-    with console.status(styled(what)):
+    shown = console.status(styled(what))
+    with suppress(RuntimeError):  # no further thread can be started
+        shown.start()
+    try:
         yield
+    finally:
+        shown.stop()

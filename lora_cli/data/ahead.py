@@ -38,7 +38,11 @@ def ahead(items: Iterator[Item], most: int) -> Iterator[Item]:
             put(end, error)
 
     thread = Thread(target=work, daemon=True)
-    thread.start()
+    try:
+        thread.start()
+    except RuntimeError:  # a system that starts no further one: then each item is made when it is asked for
+        yield from items
+        return
     try:
         while True:
             item, error = made.get()

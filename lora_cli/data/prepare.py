@@ -10,7 +10,6 @@ import json
 import os
 import re
 import shutil
-import tempfile
 import time
 import weakref
 from array import array
@@ -34,6 +33,7 @@ from lora_cli.data.row_encoder import RowEncoder, fit_length
 from lora_cli.data.sources import Source, open_source
 from lora_cli.data.split import hold_out, repeated
 from lora_cli.data.store import ExampleWriter, checksum, write_groups, write_indices
+from lora_cli.ending import make_temporary, remove_temporary
 from lora_cli.errors import LoraError
 from lora_cli.files import disk_errors, written_whole
 from lora_cli.recipe import DataRecipe, Recipe, SourceRecipe
@@ -70,16 +70,16 @@ def prepare(
 
 def build_for_now(preparation: Preparation) -> PreparedData:
     """Prepared in a temporary folder that goes when the data are no longer used."""
-    folder = Path(tempfile.mkdtemp(prefix="lora-"))
+    folder = make_temporary()
     try:
         with disk_errors(folder):
             preparation.build(folder)
         data = open_prepared(folder)
         assert data is not None
     except BaseException:
-        shutil.rmtree(folder, ignore_errors=True)
+        remove_temporary(folder)
         raise
-    weakref.finalize(data, shutil.rmtree, folder, ignore_errors=True)
+    weakref.finalize(data, remove_temporary, folder)
     return data
 
 

@@ -34,7 +34,7 @@ from lora_cli.training.resume import Change
 from lora_cli.training.run_folder import RunFolder
 from lora_cli.training.session import Session
 from lora_cli.training.state import State
-from lora_cli.training.stopping import SIGTERM_CODE, Stop
+from lora_cli.training.stopping import EXIT_CODES, Stop
 from lora_cli.training.trackers import open_trackers
 
 _SKIPPED_IN_A_ROW = 10  # then it is not the data that are at fault
@@ -304,12 +304,13 @@ class Run:
     def _asked_to_stop(self) -> bool:
         """Of several processes, whether any was asked to."""
         if self.accelerator.num_processes > 1:
-            asked = torch.zeros(2, dtype=torch.int64)
+            asked = torch.zeros(len(EXIT_CODES), dtype=torch.int64)
             if self.stop.requested:
-                asked[self.stop.exit_code != SIGTERM_CODE] = 1
-            by_term, otherwise = sum_over_processes(self.accelerator, asked).tolist()
-            if by_term or otherwise:
-                self.stop.ask("another of its processes was asked to", SIGTERM_CODE if by_term else 130)
+                asked[EXIT_CODES.index(self.stop.exit_code)] = 1
+            by_code = sum_over_processes(self.accelerator, asked).tolist()
+            if any(by_code):
+                code = next(code for code, count in zip(EXIT_CODES, by_code, strict=True) if count)
+                self.stop.ask("another of its processes was asked to", code)
         return self.stop.requested
 
     def _interrupted(self) -> Interrupted:

@@ -36,7 +36,11 @@ class Progress:
 
     def __enter__(self) -> Progress:
         if self.live:
-            self.live.start()
+            try:
+                self.live.start()
+            except RuntimeError:  # no further thread can be started
+                self.live.stop()
+                self.live = None
         return self
 
     def __exit__(self, *_: object) -> None:

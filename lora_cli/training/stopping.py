@@ -10,12 +10,19 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import Any
 
-SIGTERM_CODE = 128 + signal.SIGTERM
-_SAME_REQUEST_SECONDS = 5.0  # a launcher passes a signal on that its processes got already
+from lora_cli.ending import SIGHUP, listen_anew, note_signal
+
+_HANG_UP = 1  # SIGHUP, also where there is none
+# By the most pressing: of several processes each may have got another.
+EXIT_CODES = (128 + signal.SIGTERM, 128 + _HANG_UP, 128 + signal.SIGINT)
+_SAME_REQUEST_SECONDS = 5.0
 
 
 class Stop:
-    """First Ctrl+C or SIGTERM: end after this step. Second: end at once. max_seconds: end before that much has passed.
+    """First Ctrl+C, SIGTERM or SIGHUP: end after this step. Second: end at once. max_seconds: end before they are over.
+
+    A closed terminal sends SIGHUP more than once, and what closes it may send SIGTERM as well: neither is then taken
+    for a second request. Where SIGHUP is ignored, as nohup has it, it stays so.
 
     Before the first step there is nothing to lose, so there the first ends the run at once, too. Several processes
     must end after the same step: each knows of its own signals, and the loop tells them of each other's.
@@ -27,7 +34,8 @@ class Stop:
         self.why: str | None = None
         self.exit_code = 130
         self.in_steps = False
-        self._asked = 0.0
+        self.first: int | None = None  # signal within the steps, and when
+        self._first_at = 0.0
         self._longest_step = 0.0
 
     @property
@@ -36,7 +44,11 @@ class Stop:
 
     @contextmanager
     def listening(self) -> Iterator[None]:
-        before = {each: signal.signal(each, self._on_signal) for each in (signal.SIGINT, signal.SIGTERM)}
+        listen_anew()
+        heard = [signal.SIGINT, signal.SIGTERM]
+        if SIGHUP is not None and signal.getsignal(SIGHUP) != signal.SIG_IGN:
+            heard.append(SIGHUP)
+        before = {each: signal.signal(each, self._on_signal) for each in heard}
         hook, sys.unraisablehook = sys.unraisablehook, self._on_lost_error
         try:
             yield
@@ -48,7 +60,7 @@ class Stop:
     def ask(self, why: str, exit_code: int) -> None:
         """End after this step; the first reason stands."""
         if self.why is None:
-            self.why, self.exit_code, self._asked = why, exit_code, time.monotonic()
+            self.why, self.exit_code = why, exit_code
 
     def watch_the_clock(self, step_seconds: float) -> None:
         """After a step, with all that followed it: whether another one, and a checkpoint, can still end in time."""
@@ -73,18 +85,29 @@ class Stop:
             sys.__unraisablehook__(lost)
 
     def _on_signal(self, number: int, _frame: Any) -> None:
+        if not note_signal(number):
+            return
         name = signal.Signals(number).name
         if not self.in_steps:
             self.ask(f"it got {name} before its first step", 128 + number)
             raise KeyboardInterrupt
-        if self.requested:
-            passed_on = number == signal.SIGTERM or time.monotonic() - self._asked < _SAME_REQUEST_SECONDS
-            if self.processes > 1 and passed_on:
+        if self.first is not None:
+            if self._is_the_same_request(number):
                 return
             signal.signal(number, signal.SIG_DFL)
             signal.raise_signal(number)
+        self.first, self._first_at = number, time.monotonic()
         self.ask(f"it got {name}", 128 + number)
         self.say(f"{name}: finishing this step, then writing a checkpoint; once more stops at once")
-        if self.processes == 1:  # also in the middle of a long computation, where no handler of Python's runs
-            for each in (signal.SIGINT, signal.SIGTERM):
+        if self.processes == 1 and number != SIGHUP:
+            for each in (
+                signal.SIGINT,
+                signal.SIGTERM,
+            ):  # also in a long computation, where no handler of Python's runs
                 signal.signal(each, signal.SIG_DFL)
+
+    def _is_the_same_request(self, number: int) -> bool:
+        soon = time.monotonic() - self._first_at < _SAME_REQUEST_SECONDS
+        if self.processes > 1:  # a launcher passes on what its processes got already
+            return soon or number == signal.SIGTERM
+        return soon and self.first == SIGHUP and number == signal.SIGTERM

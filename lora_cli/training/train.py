@@ -39,8 +39,8 @@ def train(
     """Run a recipe to its end; returns the report that is also written to report.json.
 
     allow: settings, sections, `data` or `versions` that may have changed since a resumed run was begun.
-    Raises Interrupted after Ctrl+C, SIGTERM or max_hours, with a checkpoint written; CheckFailed when the loss is not
-    finite or nothing was learned; DiskError when what has to be kept cannot be written.
+    Raises Interrupted after Ctrl+C, SIGTERM, SIGHUP or max_hours, with a checkpoint written; CheckFailed when the loss
+    is not finite or nothing was learned; DiskError when what has to be kept cannot be written.
     """
     require_known(allow)
     folder = RunFolder(Path(recipe.output))

@@ -1,0 +1,107 @@
+"""How a command ends early: by SIGTERM or SIGHUP as by Ctrl+C, and without leaving copies of the user's rows behind."""
+
+from __future__ import annotations
+
+import shutil
+import signal
+import sys
+import tempfile
+import threading
+from contextlib import suppress
+from pathlib import Path
+from typing import Any
+
+from lora_cli.errors import LoraError, command
+
+SIGHUP: signal.Signals | None = getattr(signal, "SIGHUP", None)  # Windows has none
+_ENDINGS = tuple(each for each in (signal.SIGTERM, SIGHUP) if each is not None)
+
+_received: list[int] = []
+_temporary: set[Path] = set()
+
+
+def end_as_by_ctrl_c() -> None:
+    """Let SIGTERM and SIGHUP raise KeyboardInterrupt, unless they are ignored: nohup and trap '' go on working."""
+    for each in _ENDINGS:
+        if signal.getsignal(each) == signal.SIG_DFL:
+            signal.signal(each, _on_signal)
+    listen_anew()
+    sys.unraisablehook = _on_lost_error
+
+
+def listen_anew() -> None:
+    """What came before belongs to another run in this process."""
+    _received.clear()
+
+
+def signal_received() -> int:
+    """The signal that ended this command; SIGINT if no other did."""
+    return _received[0] if _received else signal.SIGINT
+
+
+def let_go() -> None:
+    """At the very end: remove what is temporary. After it signals end the program at once."""
+    for folder in list(_temporary):
+        remove_temporary(folder)
+    for each in (signal.SIGINT, *_ENDINGS):
+        if signal.getsignal(each) != signal.SIG_IGN:
+            signal.signal(each, signal.SIG_DFL)
+    sys.unraisablehook = sys.__unraisablehook__
+
+
+def make_temporary() -> Path:
+    """A folder that only this user can open, and that goes with the program at the latest."""
+    folder = Path(tempfile.mkdtemp(prefix="lora-"))
+    _temporary.add(folder)
+    return folder
+
+
+def remove_temporary(folder: Path) -> None:
+    shutil.rmtree(folder, ignore_errors=True)
+    _temporary.discard(folder)
+
+
+def require_temporary_folder(*others: Path) -> None:
+    """Libraries ask for a folder for temporary files as soon as they are imported.
+
+    others: places to use where the system has none, such as the output; of a folder that is not there yet, the one that
+    it will be in. Raises LoraError if nothing can be written.
+    """
+    try:
+        tempfile.gettempdir()
+        return
+    except FileNotFoundError:
+        pass
+    for place in others:
+        existing = next((each for each in (place, *place.absolute().parents) if each.is_dir()), None)
+        with suppress(OSError):
+            if existing is not None:
+                tempfile.TemporaryFile(dir=existing).close()
+                tempfile.tempdir = str(existing.absolute())
+                return
+    raise LoraError(
+        "no folder for temporary files can be written",
+        where="/tmp",
+        fix=f"name one that can: {command('export', 'TMPDIR=/path/to/a/folder')}, and start it again",
+    )
+
+
+def note_signal(number: int) -> bool:
+    """Remember that a signal came; whether it asks for something new: a closed terminal sends SIGHUP more than once."""
+    again = number == SIGHUP and bool(_received)
+    _received.append(number)
+    return not again
+
+
+def _on_signal(number: int, _frame: Any) -> None:
+    if note_signal(number):
+        signal.signal(signal.SIGTERM, signal.SIG_DFL)  # once more ends at once
+        raise KeyboardInterrupt
+
+
+def _on_lost_error(lost: Any) -> None:
+    """Python drops what is raised in a finalizer, and a signal may come just there: so once more, in a moment."""
+    if isinstance(lost.exc_value, KeyboardInterrupt):
+        threading.Timer(0.01, signal.raise_signal, (signal.SIGINT,)).start()
+    else:
+        sys.__unraisablehook__(lost)
