@@ -307,8 +307,9 @@ def test_a_row_that_is_too_long(refused: Any, stopped: Any, rows: Any):
 
 
 def test_no_row_is_left(refused: Any, rows: Any):
-    assert "rows.jsonl: no row is left to train on\n  fix: " in refused(
-        data=rows(SHORT, max_seq_len=4, too_long="drop")
+    assert (
+        "rows.jsonl: no row is left to train on\n  1 rows above max_seq_len\n  fix: raise data.max_seq_len"
+        in refused(data=rows(SHORT, max_seq_len=4, too_long="drop"))
     )
 
 
@@ -365,9 +366,9 @@ def test_a_row_longer_than_the_model_can_see(refused_later: Any, rows: Any):
 def test_a_held_out_fraction_of_no_rows(refused: Any, rows: Any):
     others = [SHORT | {"prompt": f"{number} and one\n"} for number in range(2)]
     message = refused(data=rows(SHORT, *others, validation=0.01))
-    assert "rows.jsonl: validation: 0.01 of 3 rows is 0 rows" in message
+    assert "rows.jsonl: data.validation: 0.01 of 3 rows is 0 rows" in message
     message = refused(data=rows(SHORT, SHORT, SHORT, validation=0.5))  # equal rows cannot stand on both sides
-    assert "rows.jsonl: validation: 0.5 of 3 rows in 1 group" in message
+    assert "rows.jsonl: data.validation: 0.5 of 3 rows in 1 group" in message
 
 
 # ── conversations ───────────────────────────────────────────────────────────────────────────────────────────────

@@ -25,7 +25,7 @@ import xxhash
 from transformers import PreTrainedTokenizerBase
 
 from lora_cli.data.chat import ChatTemplate, chat_template
-from lora_cli.data.gate import TOO_LONG_SHARE, Findings, Lengths, duplicates
+from lora_cli.data.gate import KINDS, TOO_LONG_SHARE, Findings, Lengths, duplicates
 from lora_cli.data.packing import Groups, rows_to_shuffle
 from lora_cli.data.prepared import PARTS, PreparedData, Summary, open_prepared, summary_values
 from lora_cli.data.readers import Row
@@ -64,7 +64,7 @@ def prepare(
     assert data is not None
     if not inspect:
         data.findings.require_none(recipe.data.allow)
-        _require_rows(data, recipe)
+        require_rows(data, recipe)
     return data
 
 
@@ -97,7 +97,7 @@ def _build_in_place(preparation: Preparation, place: Path, own: bool) -> Prepare
         data = open_prepared(building)
         assert data is not None
         data.findings.require_none(preparation.recipe.data.allow)
-        _require_rows(data, preparation.recipe)
+        require_rows(data, preparation.recipe)
         if place.exists() and open_prepared(place) is None:  # damaged
             _remove_damaged(place)
         try:
@@ -116,10 +116,19 @@ def _build_in_place(preparation: Preparation, place: Path, own: bool) -> Prepare
     return replace(data, folder=place)
 
 
-def _require_rows(data: PreparedData, recipe: Recipe) -> None:
-    if not len(data.train) and not recipe.data.streaming:
-        fix = "raise data.max_seq_len, or look at what train: false leaves out"
-        raise LoraError("no row is left to train on", where=_name(recipe.data.train[0]), fix=fix)
+def require_rows(data: PreparedData, recipe: Recipe) -> None:
+    """Raises LoraError if no row is left to train on, with what became of them."""
+    if len(data.train) or recipe.data.streaming:
+        return
+    counts = data.findings.counts
+    details = [f"{count:,} {KINDS[kind].title}" for kind, count in counts.items()]
+    fixes = {
+        "remove train: false or weight: 0 from some rows": "left_out" in counts,
+        "raise data.max_seq_len, or write data.too_long: truncate": "too_long" in counts,
+        "raise the weight of a source": any(each.weight < 1 for each in recipe.data.train),
+    }
+    fix = "; or ".join(each for each, fits in fixes.items() if fits) or "name data with rows to train on"
+    raise LoraError("no row is left to train on", where=_name(recipe.data.train[0]), details=details, fix=fix)
 
 
 def _remove_damaged(place: Path) -> None:
@@ -326,8 +335,13 @@ class Preparation:
         held = np.zeros(last, bool)
         if isinstance(data.validation, float):
             groups = _numbers(seen.group if data.group_by is not None else seen.content, np.uint64)
+            kept = np.flatnonzero(_numbers(seen.pieces, np.int32))  # rows that are in the data: none that was too long
             rows = np.zeros(len(groups), bool)
-            rows[hold_out(groups, data.validation, seed, _name(data.train[0]))] = True
+            try:
+                rows[kept[hold_out(groups[kept], data.validation, seed, _name(data.train[0]))]] = True
+            except LoraError:  # unless what the gate found, or that no row is left, says why
+                if len(kept) and not self._findings.stopping(data.allow):
+                    raise
             content = _numbers(seen.content, np.uint64)
             for at in np.flatnonzero(rows & np.isin(content, content[~rows])).tolist():  # equal rows of other groups
                 self._findings.add("overlap", *seen.where(at, names))

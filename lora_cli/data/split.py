@@ -6,20 +6,29 @@ import numpy as np
 
 from lora_cli.errors import LoraError
 
+_FRACTIONS = (0.05, 0.1, 0.2, 0.3, 0.5)  # that an error suggests, where one of them works
+
 
 def hold_out(groups: np.ndarray, fraction: float, seed: int, where: str | None = None) -> np.ndarray:
     """Rows to hold out, by a seeded choice of whole groups, until they are the fraction. groups: one number a row."""
-    count = round(len(groups) * fraction)
     _, first, group_of, sizes = np.unique(groups, return_index=True, return_inverse=True, return_counts=True)
     by_appearance = np.argsort(first, kind="stable")
     shuffled = by_appearance[np.random.default_rng([seed, 0x5EED]).permutation(len(sizes))]
-    held = shuffled[: int(np.searchsorted(np.cumsum(sizes[shuffled]), count)) + 1] if count else shuffled[:0]
+
+    def chosen(share: float) -> np.ndarray:
+        count = round(len(groups) * share)
+        return shuffled[: int(np.searchsorted(np.cumsum(sizes[shuffled]), count)) + 1] if count else shuffled[:0]
+
+    held = chosen(fraction)
     if not 0 < len(held) < len(sizes):
-        what = "rows" if len(sizes) == len(groups) else f"rows in {len(sizes)} groups"
+        in_groups = f"rows in {len(sizes)} group{'s' if len(sizes) > 1 else ''}"
+        what = "rows" if len(sizes) == len(groups) else in_groups
+        works = [share for share in _FRACTIONS if 0 < len(chosen(share)) < len(sizes)]
+        other = f"write data.validation: {works[0]:g}, or " if works else ""
         raise LoraError(
-            f"validation: {fraction} of {len(groups)} {what} is {count} rows",
+            f"data.validation: {fraction} of {len(groups)} {what} is {round(len(groups) * fraction)} rows",
             where=where,
-            fix="use another fraction, more data, or a validation file",
+            fix=f"{other}add data, name a file in data.validation, or write data.validation: null to hold nothing out",
         )
     return np.flatnonzero(np.isin(group_of, held))
 

@@ -19,7 +19,7 @@ from lora_cli.base.load import load_tokenizer, model_config, skeleton_of
 from lora_cli.base.source import BaseSource, find_base
 from lora_cli.data.example import Example
 from lora_cli.data.gate import KINDS
-from lora_cli.data.prepare import prepare
+from lora_cli.data.prepare import prepare, require_rows
 from lora_cli.data.prepared import PreparedData
 from lora_cli.data.preview import PAGE_START, as_page, as_text, tokens_of
 from lora_cli.data.report import data_lines, stream_lines
@@ -46,7 +46,7 @@ class Checked:
         """For --json. Tokens are those of one epoch; a token counts as trained if it is a target of the loss."""
         train = self.data.summary.train if self.stream is None else self.stream.lengths
         return {
-            "ok": not self.data.findings.stopping(self.recipe.data.allow),
+            "ok": not self.data.findings.stopping(self.recipe.data.allow) and train.examples > 0,
             "examples": train.examples,
             "validation_examples": len(self.data.validation),
             "tokens": train.tokens,
@@ -79,8 +79,9 @@ class Checked:
         return self.data.findings.as_list(self.recipe.data.allow)
 
     def require_ok(self) -> None:
-        """Raises LoraError if the gate found something that stops a run."""
+        """Raises LoraError if the gate found something that stops a run, or no row is left."""
         self.data.findings.require_none(self.recipe.data.allow)
+        require_rows(self.data, self.recipe)
 
 
 def check(recipe: Recipe, *, keep: bool = False) -> Checked:
