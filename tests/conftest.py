@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import json
+import shutil
 import sys
 from collections.abc import Callable
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -18,6 +20,7 @@ sys.path.insert(0, str(ROOT / "scripts"))
 from tiny_model import make_tokenizer, save_tiny  # noqa: E402
 
 from lora_cli.base.load import quiet_libraries  # noqa: E402
+from lora_cli.cli import main  # noqa: E402
 from lora_cli.recipe_file import load_recipe  # noqa: E402
 from lora_cli.screen import Screen  # noqa: E402
 from lora_cli.training.train import train  # noqa: E402
@@ -118,6 +121,59 @@ def run_recipe(recipe_file: Callable[..., Path]) -> Callable[..., tuple[Path, di
         return Path(recipe.output), report
 
     return run
+
+
+@dataclass(frozen=True)
+class Said:
+    """What a command said, on stderr and on stdout. code: its exit code."""
+
+    code: int
+    text: str
+    out: str = ""
+
+    @property
+    def error(self) -> str:
+        return self.text[self.text.index("error: ") :]
+
+
+@pytest.fixture
+def lora(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> Callable[..., Said]:
+    """Runs the command line in this process; an exception that main() does not turn into a message fails the test."""
+
+    def run(*words: Any) -> Said:
+        monkeypatch.setattr(sys, "argv", ["lora", *map(str, words)])
+        capsys.readouterr()
+        code = 0
+        try:
+            main()
+        except SystemExit as stopped:
+            code = int(stopped.code or 0)
+        printed = capsys.readouterr()
+        assert "Traceback" not in printed.err
+        assert code == 0 or printed.out == ""
+        return Said(code, printed.err, printed.out)
+
+    return run
+
+
+@pytest.fixture
+def model(tiny_gpt2: Path, tmp_path: Path) -> Callable[..., Path]:
+    """A copy of the tiny GPT-2 with some files replaced, or removed (None)."""
+
+    def make(files: dict[str, str | bytes | None], **config: Any) -> Path:
+        folder = tmp_path / "model"
+        shutil.copytree(tiny_gpt2, folder)
+        if config:
+            values = json.loads((folder / "config.json").read_text()) | config
+            (folder / "config.json").write_text(json.dumps(values))
+        for name, content in files.items():
+            if content is None:
+                (folder / name).unlink()
+            else:
+                (folder / name).write_bytes(content.encode() if isinstance(content, str) else content)
+        return folder
+
+    return make
 
 
 def quiet_console() -> Screen:

@@ -7,50 +7,14 @@ import gzip
 import json
 import os
 import shutil
-import sys
 from collections import namedtuple
 from collections.abc import Callable
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
-from conftest import write_rows
-
-from lora_cli.cli import main
-
-
-@dataclass(frozen=True)
-class Said:
-    """What a command said. code: its exit code."""
-
-    code: int
-    text: str
-
-    @property
-    def error(self) -> str:
-        return self.text[self.text.index("error: ") :]
-
-
-@pytest.fixture
-def lora(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> Callable[..., Said]:
-    """Runs the command line in this process; an exception that main() does not turn into a message fails the test."""
-
-    def run(*words: Any) -> Said:
-        monkeypatch.setattr(sys, "argv", ["lora", *map(str, words)])
-        capsys.readouterr()
-        code = 0
-        try:
-            main()
-        except SystemExit as stopped:
-            code = int(stopped.code or 0)
-        printed = capsys.readouterr()
-        assert "Traceback" not in printed.err
-        assert printed.out == ""
-        return Said(code, printed.err)
-
-    return run
+from conftest import Said, write_rows
 
 
 @pytest.fixture
@@ -97,26 +61,6 @@ def refused_later(ends: Callable[..., str]) -> Callable[..., str]:
 def stopped(ends: Callable[..., str]) -> Callable[..., str]:
     """The message with which the data gate stops a run (exit code 3); nothing is written."""
     return lambda **settings: ends(3, False, settings)
-
-
-@pytest.fixture
-def model(tiny_gpt2: Path, tmp_path: Path) -> Callable[..., Path]:
-    """A copy of the tiny GPT-2 with some files replaced, or removed (None)."""
-
-    def make(files: dict[str, str | bytes | None], **config: Any) -> Path:
-        folder = tmp_path / "model"
-        shutil.copytree(tiny_gpt2, folder)
-        if config:
-            values = json.loads((folder / "config.json").read_text()) | config
-            (folder / "config.json").write_text(json.dumps(values))
-        for name, content in files.items():
-            if content is None:
-                (folder / name).unlink()
-            else:
-                (folder / name).write_bytes(content.encode() if isinstance(content, str) else content)
-        return folder
-
-    return make
 
 
 # ── the recipe (its details are in test_recipe.py) ──────────────────────────────────────────────────────────────

@@ -8,6 +8,7 @@ from threading import Event, Thread
 from typing import Any, TypeVar
 
 Item = TypeVar("Item")
+_LEAVE_SECONDS = 1.0  # to wait for an item that nobody wants any more, such as after Ctrl+C
 
 
 def ahead(items: Iterator[Item], most: int) -> Iterator[Item]:
@@ -53,4 +54,4 @@ def ahead(items: Iterator[Item], most: int) -> Iterator[Item]:
             yield item
     finally:
         stopped.set()
-        thread.join()
+        thread.join(_LEAVE_SECONDS)

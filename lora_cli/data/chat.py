@@ -8,7 +8,6 @@ rendered up to the turn, with the generation prompt, and up to its end; each mus
 
 from __future__ import annotations
 
-import datetime
 import json
 import re
 from collections.abc import Sequence
@@ -18,20 +17,16 @@ from importlib import resources
 from pathlib import Path
 from typing import Any
 
-import jinja2
-import jinja2.ext
-import jinja2.nodes
-from jinja2.sandbox import ImmutableSandboxedEnvironment
 from transformers import PreTrainedTokenizerBase
 
+from lora_cli.data.jinja import BoundedTemplate
 from lora_cli.errors import LoraError
 from lora_cli.files import require_regular
+from lora_cli.limits import LimitReached
 from lora_cli.recipe import TEMPLATES
 
 Turns = list[dict[str, Any]]
 
-# Some templates print today's date. A run that is prepared again, or resumed on another day, must see the same tokens.
-DATE = datetime.datetime(2024, 7, 26)
 THOUGHTS = ("reasoning_content", "reasoning", "thinking")  # what templates call thoughts beside the content
 
 
@@ -71,13 +66,7 @@ class ChatTemplate:
         self._special = re.compile(either)
         self._stop = re.compile(rf"\s*{either}")
         self._stops_at_end = re.compile(rf"{either}(?:\s*{either})*\s*\Z")
-        try:
-            self._compiled = _ENVIRONMENT.from_string(text)
-        except jinja2.TemplateError as error:
-            line = getattr(error, "lineno", None)
-            raise LoraError(
-                f"the chat template is not valid Jinja: {error}", where=f"{name}:{line or 1}", fix="mend this line"
-            ) from None
+        self._compiled = BoundedTemplate(text, name)
 
     def render(self, turns: Turns, where: str, tools: Any = None, *, generation_prompt: bool = False) -> str:
         """The conversation as text. Raises LoraError if the template refuses it."""
@@ -87,6 +76,8 @@ class ChatTemplate:
                 return self._compiled.render(messages=turns, **variables)
             except TypeError:  # some templates want the arguments of calls as JSON text
                 return self._compiled.render(messages=_with_text_arguments(turns), **variables)
+        except LimitReached as error:
+            raise LimitReached(error.what, where=where, fix=error.fix) from None
         except Exception as error:  # jinja2 errors, and whatever a template raises
             raise LoraError(
                 f"the chat template ({self.name}) refuses this conversation: {error}",
@@ -329,32 +320,3 @@ def _marked(content: str, first: int) -> str:
     core = content.strip()
     lead = content.index(core[0])
     return f"{content[:lead]}{chr(first)}{core}{chr(first + 1)}{content[lead + len(core) :]}"
-
-
-# ── Jinja as chat templates expect it (transformers' documentation, "Writing a chat template") ──────────────────
-
-
-class _GenerationMarks(jinja2.ext.Extension):
-    """{% generation %}…{% endgeneration %} renders its body; where turns stand is found in another way."""
-
-    tags = {"generation"}  # noqa: RUF012
-
-    def parse(self, parser: Any) -> Any:
-        next(parser.stream)
-        return parser.parse_statements(("name:endgeneration",), drop_needle=True)
-
-
-def _refuse(message: str) -> None:
-    raise jinja2.TemplateError(message)
-
-
-def _to_json(value: Any, ensure_ascii: bool = False, **options: Any) -> str:
-    return json.dumps(value, ensure_ascii=ensure_ascii, **options)
-
-
-_ENVIRONMENT = ImmutableSandboxedEnvironment(
-    trim_blocks=True, lstrip_blocks=True, extensions=[_GenerationMarks, jinja2.ext.loopcontrols]
-)
-_ENVIRONMENT.filters["tojson"] = _to_json
-_ENVIRONMENT.globals["raise_exception"] = _refuse
-_ENVIRONMENT.globals["strftime_now"] = DATE.strftime

@@ -20,6 +20,7 @@ from lora_cli.data.findings import Encoded, Finding, nothing_trained, refused, s
 from lora_cli.data.formats import Completion, Conversation, Document, Format, Text
 from lora_cli.data.readers import Row
 from lora_cli.errors import LoraError
+from lora_cli.limits import LimitReached
 
 TRAIN_ON = {  # format → what may be trained, the default first
     "text": ("all",),
@@ -105,6 +106,8 @@ class Encoder:
                     return nothing_trained(document)
                 return Prepared(document, document.prompt + document.completion, True, prompt=document.prompt)
             return self._prepared_conversation(document)
+        except LimitReached:  # of the template, and every further row might take as long
+            raise
         except LoraError as error:
             return Encoded(row, None, Finding("malformed", error))
 
