@@ -8,6 +8,7 @@ import subprocess
 import sys
 from collections.abc import Callable
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -16,6 +17,7 @@ from accelerate import Accelerator
 from conftest import ROOT, losses, quiet_console, randomize_adapter
 from safetensors.torch import load_file
 from test_architectures import ARCHITECTURES
+from torch import Tensor, nn
 
 from lora_cli.adapters.attach import adapter_parameters
 from lora_cli.errors import LoraError, ProcessLost
@@ -424,3 +426,27 @@ def test_other_errors_stay_what_they_are(error):
     with pytest.raises(type(error)) as found, lost_process_is_told():
         raise error
     assert found.value is error
+
+
+def test_all_gradients_are_summed_in_one_exchange():
+    """An adapter is hundreds of small tensors: one exchange each would wait as often for the slowest process."""
+    sent: list[Tensor] = []
+
+    def reduce(value: Tensor, how: str) -> Tensor:
+        assert how == "sum"
+        sent.append(value)
+        return value * 3
+
+    accelerator: Any = SimpleNamespace(num_processes=3, device=torch.device("cpu"), reduce=reduce)
+    parameters = [nn.Parameter(torch.zeros(shape)) for shape in [(2, 3), (4,), (1, 5)]]
+    expected = []
+    for at, parameter in enumerate(parameters[:2]):
+        parameter.grad = torch.randn(parameter.shape, generator=torch.Generator().manual_seed(at))
+        expected.append(parameter.grad * 3)
+    micro = MicroBatches.__new__(MicroBatches)
+    micro.accelerator, micro.parameters = accelerator, parameters
+    micro._add_gradients()
+    assert [each.numel() for each in sent] == [15]
+    for parameter, gradient in zip(parameters, [*expected, torch.zeros(1, 5)], strict=True):
+        assert parameter.grad is not None
+        assert torch.equal(parameter.grad, gradient)

@@ -31,6 +31,13 @@ class _Told(logging.Handler):
             self.say = None
 
 
+def say_when_dynamo_gives_up(say: Callable[[str], None]) -> None:
+    dynamo = logging.getLogger("torch._dynamo.convert_frame")
+    dynamo.setLevel(logging.WARNING)
+    dynamo.propagate = False
+    dynamo.handlers = [_Told(say)]
+
+
 def compile_blocks(blocks: Sequence[nn.Module], cache: Path, say: Callable[[str], None] = print) -> None:
     """Compile each block's forward; what is compiled is kept in `cache`, so that a resumed run need not wait again.
 
@@ -40,10 +47,7 @@ def compile_blocks(blocks: Sequence[nn.Module], cache: Path, say: Callable[[str]
     os.environ["TORCHINDUCTOR_CACHE_DIR"] = str(cache.resolve())
     os.environ["TRITON_CACHE_DIR"] = str(cache.resolve() / "triton")
     torch._dynamo.config.recompile_limit = max(_VERSIONS, torch._dynamo.config.recompile_limit)
-    dynamo = logging.getLogger("torch._dynamo.convert_frame")
-    dynamo.setLevel(logging.WARNING)
-    dynamo.propagate = False
-    dynamo.handlers = [_Told(say)]
+    say_when_dynamo_gives_up(say)
     AttentionInterface.register(PER_EXAMPLE, torch.compiler.disable(per_example_attention))
     for block in blocks:
         block.forward = torch.compile(block.forward, dynamic=True)
