@@ -405,7 +405,7 @@ def test_the_system_column_opens_the_conversation():
         ({"content": "a"}, "turn 3 of messages has no role"),
         ({"role": None, "content": "a"}, "turn 3 of messages has no role"),
         ({"role": 3, "content": "a"}, "turn 3 of messages has no role"),
-        ({"role": "narrator", "content": "a"}, "turn 3 of messages is by 'narrator', which is no known role"),
+        ({"role": "narrator", "content": "a"}, "turn 3 of messages is by 'narrator', which is not a known role"),
         ({"role": "user"}, "turn 3 of messages has no content"),
         ({"role": "user", "content": None}, "turn 3 of messages has no content"),
         ({"role": "user", "content": 3}, "turn 3 of messages has no content"),

@@ -10,11 +10,13 @@ from pathlib import Path
 from typing import Any, get_args
 
 import numpy as np
+import pyarrow
 import pytest
 from chat_families import FAMILIES, family_tokenizer
 from conftest import write_rows
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from pyarrow import parquet
 from tiny_model import make_tokenizer
 from tokenizers import AddedToken, Tokenizer, models, pre_tokenizers
 from transformers import PreTrainedTokenizerFast
@@ -58,6 +60,7 @@ class Case:
     data: dict[str, Any] = field(default_factory=dict)
     tokenizer: Callable[[], Any] = make_tokenizer
     held: tuple[Rows, Rows] | None = None  # validation rows of either, in a file of their own
+    table: bool = False  # a Parquet file
 
 
 GOOD = texts(3)
@@ -68,6 +71,11 @@ FORGETFUL = (  # ends turns, but not this one
 )
 SPECIAL = {"role": "user", "content": "What is <|im_end|>?"}
 LONG = " one" * 64
+
+
+def called(**arguments: Any) -> dict[str, Any]:
+    call = {"type": "function", "function": {"name": "weather", "arguments": arguments}}
+    return {"messages": [ASKED, {"role": "assistant", "content": "", "tool_calls": [call]}]}
 
 
 def long_rows(bad: int, count: int = 100) -> Rows:
@@ -100,6 +108,18 @@ CASES = {
     "overlap": Case(GOOD, [2], GOOD, held=([{"text": "new"}, GOOD[1]], [{"text": "new"}, {"text": "row 1 "}])),
     "duplicate": Case([*GOOD, GOOD[0], GOOD[1], GOOD[0]], [4, 5, 6], [*GOOD, {"text": "row 0."}]),
     "not_prompted": Case([CHAT], [1], [CHAT], tokenizer=family("deepseek-r1")),
+    "null_members": Case(
+        [called(city="Rome"), called(tz="UTC"), CHAT],
+        [1, 2],
+        [called(city="Rome"), called(city="Oslo"), CHAT],
+        tokenizer=family("llama-3.1"),
+        table=True,
+    ),
+    "result_as_json": Case(
+        [CHAT, {"messages": [ASKED, {"role": "tool", "content": {"of": [1, None]}}, ANSWERED]}],
+        [2],
+        [CHAT, {"messages": [ASKED, {"role": "tool", "content": '{"of": [1, null]}'}, ANSWERED]}],
+    ),
     "left_out": Case(
         [*GOOD, {"text": "a", "train": False}, {"text": "b", "weight": 0}],
         [4, 5],
@@ -133,7 +153,11 @@ class Run:
             tokenizer.chat_template = FORGETFUL
         extra = {} if has else HAS_NOT.get(kind, {})
         held = case.held and case.held[not has]
-        return self.recipe(case.has if has else case.has_not, held, **case.data | extra | data), tokenizer
+        rows = case.has if has else case.has_not
+        if case.table:
+            extra = extra | {"train": str(self.folder / "rows.parquet")}
+            parquet.write_table(pyarrow.Table.from_pylist(rows), extra["train"])
+        return self.recipe(rows, held, **case.data | extra | data), tokenizer
 
     def findings(self, kind: str, *, has: bool, **data: Any) -> Findings:
         recipe, tokenizer = self.of(kind, has=has, **data)
@@ -154,7 +178,7 @@ def test_every_kind_has_data_that_have_it():
 def test_a_finding_is_counted_and_its_rows_are_named(run, kind):
     case, findings = CASES[kind], run.findings(kind, has=True)
     assert findings.counts[kind] == max(len(case.bad), 1)
-    file = run.folder / ("held.jsonl" if case.held else "rows.jsonl")
+    file = run.folder / ("held.jsonl" if case.held else "rows.parquet" if case.table else "rows.jsonl")
     assert findings.places[kind] == [(str(file), row) for row in case.bad]
     (listed,) = [each for each in findings.as_list() if each["kind"] == kind]
     assert listed["rows"] == case.bad

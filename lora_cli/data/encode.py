@@ -156,7 +156,7 @@ class Encoder:
 
     def _masked(self, each: Prepared, encoding: Any, prompt: Any) -> Encoded:
         document, ids = each.document, encoding.ids
-        notes: list[str] = []
+        notes: list[str] = [*document.notes] if isinstance(document, Conversation) else []
         finding: Finding | None = None
         data = each.text.encode()
         pieces = None if self._bytes_of_token is None else [self._bytes_of_token[id] for id in ids]

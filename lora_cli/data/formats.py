@@ -7,9 +7,21 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
+from lora_cli.data.columns import (
+    NEEDED,
+    PREFERENCE,
+    Columns,
+    applicable,
+    column_of,
+    guess,
+    is_turns,
+    read_by,
+    require_trainable,
+)
 from lora_cli.data.readers import Row
 from lora_cli.data.tables import Unreadable
-from lora_cli.data.turns import bounded, decoded, read_tools, read_turn, said_weight
+from lora_cli.data.turn_keys import TurnKeys
+from lora_cli.data.turns import Reader, bounded, decoded, said_weight
 from lora_cli.errors import LoraError
 
 
@@ -30,60 +42,78 @@ class Completion:
 
 @dataclass(frozen=True)
 class Conversation:
-    """turns: as a chat template wants them. weights: of the loss on each. weight: the row's. tools: JSON schemas."""
+    """turns: as a chat template wants them. weights: of the loss on each. weight: the row's. tools: JSON schemas.
+
+    notes: kinds of findings of the gate, for what had to be changed to read it.
+    """
 
     row: Row
     turns: list[dict[str, Any]]
     weights: list[float]
     tools: list[dict[str, Any]] | None = None
     weight: float = 1.0
+    notes: tuple[str, ...] = ()
 
 
 Document = Text | Completion | Conversation
 
-NEEDED = {
-    "chat": (("messages",), ("conversations",)),
-    "instruction": (("instruction", "output"),),
-    "completion": (("prompt", "completion"),),
-    "text": (("text",),),
-}
-_OPTIONAL = {"chat": ("tools", "system"), "instruction": ("input", "system", "history"), "completion": (), "text": ()}
-_EVERYWHERE = ("train", "weight")
-_USUAL = {  # columns of well-known data sets → what they mean here
-    **dict.fromkeys(("question", "query", "source"), "prompt"),
-    **dict.fromkeys(("answer", "response", "target", "chosen"), "completion"),
-    **dict.fromkeys(("dialog", "dialogue", "conversation"), "messages"),
-    **dict.fromkeys(("content", "document", "article"), "text"),
-    "context": "input",
-}
-
 
 @dataclass(frozen=True)
 class Format:
-    """How rows of one source are read. unused: columns that nothing reads. reason: why this format was taken."""
+    """How rows of one source are read.
+
+    wanted: the format that was asked for. taken: what it needs. reason: why it was taken. unused: columns of the first
+    rows that nothing reads.
+    pair: prompt and completion are lists of turns (TRL's conversational form). context: of a pair, the prompt's turns
+    are not trained. keys: of turns, which are looked at while rows are read.
+    """
 
     name: str
-    columns: dict[str, str | None] = field(default_factory=dict)
+    columns: Columns = field(default_factory=dict)
     reason: str = "named in the recipe"
     unused: tuple[str, ...] = ()
+    taken: tuple[str, ...] = ()
+    wanted: str = "auto"
+    pair: bool = False
+    context: bool = True
+    keys: TurnKeys = field(default_factory=TurnKeys, compare=False)
+    _seen: set[str] = field(default_factory=set, compare=False)  # columns of the rows read so far
+    _used: set[str] = field(default_factory=set, compare=False)  # which of messages and conversations they had
 
     def read(self, row: Row) -> Document | None:
         """The document of a row; None if it says `train: false`. Raises LoraError for a malformed one, naming it."""
-        weight = said_weight(row.values, self._column("train"), self._column("weight"), row.where)
+        if not row.values.keys() <= self._seen:
+            self._seen.update(row.values)
+        weight = said_weight(row.values, self.column("train"), self.column("weight"), row.where)
         if weight == 0:
             return None
-        return _READ[self.name](self, row, weight)
+        require_trainable(row, self.name, self.columns)
+        return _READ["pair" if self.pair else self.name](self, row, weight)
 
-    def _column(self, meaning: str) -> str | None:
-        return self.columns.get(meaning, meaning)
+    def unread(self) -> list[str]:
+        """Columns of the rows read so far that nothing reads."""
+        meanings = read_by(self.name, tuple(self._used) or self.taken)
+        return sorted(self._seen - {self.column(meaning) for meaning in meanings})
+
+    def preference(self) -> list[str]:
+        """Columns of the rows read so far that preference data have."""
+        return sorted(self._seen & {*PREFERENCE})
+
+    @property
+    def shown(self) -> str:
+        """The columns that it needs, such as prompt and completion."""
+        return " and ".join(str(self.column(meaning)) for meaning in self.taken)
+
+    def column(self, meaning: str) -> str | None:
+        return column_of(self.columns, meaning)
 
     def value(self, row: Row, meaning: str) -> Any:
-        column = self._column(meaning)
+        column = self.column(meaning)
         value = None if column is None else row.values.get(column)
         if value is None:
             present = ", ".join(name for name, value in row.values.items() if value is not None)
             raise LoraError(
-                f"the row has no {column}",
+                f"the row has no {column or meaning}",
                 where=row.where,
                 fix=f"add it, or remove the row; its columns: {present or 'none'}",
             )
@@ -94,36 +124,54 @@ class Format:
         if not isinstance(value, str):
             kind = value.why if isinstance(value, Unreadable) else type(value).__name__
             raise LoraError(
-                f"{self._column(meaning)} is {kind}, not text",
+                f"{self.column(meaning)} is {kind}, not text",
                 where=row.where,
                 fix="write it as text: in JSON in quotes, in a table as a column of strings",
             )
         return value
 
     def optional(self, row: Row, meaning: str) -> Any:
-        column = self._column(meaning)
+        column = self.column(meaning)
         return None if column is None else row.values.get(column)
 
 
-def detect_format(rows: Sequence[Row], wanted: str = "auto", columns: dict[str, str | None] | None = None) -> Format:
-    """The format of rows, by their columns. Raises LoraError if none or more than one fits."""
-    columns = columns or {}
+# ── which format ────────────────────────────────────────────────────────────────────────────────────────────────
+
+
+def detect_format(rows: Sequence[Row], wanted: str = "auto", columns: Columns | None = None) -> Format:
+    """The format of rows, by their columns.
+
+    Raises LoraError if none or more than one fits, or if a column that is named is not there or not read.
+    """
+    columns = dict(columns or {})
+    require_present(rows, columns)
+    found = _fitting(rows, wanted, columns)
+    if isinstance(found, Format):
+        _require_read(found, rows)
+        return found
+    raise _no_format(rows, found)
+
+
+def suggestion(rows: Sequence[Row]) -> Format | None:
+    """How rows can be read whose columns have other usual names; None where the names say nothing."""
+    guessed = guess(rows)
+    if guessed is None:
+        return None
+    found = _fitting(rows, "auto", guessed[1])
+    if not isinstance(found, Format):
+        found = _fitting(rows, guessed[0], guessed[1])
+    return found if isinstance(found, Format) else None
+
+
+def _fitting(rows: Sequence[Row], wanted: str, columns: Columns) -> Format | list[str]:
+    """The format, or the names of all that fit."""
     present = {name for row in rows for name in row.values}
-    inside = ("role", "content")  # of turns, not of rows
-    named = [column for meaning, column in columns.items() if column is not None and meaning not in inside]
-    if missing := [column for column in named if column not in present]:
-        near = difflib.get_close_matches(missing[0], sorted(present), n=1)
-        raise LoraError(
-            f"data.columns names {missing[0]}, but the rows have no such column",
-            where=rows[0].file,
-            fix=f"did you mean {near[0]}?" if near else f"their columns: {', '.join(sorted(present))}",
-        )
     has = {
         meaning
         for alternatives in NEEDED.values()
         for needed in alternatives
         for meaning in needed
-        if columns.get(meaning, meaning) in present
+        if column_of(columns, meaning) in present
     }
     fitting = {
         name: needed
@@ -133,32 +181,99 @@ def detect_format(rows: Sequence[Row], wanted: str = "auto", columns: dict[str, 
     }
     name = wanted if wanted != "auto" else next(iter(fitting)) if len(fitting) == 1 else None
     if name is None:
-        raise _no_format(rows, present, list(fitting))
-    taken = fitting.get(name, NEEDED[name][0])
-    if unnamed := [meaning for meaning in taken if columns.get(meaning, meaning) is None]:
+        return list(fitting)
+    pair = name in ("completion", "chat") and "chat" not in fitting and has >= {"prompt", "completion"}
+    pair = pair and all(is_turns(_first(rows, column_of(columns, each))) for each in ("prompt", "completion"))
+    taken = NEEDED["completion"][0] if pair else fitting.get(name, NEEDED[name][0])
+    name = "chat" if pair else name
+    if unnamed := [meaning for meaning in taken if column_of(columns, meaning) is None]:
         raise LoraError(
             f"data.columns says that no column is {unnamed[0]}, but the format {name} needs one",
             where=rows[0].file,
             fix=f"name its column, or choose another data.format than {name}",
         )
-    known = {columns.get(meaning, meaning) for meaning in (*taken, *_OPTIONAL[name], *_EVERYWHERE)}
-    shown = " and ".join(str(columns.get(meaning, meaning)) for meaning in taken)
+    shown = " and ".join(str(column_of(columns, meaning)) for meaning in taken)
     reason = f"the rows have {shown}" if wanted == "auto" else "named in the recipe"
-    return Format(name, columns, reason, tuple(sorted(present - known)))
+    reason += f"; {shown} are lists of turns" if pair else ""
+    known = {column_of(columns, meaning) for meaning in read_by(name, taken)}
+    return Format(name, columns, reason, tuple(sorted(present - known)), tuple(taken), wanted, pair)
 
 
-def _no_format(rows: Sequence[Row], present: set[str], fitting: list[str]) -> LoraError:
-    known = "; ".join(f"{name}: {' or '.join(', '.join(needed) for needed in NEEDED[name])}" for name in NEEDED)
-    usual = {_USUAL[column]: column for column in sorted(present) if column in _USUAL}
-    mapped = ", ".join(f"{meaning}: {column}" for meaning, column in usual.items())
-    fix = f"write data.columns: {{{mapped}}}" if mapped else "rename the columns, or say what they mean in data.columns"
-    how_many = "more than one format" if fitting else "no format"
-    return LoraError(
-        f"the columns {', '.join(sorted(present)) or '(none)'} fit {how_many}",
-        where=rows[0].where,
-        details=[f"formats and their columns: {known}"],
-        fix=f"write data.format: {fitting[0]}, or remove a column" if fitting else fix,
+def _first(rows: Sequence[Row], column: str | None) -> Any:
+    return next((row.values[column] for row in rows if column is not None and row.values.get(column)), None)
+
+
+def require_present(rows: Sequence[Row], columns: Columns, who: str = "the rows have") -> None:
+    """Raises LoraError for a column of the recipe that these rows lack."""
+    present = {name for row in rows for name in row.values}
+    inside = ("role", "content")  # of turns: a turn without one is named by its number
+    there = applicable(columns, rows)
+    missing = [
+        column
+        for meaning, column in columns.items()
+        if column is not None and meaning not in there and meaning not in inside
+    ]
+    if missing:
+        near = difflib.get_close_matches(missing[0], sorted(present), n=1)
+        raise LoraError(
+            f"data.columns names {missing[0]}, but {who} no such column",
+            where=rows[0].file,
+            fix=f"did you mean {near[0]}?" if near else f"their columns: {', '.join(sorted(present))}",
+        )
+
+
+def _require_read(form: Format, rows: Sequence[Row]) -> None:
+    """Raises LoraError for a column that is named for what the format does not read: it would be lost."""
+    read = read_by(form.name, form.taken)
+    if form.name == "chat" and not form.pair:
+        read |= {meaning for names in NEEDED["chat"] for meaning in names}
+    unread = [meaning for meaning, column in form.columns.items() if column is not None and meaning not in read]
+    if not unread:
+        return
+    reads = ", ".join(sorted(read))
+    fix = f"remove {unread[0]} from data.columns; {form.name} reads {reads}"
+    if form.name == "completion" and unread[0] in ("input", "system", "history"):
+        mapped = {"instruction": form.column("prompt"), "output": form.column("completion")}
+        mapped |= {meaning: form.columns[meaning] for meaning in unread if meaning in ("input", "system", "history")}
+        fix = f"write data.columns: {_written(mapped)}, which the format instruction reads"
+    raise LoraError(
+        f"data.columns says that {form.columns[unread[0]]} is {unread[0]}, which the format {form.name} does not read",
+        where=rows[0].file,
+        fix=fix,
     )
+
+
+def _no_format(rows: Sequence[Row], fitting: list[str]) -> LoraError:
+    present = sorted({name for row in rows for name in row.values})
+    known = "; ".join(f"{name}: {' or '.join(', '.join(needed) for needed in NEEDED[name])}" for name in NEEDED)
+    fix = "rename the columns, or say what they mean in data.columns"
+    if fitting:
+        fix = f"write data.format: {fitting[0]}, or remove a column"
+    elif (found := suggestion(rows)) is not None:
+        form = "" if found.wanted == "auto" else f"data.format: {found.wanted} and "
+        fix = f"write {form}data.columns: {_written(found.columns)}"
+    details = [f"formats and their columns: {known}"]
+    if preference := [name for name in present if name in PREFERENCE]:
+        details.append(
+            f"{' and '.join(preference)}: preference data are not supported; the chosen answers alone can be trained"
+        )
+    return LoraError(
+        f"the columns {', '.join(present) or '(none)'} fit {'more than one format' if fitting else 'no format'}",
+        where=rows[0].where,
+        details=details,
+        fix=fix,
+    )
+
+
+def _written(columns: Columns) -> str:
+    """As a recipe has them; a name that YAML would read as something else in quotes."""
+    import json
+
+    def name(text: str | None) -> str:
+        plain = text is not None and text.replace("_", "a").replace("-", "a").isalnum() and not text[0].isdigit()
+        return "null" if text is None else text if plain else json.dumps(text, ensure_ascii=False)
+
+    return "{" + ", ".join(f"{meaning}: {name(column)}" for meaning, column in columns.items()) + "}"
 
 
 # ── rows ────────────────────────────────────────────────────────────────────────────────────────────────────────
@@ -206,21 +321,36 @@ def _chat(form: Format, row: Row, weight: float) -> Document:
     name = "messages" if form.optional(row, "messages") is not None else "conversations"
     if form.optional(row, name) is None:
         name = "messages"
-    messages = decoded(form.value(row, name))
-    if not isinstance(messages, list) or not messages:
-        raise LoraError(
-            f"{name} is not a list of turns", where=row.where, fix='write [{"role": "user", "content": "…"}, …]'
-        )
+    form._used.add(name)
+    return _conversation(form, row, weight, [name])
+
+
+def _pair(form: Format, row: Row, weight: float) -> Document:
+    """TRL's conversational prompt and completion, each a list of turns."""
+    return _conversation(form, row, weight, ["prompt", "completion"])
+
+
+def _conversation(form: Format, row: Row, weight: float, names: Sequence[str]) -> Document:
+    reader = Reader(form.columns, row.where, filled=row.filled)
     turns: list[dict[str, Any]] = []
     weights: list[float] = []
     if (system := form.optional(row, "system")) not in (None, ""):
         turns.append({"role": "system", "content": form.text(row, "system") if system else ""})
         weights.append(0.0)
-    for number, message in enumerate(messages, 1):
-        turn, own = read_turn(form.columns, message, f"turn {number} of {name}", row.where)
-        turns.append(turn)
-        weights.append(bounded(weight * own, row.where))
-    return Conversation(row, turns, weights, read_tools(form.optional(row, "tools"), row.where), weight)
+    for name in names:
+        messages = decoded(form.value(row, name))
+        if not isinstance(messages, list) or not messages:
+            raise LoraError(
+                f"{name} is not a list of turns", where=row.where, fix='write [{"role": "user", "content": "…"}, …]'
+            )
+        context = form.pair and form.context and name == "prompt"
+        for number, message in enumerate(messages, 1):
+            turn, own = reader.turn(message, f"turn {number} of {name}")
+            turns.append(turn)
+            weights.append(0.0 if context else bounded(weight * own, row.where))
+    tools = reader.tools(form.optional(row, "tools"), form.optional(row, "functions"))
+    form.keys.look(turns, tools, row.where)
+    return Conversation(row, turns, weights, tools, weight, tuple(sorted(reader.notes)))
 
 
 _READ: dict[str, Callable[[Format, Row, float], Document]] = {
@@ -228,4 +358,5 @@ _READ: dict[str, Callable[[Format, Row, float], Document]] = {
     "completion": _completion,
     "instruction": _instruction,
     "chat": _chat,
+    "pair": _pair,
 }

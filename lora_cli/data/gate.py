@@ -52,6 +52,16 @@ KINDS = {
         False,
         "mind that generation starts in another place than in training, or choose another template",
     ),
+    "null_members": Kind(
+        "rows of a table with null members in tool calls, tools or tool results: left out",
+        False,
+        "nothing: tables fill them in; where a null is meant, keep the arguments as JSON text, or write JSON Lines",
+    ),
+    "result_as_json": Kind(
+        "rows with a tool result that is not text: written as JSON",
+        False,
+        "nothing, if the model will be given such results as JSON",
+    ),
     "left_out": Kind("rows left out by train: false or weight: 0", False, "nothing, if that is meant"),
     "stop_not_end": Kind(
         "trained stop tokens at which the model does not stop by itself",

@@ -29,7 +29,7 @@ from lora_cli.data.gate import KINDS, TOO_LONG_SHARE, Findings, Lengths, duplica
 from lora_cli.data.packing import Groups, rows_to_shuffle
 from lora_cli.data.prepared import PARTS, PreparedData, Summary, open_prepared, summary_values
 from lora_cli.data.readers import Row
-from lora_cli.data.row_encoder import RowEncoder, fit_length
+from lora_cli.data.row_encoder import ROWS_TO_DETECT, RowEncoder, fit_length, require_columns
 from lora_cli.data.sources import Source, open_source
 from lora_cli.data.split import hold_out, repeated
 from lora_cli.data.store import ExampleWriter, checksum, write_groups, write_indices
@@ -38,7 +38,6 @@ from lora_cli.errors import LoraError
 from lora_cli.files import disk_errors, written_whole
 from lora_cli.recipe import DataRecipe, Recipe, SourceRecipe
 
-_ROWS_TO_DETECT = 1000
 _HALF_DONE = re.compile(r"\.+[0-9a-f]{20}\.(?:building|damaged)-(\d+)(?:[.-].*)?")
 
 
@@ -256,6 +255,8 @@ class Preparation:
         """Indices of the examples to train on, and of those held out. What was kept of rows is forgotten then."""
         seen, held = _Seen(), _Seen()
         ends = []
+        if len(self.sources) > 1:
+            require_columns(self.recipe.data.columns, [source for _, source in self.sources])
         for at, (_, source) in enumerate(self.sources):
             source.identity  # taken before the rows are read  # noqa: B018
             self._read(source, held if at >= len(self._training) else seen, writer, names, formats)
@@ -268,11 +269,10 @@ class Preparation:
         self, source: Source, seen: _Seen, writer: ExampleWriter, names: list[str], formats: dict[str, str]
     ) -> None:
         rows = source.rows()
-        head = list(islice(rows, _ROWS_TO_DETECT))
+        head = list(islice(rows, ROWS_TO_DETECT))
         if not head:
             raise LoraError("the source has no rows", where=source.name, fix="check what wrote it")
-        reader = RowEncoder(self.recipe.data, self.tokenizer, head)
-        formats[source.name] = reader.said
+        reader = RowEncoder(self.recipe.data, self.tokenizer, head, several=len(self.sources) > 1)
         self._template = reader.template or self._template
         number_of: dict[str, int] = {}
         for encoded in reader.encode(chain(head, rows), self._findings):
@@ -298,6 +298,7 @@ class Preparation:
             for piece in pieces:
                 writer.add(piece, ids if piece is encoded.example else np.array(piece.ids, np.int32), file)
             seen.pieces.append(len(pieces))
+        formats[source.name] = reader.said
 
     def _group(self, row: Row, name: str) -> int:
         if name not in row.values:

@@ -2,41 +2,66 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
+from dataclasses import replace
 from itertools import islice
 
 from transformers import PreTrainedTokenizerBase
 
 from lora_cli.data.ahead import ahead
 from lora_cli.data.chat import chat_template
+from lora_cli.data.columns import applicable
 from lora_cli.data.encode import TRAIN_ON, Encoder, Prepared, Tokenized
 from lora_cli.data.example import Example, cut, windows
 from lora_cli.data.findings import Encoded
-from lora_cli.data.formats import Format, detect_format
+from lora_cli.data.formats import Format, detect_format, require_present
 from lora_cli.data.gate import Findings
 from lora_cli.data.readers import Row
+from lora_cli.data.sources import Source
+from lora_cli.data.turns import Columns
 from lora_cli.errors import LoraError, reading
 from lora_cli.recipe import DataRecipe
 
+ROWS_TO_DETECT = 1000  # that show a source's format
 _ROWS_AT_ONCE = 512
 
 
 class RowEncoder:
-    """Rows of one source → examples. head: its first rows, which show the format. said: which one, and why."""
+    """Rows of one source → examples. head: its first rows, which show the format.
 
-    def __init__(self, data: DataRecipe, tokenizer: PreTrainedTokenizerBase, head: list[Row]):
-        self.format = detect_format(head, data.format, data.columns)
-        _require_train_on(data, self.format, head[0].file)
-        template = None
-        if self.format.name in ("chat", "instruction"):
+    several: there are other sources, so of the recipe's columns only those count that these rows have.
+    """
+
+    def __init__(self, data: DataRecipe, tokenizer: PreTrainedTokenizerBase, head: list[Row], *, several: bool = False):
+        columns = applicable(data.columns, head) if several else data.columns
+        form = detect_format(head, data.format, columns)
+        _require_train_on(data, form, head[0].file)
+        self._group_by = data.group_by
+        template, train_on = None, data.train_on
+        if form.name in ("chat", "instruction"):
             wanted = data.template
-            if wanted is None and not tokenizer.chat_template and self.format.name == "instruction":
+            if wanted is None and not tokenizer.chat_template and form.name == "instruction":
                 wanted = "alpaca"  # the layout that these columns come from
             template = chat_template(tokenizer, wanted, head[0].where)
-        self.template = template
-        unused = f"; columns not used: {', '.join(self.format.unused)}" if self.format.unused else ""
-        self.said = f"{self.format.name} ({self.format.reason}{unused})"
-        self._encoder = Encoder(self.format, tokenizer, template, data.train_on)
+            form.keys.template = template
+        if form.pair:
+            form = replace(form, context=train_on not in ("all", "assistant"))
+            train_on = None if train_on == "completion" else train_on
+        self.format, self.template = form, template
+        self._encoder = Encoder(form, tokenizer, template, train_on)
+
+    @property
+    def said(self) -> str:
+        """The format, why it was taken, and what nothing reads in the rows so far."""
+        unread = [column for column in self.format.unread() if column != self._group_by]
+        said = [f"{self.format.name} ({self.format.reason}"]
+        if unread:
+            said.append(f"columns not used: {', '.join(unread)}")
+        if keys := self.format.keys.unread():
+            said.append(f"keys of turns that the template does not read: {', '.join(keys)}")
+        if self.format.preference():
+            said.append("preference data are not supported: only what these columns hold is trained, as it is")
+        return f"{'; '.join(said)})"
 
     def encode(self, rows: Iterator[Row], findings: Findings) -> Iterator[Encoded]:
         """One result a row, in order; what speaks against a row goes to the findings too.
@@ -96,10 +121,25 @@ def fit_length(
     return []
 
 
+def require_columns(columns: Columns, sources: Sequence[Source]) -> None:
+    """Raises LoraError for one of the recipe's columns that no source has, by its first rows."""
+    missing = dict(columns)
+    rows: list[Row] = []
+    for source in sources if any(missing.values()) else ():
+        head = list(islice(source.rows(), ROWS_TO_DETECT))
+        missing = {name: column for name, column in missing.items() if name not in applicable(columns, head)}
+        if not missing:
+            return
+        rows += head
+    if rows:
+        require_present(rows, missing, "the sources have")
+
+
 def _require_train_on(data: DataRecipe, form: Format, where: str) -> None:
-    if data.train_on is not None and data.train_on not in TRAIN_ON[form.name]:
+    known = ("completion", *TRAIN_ON["chat"]) if form.pair else TRAIN_ON[form.name]
+    if data.train_on is not None and data.train_on not in known:
         raise LoraError(
             f"data.train_on: {data.train_on} has no meaning for the format {form.name}",
             where=where,
-            fix=f"write one of {', '.join(TRAIN_ON[form.name])}, or remove it",
+            fix=f"write one of {', '.join(known)}, or remove it",
         )

@@ -24,7 +24,7 @@ from lora_cli.data.order import Permutation
 from lora_cli.data.packing import Groups, rows_to_shuffle
 from lora_cli.data.prepared import micro_batches_per_step, rows_per_micro_batch, split_in_step
 from lora_cli.data.readers import Row
-from lora_cli.data.row_encoder import RowEncoder, fit_length
+from lora_cli.data.row_encoder import RowEncoder, fit_length, require_columns
 from lora_cli.data.sources import FileSource, open_source
 from lora_cli.errors import LoraError
 from lora_cli.recipe import Recipe
@@ -41,6 +41,9 @@ class StreamFeed:
     def __init__(self, recipe: Recipe, tokenizer: PreTrainedTokenizerBase):
         self._recipe, self._tokenizer = recipe, tokenizer
         self._sources = [(each.weight, open_source(each, streaming=True)) for each in recipe.data.train]
+        self._several = len(self._sources) > 1
+        if self._several:
+            require_columns(recipe.data.columns, [source for _, source in self._sources])
         self._encoders: dict[int, RowEncoder] = {}
         self._largest_id = 2**31
         self._place = {"pass": 0, "rows": 0, "unit": 0}  # the current window: where it begins, units already given
@@ -168,7 +171,7 @@ class StreamFeed:
         for at in sorted({at for at, _ in rows}):
             own = [row for owner, row in rows if owner == at]
             if at not in self._encoders:  # the first window shows a source's format, for all of them
-                self._encoders[at] = RowEncoder(data, self._tokenizer, own)
+                self._encoders[at] = RowEncoder(data, self._tokenizer, own, several=self._several)
             encoder = self._encoders[at]
             made[at] = iter(
                 [

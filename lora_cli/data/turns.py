@@ -4,10 +4,13 @@ from __future__ import annotations
 
 import json
 import math
+from collections.abc import Mapping
 from typing import Any
 
+from lora_cli.data.turn_keys import require_no_other_meaning
 from lora_cli.errors import LoraError
 
+Columns = Mapping[str, str | None]  # what a row means → its column; None: not used
 _SMALLEST, _LARGEST = 1e-6, 1e6  # weights of the loss that float32 sums well
 _SPEAKERS = {  # ShareGPT's names and OpenAI's
     **dict.fromkeys(("system", "developer"), "system"),
@@ -18,39 +21,124 @@ _SPEAKERS = {  # ShareGPT's names and OpenAI's
 }
 
 
-def read_turn(columns: dict[str, str | None], message: Any, called: str, where: str) -> tuple[dict[str, Any], float]:
-    given: dict[str, Any] = message if isinstance(message, dict) else {}
-    given = {key: value for key, value in given.items() if value is not None}
-    role_key, content_key = columns.get("role") or "role", columns.get("content") or "content"
-    mapped = "role" in columns or "content" in columns
-    if not mapped and "from" in given and (role_key not in given or "value" in given):  # ShareGPT
-        role_key, content_key = "from", "value"
-    role, content = given.pop(role_key, None), given.pop(content_key, None)
-    if not isinstance(role, str):
-        raise LoraError(f"{called} has no {role_key}", where=where, fix="every turn needs one: system, user, assistant")
-    speaker = _SPEAKERS.get(role.lower())
-    if speaker is None:
-        known = ", ".join(_SPEAKERS)
-        raise LoraError(f"{called} is by {role!r}, which is no known role", where=where, fix=f"use one of {known}")
-    weight = said_weight(given, "train", "weight", where)
-    for key in ("train", "weight"):
-        given.pop(key, None)
-    if role.lower() == "function_call":
-        given["tool_calls"], content = decoded(content), ""
-    calls = _tool_calls(given.pop("tool_calls", None), called, where)
-    if isinstance(content, list):
-        content = _joined_parts(content, called, where)
-    if content is None and (calls or given.get("reasoning_content")):
-        content = ""
-    if not isinstance(content, str):
-        raise LoraError(f"{called} has no {content_key}", where=where, fix="every turn needs its text")
-    if thoughts := [
-        key for key in ("reasoning_content", "reasoning", "thinking") if not isinstance(given.get(key, ""), str)
-    ]:
-        raise LoraError(f"{thoughts[0]} of {called} is not text", where=where, fix="write it as text, in quotes")
-    rest = {key: value for key, value in given.items() if key not in ("role", "content")}
-    turn = {"role": speaker, "content": content, **rest}
-    return (turn | {"tool_calls": calls} if calls else turn), weight
+class Reader:
+    """Reads the turns and tools of one row. notes: kinds of findings of the gate, for what was changed.
+
+    columns: what the recipe says of names. filled: the row comes from a table, where a struct has null for every member
+    that only others have; in calls and tools such a null would be trained.
+    """
+
+    def __init__(self, columns: Columns, where: str, *, filled: bool = False):
+        self._columns, self._where, self._filled = columns, where, filled
+        self.notes: set[str] = set()
+
+    def turn(self, message: Any, called: str) -> tuple[dict[str, Any], float]:
+        """A turn and the weight of its loss. Raises LoraError for one that cannot be read. called: for messages."""
+        where, message = self._where, decoded(message)
+        given: dict[str, Any] = message if isinstance(message, dict) else {}
+        given = {key: value for key, value in given.items() if value is not None}
+        role_key, content_key = self._keys(given)
+        role, content = given.pop(role_key, None), given.pop(content_key, None)
+        if not isinstance(role, str):
+            fix = "every turn needs one: system, user, assistant"
+            raise LoraError(f"{called} has no {role_key}", where=where, fix=fix)
+        speaker = _SPEAKERS.get(role.lower())
+        if speaker is None:
+            fix = f"use one of {', '.join(_SPEAKERS)}"
+            raise LoraError(f"{called} is by {role!r}, which is not a known role", where=where, fix=fix)
+        weight = self._weight(given)
+        require_no_other_meaning(given, called, where)
+        if role.lower() == "function_call":
+            given["tool_calls"], content = decoded(content), ""
+        calls = self._calls(given, called)
+        if speaker == "tool":
+            content = self._result(content, called)
+        if isinstance(content, list):
+            content = _joined_parts(content, called, where)
+        if content is None and (calls or given.get("reasoning_content")):
+            content = ""
+        if not isinstance(content, str):
+            fix = "every turn needs its text" if content is None else "write it as text, in quotes"
+            raise LoraError(f"{called} has no {content_key}", where=where, fix=fix)
+        for key in ("reasoning_content", "reasoning", "thinking"):
+            if not isinstance(given.get(key, ""), str):
+                raise LoraError(f"{key} of {called} is not text", where=where, fix="write it as text, in quotes")
+        rest = {key: value for key, value in given.items() if key not in ("role", "content")}
+        turn = {"role": speaker, "content": content, **rest}
+        return (turn | {"tool_calls": calls} if calls else turn), weight
+
+    def tools(self, given: Any, older: Any = None) -> list[dict[str, Any]] | None:
+        """The functions of a row, as a list or as its JSON text; None if there are none. older: `functions`."""
+        if given and older:
+            fix = "remove one of them"
+            raise LoraError("the row has both tools and functions", where=self._where, fix=fix)
+        tools = decoded(self._without_nulls(given or older))
+        if not tools:
+            return None
+        found = []
+        for tool in tools if isinstance(tools, list) else [None]:
+            function = tool.get("function", tool) if isinstance(tool, dict) else None
+            if not isinstance(function, dict) or not isinstance(function.get("name"), str):
+                fix = 'write [{"type": "function", "function": {"name": "…", "parameters": {…}}}, …]'
+                raise LoraError("tools is not a list of functions", where=self._where, fix=fix)
+            found.append({"type": "function", "function": function} if function is tool else tool)
+        return found
+
+    def _keys(self, given: dict[str, Any]) -> tuple[str, str]:
+        """Of who speaks and of what is said: OpenAI's, ShareGPT's or what the recipe calls them."""
+        role, content = self._columns.get("role") or "role", self._columns.get("content") or "content"
+        mapped = "role" in self._columns or "content" in self._columns
+        if not mapped and "from" in given and (role not in given or "value" in given):
+            return "from", "value"
+        return role, content
+
+    def _weight(self, given: dict[str, Any]) -> float:
+        """What the keys train and weight, or those that the recipe names for them, say; they are taken out."""
+        weight = 1.0
+        names = [(self._columns.get("train"), self._columns.get("weight")), ("train", "weight")]
+        for train, scale in dict.fromkeys(names):
+            weight *= said_weight(given, train, scale, self._where, inside=True)
+            for key in (train, scale):
+                given.pop(key, None)
+        return weight
+
+    def _calls(self, given: dict[str, Any], called: str) -> list[dict[str, Any]]:
+        """The calls of a turn, taken out: those of tool_calls, or the one of OpenAI's older function_call."""
+        calls, older = (self._without_nulls(decoded(given.pop(key, None))) for key in ("tool_calls", "function_call"))
+        if calls and older:
+            fix = "remove one of them"
+            raise LoraError(f"{called} has both tool_calls and function_call", where=self._where, fix=fix)
+        if older is not None and not (self._filled and older == {}):
+            calls = older
+        return _tool_calls(calls, called, self._where, self._filled)
+
+    def _result(self, content: Any, called: str) -> Any:
+        """The result of a tool as text: an object, a number or a list of them as JSON, as programs hand it on."""
+        parts = isinstance(content, list) and bool(content) and all(map(_is_part, content))
+        if content is None or parts or isinstance(content, str):
+            return content
+        try:
+            text = json.dumps(self._without_nulls(content), ensure_ascii=False, allow_nan=False)
+        except (TypeError, ValueError, RecursionError):
+            fix = "write it as text, in quotes"
+            raise LoraError(f"the result of {called} cannot be written as JSON", where=self._where, fix=fix) from None
+        self.notes.add("result_as_json")
+        return text
+
+    def _without_nulls(self, value: Any) -> Any:
+        """The value without null members of its objects, if they come from a table."""
+        if not self._filled:
+            return value
+        if isinstance(value, dict):
+            kept = {key: self._without_nulls(each) for key, each in value.items() if each is not None}
+            if len(kept) < len(value):
+                self.notes.add("null_members")
+            return kept
+        return [self._without_nulls(each) for each in value] if isinstance(value, list) else value
+
+
+def _is_part(part: Any) -> bool:
+    return isinstance(part, dict) and (isinstance(part.get("type"), str) or set(part) == {"text"})
 
 
 def _joined_parts(parts: list[Any], called: str, where: str) -> str:
@@ -61,15 +149,18 @@ def _joined_parts(parts: list[Any], called: str, where: str) -> str:
     return "".join(texts)  # type: ignore[arg-type]
 
 
-def _tool_calls(calls: Any, called: str, where: str) -> list[dict[str, Any]]:
-    """Calls as templates want them: arguments as values, which OpenAI's API gives as text."""
+def _tool_calls(calls: Any, called: str, where: str, filled: bool) -> list[dict[str, Any]]:
+    """Calls as templates want them: arguments as values, which OpenAI's API gives as text.
+
+    filled: of a table, which has null in the place of arguments that are {}.
+    """
     calls = [calls] if isinstance(calls, dict) else calls
     if calls is None:
         return []
     found = []
     for call in calls if isinstance(calls, list) else [{}]:
         function = call.get("function", call) if isinstance(call, dict) else None
-        arguments = decoded(function.get("arguments")) if isinstance(function, dict) else None
+        arguments = decoded(function.get("arguments", {} if filled else None)) if isinstance(function, dict) else None
         if (
             not isinstance(function, dict)
             or not isinstance(function.get("name"), str)
@@ -85,19 +176,6 @@ def _tool_calls(calls: Any, called: str, where: str) -> list[dict[str, Any]]:
     return found
 
 
-def read_tools(given: Any, where: str) -> list[dict[str, Any]] | None:
-    """The functions of a row, as a list or as its JSON text; None if there are none."""
-    tools = decoded(given)
-    if not tools:
-        return None
-    for tool in tools if isinstance(tools, list) else [None]:
-        function = tool.get("function", tool) if isinstance(tool, dict) else None
-        if not isinstance(function, dict) or not isinstance(function.get("name"), str):
-            fix = 'write [{"type": "function", "function": {"name": "…", "parameters": {…}}}, …]'
-            raise LoraError("tools is not a list of functions", where=where, fix=fix)
-    return tools
-
-
 def decoded(value: Any) -> Any:
     """A value that may have been stored as JSON text, as tables without nested columns do."""
     if isinstance(value, str) and value.lstrip()[:1] in ("[", "{"):
@@ -111,13 +189,17 @@ def decoded(value: Any) -> Any:
     return value
 
 
-def said_weight(values: dict[str, Any], train: str | None, weight: str | None, where: str) -> float:
-    """What `train` and `weight` say: 0 for train: false, else the weight, else 1."""
+def said_weight(
+    values: dict[str, Any], train: str | None, weight: str | None, where: str, *, inside: bool = False
+) -> float:
+    """What `train` and `weight` say: 0 for train: false, else the weight, else 1. inside: of a turn, not of a row."""
     flag = values.get(train) if train is not None else None
     if isinstance(flag, str):
         flag = {"true": True, "false": False, "": None}.get(flag.strip().lower(), flag)
     if flag is not None and not isinstance(flag, bool):
-        fix = "write true or false; for a column that means something else, write data.columns: {train: null}"
+        other = "rename a key that means something else"
+        other = other if inside else "for a column that means something else, write data.columns: {train: null}"
+        fix = f"write true or false; {other}"
         raise LoraError(f"{train} is {flag!r}, neither true nor false", where=where, fix=fix)
     if flag is False:
         return 0.0
@@ -129,7 +211,9 @@ def said_weight(values: dict[str, Any], train: str | None, weight: str | None, w
     except (TypeError, ValueError, OverflowError):
         number = math.nan
     if not (math.isfinite(number) and number >= 0):
-        fix = "write a number from 0 on; for a column that means something else, write data.columns: {weight: null}"
+        other = "rename a key that means something else"
+        other = other if inside else "for a column that means something else, write data.columns: {weight: null}"
+        fix = f"write a number from 0 on; {other}"
         shown = _short(values[weight])  # type: ignore[index]
         raise LoraError(f"{weight} is {shown}, which is no weight", where=where, fix=fix)
     return bounded(number, where)

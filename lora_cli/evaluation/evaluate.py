@@ -10,9 +10,9 @@ from typing import Any
 from lora_cli.adapters.layer import adapters_disabled
 from lora_cli.adapters.opened import Opened, open_model
 from lora_cli.data.batches import collate
+from lora_cli.data.columns import NEEDED, applicable, column_of
 from lora_cli.data.encode import target_bytes
 from lora_cli.data.example import Example
-from lora_cli.data.formats import NEEDED
 from lora_cli.data.gate import Findings
 from lora_cli.data.prepare import prepare
 from lora_cli.data.readers import Row
@@ -140,9 +140,10 @@ def _reading(own: DataRecipe | None, data: Path, rows: list[Row]) -> DataRecipe:
     values: dict[str, Any] = {"train": str(data)}
     if own is not None:
         values |= {"template": own.template, "train_on": own.train_on, "allow": own.allow}
-        columns = {name for row in rows for name in row.values}
+        there = {name for row in rows for name in row.values}
+        columns = applicable(own.columns, rows)
         needed = NEEDED.get(own.format, ())
-        named = not needed or any(columns >= {own.columns.get(each, each) for each in some} for some in needed)
-        if named and columns >= {column for column in own.columns.values() if column is not None}:
+        named = not needed or any(there >= {column_of(columns, each) for each in some} for some in needed)
+        if named and columns.keys() == own.columns.keys():
             values |= {"format": own.format, "columns": own.columns}
     return DataRecipe.model_validate(values)

@@ -12,11 +12,13 @@ from itertools import chain, islice
 import numpy as np
 from transformers import PreTrainedTokenizerBase
 
-from lora_cli.data.formats import _USUAL, NEEDED, detect_format
+from lora_cli.data.columns import NEEDED, PREFERENCE
+from lora_cli.data.formats import detect_format, suggestion
 from lora_cli.data.packing import pack
 from lora_cli.data.prepare import Preparation, build_for_now, prepare
 from lora_cli.data.prepared import PreparedData
 from lora_cli.data.readers import Row
+from lora_cli.data.row_encoder import ROWS_TO_DETECT
 from lora_cli.data.sources import FileSource, Source, open_source
 from lora_cli.errors import LoraError
 from lora_cli.recipe import Recipe, SourceRecipe
@@ -24,7 +26,6 @@ from lora_cli.recipe import Recipe, SourceRecipe
 WHOLE_BYTES = 64 * 2**20  # of data files that are tokenized whole, in well under a minute; of larger ones a sample is
 SAMPLE_ROWS = 5_000
 READ_BYTES = 2**30  # about, of large data: to count the rows and to choose the sample from
-_HEAD_ROWS = 1_000  # as prepare() looks at
 _SHARE_ROWS = 20_000  # whose trained tokens are looked at one by one
 
 
@@ -47,57 +48,24 @@ def choose_reading(rows: Sequence[Row]) -> Reading:
 
     Raises LoraError, that of detect_format, if nothing fits.
     """
-    present = list(dict.fromkeys(name for row in rows for name in row.values))
     try:
-        name = detect_format(rows).name
-        return Reading(name, _shown(name, {}, present))
-    except LoraError as error:
-        fitting = [
-            name for name, alternatives in NEEDED.items() if any(set(each) <= set(present) for each in alternatives)
-        ]
+        form = detect_format(rows)
+        return Reading(form.name, form.shown)
+    except LoraError:
+        present = {name for row in rows for name in row.values}
+        fitting = [name for name, alternatives in NEEDED.items() if any({*each} <= present for each in alternatives)]
         if fitting:
-            name = fitting[0]  # NEEDED begins with the formats that say most
+            form = detect_format(rows, fitting[0])  # NEEDED begins with the formats that say most
             others = " and ".join(fitting[1:])
-            why = f"the columns fit {others} too; {name} says where the answers are"
-            return Reading(name, _shown(name, {}, present), wanted=name, why=why)
-        name, columns = _by_usual_names(present)
-        if name is None:
-            raise error
-        why = "what your columns mean here"
-        try:
-            detect_format(rows, "auto", columns)
-        except LoraError:
-            return Reading(name, _shown(name, columns, present), name, columns, why)
-        return Reading(name, _shown(name, columns, present), "auto", columns, why)
-
-
-def _by_usual_names(present: Sequence[str]) -> tuple[str | None, dict[str, str | None]]:
-    """A format and what its columns are called, where all it needs is there under its own or a usual other name."""
-
-    def called(*meanings: str) -> str | None:
-        own = [name for name in meanings if name in present]
-        usual = [column for column, meaning in _USUAL.items() if meaning in meanings and column in present]
-        return next(iter([*own, *usual]), None)
-
-    asked, answer, more = called("instruction", "prompt"), called("output", "completion"), called("input")
-    turns, text = called("messages", "conversations"), called("text")
-    found: Sequence[tuple[str, str | None]]
-    if turns:
-        name, found = "chat", [("messages", turns)]
-    elif asked and answer and (more or asked == "instruction"):  # without its input, a question could not be answered
-        name, found = "instruction", [("instruction", asked), ("output", answer), ("input", more)]
-    elif asked and answer:
-        name, found = "completion", [("prompt", asked), ("completion", answer)]
-    elif text:
-        name, found = "text", [("text", text)]
-    else:
-        return None, {}
-    return name, {meaning: column for meaning, column in found if column not in (None, meaning)}
-
-
-def _shown(name: str, columns: dict[str, str | None], present: Sequence[str]) -> str:
-    needed = next((each for each in NEEDED[name] if set(each) <= {*present, *columns}), NEEDED[name][0])
-    return " and ".join(str(columns.get(meaning, meaning)) for meaning in needed)
+            why = f"the columns fit {others} too; {form.name} says where the answers are"
+            return Reading(form.name, form.shown, wanted=fitting[0], why=why)
+        found = suggestion(rows)
+        if found is None:
+            raise
+    why = "what your columns mean here"
+    if any(column in PREFERENCE for column in found.columns.values()):
+        why += "; of preference data, which are not supported, the chosen answers are trained"
+    return Reading(found.name, found.shown, found.wanted, dict(found.columns), why)
 
 
 def choose_template(reading: Reading, tokenizer: PreTrainedTokenizerBase) -> tuple[str, str] | None:
@@ -186,7 +154,7 @@ def look_at_rows(path: str) -> tuple[FileSource, Reading]:
     """The files and the format of their rows. Raises LoraError for what cannot be read."""
     source = open_source(SourceRecipe.model_validate({"path": path}))
     assert isinstance(source, FileSource)
-    return source, choose_reading(list(islice(source.rows(), _HEAD_ROWS)))
+    return source, choose_reading(list(islice(source.rows(), ROWS_TO_DETECT)))
 
 
 def survey_data(

@@ -1,0 +1,151 @@
+"""Columns: what each format needs and may read, and what columns of other programs are called."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Sequence
+from typing import Any
+
+from lora_cli.data.readers import Row
+from lora_cli.data.turns import Columns, decoded
+from lora_cli.errors import LoraError
+
+NEEDED = {
+    "chat": (("messages",), ("conversations",)),
+    "instruction": (("instruction", "output"),),
+    "completion": (("prompt", "completion"),),
+    "text": (("text",),),
+}
+OPTIONAL = {
+    "chat": ("tools", "functions", "system"),
+    "instruction": ("input", "system", "history"),
+    "completion": (),
+    "text": (),
+}
+EVERYWHERE = ("train", "weight")
+_OF_TURNS = ("role", "content")  # keys of turns, not columns
+PREFERENCE = (  # what preference data call their answers
+    *("chosen", "rejected", "chosen_response", "rejected_response"),
+    *("chosen_messages", "rejected_messages", "rejected_completion", "rejected_answer", "rejected_output"),
+)
+_MEDIA = {"image", "images", "video", "videos", "audio", "audios"}
+_MARK = re.compile(r"<\|?(?:image|img|video|audio)(?:_pad|_\d+)?\|?/?>")
+_ASKED = ("instruction", "prompt", "question", "query", "problem", "source", "user", "human", "q")
+_ANSWERS = ("output", "completion", "answer", "response", "target", "solution", "assistant", "reply", "chosen", "a")
+_TURNS = ("messages", "conversations", "conversation", "dialog", "dialogue", "chat")
+_TEXTS = ("text", "content", "document", "article", "body")
+
+
+def column_of(columns: Columns, meaning: str) -> str | None:
+    """The column of a meaning: the one that is named for it, else its own name unless that means something else."""
+    if meaning in columns:
+        return columns[meaning]
+    return None if meaning in columns.values() else meaning
+
+
+def read_by(name: str, taken: Sequence[str]) -> set[str]:
+    """All that a format reads of a row. taken: which of its alternatives."""
+    return {*taken, *OPTIONAL[name], *EVERYWHERE, *(_OF_TURNS if name == "chat" else ())}
+
+
+def is_turns(value: Any) -> bool:
+    """Whether this is a list of turns, or its JSON text."""
+    value = decoded(value)
+    return (
+        isinstance(value, list)
+        and bool(value)
+        and all(isinstance(each, dict) and ("role" in each or "from" in each) for each in value)
+    )
+
+
+def turn_keys(rows: Sequence[Row]) -> set[str]:
+    """Keys of the objects in all lists of these rows."""
+    lists = [each for row in rows for value in row.values.values() if isinstance(each := decoded(value), list)]
+    return {key for turns in lists for turn in turns if isinstance(turn, dict) for key in turn}
+
+
+def applicable(columns: Columns, rows: Sequence[Row]) -> dict[str, str | None]:
+    """Those of the recipe's columns that these rows have."""
+    present = {name for row in rows for name in row.values}
+    inside = turn_keys(rows) if {*_OF_TURNS, *EVERYWHERE} & columns.keys() else set()
+    return {
+        meaning: column
+        for meaning, column in columns.items()
+        if column is None
+        or (meaning not in _OF_TURNS and column in present)
+        or (meaning in (*_OF_TURNS, *EVERYWHERE) and column in inside)
+    }
+
+
+# ── columns of other programs ───────────────────────────────────────────────────────────────────────────────────
+
+
+def guess(rows: Sequence[Row]) -> tuple[str, Columns] | None:
+    """A format and where its columns are, by the names that well-known data sets use; None if nothing is known.
+
+    Names are compared without case. The answer that preference data call chosen can be trained; the rejected one not.
+    """
+    present = list(dict.fromkeys(name for row in rows for name in row.values))
+    known = {name.strip().lower(): name for name in reversed(present)}
+
+    def called(names: Sequence[str], *, but: str | None = None) -> str | None:
+        return next((known[name] for name in names if name in known and known[name] != but), None)
+
+    def value(column: str | None) -> Any:
+        return next((row.values[column] for row in rows if column is not None and row.values.get(column)), None)
+
+    asked, answer, more, turns = called(_ASKED), called(_ANSWERS), called(("input", "context")), called(_TURNS)
+    chosen = called(("chosen",))
+    found: dict[str, str]
+    if turns is None and chosen is not None and is_turns(value(chosen)):
+        if asked is not None and is_turns(value(asked)):
+            name, found = "chat", {"prompt": asked, "completion": chosen}
+        else:
+            name, found = "chat", {"messages": chosen}
+    elif turns is not None:
+        name, found = "chat", {"conversations" if turns == "conversations" else "messages": turns}
+    elif asked is not None and answer is not None and (more is not None or asked.lower() == "instruction"):
+        # without its input, a question could not be answered
+        name, found = "instruction", {"instruction": asked, "output": answer}
+        found |= {"input": more} if more is not None else {}
+    elif asked is not None and answer is not None:
+        name, found = "completion", {"prompt": asked, "completion": answer}
+    elif answer is not None and "input" in known:
+        name, found = "completion", {"prompt": known["input"], "completion": answer}
+    elif text := called(_TEXTS) or chosen:
+        name, found = "text", {"text": text}
+    else:
+        return None
+    return name, {meaning: column for meaning, column in found.items() if column != meaning}
+
+
+# ── columns that change what a row means ────────────────────────────────────────────────────────────────────────
+
+
+def require_trainable(row: Row, name: str, columns: Columns) -> None:
+    """Raises LoraError for a row with pictures or sound, and for an answer that is marked as a bad one."""
+    named = {column for column in columns.values() if column is not None}
+    for column in row.values.keys() - named:
+        value = row.values[column]
+        if column.lower() in _MEDIA and value not in (None, "", [], {}):
+            others = {each: text for each, text in row.values.items() if each != column}
+            mark = _MARK.search(repr(others))
+            if mark is None and not isinstance(value, list | dict | bytes):
+                continue  # a number or a name that nothing refers to
+            meant = f" ({mark[0]} in its text)" if mark else ""
+            raise LoraError(
+                f"the row has {column}{meant}, but only text can be trained",
+                where=row.where,
+                fix=f"remove the rows with {column}, or that column and what the text says of it",
+            )
+        if column == "label" and name in ("completion", "chat") and _is_false(value):
+            raise LoraError(
+                "label is false, which marks an answer that is not to be learned; preference data are not supported",
+                where=row.where,
+                fix="write data.columns: {train: label} to train the good answers alone; rename a column that means "
+                "something else",
+            )
+
+
+def _is_false(value: Any) -> bool:
+    return value is False or (isinstance(value, str) and value.strip().lower() == "false")
