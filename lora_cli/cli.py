@@ -225,7 +225,10 @@ def merge(
     ],
     output: Annotated[Path, typer.Option("--output", help="Folder to write the merged model to.", show_default=False)],
     base: Annotated[str | None, typer.Option("--base", help="Base model. Default: the one the adapter names.")] = None,
-    dtype: Annotated[Literal["bf16", "fp16", "fp32"], typer.Option(help="Dtype of the written weights.")] = "bf16",
+    dtype: Annotated[
+        Literal["keep", "bf16", "fp16", "fp32"],
+        typer.Option(help="Dtype of the written weights. keep: as in the base."),
+    ] = "keep",
     onto: Annotated[
         Literal["trained", "original"],
         typer.Option(help="Add the update to the weights as trained on, or to the original ones."),
@@ -237,17 +240,15 @@ def merge(
 
     Writes an ordinary Hugging Face folder; the merge fails if it is not the model that was trained.
     """
-    report = _heavy("lora_cli.merging.merge", output).merge(
-        source, output, base=base, dtype=dtype, onto=onto, trust_remote_code=trust_remote_code
+    merging = _heavy("lora_cli.merging.merge", output)
+    report = merging.merge(
+        source, output, base=base, dtype=dtype, onto=onto, trust_remote_code=trust_remote_code, say=print_note
     )
     if as_json:
         print_json(report.as_dict())
         return
-    print_note(f"merged {report.layers} layers onto the {report.onto} weights, in {report.dtype}: {report.output}")
-    print_note(
-        f"compared with base + adapter on {report.tokens_compared} tokens: KL {report.kl:.2g} nats a token "
-        f"(the adapter itself changes {report.adapter_effect:.2g}), same top token at {report.top1_agreement:.1%}"
-    )
+    for line in merging.result_lines(report):
+        print_note(line)
 
 
 @app.command()

@@ -7,6 +7,7 @@ import json
 import os
 import re
 import shutil
+import stat
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
@@ -29,6 +30,7 @@ def written_whole(folder: Path, shown: Path | None = None) -> Iterator[Path]:
         temporary.mkdir()
         try:
             yield temporary
+            _give_usual_modes(temporary)
             for path in [*temporary.rglob("*"), temporary]:
                 flush(path)
             _take_place(temporary, folder)
@@ -36,6 +38,17 @@ def written_whole(folder: Path, shown: Path | None = None) -> Iterator[Path]:
         except BaseException:
             shutil.rmtree(temporary, ignore_errors=True)
             raise
+
+
+def _give_usual_modes(folder: Path) -> None:
+    """Files as the umask wants them: safetensors from 0.8.1 on makes files that only their owner can read."""
+    probe = folder / ".mode"
+    probe.touch()
+    mode = probe.stat().st_mode
+    probe.unlink()
+    for path in folder.rglob("*"):
+        if path.is_file() and not path.is_symlink() and path.stat().st_mode != mode:
+            path.chmod(stat.S_IMODE(mode))
 
 
 def _take_place(new: Path, place: Path) -> None:

@@ -213,7 +213,8 @@ def test_we_open_what_peft_made_and_compute_the_same(name, settings, base_of, tm
     # Once more through our own file, which has no rslora and no patterns of theirs.
     again = load(base)
     attach_adapter(again, read_adapter(save(model, tmp_path / "ours", base)), base)
-    assert_close(logits(again), logits(model), rtol=0, atol=1e-6)  # alpha · √rank / rank may round
+    # alpha · √rank / rank may round, and so may B where it carries the ratio of two alphas
+    assert_close(logits(again), logits(model), rtol=1e-6, atol=1e-5)
 
 
 # What is written
@@ -240,10 +241,13 @@ def test_the_folder_holds_two_files_with_the_adapter_alone(base_of, saved):
         assert stored.metadata() == {
             "format": "pt",
             "base_model": base.name,
-            "base_revision": "",
             "base_fingerprint": base.fingerprint,
             "quantization": "none",
             "double_quantization": "true",
+            "adapter_format": "2",
+            "compute_dtype": "fp32",
+            "method": "lora",
+            "alpha": "6.0",
         }
 
 
@@ -282,7 +286,7 @@ def test_configuration_is_what_other_programs_read(base_of, tmp_path):
     [
         ({}, 4, 6.0, {}, {}),
         ({"rank_pattern": {"q_proj": 2}}, 4, 6.0, {0: 2, 1: 2}, {}),
-        ({"alpha_pattern": {"layers.1.self_attn.q_proj": 1.0}}, 4, 6.0, {}, {1: 1.0}),
+        ({"alpha_pattern": {"layers.1.self_attn.q_proj": 1.0}}, 4, 6.0, {}, {}),
     ],
 )
 def test_patterns_hold_the_exceptions_by_full_name(settings, rank, alpha, ranks, alphas, base_of, tmp_path):
@@ -319,9 +323,7 @@ def test_target_modules_are_short_where_that_means_the_same(name, settings, expe
 @pytest.mark.parametrize("quantization", ["none", "nf4", "int8"])
 def test_saved_and_loaded_is_bitwise_the_same(name, quantization, base_of, tmp_path):
     base = base_of(name)
-    model = trained(
-        base, quantization=quantization, projections=["q", "v"], rank_pattern={".*1.*": 3}, alpha_pattern={".*0.*": 7.7}
-    )
+    model = trained(base, quantization=quantization, projections=["q", "v"], rank_pattern={".*1.*": 3})
     folder = save(model, tmp_path / "adapter", base, quantization)
     other = load(base, quantization)
     attach_adapter(other, read_adapter(folder), base)
@@ -472,8 +474,7 @@ A, B = "base_model.model.model.layers.0.self_attn.q_proj.lora_A.weight", (
     ("edit", "said"),
     [
         (lambda t: t.pop(A), "model.layers.0.self_attn.q_proj has only one of lora_A and lora_B"),
-        (lambda t: t.clear(), "the adapter file holds no tensors"),
-        (lambda t: t.update({"base_model.model.lm_head.weight": torch.ones(2, 2)}), "lm_head.weight (2, 2) is not the"),
+        (lambda t: t.clear(), "the adapter file holds no tensors of an adapter"),
         (lambda t: t.update({A.replace("lora_A", "lora_embedding_A"): t[A]}), "is not the A or B of a linear layer"),
         (lambda t: t.update({A: t[A].reshape(-1)}), "q_proj.lora_A.weight (128,) is not the A or B of a linear layer"),
     ],

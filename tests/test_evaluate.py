@@ -227,6 +227,6 @@ def test_a_loss_that_is_no_number_is_no_score(adapted, tmp_path, tiny_llama):
     data = write_rows(tmp_path / "rows.jsonl", [{"text": "one and one is two"}])
     with pytest.raises(CheckFailed, match="the loss of the base model with the adapter is nan"):
         evaluate_model(None, tmp_path, data, device="cpu")
-    with pytest.raises(CheckFailed, match="base \\+ adapter compute what is no number"):
+    with pytest.raises(CheckFailed, match="base \\+ adapter produce NaN or infinity"):
         merge(tmp_path, tmp_path / "merged", dtype="fp32")
     assert not (tmp_path / "merged").exists()

@@ -95,7 +95,11 @@ def test_the_lines_say_what_was_measured():
         (validation(0.01, -0.1, 0.12), "not certain", "its interval includes 0"),
         (validation(0.01, None, None, 1), "not certain", "on 1 held-out example; a single example gives no interval"),
         (validation(0.2, 0.1, 0.3), "learned", "0.20 ± 0.10 nats a token better"),
-        (report(validation=None), "learned", "Training loss 2.4354 → 0.0115. Nothing was held out"),
+        (report(validation=None), "learned", "Training loss 2.4354 → 0.0115 in 114 steps. Nothing was held out"),
+        (report(validation=None, steps=1, last_loss=2.4354), "not certain", "nothing shows that it learned"),
+        (report(validation=None, steps=19), "not certain", "differ by chance"),
+        (report(validation=None, last_loss=2.5), "not certain", "nothing shows that it learned"),
+        (report(validation=None, last_loss=None), "not certain", "nothing shows that it learned"),
         (validation(math.nan, None, None), "learned", "was not measured"),
     ],
 )

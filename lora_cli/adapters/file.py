@@ -1,13 +1,14 @@
 """The adapter file: PEFT's two files, adapter tensors only.
 
-Names are PEFT's (`base_model.model.<module>.lora_A.weight`), so PEFT, vLLM and llama.cpp's converter read them. The
+Names are PEFT's (`base_model.model.<module>.lora_A.weight`), so PEFT, vLLM and llama.cpp's converter read them. One
+alpha holds for every layer, since some of them read no other: where training had several, B carries the ratio. The
 safetensors metadata also says which base weights the adapter belongs to, and how they were quantized.
 """
 
 from __future__ import annotations
 
 import json
-import re
+import shlex
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -15,21 +16,23 @@ from typing import Any
 
 import torch
 from safetensors import SafetensorError, safe_open
-from safetensors.torch import save_file
 from torch import Tensor
 
 from lora_cli.adapters.attach import attach
+from lora_cli.adapters.keys import by_module
 from lora_cli.adapters.layer import LoRALinear, lora_layers
-from lora_cli.adapters.peft_config import CONFIG, alphas, peft_matching, read_config
+from lora_cli.adapters.metadata import FORMAT, AdapterMetadata, read_metadata
+from lora_cli.adapters.peft_config import CONFIG, alphas, elsewhere, read_config, require_ranks, whole_matching
 from lora_cli.adapters.targets import Target, linear_layers
-from lora_cli.base.linear import features, is_linear, stored_transposed
+from lora_cli.base.device import DTYPES
+from lora_cli.base.linear import features, is_linear, stored_transposed, unquantized_layers
 from lora_cli.base.source import BaseSource
-from lora_cli.base.weight_files import order_metadata
+from lora_cli.base.tensor_files import write_tensors
 from lora_cli.errors import LoraError
 
 TENSORS = "adapter_model.safetensors"
 CHAT_TEMPLATE = "chat_template.jinja"  # where the Hugging Face libraries look for it
-_KEY = re.compile(r"base_model\.model\.(.+)\.lora_([AB])\.weight")
+_PICKLED = "adapter_model.bin"
 
 
 @dataclass(frozen=True)
@@ -39,13 +42,18 @@ class AdapterFile:
     folder: Path
     base_model: str | None
     base_revision: str | None
-    base_fingerprint: str | None  # absent in adapters of other programs
-    quantization: str | None  # how the base was held in training, where known
+    base_fingerprint: str | None  # absent in adapters of other programs, as are those down to prompting
+    quantization: str | None  # how the base was held in training
     double_quantization: bool
+    compute_dtype: str | None
+    unquantized_modules: list[str] | None  # linear layers that a quantized base held as they are
+    method: str | None
+    prompting: str | None  # `template` or `raw`
     target_modules: str | list[str] | None
     whole: bool  # whether target_modules alone says which layers there must be
     alphas: dict[str, float]  # by module; scaling is alpha / rank
     tensors: dict[str, dict[str, Tensor]]  # module → {"A": (rank, in), "B": (out, rank)}
+    base_weights: dict[str, Tensor]  # parameter → a copy of the base's own, which PEFT adds for embeddings
 
 
 def save_adapter(
@@ -56,33 +64,61 @@ def save_adapter(
     quantization: str,
     double_quantization: bool,
     chat_template: str | None = None,
+    prompting: str | None = None,
 ) -> None:
-    """Write the model's adapter into the existing `folder`. chat_template: where it is not the base model's own."""
+    """Write the model's adapter into the existing `folder`. chat_template: where it is not the base model's own.
+
+    prompting: whether training went through a chat template, `template` or `raw`.
+    """
     layers = lora_layers(model)
+    alpha = _commonest({name: layer.alpha for name, layer in layers.items()})
     tensors: dict[str, Tensor] = {}
     for name, layer in layers.items():
         tensors[f"base_model.model.{name}.lora_A.weight"] = layer.lora_A.detach().cpu().contiguous()
-        tensors[f"base_model.model.{name}.lora_B.weight"] = layer.lora_B.detach().cpu().contiguous()
-    metadata = {
-        "format": "pt",
-        "base_model": base.name,
-        "base_revision": base.revision or "",
-        "base_fingerprint": base.fingerprint,
-        "quantization": quantization,
-        "double_quantization": str(double_quantization).lower(),
-    }
-    save_file(tensors, folder / TENSORS, metadata)
-    order_metadata(folder / TENSORS)
+        tensors[f"base_model.model.{name}.lora_B.weight"] = _rescaled(layer.lora_B, layer.alpha, alpha)
+    compute = model.get_input_embeddings().weight.dtype
+    metadata = AdapterMetadata(
+        adapter_format=FORMAT,
+        base_model=base.name,
+        base_revision=base.revision,
+        base_fingerprint=base.fingerprint,
+        quantization=quantization,  # type: ignore[arg-type]
+        double_quantization=double_quantization,
+        compute_dtype=next((name for name, dtype in DTYPES.items() if dtype == compute), None),  # type: ignore[arg-type]
+        unquantized_modules=_unquantized(model) if quantization != "none" else None,
+        method="lora",
+        prompting=prompting,  # type: ignore[arg-type]
+        alpha=alpha,
+    )
+    write_tensors(folder / TENSORS, dict(sorted(tensors.items())), metadata.as_texts())
     if chat_template is not None:
         (folder / CHAT_TEMPLATE).write_text(chat_template, encoding="utf-8")
-    config = _peft_config(model, layers, base)
+    config = _peft_config(model, layers, base, alpha)
     (folder / CONFIG).write_text(json.dumps(config, indent=2) + "\n", encoding="utf-8")
 
 
-def _peft_config(model: Any, layers: Mapping[str, LoRALinear], base: BaseSource) -> dict[str, Any]:
+def put_saved(model: Any, folder: Path) -> None:
+    """Give the model's adapter the values that it was saved with in `folder`."""
+    saved = read_adapter(folder)
+    with torch.no_grad():
+        for name, layer in lora_layers(model).items():
+            layer.lora_A.copy_(saved.tensors[name]["A"])
+            layer.lora_B.copy_(_rescaled(saved.tensors[name]["B"], saved.alphas[name], layer.alpha))
+
+
+def _rescaled(B: Tensor, alpha: float, new: float) -> Tensor:
+    """B for another alpha, with the same update."""
+    B = B.detach().cpu().contiguous()
+    return B if alpha == new else (B.double() * (alpha / new)).to(B.dtype)
+
+
+def _unquantized(model: Any) -> list[str]:
+    return [name.removesuffix(".base_layer") for name in unquantized_layers(model)]
+
+
+def _peft_config(model: Any, layers: Mapping[str, LoRALinear], base: BaseSource, alpha: float) -> dict[str, Any]:
     ranks = {name: layer.rank for name, layer in layers.items()}
-    alphas = {name: layer.alpha for name, layer in layers.items()}
-    rank, alpha = _commonest(ranks), _commonest(alphas)
+    rank = _commonest(ranks)
     dropout = max(layer.dropout for layer in layers.values())
     return {
         "peft_type": "LORA",
@@ -90,9 +126,9 @@ def _peft_config(model: Any, layers: Mapping[str, LoRALinear], base: BaseSource)
         "base_model_name_or_path": base.name,
         "revision": base.revision,
         "r": rank,
-        "lora_alpha": alpha,
+        "lora_alpha": int(alpha) if alpha == int(alpha) else alpha,  # Ollama reads whole numbers only
         "rank_pattern": {name: value for name, value in ranks.items() if value != rank},
-        "alpha_pattern": {name: value for name, value in alphas.items() if value != alpha},
+        "alpha_pattern": {},
         "lora_dropout": dropout,
         "target_modules": _target_modules(model, list(layers)),
         "fan_in_fan_out": any(stored_transposed(layer.base_layer) for layer in layers.values()),
@@ -123,13 +159,10 @@ def read_adapter(folder: Path) -> AdapterFile:
     config = read_config(folder)
     path = folder / TENSORS
     if not path.is_file():
-        pickled = " (adapter_model.bin is pickled and is not opened)" if (folder / "adapter_model.bin").exists() else ""
-        raise LoraError(
-            f"the adapter folder has no {TENSORS}{pickled}", where=str(folder), fix="save it with safetensors"
-        )
+        raise _no_tensors(folder)
     try:
         with safe_open(path, "pt") as stored:
-            metadata = stored.metadata() or {}
+            texts = stored.metadata() or {}
             flat = {key: stored.get_tensor(key) for key in stored.keys()}  # noqa: SIM118 - it has keys, but is no dict
     except (SafetensorError, OSError, ValueError) as error:
         raise LoraError(
@@ -137,19 +170,53 @@ def read_adapter(folder: Path) -> AdapterFile:
             where=str(path),
             fix="copy it again, or use an earlier checkpoint",
         ) from None
-    tensors = _by_module(flat, path)
+    metadata = read_metadata(texts, path)
+    tensors, base_weights = by_module(flat, path, elsewhere(folder, config))
+    ranks = {name: pair["A"].shape[0] for name, pair in tensors.items()}
+    require_ranks(config, ranks, folder)
+    by_layer = alphas(config, ranks, folder)
+    _require_alpha(config, metadata, folder)
     return AdapterFile(
         folder=folder,
-        base_model=metadata.get("base_model") or config.get("base_model_name_or_path"),
-        base_revision=metadata.get("base_revision") or config.get("revision"),
-        base_fingerprint=metadata.get("base_fingerprint"),
-        quantization=metadata.get("quantization"),
-        double_quantization=metadata.get("double_quantization", "true") == "true",
+        base_model=metadata.base_model or config.get("base_model_name_or_path"),
+        base_revision=metadata.base_revision or config.get("revision"),
+        base_fingerprint=metadata.base_fingerprint,
+        quantization=metadata.quantization,
+        double_quantization=metadata.double_quantization is not False,
+        compute_dtype=metadata.compute_dtype,
+        unquantized_modules=metadata.unquantized_modules,
+        method=metadata.method,
+        prompting=metadata.prompting,
         target_modules=config.get("target_modules"),
         whole=not any(config.get(key) for key in ("layers_to_transform", "layers_pattern", "exclude_modules")),
-        alphas=alphas(config, {name: pair["A"].shape[0] for name, pair in tensors.items()}, folder),
+        alphas=by_layer,
         tensors=tensors,
+        base_weights=base_weights,
     )
+
+
+def _no_tensors(folder: Path) -> LoraError:
+    if (folder / _PICKLED).exists():
+        code = (
+            "import torch, safetensors.torch as s; "
+            f"s.save_file(torch.load({str(folder / _PICKLED)!r}, weights_only=True), {str(folder / TENSORS)!r})"
+        )
+        return LoraError(
+            f"the adapter folder has no {TENSORS}: {_PICKLED} is pickled and is not opened (pickles can run code)",
+            where=str(folder),
+            fix=f"if you trust it: python -c {shlex.quote(code)}",
+        )
+    return LoraError(f"the adapter folder has no {TENSORS}", where=str(folder), fix="copy the adapter again")
+
+
+def _require_alpha(config: Mapping[str, Any], metadata: AdapterMetadata, folder: Path) -> None:
+    if metadata.alpha is not None and (config.get("lora_alpha") != metadata.alpha or config.get("alpha_pattern")):
+        raise LoraError(
+            f"{CONFIG} does not belong to these tensors: they were saved for lora_alpha {metadata.alpha:g}, but it has "
+            f"{config.get('lora_alpha')!r}",
+            where=str(folder),
+            fix=f"copy {CONFIG} and the tensors again, both from the folder that one training wrote",
+        )
 
 
 def attach_adapter(model: Any, adapter: AdapterFile, base: BaseSource) -> dict[str, LoRALinear]:
@@ -166,6 +233,7 @@ def attach_adapter(model: Any, adapter: AdapterFile, base: BaseSource) -> dict[s
             + (f" at revision {adapter.base_revision}" if adapter.base_revision else ""),
         )
     modules = dict(model.named_modules())
+    _require_base_weights(model, adapter)
     problems = _misfits(modules, adapter) + _unfilled(model, adapter)
     if problems:
         raise LoraError(
@@ -188,23 +256,22 @@ def attach_adapter(model: Any, adapter: AdapterFile, base: BaseSource) -> dict[s
     return layers
 
 
-def _by_module(flat: dict[str, Tensor], path: Path) -> dict[str, dict[str, Tensor]]:
-    tensors: dict[str, dict[str, Tensor]] = {}
-    again = "copy the adapter again"
-    for key, tensor in flat.items():
-        found = _KEY.fullmatch(key)
-        if found is None or tensor.ndim != 2 or not tensor.numel():
-            what = f"{key} {tuple(tensor.shape)} is not the A or B of a linear layer"
-            raise LoraError(what, where=str(path), fix="name an adapter for a language model, or copy it again")
-        if not tensor.is_floating_point() or not tensor.float().isfinite().all():
-            raise LoraError(f"{key} holds what is no finite number", where=str(path), fix=again)
-        tensors.setdefault(found[1], {})[found[2]] = tensor
-    if not tensors:
-        raise LoraError("the adapter file holds no tensors", where=str(path), fix=again)
-    half = [name for name, pair in tensors.items() if len(pair) != len("AB")]
-    if half:
-        raise LoraError(f"{half[0]} has only one of lora_A and lora_B", where=str(path), fix=again)
-    return tensors
+def _require_base_weights(model: Any, adapter: AdapterFile) -> None:
+    """PEFT adds the base's embeddings when an adapter is on them: read past if they are the base's, else refused."""
+    parameters = dict(model.named_parameters(remove_duplicate=False))
+    for name, own in adapter.base_weights.items():
+        there = parameters.get(name)
+        if there is None or there.shape != own.shape or not _equal_in_either_dtype(there.cpu(), own):
+            raise LoraError(
+                f"the adapter brings weights of its own for {name}: trained or resized embeddings, which this program "
+                "cannot put into a model",
+                where=str(adapter.folder),
+                fix=elsewhere(adapter.folder, read_config(adapter.folder)),
+            )
+
+
+def _equal_in_either_dtype(one: Tensor, other: Tensor) -> bool:
+    return torch.equal(one.to(other.dtype), other) or torch.equal(other.to(one.dtype), one)
 
 
 def _misfits(modules: Mapping[str, Any], adapter: AdapterFile) -> list[str]:
@@ -228,7 +295,7 @@ def _unfilled(model: Any, adapter: AdapterFile) -> list[str]:
         return []
     names = list(linear_layers(model))
     if isinstance(wanted, str):
-        meant = set(peft_matching(wanted, names, "target_modules", adapter.folder))
+        meant = set(whole_matching(wanted, names, "target_modules", adapter.folder))
     else:
         meant = {name for name in names if any(name == last or name.endswith(f".{last}") for last in wanted)}
     return [

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+import shlex
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -12,9 +13,10 @@ from transformers import PreTrainedTokenizerBase
 from lora_cli.adapters.file import CHAT_TEMPLATE, AdapterFile, attach_adapter, read_adapter
 from lora_cli.adapters.peft_config import CONFIG
 from lora_cli.base.device import pick_device, pick_dtype
-from lora_cli.base.load import load_model, load_tokenizer
-from lora_cli.base.source import BaseSource, find_base
+from lora_cli.base.load import load_model, load_tokenizer, stored_quantization
+from lora_cli.base.source import BaseSource, find_base, require_inside
 from lora_cli.errors import LoraError
+from lora_cli.foreign import read_text
 
 
 @dataclass(frozen=True)
@@ -25,6 +27,7 @@ class Opened:
     adapter: AdapterFile | None
     quantization: str
     device: torch.device
+    notes: list[str] = field(default_factory=list)  # what a person should hear before the result
 
 
 def adapter_folder(path: Path) -> Path:
@@ -35,7 +38,9 @@ def adapter_folder(path: Path) -> Path:
         return path / "adapter"
     if (path / "recipe.yaml").is_file():
         raise LoraError(
-            "this run has no adapter yet", where=str(path), fix=f"finish it: lora train {path / 'recipe.yaml'} --resume"
+            "this run has no adapter yet",
+            where=str(path),
+            fix=f"finish it: lora train {shlex.quote(str(path / 'recipe.yaml'))} --resume",
         )
     what = "there is no adapter in this folder" if path.is_dir() else "no such folder"
     raise LoraError(what, where=str(path), fix=f"name a run folder, or a folder with {CONFIG}")
@@ -53,18 +58,19 @@ def open_model(
 ) -> Opened:
     """Load a base model and attach an adapter to it.
 
-    base: nothing means the one that the adapter names. quantization: nothing means as the adapter was trained; without
-    an adapter, or for one that does not say, none.
+    base: nothing means the one that the adapter names. quantization: nothing means as the adapter was trained; for one
+    that does not say, and without an adapter, as the checkpoint is stored.
     """
     stored = read_adapter(adapter_folder(adapter)) if adapter is not None else None
+    named = base
     if base is None:
         if stored is None or stored.base_model is None:
             raise LoraError("which base model?", fix="name it with --model (or --base)")
         base, revision = stored.base_model, stored.base_revision or None
         if Path(base).is_dir():
             revision = None
-    how = quantization or (stored.quantization if stored else None) or "none"
     source = find_base(base, revision, trust_remote_code=trust_remote_code)
+    how = quantization or (stored.quantization if stored else None) or _stored_as(source)
     at = pick_device(device)
     compute, _ = pick_dtype(dtype, at)
     tokenizer = load_tokenizer(source, trust_remote_code=trust_remote_code)
@@ -76,9 +82,51 @@ def open_model(
         double_quantization=stored.double_quantization if stored else True,
         trust_remote_code=trust_remote_code,
     )
+    notes = _unused(model)
     if adapter is not None and stored is not None:
         attach_adapter(model, stored, source)
-        template = adapter_folder(adapter) / CHAT_TEMPLATE
-        if template.is_file():  # the one it was trained with, where that is not the base model's own
-            tokenizer.chat_template = template.read_text(encoding="utf-8")
-    return Opened(model, tokenizer, source, stored, how, at)
+        template = adapter_template(stored.folder)
+        if template is not None:  # the one it was trained with, where that is not the base model's own
+            tokenizer.chat_template = template
+        notes += _other_base(stored, named)
+    return Opened(model, tokenizer, source, stored, how, at, notes)
+
+
+def adapter_template(folder: Path) -> str | None:
+    """The chat template that an adapter brings. Raises LoraError if it is not text, or a link to a file elsewhere."""
+    path = folder / CHAT_TEMPLATE
+    if not path.exists() and not path.is_symlink():
+        return None
+    require_inside(path, folder)
+    try:
+        return read_text(path.resolve())
+    except LoraError as error:
+        raise LoraError(error.what, where=str(path), fix="copy the adapter again") from None
+
+
+def _stored_as(source: BaseSource) -> str:
+    """What a checkpoint that is stored in 4 or 8 bits is; others are loaded as they are, or refused on loading."""
+    kind = stored_quantization(source)
+    return kind if kind in ("nf4", "int8") else "none"
+
+
+def _unused(model: Any) -> list[str]:
+    unused = getattr(model, "unused_tensors", ())
+    if not unused:
+        return []
+    return [
+        f"{len(unused)} tensors of the checkpoint are not used, because the model's class has no place for them: "
+        + ", ".join(unused[:3])
+        + (" …" if len(unused) > 3 else "")
+    ]
+
+
+def _other_base(adapter: AdapterFile, named: str | None) -> list[str]:
+    """Without a fingerprint only names and shapes are compared, which other models have too."""
+    if named is None or adapter.base_fingerprint is not None:
+        return []
+    if adapter.base_model is None:
+        return [f"the adapter does not say which base it was trained on; it is used on {named}, as asked"]
+    if Path(named).name == Path(adapter.base_model).name:
+        return []
+    return [f"the adapter names {adapter.base_model} as its base, and is used on {named}, as asked"]

@@ -4,12 +4,14 @@ from __future__ import annotations
 
 import json
 import math
-from collections.abc import Sequence
+import shlex
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 from lora_cli.adapters.patterns import BadPattern, matching
 from lora_cli.errors import LoraError
+from lora_cli.foreign import MOST_JSON_BYTES, read_bytes
 
 CONFIG = "adapter_config.json"
 # What PEFT can store in a LoRA adapter and this program cannot compute; a value other than these would be lost.
@@ -31,28 +33,32 @@ _PLAIN = {
 }
 # Starts of PEFT that also change the base's weights; the adapter means nothing on the base as it was.
 _CHANGED_BASE = ("pissa", "olora", "corda", "loftq", "lora_ga")
+# Kinds of PEFT that are no change of weights: they cannot be merged by anybody.
+_NOT_WEIGHTS = {"PROMPT_TUNING", "MULTITASK_PROMPT_TUNING", "P_TUNING", "PREFIX_TUNING", "ADAPTION_PROMPT", "CPT"}
 _LARGEST_ALPHA = 1e30  # what is far from the end of fp32
+_DEFAULT_RANK = 8  # PEFT's, for a file without `r`
 _COPY = "copy the adapter again"
 
 
 def read_config(folder: Path) -> dict[str, Any]:
     """Raises LoraError for a file that is damaged, or that describes what this program cannot compute."""
     path = folder / CONFIG
-    if not path.is_file():
+    if not path.exists():
         raise LoraError(
             f"no adapter here: {CONFIG} is missing", where=str(folder), fix="name an adapter folder or a run folder"
         )
     try:
-        config = json.loads(path.read_text(encoding="utf-8"))
+        config = json.loads(read_bytes(path.resolve(), MOST_JSON_BYTES))  # a link, as the hub's cache has them
     except (ValueError, RecursionError):
         config = None
     if not isinstance(config, dict):
         raise LoraError("the adapter's configuration is not valid JSON", where=str(path), fix=_COPY)
-    if config.get("peft_type") != "LORA":
-        raise LoraError(
-            f"this is a {config.get('peft_type')} adapter; only LORA can be opened", where=str(path), fix=_COPY
-        )
     _require_types(config, path)
+    kind = config.get("peft_type")
+    if kind != "LORA":
+        raise LoraError(
+            f"this is a {kind} adapter; only LORA can be opened", where=str(path), fix=elsewhere(folder, config)
+        )
     lost = [
         f"{key}: {config[key]}" for key, plain in _PLAIN.items() if config.get(key, plain) not in (plain, None, [], {})
     ]
@@ -64,17 +70,31 @@ def read_config(folder: Path) -> dict[str, Any]:
             "the adapter uses what this program cannot compute",
             where=str(path),
             details=lost,
-            fix="merge it into its base with the program that made it",
+            fix=elsewhere(folder, config),
         )
     return config
 
 
+def elsewhere(folder: Path, config: Mapping[str, Any]) -> str:
+    """What to do with an adapter that only PEFT understands: a command that makes it a model, where one can."""
+    kind, base = config.get("peft_type"), config.get("base_model_name_or_path")
+    if not isinstance(kind, str):
+        return "name an adapter that PEFT or lora made"
+    if kind in _NOT_WEIGHTS:
+        return f"use it with PEFT itself: {kind} adds to the prompt, and changes no weights that could be merged"
+    if not isinstance(base, str) or not base:
+        return f"write base_model_name_or_path into {CONFIG}, then run this again for the command that merges it"
+    code = (
+        f"from peft import AutoPeftModelForCausalLM as P; from transformers import AutoTokenizer as T; "
+        f"P.from_pretrained({str(folder)!r}).merge_and_unload().save_pretrained('merged'); "
+        f"T.from_pretrained({base!r}).save_pretrained('merged')"
+    )
+    return f"merge it with PEFT (pip install peft), then use the folder `merged`: python -c {shlex.quote(code)}"
+
+
 def alphas(config: dict[str, Any], ranks: dict[str, int], folder: Path) -> dict[str, float]:
     """The alpha of every module. ranks: those of its tensors."""
-    found: dict[str, Any] = dict.fromkeys(ranks, config.get("lora_alpha"))
-    for key, alpha in reversed((config.get("alpha_pattern") or {}).items()):  # the first that matches counts
-        for name in peft_matching(key, list(ranks), "alpha_pattern", folder):
-            found[name] = alpha
+    found = _by_pattern(config.get("lora_alpha"), config.get("alpha_pattern") or {}, "alpha_pattern", ranks, folder)
     for alpha in found.values():
         if not isinstance(alpha, int | float) or isinstance(alpha, bool) or not abs(alpha) < _LARGEST_ALPHA:
             raise LoraError(f"lora_alpha is {alpha!r}, not a finite number", where=str(folder / CONFIG), fix=_COPY)
@@ -83,10 +103,39 @@ def alphas(config: dict[str, Any], ranks: dict[str, int], folder: Path) -> dict[
     return {name: alpha * math.sqrt(ranks[name]) if stabilized else float(alpha) for name, alpha in found.items()}
 
 
-def peft_matching(key: str, names: Sequence[str], setting: str, folder: Path) -> list[str]:
-    """The names that PEFT takes a key of a pattern to mean."""
+def require_ranks(config: dict[str, Any], ranks: dict[str, int], folder: Path) -> None:
+    """Raises LoraError where r and rank_pattern are not the ranks of the tensors: the file is another adapter's.
+
+    The scaling is alpha / rank, so a configuration of another run beside the tensors would be another model.
+    """
+    said = _by_pattern(config.get("r", _DEFAULT_RANK), config.get("rank_pattern") or {}, "rank_pattern", ranks, folder)
+    wrong = [name for name in ranks if said[name] != ranks[name]]
+    if wrong:
+        raise LoraError(
+            f"{CONFIG} does not belong to these tensors: {len(wrong)} of {len(ranks)} layers have another rank",
+            where=str(folder),
+            details=[f"{name}: rank {ranks[name]}, but the configuration says {said[name]!r}" for name in wrong[:5]],
+            fix=f"copy {CONFIG} and the tensors again, both from the folder that one training wrote",
+        )
+
+
+def _by_pattern(value: Any, pattern: dict[str, Any], setting: str, names: Mapping[str, Any], folder: Path) -> dict:
+    found: dict[str, Any] = dict.fromkeys(names, value)
+    for key, other in reversed(pattern.items()):  # the first that matches counts
+        for name in _peft_matching(key, list(names), setting, folder):
+            found[name] = other
+    return found
+
+
+def _peft_matching(key: str, names: Sequence[str], setting: str, folder: Path) -> list[str]:
+    """The names that PEFT takes a key of rank_pattern or alpha_pattern to mean: it may match the end of a name."""
+    return whole_matching(key, names, setting, folder, before=r"(.*\.)?")
+
+
+def whole_matching(key: str, names: Sequence[str], setting: str, folder: Path, *, before: str = "") -> list[str]:
+    """The names that a regular expression matches whole, as PEFT takes target_modules. before: what may precede."""
     try:
-        return matching(rf"(.*\.)?({key})", names, literal=False)
+        return matching(f"{before}({key})" if before else key, names, literal=False)
     except BadPattern as error:
         raise LoraError(f"{setting}: {key!r} {error}", where=str(folder / CONFIG), fix=_COPY) from None
 
@@ -97,8 +146,14 @@ def _require_types(config: dict[str, Any], path: Path) -> None:
     def is_texts(value: Any) -> bool:
         return isinstance(value, str) or (isinstance(value, list) and all(isinstance(each, str) for each in value))
 
+    def is_rank(value: Any) -> bool:
+        return isinstance(value, int) and not isinstance(value, bool)
+
     wrong = [key for key in ("base_model_name_or_path", "revision") if not isinstance(config.get(key), str | None)]
     wrong += [key for key in ("target_modules",) if config.get(key) is not None and not is_texts(config[key])]
-    wrong += [key for key in ("alpha_pattern",) if not isinstance(config.get(key), dict | None)]
+    wrong += [key for key in ("alpha_pattern", "rank_pattern") if not isinstance(config.get(key), dict | None)]
+    if not wrong:
+        wrong += [key for key in ("r",) if config.get("peft_type") == "LORA" and not is_rank(config.get(key, 1))]
+        wrong += [key for key in ("rank_pattern",) if not all(map(is_rank, (config.get(key) or {}).values()))]
     if wrong:
         raise LoraError(f"{wrong[0]} is of the wrong type: {config[wrong[0]]!r}", where=str(path), fix=_COPY)

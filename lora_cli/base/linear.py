@@ -23,6 +23,11 @@ def is_linear(module: nn.Module) -> bool:
     return isinstance(module, nn.Linear) and (known or kind.forward is nn.Linear.forward)
 
 
+def is_quantized(module: nn.Module) -> bool:
+    """Whether this is a linear layer that bitsandbytes holds in 4 or 8 bits."""
+    return is_linear(module) and any(kind.__module__.startswith("bitsandbytes.") for kind in type(module).__mro__)
+
+
 def features(layer: nn.Module) -> tuple[int, int]:
     """(in_features, out_features)."""
     if isinstance(layer, Conv1D):

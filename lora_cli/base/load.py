@@ -67,6 +67,7 @@ def load_model(
         from lora_cli.base.int8 import compute_exactly
 
         compute_exactly(model)
+    model.unused_tensors = sorted(map(str, info["unexpected_keys"]))
     model.config.use_cache = False
     return model.eval()
 

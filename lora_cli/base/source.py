@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shlex
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
@@ -121,3 +122,21 @@ def _download(name: str, revision: str | None, trust_remote_code: bool) -> BaseS
         ) from None
     folder = Path(path)
     return BaseSource(name, folder, revision=folder.name)
+
+
+def require_inside(path: Path, folder: Path) -> None:
+    """Raises LoraError for a link that leads out of a model or adapter folder, the hub's cache aside.
+
+    What such a folder holds is copied into folders that are published; a stranger's must not name a private file.
+    """
+    target = path.resolve()
+    in_hub_cache = target.parent.name == "blobs" and target.parent.parent.name.startswith("models--")
+    if not target.is_relative_to(folder.resolve()) and not in_hub_cache:
+        copied = f"{folder}-copy"
+        raise LoraError(
+            f"{path.relative_to(folder)} is a link that leads out of this folder, to {target}",
+            where=str(folder),
+            fix=f"if its links are yours: cp -rL {shlex.quote(str(folder))} {shlex.quote(copied)}, and name the copy",
+        )
+    if not path.exists():
+        raise LoraError(f"{path.relative_to(folder)} is a broken link", where=str(folder), fix="remove it")

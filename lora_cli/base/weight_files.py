@@ -58,18 +58,6 @@ def read_header(file: Path) -> tuple[dict[str, StoredTensor], dict[str, str]]:
     return tensors, metadata
 
 
-def order_metadata(file: Path) -> None:
-    """Sort the metadata of a file just written: the library orders it at random, and equal runs give equal bytes."""
-    with file.open("r+b") as stream:
-        (length,) = struct.unpack("<Q", stream.read(8))
-        header = json.loads(stream.read(length))
-        ordered = {"__metadata__": dict(sorted(header.pop("__metadata__", {}).items())), **header}
-        text = json.dumps(ordered, separators=(",", ":"), ensure_ascii=False).encode()
-        assert len(text) <= length, "the library wrote the header in another form"
-        stream.seek(8)
-        stream.write(text.ljust(length))
-
-
 def _damaged(file: Path, what: str) -> LoraError:
     return LoraError(
         f"damaged or incomplete safetensors file: {what}", where=str(file), fix="download or write it again"

@@ -76,6 +76,11 @@ class StreamFeed:
         return {self._sources[at][1].name: encoder.said for at, encoder in sorted(self._encoders.items())}
 
     @property
+    def uses_template(self) -> bool:
+        """Whether any of the sources read so far goes through a chat template."""
+        return any(encoder.template is not None for encoder in self._encoders.values())
+
+    @property
     def own_template(self) -> str | None:
         """Text of the chat template, where it is not the model's own."""
         texts = [encoder.template.text for encoder in self._encoders.values() if encoder.template is not None]

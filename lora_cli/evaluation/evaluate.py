@@ -22,6 +22,7 @@ from lora_cli.errors import LoraError
 from lora_cli.evaluation.perplexity import Score, score
 from lora_cli.recipe import DataRecipe, Recipe, SourceRecipe
 from lora_cli.recipe_file import load_recipe
+from lora_cli.streams import print_note
 
 _DEFAULT_LENGTH = 1024  # tokens of context, where nothing says more
 
@@ -89,6 +90,8 @@ def compare(opened: Opened, examples: Sequence[Example], text_bytes: int) -> dic
     def measure(name: str) -> Score:
         return score(name, opened.model, examples, lay_out, budget, text_bytes)
 
+    for note in opened.notes:
+        print_note(f"note: {note}")
     with adapters_disabled(opened.model):
         scores = {"base": measure("base model")}
     if opened.adapter is not None:

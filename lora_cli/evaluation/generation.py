@@ -2,12 +2,16 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from typing import Any
 
 import torch
-from transformers import GenerationConfig, PreTrainedTokenizerBase
+from torch import Tensor
+from transformers import GenerationConfig, LogitsProcessor, PreTrainedTokenizerBase
 from transformers.generation.streamers import TextStreamer
+
+from lora_cli.errors import CheckFailed, LoraError
 
 
 class _Streamer(TextStreamer):
@@ -21,6 +25,18 @@ class _Streamer(TextStreamer):
         self.emit(text)
 
 
+class _Finite(LogitsProcessor):
+    """Raises CheckFailed once the model's logits are NaN or infinite: a choice among them would mean nothing."""
+
+    def __call__(self, input_ids: Any, scores: Tensor) -> Tensor:  # type: ignore[override]
+        if not torch.isfinite(scores.amax(-1)).all() or scores.isnan().any():
+            raise CheckFailed(
+                "the model's output is NaN or infinite",
+                fix="copy the adapter and download the base model again; with --dtype fp16, try --dtype bf16 or fp32",
+            )
+        return scores
+
+
 def generation_config(
     model: Any,
     tokenizer: PreTrainedTokenizerBase,
@@ -32,11 +48,20 @@ def generation_config(
     repetition_penalty: float = 1.0,
     stop: int | None = None,
 ) -> GenerationConfig:
-    """temperature 0 is greedy. Stops at the end tokens of the model and of the tokenizer, and at `stop`."""
+    """temperature 0 is greedy. Stops at the end tokens of the model and of the tokenizer, and at `stop`.
+
+    Raises LoraError for an end token that the model does not have.
+    """
     own = getattr(model, "generation_config", None)
     ends = getattr(own, "eos_token_id", None)
     own_end: Any = tokenizer.eos_token_id
-    stops = {*(ends if isinstance(ends, list) else [ends]), own_end, stop} - {None}
+    stops = {*(ends if isinstance(ends, list) else [ends]), own_end, stop} - {None, -1}  # some write -1 for none
+    tokens = model.get_input_embeddings().weight.shape[0]
+    if beyond := [each for each in stops if not 0 <= each < tokens]:
+        raise LoraError(
+            f"the end token {str(beyond[0])[:20]} is not one of the model's {tokens} tokens",
+            fix="correct eos_token_id in generation_config.json and config.json, or download the model again",
+        )
     sampling = {"temperature": temperature, "top_p": top_p, "top_k": top_k} if temperature > 0 else {}
     return GenerationConfig(
         max_new_tokens=max_new_tokens,
@@ -62,7 +87,8 @@ def complete(
     """Completions of the prompts, generated as one batch (padded on the left, as causal models need it).
 
     special_tokens: whether the tokenizer adds its BOS; not wanted after a chat template, which brings its own.
-    emit: called with each piece of text as it comes; for a single prompt only.
+    emit: called with each piece of text as it comes; for a single prompt only. Raises CheckFailed for a model whose
+    output is not finite.
     """
     before = tokenizer.padding_side, tokenizer.pad_token
     tokenizer.padding_side = "left"
@@ -74,6 +100,20 @@ def complete(
         tokenizer.padding_side, tokenizer.pad_token = before
     inputs = {name: batch[name].to(model.device) for name in ("input_ids", "attention_mask")}  # type: ignore[union-attr]
     streamer = _Streamer(tokenizer, emit) if emit is not None else None
-    tokens = model.eval().generate(**inputs, generation_config=config, streamer=streamer)
+    with _no_other_settings(model):
+        tokens = model.eval().generate(
+            **inputs, generation_config=config, streamer=streamer, logits_processor=[_Finite()]
+        )
     new = tokens[:, inputs["input_ids"].shape[1] :]
     return tokenizer.batch_decode(new, skip_special_tokens=True)
+
+
+@contextmanager
+def _no_other_settings(model: Any) -> Iterator[None]:
+    """Within this block the model brings no settings of its own, such as num_beams: only those that were asked for."""
+    own = model.generation_config
+    model.generation_config = GenerationConfig()
+    try:
+        yield
+    finally:
+        model.generation_config = own

@@ -47,6 +47,8 @@ def talk(
     opened = open_model(
         model, adapter, quantization=quantization, dtype=dtype, device=device, trust_remote_code=trust_remote_code
     )
+    for note in opened.notes:
+        print_note(f"note: {note}")
     set_seed(seed)
     template = chat_template(opened.tokenizer, None, "the model") if chat else None
     speak = _speaker(opened, use_adapter, sampling, template)
@@ -62,6 +64,10 @@ def talk(
         answer = speak(template.render(prompt_turns, "the prompt", generation_prompt=True), emit)
     else:
         answer = speak(prompt, emit)
+    if not answer.strip():
+        print_note(
+            "note: the completion is empty: the model ended it at once, or wrote blanks and special tokens alone"
+        )
     if as_json:
         print_json({"prompt": prompt, "completion": answer})
     else:

@@ -9,24 +9,43 @@ the difference from base + adapter is measured on real or random tokens, and sai
 from __future__ import annotations
 
 import math
-from dataclasses import asdict, dataclass
+from collections.abc import Callable
+from dataclasses import asdict, dataclass, field
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import torch
-from torch import Tensor, nn
-from transformers import AutoConfig, AutoModelForCausalLM
-from transformers.pytorch_utils import Conv1D
+from torch import Tensor
 
 from lora_cli.adapters.file import AdapterFile, read_adapter
 from lora_cli.adapters.layer import LoRALinear, adapters_disabled, lora_layers
-from lora_cli.adapters.opened import Opened, adapter_folder, open_model
-from lora_cli.base.linear import dense_weight, features, is_linear, stored_transposed
+from lora_cli.adapters.opened import Opened, adapter_folder, adapter_template, open_model
+from lora_cli.base.device import DTYPES
+from lora_cli.base.linear import dense_weight, features, is_quantized, stored_transposed, unquantized_layers
+from lora_cli.base.load import stored_quantization
+from lora_cli.base.source import BaseSource, find_base
+from lora_cli.base.weight_files import stored_tensors
+from lora_cli.data.chat import chat_template
 from lora_cli.errors import CheckFailed, LoraError
-from lora_cli.files import require_space, written_whole
+from lora_cli.files import human_bytes, require_space, written_whole
+from lora_cli.merging import files
+from lora_cli.merging.compare import (
+    comparison_tokens,
+    divergence,
+    dtype_of,
+    fits_in_fp32,
+    log_probabilities,
+    make_dense,
+    parameters_stored,
+    reopened,
+)
+from lora_cli.merging.names import Places
+from lora_cli.merging.tensors import Fresh, write_weights
 
 _KEPT_AT_LEAST = 0.9  # share of the adapter's effect that a merge onto the trained weights must keep
-_NOISE = 2e-3  # KL below which 16-bit arithmetic alone can explain a difference, nats a token
+# KL that arithmetic alone can explain, nats a token: in fp32 (measured 1e-12 to 1e-11), and in 16 bits
+_NOISE = {"fp32": 1e-10, "16 bits": 2e-3}
 
 
 @dataclass(frozen=True)
@@ -35,6 +54,7 @@ class MergeReport:
 
     kl: mean KL divergence in nats a token from base + adapter to the merged model. adapter_effect: the same from
     base + adapter to the base alone, the yardstick. top1_agreement: share of positions with the same likeliest token.
+    compared_in: fp32, or 16 bits where memory did not allow more. stop_tokens: added to generation_config.json.
     """
 
     output: str
@@ -45,6 +65,10 @@ class MergeReport:
     kl: float
     adapter_effect: float
     top1_agreement: float
+    compared_in: str = "fp32"
+    tokens: str = ""
+    stop_tokens: list[str] = field(default_factory=list)
+    notes: list[str] = field(default_factory=list)
 
     @property
     def kept(self) -> float:
@@ -60,185 +84,293 @@ def merge(
     output: Path,
     *,
     base: str | None = None,
-    dtype: str | None = None,
+    dtype: str = "keep",
     onto: str = "trained",
     trust_remote_code: bool = False,
+    say: Callable[[str], None] = lambda _: None,
 ) -> MergeReport:
     """Merge the adapter of a run folder or adapter folder into its base and write the model to `output`.
 
-    dtype: of the written weights; nothing means bf16. Works on the CPU, one layer at a time after loading.
-    Raises CheckFailed, leaving `output` as it was, if the written model does not compute what base + adapter computes.
+    dtype: of the written weights: bf16, fp16, fp32, or keep for that of each tensor of the base. say: is told what is
+    slow or left out. Works on the CPU. Raises CheckFailed, leaving `output` as it was, if the written model does not
+    compute what base + adapter compute.
     """
-    if output.exists() and (not output.is_dir() or any(output.iterdir())):
-        raise LoraError("the output already exists", where=str(output), fix="choose another --output, or remove it")
-    stored = read_adapter(adapter_folder(source))
-    quantization = stored.quantization if stored.quantization is not None else "none"
-    written = dtype or "bf16"
-    opened = open_model(
-        base,
-        source,
-        quantization=quantization,
-        dtype=_arithmetic(written),
-        device="cpu",
-        trust_remote_code=trust_remote_code,
-    )
-    require_space(output, _written_bytes(opened.model, written), "the merged model")
-    tokens = _comparison_tokens(source, opened)
-    reference = _log_probabilities(opened.model, tokens)
+    place = files.require_place(output)
+    job = _Merge(source, base, dtype, onto, trust_remote_code, say)
+    opened = job.open_trained()
+    tokens, origin = comparison_tokens(source, opened.model)
+    reference = log_probabilities(opened.model, tokens)
     with adapters_disabled(opened.model):
-        effect = _divergence(reference, _log_probabilities(opened.model, tokens))
-    _require_number(effect, stored)
+        effect = divergence(reference, log_probabilities(opened.model, tokens))
+    _require_number(effect, job.adapter)
     layers = len(lora_layers(opened.model))
-    if onto == "original" and quantization != "none":
-        opened = open_model(
-            base,
-            source,
-            quantization="none",
-            dtype=_arithmetic(written),
-            device="cpu",
-            trust_remote_code=trust_remote_code,
-        )
-    with written_whole(output) as place:
-        _write(opened, place, written, trust_remote_code)
-        del opened
-        merged = _log_probabilities(_reopen(place, written, trust_remote_code), tokens)
+    if job.onto == "original" and job.quantization != "none":
+        opened = job.open_original()
+    with written_whole(place) as temporary:
+        added = job.write(opened, temporary)
+        del opened  # its memory is needed for the merged model
+        merged = log_probabilities(reopened(temporary, fp32=job.fp32, trust_remote_code=trust_remote_code), tokens)
         report = MergeReport(
             output=str(output),
-            onto=onto if quantization != "none" else "original",
-            dtype=written,
+            onto=job.onto,
+            dtype=job.written_dtype,
             layers=layers,
             tokens_compared=len(reference),
-            kl=_divergence(reference, merged),
+            kl=divergence(reference, merged),
             adapter_effect=effect,
             top1_agreement=(reference.argmax(-1) == merged.argmax(-1)).float().mean().item(),
+            compared_in="fp32" if job.fp32 else "16 bits",
+            tokens=origin,
+            stop_tokens=added,
+            notes=job.notes,
         )
-        _require_same(report, stored)
+        _require_same(report, job)
+        job.write_notes(temporary, report)
     return report
 
 
-def _arithmetic(written: str) -> str:
-    return "fp32" if written == "fp32" else "auto"
+class _Merge:
+    """One merge on its way: what was read of adapter and base before any weight is."""
 
+    def __init__(
+        self, source: Path, base: str | None, dtype: str, onto: str, remote_code: bool, say: Callable[[str], None]
+    ):
+        self.folder = adapter_folder(source)
+        self.path, self.base, self.remote_code, self.say = source, base, remote_code, say
+        self.adapter: AdapterFile = read_adapter(self.folder)
+        self.notes: list[str] = []
+        self.quantized: set[str] = set()
+        self.source = self._find_base()
+        self.stored = stored_tensors(self.source.folder)
+        self.held = held = stored_quantization(self.source)  # as the checkpoint itself is
+        self.quantization = self.adapter.quantization or held or "none"
+        if held is not None and onto == "original":
+            raise LoraError(
+                f"the base is stored in {held}: there are no original weights in it to merge onto",
+                where=str(self.source.folder),
+                fix="leave out --onto, or name the unquantized model with --base",
+            )
+        self.onto = onto if self.quantization != "none" else "original"
+        self.dtype = None if dtype == "keep" else DTYPES[dtype]
+        self.dense = self.dtype or dtype_of(self.source, self.stored)
+        self.template = adapter_template(self.folder)
+        self.taken, left_out = files.base_files(self.source.folder, code=remote_code)
+        for note in left_out:
+            self._note(note)
+        parameters = parameters_stored(self.stored)
+        self.fp32 = fits_in_fp32(parameters, self._vocabulary(), held_besides=0 if self.quantization == "none" else 1.2)
+        self.written_dtype = next((name for name, each in DTYPES.items() if each == self.dense), "fp64")
+        self._require_room(parameters)
 
-def _written_bytes(model: Any, dtype: str) -> int:
-    count = 0
-    for module in model.modules():
-        if is_linear(module) and not isinstance(module, LoRALinear):
-            count += features(module)[0] * features(module)[1]
+    def _note(self, text: str) -> None:
+        self.notes.append(text)
+        self.say(text)
+
+    def _find_base(self) -> BaseSource:
+        name, revision = self.base or self.adapter.base_model, None
+        if name is None:
+            raise LoraError(
+                "the adapter does not say which base model it is for", where=str(self.folder), fix="name it with --base"
+            )
+        if self.base is None and not Path(name).is_dir():
+            revision = self.adapter.base_revision or None
+        return find_base(name, revision, trust_remote_code=self.remote_code)
+
+    def _vocabulary(self) -> int:
+        """Rows of the largest table; the logits of the comparison are that wide."""
+        tables = (each.shape[0] for each in self.stored.values() if len(each.shape) == 2)
+        return max(tables, default=0)
+
+    def _require_room(self, parameters: int) -> None:
+        size = self.dtype.itemsize if self.dtype is not None else self.dense.itemsize
+        largest = max(parameters * size, 0 if self.dtype else sum(each.size_bytes for each in self.stored.values()))
+        beside = sum((self.source.folder / name).stat().st_size for name in self.taken)
+        self.needed_bytes = largest + beside + 10_000_000
+        if parameters > 1e9:
+            held = 4 if self.fp32 else 2
+            self.say(
+                f"merging on the CPU: about {human_bytes(held * parameters)} of memory, and three passes over the "
+                "comparison's tokens, some minutes each for a large model"
+            )
+        if not self.fp32:
+            self._note(
+                "too little memory to compare in fp32: compared in 16 bits, which cannot see differences below "
+                f"{_NOISE['16 bits']:g} nats a token"
+            )
+
+    def open_trained(self) -> Opened:
+        """Base + adapter as trained; in fp32 arithmetic on the weights of training where memory allows it."""
+        if self.quantization == "none":
+            opened = self._open("none", "fp32" if self.fp32 else "auto")
         else:
-            count += sum(p.numel() for p in module.parameters(recurse=False))
-    return count * (4 if dtype == "fp32" else 2) + 50_000_000
+            opened = self._open(self.quantization, self.adapter.compute_dtype or "auto")
+            self.quantized = _quantized(opened.model)
+            self._say_of_other_layers(opened.model)
+            if self.fp32:
+                make_dense(opened.model)
+        _require_own_head(opened.model)
+        return opened
+
+    def open_original(self) -> Opened:
+        self.quantized = set()
+        return self._open("none", "fp32" if self.fp32 else "auto")
+
+    def _open(self, quantization: str, dtype: str) -> Opened:
+        return open_model(
+            self.base,
+            self.path,
+            quantization=quantization,
+            dtype=dtype,
+            device="cpu",
+            trust_remote_code=self.remote_code,
+        )
+
+    def _say_of_other_layers(self, model: Any) -> None:
+        """Some layers cannot be held in 4 bits on a CPU; if they were in training, this is not quite that model."""
+        trained = self.adapter.unquantized_modules
+        if trained is None:
+            self._note(
+                "the adapter does not say which layers were quantized in training (it was made before that was kept)"
+            )
+            return
+        other = sorted(set(unquantized_layers(model)) ^ set(trained))
+        if other:
+            self._note(
+                f"{len(other)} layers are quantized in another way on this machine than in training, the first is "
+                f"{other[0]}: merge where it was trained to get that model exactly"
+            )
+
+    def write(self, opened: Opened, place: Path) -> list[str]:
+        """Everything but merge.json and README.md; returns the stop tokens that were added."""
+        require_space(place, self.needed_bytes, "the merged model")
+        with torch.no_grad():
+            places = Places.of(opened.model, self.stored)
+            fresh = places.fresh(_changed(opened.model, self.quantized))
+            if unused := places.unused(fresh):
+                self._note(
+                    f"{len(unused)} tensors that the model's class does not use are carried over as they are, the "
+                    f"first is {unused[0]}"
+                )
+            write_weights(self.source, place, fresh, dtype=self.dtype, dense=self.dense)
+        files.copy_files(self.source.folder, self.taken, place)
+        named = str(self.dtype).removeprefix("torch.") if self.dtype is not None else None
+        files.write_config(self.source.folder, place, dtype=named, dequantized=self.held is not None)
+        files.write_chat_template(place, self.template)
+        added = files.add_stop_tokens(self.source.folder, place, trained_stops(opened, self.adapter.prompting))
+        names = [str(opened.tokenizer.convert_ids_to_tokens(each)) for each in added]
+        if names:
+            self._note(f"generation now also ends at {', '.join(names)}, which the base's settings leave out")
+        return names
+
+    def write_notes(self, place: Path, report: MergeReport) -> None:
+        base = self.source.name if self.source.revision is not None else Path(self.source.folder).name
+        facts = report.as_dict() | {"base_model": base, "base_revision": self.source.revision}
+        facts |= {"base_fingerprint": self.source.fingerprint, "quantization": self.quantization}
+        facts |= {"prompting": self.adapter.prompting, "method": self.adapter.method}
+        del facts["output"]
+        files.write_notes(place, {"format": 1, **facts}, Path(report.output).resolve().name)
 
 
-def _write(opened: Opened, place: Path, dtype: str, trust_remote_code: bool) -> None:
-    model, target = opened.model, {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}[dtype]
-    with torch.no_grad():
-        _fuse(model, target)
-    if getattr(model, "hf_quantizer", None) is not None:
-        model.hf_quantizer.remove_quantization_config(model)
-    model.to(target)
-    # The configuration as the base ships it: loading changed what concerns this program alone.
-    model.config = AutoConfig.from_pretrained(
-        opened.source.folder, trust_remote_code=trust_remote_code, local_files_only=True
+def result_lines(report: MergeReport) -> list[str]:
+    """What was written, and how near it is to base + adapter."""
+    effect = (
+        f"keeps {report.kept:.2%} of the adapter's effect"
+        if report.adapter_effect > 0
+        else "the adapter changes nothing"
     )
-    vars(model.config).pop("quantization_config", None)
-    model.config.dtype = target
-    model.save_pretrained(place)
-    opened.tokenizer.save_pretrained(place)
+    return [
+        f"merged {report.layers} layers onto the {report.onto} weights, in {report.dtype}: {report.output}",
+        f"{effect}: compared with base + adapter in {report.compared_in} on {report.tokens_compared} tokens "
+        f"{report.tokens}, KL {report.kl:.2g} nats a token (the adapter itself changes {report.adapter_effect:.2g}), "
+        f"same top token at {report.top1_agreement:.1%}",
+    ]
 
 
-def _fuse(model: Any, dtype: torch.dtype) -> None:
-    """Replace every adapted or quantized layer by a plain one of the kind that the checkpoint format expects."""
-    for name, layer in [(n, m) for n, m in model.named_modules() if isinstance(m, LoRALinear) or is_linear(m)]:
-        adapted = isinstance(layer, LoRALinear)
-        if not adapted and type(layer) in (nn.Linear, Conv1D):
+def trained_stops(opened: Opened, prompting: str | None) -> list[int]:
+    """The token that training taught to end an answer with: the chat template's, or the tokenizer's end token.
+
+    prompting: as the adapter records it; without a record the template counts where there is one.
+    """
+    tokenizer: Any = opened.tokenizer
+    if prompting == "raw" or not tokenizer.chat_template:
+        return [tokenizer.eos_token_id]
+    try:
+        token = chat_template(tokenizer, None, "the model").stop_token
+    except LoraError:  # a template that cannot be used was not trained with
+        return []
+    stop = tokenizer.convert_tokens_to_ids(token) if token is not None else None
+    return [stop] if stop is not None and stop != tokenizer.unk_token_id else []
+
+
+def _quantized(model: Any) -> set[str]:
+    """Names of the layers that are held in 4 or 8 bits, as they are without adapters."""
+    return {
+        name.removesuffix(".base_layer")
+        for name, layer in model.named_modules(remove_duplicate=False)
+        if is_quantized(layer)
+    }
+
+
+def _changed(model: Any, quantized: set[str]) -> dict[str, Fresh]:
+    """Of every adapted and every quantized layer, the weight that the merged model has, by parameter name."""
+    found: dict[str, Fresh] = {}
+    made: dict[int, Fresh] = {}  # a layer that several blocks share has several names
+    for name, layer in model.named_modules(remove_duplicate=False):
+        if not isinstance(layer, LoRALinear) and (name not in quantized or name.endswith(".base_layer")):
             continue
-        if name.endswith(".base_layer"):
-            continue  # its LoRALinear has been replaced already
-        frozen = layer.base_layer if adapted else layer
-        weight = dense_weight(frozen).float()  # (out, in)
-        if adapted:
-            weight = weight + layer.delta_weight()
-        if not torch.isfinite(weight.to(dtype)).all():
-            raise CheckFailed(f"the merged weight of {name} is not finite in {dtype}", fix="use --dtype bf16 or fp32")
-        model.set_submodule(name, _plain_layer(frozen, weight.to(dtype)))
+        frozen: Any = layer.base_layer if isinstance(layer, LoRALinear) else layer
+        shape = features(frozen) if stored_transposed(frozen) else features(frozen)[::-1]
+        found[f"{name}.weight"] = made.setdefault(id(layer), Fresh(shape, partial(_merged_weight, layer, name)))
+    return found
 
 
-def _plain_layer(frozen: nn.Module, weight: Tensor) -> nn.Module:
-    out_features, in_features = weight.shape
-    bias = getattr(frozen, "bias", None)
-    with torch.device("meta"):
-        plain = (
-            Conv1D(out_features, in_features)
-            if stored_transposed(frozen)
-            else nn.Linear(in_features, out_features, bias is not None)
+def _merged_weight(layer: Any, name: str) -> Tensor:
+    """In fp32, laid out as the checkpoint stores it."""
+    frozen = layer.base_layer if isinstance(layer, LoRALinear) else layer
+    weight = dense_weight(frozen).float()  # (out, in)
+    if isinstance(layer, LoRALinear):
+        weight = weight + layer.delta_weight()
+    if not torch.isfinite(weight).all():
+        raise CheckFailed(
+            f"the merged weight of {name} holds NaN or infinity",
+            fix="copy adapter and base model again, and train again",
         )
-    plain.weight = nn.Parameter(weight.T.contiguous() if stored_transposed(frozen) else weight, requires_grad=False)
-    if bias is not None:
-        plain.bias = nn.Parameter(bias.data, requires_grad=False)
-    return plain
+    return weight.T if stored_transposed(frozen) else weight
 
 
-def _reopen(place: Path, dtype: str, trust_remote_code: bool) -> Any:
-    """The written model, opened as a stranger would: by transformers alone."""
-    compute = torch.float32 if dtype == "fp32" else None
-    return AutoModelForCausalLM.from_pretrained(
-        place, dtype=compute or "auto", trust_remote_code=trust_remote_code, local_files_only=True
-    ).eval()
+def _require_own_head(model: Any) -> None:
+    head, embeddings = model.get_output_embeddings(), model.get_input_embeddings()
+    if isinstance(head, LoRALinear) and head.base_layer.weight is embeddings.weight:
+        raise LoraError(
+            "the adapter changes the output head, which this model shares with its embeddings: one stored tensor "
+            "cannot be both",
+            fix="use base and adapter together (lora generate --adapter), or train without the head",
+        )
 
 
-def _comparison_tokens(source: Path, opened: Opened, most: int = 512) -> Tensor:
-    """(1, tokens): the start of the run's own validation or training data where there is a run, else random ids."""
-    from lora_cli.data.prepare import prepare
-    from lora_cli.recipe_file import load_recipe
-
-    recipe_file = next((p / "recipe.yaml" for p in (source, source.parent) if (p / "recipe.yaml").is_file()), None)
-    if recipe_file is not None:
-        recipe = load_recipe(recipe_file)
-        try:
-            data = prepare(recipe, opened.tokenizer)
-        except LoraError:
-            pass  # the data has moved on since; random tokens compare models too
-        else:
-            ids = [int(token) for example in (data.validation or data.train)[:64] for token in example.ids][:most]
-            return torch.tensor([ids[: _longest(opened.model)]])
-    generator = torch.Generator().manual_seed(0)
-    return torch.randint(opened.model.config.vocab_size, (1, min(256, _longest(opened.model))), generator=generator)
-
-
-def _longest(model: Any) -> int:
-    return getattr(model.config, "max_position_embeddings", None) or 10**9
-
-
-@torch.inference_mode()
-def _log_probabilities(model: Any, tokens: Tensor) -> Tensor:
-    """(tokens, vocabulary), fp32."""
-    return model(input_ids=tokens.to(model.device), use_cache=False).logits[0].float().log_softmax(-1)
-
-
-def _divergence(reference: Tensor, other: Tensor) -> float:
-    """Mean KL(reference ‖ other) in nats a token."""
-    return (reference.exp() * (reference - other)).sum(-1).mean().clamp_min(0).item()
-
-
-def _require_same(report: MergeReport, adapter: AdapterFile) -> None:
-    _require_number(report.kl, adapter)
-    if report.onto == "original" and adapter.quantization not in (None, "none"):
+def _require_same(report: MergeReport, job: _Merge) -> None:
+    _require_number(report.kl, job.adapter)
+    if report.onto == "original" and job.quantization != "none":
         return  # the user asked for another model than the trained one; the report says how different it is
-    if report.kl > _NOISE and report.kept < _KEPT_AT_LEAST:
+    if report.kl > _NOISE[report.compared_in] and report.kept < _KEPT_AT_LEAST:
+        written = report.dtype
+        lost = "" if written == "fp32" else f": {written} cannot hold changes as small as this adapter's"
         raise CheckFailed(
-            f"the merged model does not compute what base + adapter computes: KL {report.kl:.2g} nats a token, "
-            f"while the adapter itself changes {report.adapter_effect:.2g}",
+            f"the merged model keeps {max(0.0, report.kept):.0%} of what the adapter changes{lost}",
             where=report.output,
-            fix="nothing was written; try --dtype fp32, and report this",
+            details=[
+                f"KL from base + adapter: {report.kl:.2g} nats a token; the adapter itself changes "
+                f"{report.adapter_effect:.2g} (compared in {report.compared_in} on {report.tokens_compared} tokens)"
+            ],
+            fix="nothing was written; " + ("report this" if written == "fp32" else "write it with --dtype fp32"),
         )
 
 
-def _require_number(divergence: float, adapter: AdapterFile) -> None:
+def _require_number(measured: float, adapter: AdapterFile) -> None:
     """A comparison with nan is never true, so no limit would be passed."""
-    if not math.isfinite(divergence):
+    if not math.isfinite(measured):
         raise CheckFailed(
-            "base + adapter compute what is no number: their weights are damaged, or too large",
+            "base + adapter produce NaN or infinity: their weights are damaged, or too large",
             where=str(adapter.folder),
             fix="nothing was written; copy the adapter and download the base model again",
         )

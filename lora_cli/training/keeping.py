@@ -111,6 +111,7 @@ class Keeper:
                 quantization=recipe.quantization,
                 double_quantization=recipe.double_quantization,
                 chat_template=self.session.own_template,
+                prompting=self.session.prompting,
             )
 
     def _write_checkpoint(self, state: State) -> None:

@@ -7,13 +7,10 @@ import math
 from collections.abc import Callable
 from typing import Any
 
-import torch
 from accelerate import Accelerator
-from safetensors.torch import load_file
 
 from lora_cli.adapters.attach import adapter_parameters, is_inert
-from lora_cli.adapters.file import TENSORS
-from lora_cli.adapters.layer import lora_layers
+from lora_cli.adapters.file import TENSORS, put_saved
 from lora_cli.adapters.update_size import update_sizes
 from lora_cli.errors import CheckFailed, DiskError
 from lora_cli.evaluation.forgetting import measure_forgetting
@@ -30,7 +27,7 @@ from lora_cli.training.verdict import judge, summarize_update_sizes, verdict_lin
 def make_report(session: Session, state: State, folder: RunFolder, accelerator: Accelerator) -> dict[str, Any]:
     """What the run came to; its keys: see `verdict`. The adapter that is shipped is in the model afterwards."""
     if state.best_step not in (None, state.step) and (folder.adapter / TENSORS).exists():
-        _put_shipped_adapter(session.model, folder)
+        put_saved(session.model, folder.adapter)
     gain = None
     if "validation.best" in state.tensors:
         gain = paired_gain(*(state.tensors[f"validation.{name}"] for name in ("base", "best", "targets")))
@@ -111,14 +108,6 @@ def _forgetting(session: Session, accelerator: Accelerator) -> dict[str, Any] | 
         share=(accelerator.process_index, accelerator.num_processes),
         summed=lambda own: sum_over_processes(accelerator, own).cpu(),
     )
-
-
-def _put_shipped_adapter(model: Any, folder: RunFolder) -> None:
-    stored = load_file(folder.adapter / TENSORS)
-    with torch.no_grad():
-        for name, layer in lora_layers(model).items():
-            layer.lora_A.copy_(stored[f"base_model.model.{name}.lora_A.weight"])
-            layer.lora_B.copy_(stored[f"base_model.model.{name}.lora_B.weight"])
 
 
 def _finite(value: float | None) -> float | None:

@@ -96,6 +96,12 @@ class Session:
         """Text of the chat template that was trained with, where it is not the model's own."""
         return self.feed.own_template if isinstance(self.feed, StreamFeed) else self.data.summary.own_template
 
+    @property
+    def prompting(self) -> str:
+        """`template` if any source went through a chat template, else `raw`."""
+        streamed = isinstance(self.feed, StreamFeed) and self.feed.uses_template
+        return "template" if streamed or self.data.summary.template is not None else "raw"
+
 
 def open_session(recipe: Recipe, console: Console) -> Session:
     """Data first (seconds), then the model (minutes). Says what was derived from the recipe as it goes."""

@@ -24,6 +24,7 @@ from typing import Any, Literal, TypeGuard
 
 from lora_cli.files import human_bytes
 
+_FEWEST_STEPS = 20  # below, the loss of the last step against that of the first is chance
 Outcome = Literal["learned", "not certain", "nothing learned"]
 
 
@@ -41,8 +42,9 @@ def judge(report: Mapping[str, Any]) -> Verdict:
     """What a report says about its adapter.
 
     `nothing learned`: every B is still zero, or the held-out loss is no lower than the base model's. `not certain`: it
-    is lower, but the interval reaches zero or there is none. `learned`: it is lower for certain, or nothing was held
-    out and the adapter changes the model at all; the headline then says which.
+    is lower, but the interval reaches zero or there is none; or nothing was held out, and few steps or a training loss
+    that did not fall show nothing. `learned`: it is lower for certain, or nothing was held out and the training loss
+    fell over many steps; the headline then says which.
     """
     if not report.get("learned"):
         return Verdict(
@@ -54,7 +56,17 @@ def judge(report: Mapping[str, Any]) -> Verdict:
     found = report.get("validation")
     if not found or not is_number(found.get("gain")):
         first, last = report.get("first_loss"), report.get("last_loss")
-        moved = f"Training loss {first:.4f} → {last:.4f}. " if is_number(first) and is_number(last) else ""
+        steps = report.get("steps") or 0
+        moved, fell = "", False
+        if is_number(first) and is_number(last):
+            moved, fell = f"Training loss {first:.4f} → {last:.4f} in {steps} steps. ", last < first
+        if steps < _FEWEST_STEPS or not fell:
+            return Verdict(
+                "not certain",
+                "The adapter changes the model, but nothing shows that it learned.",
+                f"{moved}Nothing was held out, and training losses of single steps differ by chance.",
+                "hold something out: data.validation: 0.05",
+            )
         return Verdict(
             "learned",
             "The adapter learned its training data; whether it helps on anything else was not measured.",

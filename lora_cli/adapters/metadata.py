@@ -1,0 +1,68 @@
+"""What an adapter file says of itself: the base it belongs to and how that was held in training.
+
+safetensors keeps texts only, under names that every program may use; `format` is taken (transformers wants "pt" there).
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Annotated, Any, Literal
+
+from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, ValidationError
+
+from lora_cli.errors import LoraError
+
+FORMAT = 2
+
+
+def _from_json(value: Any) -> Any:
+    try:
+        return json.loads(value) if isinstance(value, str) else value
+    except (ValueError, RecursionError):
+        return value  # refused by its type
+
+
+class AdapterMetadata(BaseModel):
+    """Values of adapter_model.safetensors' metadata. None: the adapter was made before this was kept, or elsewhere.
+
+    base_fingerprint: see `weight_files.fingerprint`. compute_dtype: of the base's layers in training.
+    unquantized_modules: linear layers that a quantized base held as they are. prompting: through a chat template, or
+    raw. alpha: the one of all layers.
+    """
+
+    model_config = ConfigDict(frozen=True, extra="ignore")
+
+    adapter_format: Annotated[Literal[2] | None, BeforeValidator(_from_json)] = None
+    base_model: str | None = None
+    base_revision: str | None = None
+    base_fingerprint: Annotated[str, Field(pattern=r"^[0-9a-f]{64}$")] | None = None
+    quantization: Literal["none", "nf4", "int8"] | None = None
+    double_quantization: Annotated[bool | None, BeforeValidator(_from_json)] = None
+    group_size: Annotated[int | None, BeforeValidator(_from_json)] = None
+    compute_dtype: Literal["bf16", "fp16", "fp32"] | None = None
+    unquantized_modules: Annotated[list[str] | None, BeforeValidator(_from_json)] = None
+    method: Literal["lora"] | None = None
+    prompting: Literal["template", "raw"] | None = None
+    alpha: Annotated[float | None, BeforeValidator(_from_json)] = None
+
+    def as_texts(self) -> dict[str, str]:
+        """For the file; what is None is left out."""
+        values = {key: value for key, value in self.model_dump().items() if value is not None}
+        return {"format": "pt"} | {
+            key: value if isinstance(value, str) else json.dumps(value) for key, value in values.items()
+        }
+
+
+def read_metadata(texts: Mapping[str, str], path: Path) -> AdapterMetadata:
+    """Raises LoraError for a value that this version does not know: it would change what the adapter means."""
+    try:
+        return AdapterMetadata.model_validate({key: value for key, value in texts.items() if value != ""})
+    except ValidationError as error:
+        key = str(error.errors()[0]["loc"][0])
+        raise LoraError(
+            f"the file's metadata have {key}: {texts[key]!r}, which this version of lora does not know",
+            where=str(path),
+            fix="copy the adapter again; if a newer version of lora made it, use that one",
+        ) from None

@@ -1,0 +1,68 @@
+"""Writing safetensors files, one tensor in memory at a time; equal tensors give equal bytes.
+
+The library's own writer orders metadata at random and, from 0.8.1 on, makes files that only their owner can read.
+"""
+
+from __future__ import annotations
+
+import json
+import struct
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from functools import partial
+from pathlib import Path
+from typing import Any, BinaryIO
+
+import torch
+from torch import Tensor
+
+NAMES = {
+    torch.float64: "F64",
+    torch.float32: "F32",
+    torch.float16: "F16",
+    torch.bfloat16: "BF16",
+    torch.int64: "I64",
+    torch.int32: "I32",
+    torch.uint8: "U8",
+}
+
+
+@dataclass(frozen=True)
+class Entry:
+    """A tensor to write: what the header says of it, and what writes its bytes. dtype: in safetensors' words."""
+
+    name: str
+    dtype: str
+    shape: tuple[int, ...]
+    size_bytes: int
+    write: Callable[[BinaryIO], Any]
+
+
+def write_entries(path: Path, entries: Sequence[Entry], metadata: Mapping[str, str]) -> None:
+    header: dict[str, Any] = {"__metadata__": dict(sorted(metadata.items()))} if metadata else {}
+    at = 0
+    for each in entries:
+        header[each.name] = {"dtype": each.dtype, "shape": each.shape, "data_offsets": [at, at + each.size_bytes]}
+        at += each.size_bytes
+    text = json.dumps(header, separators=(",", ":"), ensure_ascii=False).encode()
+    text = text.ljust(-(-len(text) // 8) * 8)  # tensors begin at a multiple of 8
+    with path.open("wb") as out:
+        out.write(struct.pack("<Q", len(text)) + text)
+        for each in entries:
+            each.write(out)
+
+
+def write_tensors(path: Path, tensors: Mapping[str, Tensor], metadata: Mapping[str, str]) -> None:
+    """A file of these tensors, in their order."""
+    write_entries(
+        path,
+        [
+            Entry(name, NAMES[each.dtype], tuple(each.shape), each.numel() * each.itemsize, partial(put_bytes, each))
+            for name, each in tensors.items()
+        ],
+        metadata,
+    )
+
+
+def put_bytes(tensor: Tensor, out: BinaryIO) -> None:
+    out.write(tensor.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy().data)

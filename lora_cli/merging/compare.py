@@ -1,0 +1,128 @@
+"""Whether a merged model computes what base + adapter compute: on the same tokens, in fp32 where memory allows it."""
+
+from __future__ import annotations
+
+import json
+import re
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from transformers import AutoModelForCausalLM
+from transformers.pytorch_utils import Conv1D
+
+from lora_cli.base.device import free_memory_bytes
+from lora_cli.base.linear import dense_weight, is_quantized, stored_transposed
+from lora_cli.base.source import BaseSource
+from lora_cli.base.weight_files import StoredTensor
+from lora_cli.merging.tensors import FLOATS
+
+_MOST_TOKENS = 512
+_KEY = re.compile(r"[0-9a-f]{20}")  # a folder of prepared data
+
+
+def parameters_stored(stored: Mapping[str, StoredTensor]) -> int:
+    """Parameters of a checkpoint, about: two in each byte where it is stored in 4 bits."""
+    sizes = {name: torch.Size(each.shape).numel() for name, each in stored.items()}
+    return sum(2 * size if stored[name].dtype == "U8" else size for name, size in sizes.items())
+
+
+def fits_in_fp32(parameters: int, vocabulary: int, *, held_besides: float = 0.0) -> bool:
+    """Whether this machine has room for the model in fp32 and for log probabilities of base, adapter and merge.
+
+    held_besides: bytes a parameter that the quantized model takes meanwhile.
+    """
+    needed = (4 + held_besides) * parameters + _MOST_TOKENS * vocabulary * 16 + 2**30
+    return needed < 0.9 * free_memory_bytes(torch.device("cpu"))
+
+
+def make_dense(model: Any) -> None:
+    """Turn every quantized layer into a plain one with the weights it computes with, and all the model into fp32."""
+    for name, layer in list(model.named_modules()):
+        if is_quantized(layer):
+            model.set_submodule(name, _plain_layer(layer))
+    if getattr(model, "hf_quantizer", None) is not None:
+        model.hf_quantizer.remove_quantization_config(model)
+    model.float()
+
+
+def _plain_layer(frozen: nn.Module) -> nn.Module:
+    weight = dense_weight(frozen).float()
+    out_features, in_features = weight.shape
+    bias = getattr(frozen, "bias", None)
+    with torch.device("meta"):
+        plain = (
+            Conv1D(out_features, in_features)
+            if stored_transposed(frozen)
+            else nn.Linear(in_features, out_features, bias is not None)
+        )
+    plain.weight = nn.Parameter(weight.T.contiguous() if stored_transposed(frozen) else weight, requires_grad=False)
+    if bias is not None:
+        plain.bias = nn.Parameter(bias.data.float(), requires_grad=False)
+    return plain
+
+
+def reopened(place: Path, *, fp32: bool, trust_remote_code: bool) -> Any:
+    """The written model, opened as a stranger would: by transformers alone."""
+    return AutoModelForCausalLM.from_pretrained(
+        place, dtype=torch.float32 if fp32 else "auto", trust_remote_code=trust_remote_code, local_files_only=True
+    ).eval()
+
+
+def comparison_tokens(source: Path, model: Any) -> tuple[Tensor, str]:
+    """(1, tokens), and what they are: held-out rows that a run folder keeps prepared, else random ids.
+
+    No data file is opened and no hub asked; what was prepared for other data than the run's is not taken.
+    """
+    vocabulary = model.config.get_text_config().vocab_size
+    longest = getattr(model.config.get_text_config(), "max_position_embeddings", None) or _MOST_TOKENS
+    ids = _prepared_ids(source)[: min(_MOST_TOKENS, longest)]
+    if len(ids) > 1 and min(ids) >= 0 and max(ids) < vocabulary:
+        return torch.tensor([ids]), "of the run's own data"
+    generator = torch.Generator().manual_seed(0)
+    count = max(2, min(256, longest))
+    return torch.randint(vocabulary, (1, count), generator=generator), "drawn at random"
+
+
+def _prepared_ids(run: Path) -> list[int]:
+    from lora_cli.data.prepared import open_prepared
+
+    try:
+        expected = json.loads((run / "environment.json").read_text(encoding="utf-8"))["data_fingerprint"]
+        folders = [each for each in (run / "prepared").iterdir() if _KEY.fullmatch(each.name) and not each.is_symlink()]
+    except (OSError, ValueError, KeyError, TypeError, RecursionError):
+        return []
+    for folder in folders:
+        data = open_prepared(folder)
+        if data is not None and data.fingerprint == expected:
+            return [int(token) for example in (data.validation or data.train)[:64] for token in example.ids]
+    return []
+
+
+@torch.inference_mode()
+def log_probabilities(model: Any, tokens: Tensor) -> Tensor:
+    """(tokens, vocabulary), fp32."""
+    return model(input_ids=tokens.to(model.device), use_cache=False).logits[0].float().log_softmax(-1)
+
+
+def divergence(reference: Tensor, other: Tensor) -> float:
+    """Mean KL(reference ‖ other) in nats a token; NaN where either holds NaN."""
+    total = 0.0
+    for one, two in zip(reference, other, strict=True):  # a row at a time: double takes much memory
+        total += float((one.double().exp() * (one.double() - two.double())).sum())
+    return 0.0 if total < 0 else total / len(reference)
+
+
+def dtype_of(source: BaseSource, stored: Mapping[str, StoredTensor]) -> torch.dtype:
+    """The dtype that a checkpoint's dense weights have: what config.json says, else what most of them are stored in."""
+    text = source.config.get("text_config")
+    inner = text if isinstance(text, dict) else {}
+    named = [at.get(key) for at in (source.config, inner) for key in ("dtype", "torch_dtype")]
+    known = {"float32": torch.float32, "float16": torch.float16, "bfloat16": torch.bfloat16}
+    for each in named:
+        if isinstance(each, str) and each in known:
+            return known[each]
+    floats = [each.dtype for each in stored.values() if each.dtype in FLOATS]
+    return FLOATS[max(set(floats), key=floats.count)] if floats else torch.bfloat16

@@ -1,0 +1,125 @@
+"""The weights of a merged folder: the base checkpoint's files and names, tensor by tensor, some of them made anew.
+
+transformers renames tensors on loading and would save them under other names, in one dtype, without those that its
+class does not use. So nothing goes through its saving: every tensor of the base is copied as it is, but for those that
+the merge changes and those that only a quantized form needs.
+"""
+
+from __future__ import annotations
+
+import json
+import re
+from collections.abc import Callable, Collection, Iterator, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import BinaryIO
+
+import torch
+from torch import Tensor
+
+from lora_cli.base.source import BaseSource
+from lora_cli.base.tensor_files import NAMES, Entry, put_bytes, write_entries
+from lora_cli.base.weight_files import StoredTensor, read_header, weight_files
+from lora_cli.errors import CheckFailed, LoraError
+
+INDEX = "model.safetensors.index.json"
+FLOATS = {name: dtype for dtype, name in NAMES.items() if dtype.is_floating_point}
+_PIECE = 2**24  # bytes copied at a time
+# What bitsandbytes stores beside a quantized weight
+_BESIDE = re.compile(
+    r"(?P<weight>.+)\.(absmax|quant_map|nested_absmax|nested_quant_map|quant_state\..+)|(?P<layer>.+)\.(SCB|weight_format)"
+)
+
+
+@dataclass(frozen=True)
+class Fresh:
+    """A tensor that the merge makes: its shape as stored, and what computes it, in fp32 or wider."""
+
+    shape: tuple[int, ...]
+    make: Callable[[], Tensor]
+
+
+def write_weights(
+    source: BaseSource, place: Path, fresh: Mapping[str, Fresh], *, dtype: torch.dtype | None, dense: torch.dtype
+) -> None:
+    """Write the base's weight files into `place`, with the fresh tensors in place of its own.
+
+    dtype: of every floating-point tensor; nothing keeps each one's own. dense: for a fresh tensor whose own is a
+    quantized form. Raises CheckFailed for a number that its new dtype cannot hold.
+    """
+    placed: dict[str, str] = {}
+    total, changed = 0, False
+    for file in weight_files(source.folder):
+        stored, metadata = read_header(file)
+        plan = list(_plan(stored, fresh, dtype, dense))
+        changed |= [(each.name, each.dtype) for each in plan] != [(name, own.dtype) for name, own in stored.items()]
+        target = place / file.relative_to(source.folder)
+        target.parent.mkdir(parents=True, exist_ok=True)
+        write_entries(target, plan, metadata)
+        placed |= {each.name: target.relative_to(place).as_posix() for each in plan}
+        total += sum(each.size_bytes for each in plan)
+    if changed and (source.folder / INDEX).is_file():
+        index = {"metadata": {"total_size": total}, "weight_map": placed}
+        (place / INDEX).write_text(json.dumps(index, indent=2) + "\n", encoding="utf-8")
+
+
+def _plan(
+    stored: Mapping[str, StoredTensor], fresh: Mapping[str, Fresh], dtype: torch.dtype | None, dense: torch.dtype
+) -> Iterator[Entry]:
+    for name, own in stored.items():
+        if name not in fresh and is_beside(name, fresh):
+            continue
+        if name in fresh:
+            target = dtype or FLOATS.get(own.dtype, dense)
+            shape, make = fresh[name].shape, fresh[name].make
+        elif dtype is not None and own.dtype in FLOATS and FLOATS[own.dtype] != dtype:
+            target, shape, make = dtype, own.shape, lambda own=own: read_tensor(own)
+        else:
+            yield Entry(name, own.dtype, own.shape, own.size_bytes, lambda out, own=own: _copy(own, out))
+            continue
+        size = torch.Size(shape).numel() * target.itemsize
+        yield Entry(
+            name,
+            NAMES[target],
+            shape,
+            size,
+            lambda out, name=name, make=make, target=target: _write_tensor(out, name, make(), target),
+        )
+
+
+def is_beside(name: str, fresh: Collection[str]) -> bool:
+    """Whether a stored tensor is part of the quantized form of a weight that is written dense."""
+    found = _BESIDE.fullmatch(name)
+    return found is not None and (found["weight"] or f"{found['layer']}.weight") in fresh
+
+
+def _copy(own: StoredTensor, out: BinaryIO) -> None:
+    with own.file.open("rb") as stream:
+        stream.seek(own.start)
+        left = own.size_bytes
+        while left:
+            piece = stream.read(min(left, _PIECE))
+            if not piece:
+                raise LoraError("the file was cut short while it was read", where=str(own.file), fix="start again")
+            out.write(piece)
+            left -= len(piece)
+
+
+def read_tensor(own: StoredTensor) -> Tensor:
+    """A floating-point tensor of a checkpoint, in the dtype that it is stored in."""
+    with own.file.open("rb") as stream:
+        stream.seek(own.start)
+        data = bytearray(stream.read(own.size_bytes))
+    return torch.frombuffer(data, dtype=FLOATS[own.dtype]).reshape(own.shape) if data else torch.empty(own.shape)
+
+
+def _write_tensor(out: BinaryIO, name: str, value: Tensor, target: torch.dtype) -> None:
+    cast = value.to(target).contiguous()
+    if not torch.isfinite(cast).all() and (torch.isfinite(value) & ~torch.isfinite(cast)).any():
+        limit = torch.finfo(target).max
+        raise CheckFailed(
+            f"{name} holds numbers up to {value.abs().max().item():.3g}, which {str(target).removeprefix('torch.')} "
+            f"cannot: its largest is {limit:.5g}",
+            fix="nothing was written; use --dtype fp32" + (" or --dtype bf16" if target == torch.float16 else ""),
+        )
+    put_bytes(cast, out)
