@@ -66,7 +66,7 @@ class Step:
             torch.nn.init.normal_(layer.lora_B, std=0.01)
         if compiled:
             blocks = [block for name in block_lists(self.model) for block in self.model.get_submodule(name)]
-            compile_blocks(blocks, Path(tempfile.mkdtemp()))
+            compile_blocks(blocks, print)
         else:
             keep_inputs_alone(self.model)
         drawn = np.random.default_rng(0)

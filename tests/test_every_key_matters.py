@@ -610,15 +610,16 @@ def test_shard_base(runs: Runs):
 @pytest.mark.slow
 @pytest.mark.skipif(shutil.which("g++") is None, reason="inductor needs a C++ compiler")
 @pytest.mark.filterwarnings("ignore::DeprecationWarning", "ignore::UserWarning")  # of torch about its own tracing
-def test_compile(runs: Runs, monkeypatch: pytest.MonkeyPatch):
-    """The same but for rounding, from code that lies in the run folder."""
+def test_compile(runs: Runs, monkeypatch: pytest.MonkeyPatch, tmp_path: Path):
+    """The same but for rounding, from code that lies in the user's cache."""
     for name in ("TORCHINDUCTOR_CACHE_DIR", "TRITON_CACHE_DIR"):  # which a run sets, and this gives back
         monkeypatch.setenv(name, "")
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
     monkeypatch.setitem(AttentionInterface._global_mapping, PER_EXAMPLE, per_example_attention)
     plain, compiled = runs({}), runs({"train.compile": True})
     torch.compiler.reset()
-    assert [path for path in (compiled / "compiled").rglob("*.so")] != []
-    assert not (plain / "compiled").exists()
+    assert [path for path in (tmp_path / "cache" / "lora" / "compiled").rglob("*.so")] != []
+    assert {path.name for path in plain.iterdir()} == {path.name for path in compiled.iterdir()}
     assert losses(compiled) == pytest.approx(losses(plain), rel=1e-4)  # fused kernels sum in another order
 
 

@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import logging
 import os
+import stat
 from collections.abc import Callable, Sequence
+from contextlib import suppress
 from pathlib import Path
 
 import torch
@@ -12,6 +14,7 @@ from torch import nn
 from transformers import AttentionInterface
 
 from lora_cli.base.attention import PER_EXAMPLE, per_example_attention
+from lora_cli.ending import make_temporary
 
 _VERSIONS = (
     64  # of one block: adapters on or off, training or not, gradients or not, A and B cast or not; dynamo allows 8
@@ -38,16 +41,43 @@ def say_when_dynamo_gives_up(say: Callable[[str], None]) -> None:
     dynamo.handlers = [_Told(say)]
 
 
-def compile_blocks(blocks: Sequence[nn.Module], cache: Path, say: Callable[[str], None] = print) -> None:
-    """Compile each block's forward; what is compiled is kept in `cache`, so that a resumed run need not wait again.
+def compile_blocks(blocks: Sequence[nn.Module], say: Callable[[str], None]) -> None:
+    """Compile each block's forward; what is compiled is kept in `cache_folder()`, so that the next run need not wait.
 
     Lengths are dynamic from the start, and attention stays as it is, because it depends on the lengths of the examples:
     new lengths compile nothing new. Blocks of the same kind share what is compiled.
     """
-    os.environ["TORCHINDUCTOR_CACHE_DIR"] = str(cache.resolve())
-    os.environ["TRITON_CACHE_DIR"] = str(cache.resolve() / "triton")
+    cache = cache_folder()
+    os.environ["TORCHINDUCTOR_CACHE_DIR"] = str(cache)
+    os.environ.setdefault("TRITON_CACHE_DIR", str(cache / "triton"))
     torch._dynamo.config.recompile_limit = max(_VERSIONS, torch._dynamo.config.recompile_limit)
     say_when_dynamo_gives_up(say)
     AttentionInterface.register(PER_EXAMPLE, torch.compiler.disable(per_example_attention))
     for block in blocks:
         block.forward = torch.compile(block.forward, dynamic=True)
+
+
+def cache_folder() -> Path:
+    """Where torch keeps what it compiled: its own setting, else a folder of the user's cache that is theirs alone.
+
+    torch loads what lies there as code, so it is never in a run, which may come from a stranger. Where the user's cache
+    cannot be written, or is open to others, it is a temporary folder.
+    """
+    if named := os.environ.get("TORCHINDUCTOR_CACHE_DIR"):
+        return Path(named)
+    with suppress(OSError, RuntimeError):  # not writable; no home
+        place = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache")
+        place.mkdir(parents=True, exist_ok=True)
+        for name in ("lora", "compiled"):
+            place = place / name
+            place.mkdir(mode=0o700, exist_ok=True)
+            if not _is_ours_alone(place):
+                return make_temporary()
+        return place
+    return make_temporary()
+
+
+def _is_ours_alone(place: Path) -> bool:
+    found = place.lstat()
+    own = not hasattr(os, "geteuid") or found.st_uid == os.geteuid()
+    return stat.S_ISDIR(found.st_mode) and own and not found.st_mode & 0o022 and os.access(place, os.W_OK)

@@ -16,7 +16,7 @@ from lora_cli.recipe import Recipe
 from lora_cli.recipe_file import dump_recipe, load_recipe
 from lora_cli.training.run_lock import LOCK, now
 
-_BEFORE_A_RUN = re.compile(r"prepared|compiled|\.lock")  # what one that did not begin may leave
+_BEFORE_A_RUN = re.compile(r"prepared|\.lock")  # what one that did not begin may leave
 _OF_A_KILLED = re.compile(r"environment\.json|\..+\.tmp-\w+")  # and one that was killed just then, with its lock
 _STEP = re.compile(r"step_\d{6,}")
 

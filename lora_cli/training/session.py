@@ -53,7 +53,6 @@ from lora_cli.training.optimizer import paging_note
 Collate = Any  # (examples) -> MicroBatch
 _SAMPLE_TOKENS = 64  # enough to see what a token keeps
 _METRICS_BYTES = 300  # of one line
-_COMPILED_BYTES = 300_000_000  # what inductor keeps for the blocks of a model
 _FREE_SHARE = 0.8  # of free memory, for activations: the rest is for what kernels need while they run
 
 
@@ -163,7 +162,7 @@ def open_session(recipe: Recipe, console: Console) -> Session:
         say(f"loss     logits of all targets at once: what {type(model).__name__} does to them is not known here")
     tokens = sum(len(example.ids) for example in feed.largest())
     if recipe.train.compile:
-        compile_blocks(blocks, Path(recipe.output) / "compiled", say)
+        compile_blocks(blocks, say)
         say("compile  transformer blocks, at their first use: this takes minutes once")
     plan = _plan_activations(model, blocks, layers, recipe, lay_out, tokens, device)
     say(f"memory   {_describe_plan(plan, tokens)}")
@@ -264,5 +263,4 @@ def disk_needed(recipe: Recipe, trained_parameters: int, steps: int) -> int:
     """
     adapter, metrics = 4 * trained_parameters, _METRICS_BYTES * steps
     checkpoints = (recipe.train.keep_checkpoints + 2) * (3 * adapter + metrics)
-    compiled = _COMPILED_BYTES if recipe.train.compile else 0
-    return 3 * adapter + checkpoints + metrics + compiled + 10_000_000
+    return 3 * adapter + checkpoints + metrics + 10_000_000
