@@ -78,6 +78,7 @@ class Format:
     context: bool = True
     keys: TurnKeys = field(default_factory=TurnKeys, compare=False)
     _seen: set[str] = field(default_factory=set, compare=False)  # columns of the rows read so far
+    _weighed: set[str] = field(default_factory=set, compare=False)  # the column whose weights are in force
     _used: set[str] = field(default_factory=set, compare=False)  # which of messages and conversations they had
 
     def read(self, row: Row) -> Document | None:
@@ -87,6 +88,8 @@ class Format:
         weight = said_weight(row.values, self.column("train"), self.column("weight"), row.where)
         if weight == 0:
             return None
+        if weight != 1:
+            self._weighed.add(str(self.column("weight")))
         require_trainable(row, self.name, self.columns)
         return _READ["pair" if self.pair else self.name](self, row, weight)
 
@@ -94,6 +97,10 @@ class Format:
         """Columns of the rows read so far that nothing reads."""
         meanings = read_by(self.name, tuple(self._used) or self.taken)
         return sorted(self._seen - {self.column(meaning) for meaning in meanings})
+
+    def weighed(self) -> list[str]:
+        """The column that weighs the loss of the rows read so far, if one does."""
+        return sorted(self._weighed)
 
     def preference(self) -> list[str]:
         """Columns of the rows read so far that preference data have."""

@@ -8,6 +8,7 @@ from typing import Any
 
 import numpy as np
 
+from lora_cli.data.example import Example
 from lora_cli.errors import CheckFailed, LoraError, shown
 
 TOO_LONG_SHARE = 0.01  # of the rows: up to this many are left out, above it the recipe has to say what shall happen
@@ -180,6 +181,35 @@ class Lengths:
             int(targets.sum(dtype=np.int64)),
             {("longest" if p == 100 else f"p{p}"): int(x) for p, x in zip(at, found, strict=True)},
         )
+
+
+@dataclass(frozen=True)
+class Weights:
+    """Weights of the loss that are in force: the range over all trained spans, and how many examples have any but 1."""
+
+    smallest: float
+    largest: float
+    examples: int
+
+    @classmethod
+    def of(cls, ranges: np.ndarray) -> Weights | None:
+        """ranges: smallest and largest of each example, (examples, 2). None if all are 1."""
+        weighted = (ranges != 1).any(axis=1)
+        if not weighted.any():
+            return None
+        return cls(float(ranges.min()), float(ranges.max()), int(weighted.sum()))
+
+    def said(self) -> str:
+        range_of = (
+            f"{self.smallest:.4g}" if self.smallest == self.largest else f"{self.smallest:.4g} to {self.largest:.4g}"
+        )
+        plural = "" if self.examples == 1 else "s"
+        return f"weights of the loss are in force: {range_of}, in {self.examples:,} example{plural}"
+
+
+def weight_range(example: Example) -> tuple[float, float]:
+    weights = [weight for _, _, weight in example.spans]
+    return min(weights), max(weights)
 
 
 def duplicates(hashes: np.ndarray) -> np.ndarray:

@@ -25,7 +25,7 @@ import xxhash
 from transformers import PreTrainedTokenizerBase
 
 from lora_cli.data.chat import ChatTemplate, chat_template
-from lora_cli.data.gate import KINDS, TOO_LONG_SHARE, Findings, Lengths, duplicates
+from lora_cli.data.gate import KINDS, TOO_LONG_SHARE, Findings, Lengths, Weights, duplicates
 from lora_cli.data.packing import Groups, rows_to_shuffle
 from lora_cli.data.prepared import PARTS, PreparedData, Summary, open_prepared, summary_values
 from lora_cli.data.readers import Row
@@ -241,6 +241,7 @@ class Preparation:
             self._template.name if self._template is not None else None,
             self._template.text if self._template is not None and self._template.text != own else None,
             [str(self.tokenizer.convert_ids_to_tokens(id)) for id in sorted(self._stops)],
+            Weights.of(writer.weights[train]),
         )
         values = summary_values(summary)
         checksums = {name: checksum(folder / name) for name in PARTS}

@@ -8,7 +8,7 @@ from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
-from lora_cli.data.gate import Findings, Lengths
+from lora_cli.data.gate import Findings, Lengths, Weights
 from lora_cli.data.order import Order
 from lora_cli.data.packing import Groups
 from lora_cli.data.store import Examples, ExampleStore, checksum, read_groups, read_indices
@@ -34,6 +34,7 @@ class Summary:
     template: str | None = None  # its name
     own_template: str | None = None  # its text, where it is not the model's own
     stop_tokens: list[str] = field(default_factory=list)
+    weights: Weights | None = None  # of the loss, of what is trained on; None: all are 1
 
 
 @dataclass(frozen=True)
@@ -106,6 +107,7 @@ def _summary_from(stored: dict[str, Any]) -> Summary:
             "train": Lengths(**stored["train"]),
             "validation": Lengths(**stored["validation"]),
             "longest": tuple(stored["longest"]),
+            "weights": stored["weights"] and Weights(**stored["weights"]),
         }
     )
 
@@ -121,6 +123,7 @@ def summary_values(summary: Summary) -> dict[str, Any]:
         "findings": stored,
         "train": asdict(summary.train),
         "validation": asdict(summary.validation),
+        "weights": summary.weights and asdict(summary.weights),
     }
 
 

@@ -31,6 +31,8 @@ def data_lines(data: PreparedData, recipe: Recipe) -> list[str]:
         return lines
     share = summary.train.target_tokens / tokens
     lines.append(f"{tokens:,} tokens an epoch, {summary.train.target_tokens:,} trained ({share:.0%})")
+    if summary.weights is not None:
+        lines.append(summary.weights.said())
     lengths = ", ".join(f"{name} {value:,}" for name, value in summary.train.percentiles.items())
     lines.append(f"tokens of an example: {lengths}")
     order = data.order(recipe)
@@ -70,6 +72,7 @@ def stream_lines(feed: StreamFeed, data: PreparedData, recipe: Recipe) -> list[s
         *(f"{source}: {form}" for source, form in feed.formats.items()),
         f"streaming; in the first window {window.examples:,} examples, {window.tokens:,} tokens, "
         f"{window.target_tokens:,} trained ({window.target_tokens / window.tokens:.0%})",
+        *([] if feed.weights is None else [feed.weights.said()]),
         f"tokens of an example: {lengths}",
         f"{len(data.validation):,} examples held out" if len(data.validation) else "none held out",
         f"{recipe.train.max_steps:,} steps",

@@ -55,6 +55,10 @@ class RowEncoder:
         """The format, why it was taken, and what nothing reads in the rows so far."""
         unread = [column for column in self.format.unread() if column != self._group_by]
         said = [f"{self.format.name} ({self.format.reason}"]
+        if weighed := self.format.weighed():
+            said.append(
+                f"{weighed[0]} weighs the loss; if it means something else, write data.columns: {{weight: null}}"
+            )
         if unread:
             said.append(f"columns not used: {', '.join(unread)}")
         if keys := self.format.keys.unread():

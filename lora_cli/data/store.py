@@ -14,6 +14,7 @@ import pyarrow as pa
 import xxhash
 
 from lora_cli.data.example import Example
+from lora_cli.data.gate import weight_range
 from lora_cli.data.packing import Groups
 
 _EXAMPLES_A_BATCH = 1024
@@ -36,7 +37,7 @@ class ExampleWriter:
         self._writer = pa.ipc.new_file(self._sink, _SCHEMA)
         self._digest = hashlib.sha256()
         self._waiting: list[tuple[np.ndarray, Example, int]] = []
-        self._lengths, self._targets = array("i"), array("i")
+        self._lengths, self._targets, self._weights = array("i"), array("i"), array("f")
         self.count = 0
         self.largest_id = 0
         self.longest: tuple[int, str] = (0, "")
@@ -76,6 +77,13 @@ class ExampleWriter:
     def targets(self) -> np.ndarray:
         return np.frombuffer(self._targets, np.int32) if self._targets else np.empty(0, np.int32)
 
+    @property
+    def weights(self) -> np.ndarray:
+        """Smallest and largest weight of the loss in each example: (examples, 2) float32."""
+        return (
+            np.frombuffer(self._weights, np.float32).reshape(-1, 2) if self._weights else np.empty((0, 2), np.float32)
+        )
+
     def _flush(self) -> None:
         waiting = self._waiting
         self._waiting = []
@@ -100,6 +108,8 @@ class ExampleWriter:
                     self._digest.update(buffer)
         self._lengths.frombytes(lengths.tobytes())
         self._targets.extend(example.targets for _, example, _ in waiting)
+        for _, example, _ in waiting:
+            self._weights.extend(weight_range(example))
         self.largest_id = max(self.largest_id, int(ids.max()))
 
 

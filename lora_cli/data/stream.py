@@ -19,7 +19,7 @@ from transformers import PreTrainedTokenizerBase
 
 from lora_cli.data.example import Example
 from lora_cli.data.feed import split_by_length
-from lora_cli.data.gate import TOO_LONG_SHARE, Findings, Lengths
+from lora_cli.data.gate import TOO_LONG_SHARE, Findings, Lengths, Weights, weight_range
 from lora_cli.data.order import Permutation
 from lora_cli.data.packing import Groups, rows_to_shuffle
 from lora_cli.data.prepared import micro_batches_per_step, rows_per_micro_batch, split_in_step
@@ -93,6 +93,12 @@ class StreamFeed:
             np.array([len(example.ids) for example in self._examples], np.int64),
             np.array([example.targets for example in self._examples], np.int64),
         )
+
+    @property
+    def weights(self) -> Weights | None:
+        """Of the loss, in the first window."""
+        ranges = np.array([weight_range(example) for example in self.first_window], np.float32).reshape(-1, 2)
+        return Weights.of(ranges)
 
     def require_fit(self, config: Any, model: str) -> None:
         """Every window from now on must fit the model's vocabulary. Raises LoraError if max_seq_len is too long."""

@@ -45,6 +45,7 @@ class Checked:
     def as_dict(self, show: int) -> dict[str, Any]:
         """For --json. Tokens are those of one epoch; a token counts as trained if it is a target of the loss."""
         train = self.data.summary.train if self.stream is None else self.stream.lengths
+        weights = self.data.summary.weights if self.stream is None else self.stream.weights
         return {
             "ok": not self.data.findings.stopping(self.recipe.data.allow) and train.examples > 0,
             "examples": train.examples,
@@ -54,6 +55,7 @@ class Checked:
             "lengths": train.percentiles,
             "formats": self.data.summary.formats,
             "template": self.data.summary.template,
+            "weights": weights and vars(weights),
             "layers": self.layers,
             "trained_parameters": self.parameters,
             "fingerprint": self.data.fingerprint,

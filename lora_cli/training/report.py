@@ -12,6 +12,7 @@ from accelerate import Accelerator
 from lora_cli.adapters.attach import adapter_parameters, is_inert
 from lora_cli.adapters.file import TENSORS, put_saved
 from lora_cli.adapters.update_size import update_sizes
+from lora_cli.data.gate import Weights
 from lora_cli.errors import CheckFailed, DiskError
 from lora_cli.evaluation.forgetting import measure_forgetting
 from lora_cli.evaluation.gain import paired_gain
@@ -47,6 +48,7 @@ def make_report(session: Session, state: State, folder: RunFolder, accelerator: 
         "reserved_memory_bytes": state.reserved_memory_bytes or None,
         "skipped_steps": state.skipped,
         "rewound_from_steps": [step for step, _ in state.rewound],
+        "weights": session.loss_weights and vars(session.loss_weights),
         "adapted_layers": len(session.layers),
         "trained_parameters": sum(parameter.numel() for parameter in adapter_parameters(session.model)),
         "validation": None if gain is None else vars(gain),
@@ -123,6 +125,8 @@ def _warnings(report: dict[str, Any]) -> list[str]:
         )
     if report["rewound_from_steps"]:
         told.append(f"went back to a checkpoint from steps {_listed(report['rewound_from_steps'])}, leaving out data")
+    if report.get("weights"):
+        told.append(Weights(**report["weights"]).said())
     return told
 
 

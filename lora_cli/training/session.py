@@ -37,6 +37,7 @@ from lora_cli.base.source import BaseSource, find_base
 from lora_cli.data.batches import collate
 from lora_cli.data.example import Example
 from lora_cli.data.feed import IndexedFeed
+from lora_cli.data.gate import Weights
 from lora_cli.data.prepare import prepare
 from lora_cli.data.prepared import PreparedData, split_in_step
 from lora_cli.data.report import data_lines, finding_lines, stream_lines
@@ -89,6 +90,11 @@ class Session:
     def data_files(self) -> dict[str, str]:
         streamed = self.feed.identity if isinstance(self.feed, StreamFeed) else {}
         return {**streamed, **self.data.summary.files}
+
+    @property
+    def loss_weights(self) -> Weights | None:
+        """Those in force; of a stream, in its first window. None: all are 1."""
+        return self.feed.weights if isinstance(self.feed, StreamFeed) else self.data.summary.weights
 
     @property
     def own_template(self) -> str | None:
