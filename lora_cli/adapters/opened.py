@@ -13,8 +13,9 @@ from transformers import PreTrainedTokenizerBase
 from lora_cli.adapters.file import CHAT_TEMPLATE, AdapterFile, attach_adapter, read_adapter
 from lora_cli.adapters.peft_config import CONFIG
 from lora_cli.base.device import pick_device, pick_dtype
-from lora_cli.base.load import load_model, load_tokenizer, stored_quantization
+from lora_cli.base.load import load_model, load_tokenizer
 from lora_cli.base.source import BaseSource, find_base, require_inside
+from lora_cli.base.stored import stored_quantization
 from lora_cli.errors import LoraError
 from lora_cli.foreign import read_text
 

@@ -15,6 +15,7 @@ from torch import Tensor, nn
 from lora_cli.adapters.patterns import BadPattern, matching
 from lora_cli.adapters.projections import output_parts
 from lora_cli.base.linear import features, is_linear
+from lora_cli.base.text import in_language_model, left_out
 from lora_cli.errors import LoraError
 from lora_cli.recipe import AdapterRecipe
 
@@ -100,17 +101,33 @@ def find_targets(
 
 
 def linear_layers(model: Any) -> dict[str, nn.Module]:
-    """Every layer an adapter can wrap, by name, but for the output head (which shares weights with the embeddings)."""
+    """Every layer an adapter can wrap, by name, but for the output head (which shares weights with the embeddings).
+
+    Of a model that also takes pictures or sound, those of the language model.
+    """
+    inside = in_language_model(model)
+    return {name: module for name, module in all_linear_layers(model).items() if inside(name)}
+
+
+def all_linear_layers(model: Any) -> dict[str, nn.Module]:
+    """The same with the layers of pictures and sound, which text never reaches."""
     head = model.get_output_embeddings()
     return {name: module for name, module in model.named_modules() if is_linear(module) and module is not head}
 
 
+def not_adapted(model: Any) -> list[str]:
+    """For a person: the parts of the model that adapters leave out because text never reaches them."""
+    parts = left_out(model, all_linear_layers(model))
+    return [f"{count} linear layers of {part} are left out: they see no text" for part, count in parts.items()]
+
+
 def block_lists(model: nn.Module) -> list[str]:
     """Names of the lists of transformer blocks, such as `model.layers`: lists of modules that hold linear layers."""
-    found = []
+    found: list[str] = []
+    inside = in_language_model(model)
     for name, module in model.named_modules():
         inside_another = any(name.startswith(f"{outer}.") for outer in found)
-        if isinstance(module, nn.ModuleList) and len(module) and not inside_another:
+        if isinstance(module, nn.ModuleList) and len(module) and inside(name) and not inside_another:
             holds_linear = any(is_linear(inner) for inner in module[0].modules() if inner is not module[0])
             if holds_linear:
                 found.append(name)

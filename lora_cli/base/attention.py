@@ -7,10 +7,12 @@ the lengths, not the square of the sum. Without it the call is plain SDPA.
 
 from __future__ import annotations
 
+from inspect import signature
 from typing import Any
 
 import numpy as np
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 from transformers import AttentionInterface, AttentionMaskInterface
 from transformers.integrations.sdpa_attention import sdpa_attention_forward
@@ -18,11 +20,14 @@ from transformers.masking_utils import sdpa_mask
 from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING
 
 from lora_cli.base.causal_attention import causal_attention
+from lora_cli.base.text import largest
 
 try:
     from torch.nn.attention.varlen import varlen_attn
 except ImportError:  # torch before 2.10
     varlen_attn = None
+if varlen_attn is not None and not {"scale", "window_size", "enable_gqa"} <= {*signature(varlen_attn).parameters}:
+    varlen_attn = None  # an earlier form, such as torch 2.10's, knows no windows and no shared keys and values
 
 PER_EXAMPLE = "sdpa_per_example"
 
@@ -39,8 +44,8 @@ def attention_implementation(config: Any) -> str:
         return "sdpa"
     if not getattr(model_class, "_supports_sdpa", False):
         return "eager"
-    if getattr(config, "attention_chunk_size", None):  # Llama 4 attends within chunks: only its own mask knows them
-        return "sdpa"
+    if any(getattr(config, name, None) for name in ("attention_chunk_size", "index_topk")):
+        return "sdpa"  # Llama 4 attends within chunks, which its own mask knows; DeepSeek-V3.2's indexer reads the mask
     return PER_EXAMPLE if getattr(model_class, "_supports_attention_backend", False) else "sdpa"
 
 
@@ -76,11 +81,16 @@ def per_example_attention(
         return sdpa_attention_forward(module, query, key, value, attention_mask, dropout, scaling, **kwargs)
     if attention_mask is not None:
         sliding_window = int(attention_mask[0, 0, 0, 0])
-    if varlen_fits(query.device, query.dtype, query.shape[-1]):
+    if varlen_fits(query.device, query.dtype, max(query.shape[-1], value.shape[-1])):
         return _varlen(query, key, value, sliding_window, scaling, cu_seq_lens_q, kwargs["max_length_q"]), None
+    one_example = len(cu_seq_lens_q) == 2 and (sliding_window is None or sliding_window >= query.shape[-2])
+    if one_example and query.device.type != "cpu":  # no need to ask where examples end, which a GPU would wait for
+        kwargs["is_causal"] = True
+        return sdpa_attention_forward(module, query, key, value, None, dropout, scaling, **kwargs)
     assert dropout == 0, "the frozen path never drops"  # base/load.py switches it off
     lengths = cu_seq_lens_q.diff().tolist()
-    return causal_attention(query, key, value, lengths, sliding_window, scaling), None
+    out = causal_attention(query, key, value, lengths, sliding_window, scaling)
+    return out.contiguous(), None  # as SDPA's: some models view it in another shape
 
 
 def varlen_fits(device: torch.device, dtype: torch.dtype, head_dim: int) -> bool:
@@ -99,15 +109,21 @@ def packed_attention_name(config: Any, device: torch.device, dtype: torch.dtype)
     """How packed rows are computed, for a person."""
     if attention_implementation(config) != PER_EXAMPLE:
         return "the architecture's own attention with a block mask"
-    if device.type != "cuda":
+    if device.type == "cpu":
         return "SDPA example by example"
-    fits = varlen_fits(device, dtype, _head_dim(config))
+    fits = varlen_fits(device, dtype, head_dim(config))
     return "torch's variable-length attention" if fits else "SDPA with a block mask"
 
 
-def _head_dim(config: Any) -> int:
-    stated = getattr(config, "head_dim", None)
-    return stated or config.hidden_size // config.num_attention_heads
+def head_dim(config: Any) -> int:
+    """Numbers of a head's query, key or value; the most of them where layers or the three differ."""
+    latent = [largest(config, name) or 0 for name in ("qk_nope_head_dim", "qk_rope_head_dim")]
+    stated = [largest(config, name) for name in ("head_dim", "global_head_dim", "swa_head_dim", "v_head_dim")]
+    known = [sum(latent), *(size for size in stated if size)]
+    if any(known):
+        return max(known)
+    heads = largest(config, "num_attention_heads")
+    return largest(config, "hidden_size") // heads if heads else 0  # a model without attention
 
 
 def _varlen(
@@ -121,7 +137,10 @@ def _varlen(
 ) -> Tensor:
     """(1, tokens, heads, head_dim); nothing is copied to the host, so the GPU never waits."""
     assert varlen_attn is not None
-    q, k, v = (x[0].transpose(0, 1).contiguous() for x in (query, key, value))  # (tokens, heads, head_dim)
+    # The kernel wants one head_dim, while latent attention has narrower values: zeros beside them change nothing.
+    wide = max(query.shape[-1], value.shape[-1])
+    padded = (x if x.shape[-1] == wide else F.pad(x, (0, wide - x.shape[-1])) for x in (query, key, value))
+    q, k, v = (x[0].transpose(0, 1).contiguous() for x in padded)  # (tokens, heads, head_dim)
     back = -1 if window is None else window - 1  # the window counts the token itself
     out = varlen_attn(
         q,
@@ -131,11 +150,11 @@ def _varlen(
         ends,
         longest,
         longest,
-        scale=scaling,
+        scale=query.shape[-1] ** -0.5 if scaling is None else scaling,
         window_size=(back, 0),
         enable_gqa=query.shape[1] != key.shape[1],
     )
-    return out.unsqueeze(0)  # type: ignore[union-attr]
+    return out[..., : value.shape[-1]].unsqueeze(0)  # type: ignore[index]
 
 
 def _mask(
@@ -169,14 +188,14 @@ def _mask(
 
 
 def _by_example(settings: dict[str, Any]) -> bool:
-    """Whether attention will go by example: on a GPU without variable-length attention a block mask costs less.
+    """Whether attention will go by example: on a device without variable-length attention a block mask costs less.
 
     There, one call for the whole row with a mask beats a call an example, each of which makes the GPU wait.
     """
     device, config = torch.device(settings.get("device") or "cpu"), settings.get("config")
-    if device.type != "cuda":
+    if device.type == "cpu":
         return True
-    return config is not None and varlen_fits(device, settings.get("dtype") or torch.float32, _head_dim(config))
+    return config is not None and varlen_fits(device, settings.get("dtype") or torch.float32, head_dim(config))
 
 
 def _is_window(mask: Tensor) -> bool:

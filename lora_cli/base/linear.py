@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 from typing import Any
 
 import torch
@@ -24,8 +25,9 @@ def is_linear(module: nn.Module) -> bool:
 
 
 def is_quantized(module: nn.Module) -> bool:
-    """Whether this is a linear layer that bitsandbytes holds in 4 or 8 bits."""
-    return is_linear(module) and any(kind.__module__.startswith("bitsandbytes.") for kind in type(module).__mro__)
+    """Whether this is a linear layer whose weight is rounded to 4 or 8 bits: held so by bitsandbytes, or its values."""
+    stored = any(kind.__module__.startswith("bitsandbytes.") for kind in type(module).__mro__)
+    return is_linear(module) and (stored or holds_nf4_values(module))
 
 
 def features(layer: nn.Module) -> tuple[int, int]:
@@ -51,9 +53,7 @@ def dense_weight(layer: nn.Module) -> Tensor:
     if isinstance(weight, DTensor):
         weight = weight.full_tensor()
     if type(layer).__name__ == "Linear4bit":
-        from bitsandbytes.functional import dequantize_4bit
-
-        return dequantize_4bit(weight.data, state)
+        return _dequantized(weight.data, state)
     if any(each.__name__ == "Linear8bitLt" for each in type(layer).__mro__):
         from lora_cli.base.int8 import dequantized, int8_parts
 
@@ -61,12 +61,55 @@ def dense_weight(layer: nn.Module) -> Tensor:
     return weight.data.T if isinstance(layer, Conv1D) else weight.data
 
 
+def _dequantized(stored: Tensor, state: Any) -> Tensor:
+    """(out_features, in_features) of a 4-bit weight, as one long row on a CPU: rows of another length than whole blocks
+    of 64 get scales of other blocks from bitsandbytes 0.50 there, some from beyond their end."""
+    from bitsandbytes.functional import dequantize_4bit
+
+    if stored.device.type != "cpu":
+        return dequantize_4bit(stored, state)
+    flat = copy.copy(state)
+    flat.shape = torch.Size([state.shape.numel()])
+    return dequantize_4bit(stored, flat).view(state.shape)
+
+
+def hold_nf4_values(model: nn.Module, dtype: torch.dtype) -> int:
+    """On a CPU, replace 4-bit layers that bitsandbytes 0.50 computes wrongly there by plain ones; returns how many.
+
+    These are the ones whose rows are no whole number of blocks of 64. A plain layer holds the very values that the
+    4-bit weight stands for, in `dtype`: the base model is the same function on a CPU and on a GPU.
+    """
+    wrong = [
+        (name, layer)
+        for name, layer in model.named_modules()
+        if type(layer).__name__ == "Linear4bit" and layer.weight.device.type == "cpu" and features(layer)[0] % 64  # type: ignore[union-attr]
+    ]
+    for name, layer in wrong:
+        weight, bias = dense_weight(layer).to(dtype), layer.bias
+        outputs, inputs = weight.shape
+        transposed = stored_transposed(layer)
+        with torch.device("meta"):
+            plain = Conv1D(outputs, inputs) if transposed else nn.Linear(inputs, outputs, bias is not None)
+        plain.weight = nn.Parameter(weight.T.contiguous() if transposed else weight, requires_grad=False)
+        if bias is not None:
+            plain.bias = nn.Parameter(bias.data.to(dtype), requires_grad=False)  # type: ignore[operator]
+        vars(plain)["holds_nf4_values"] = True
+        model.set_submodule(name, plain.train(layer.training))
+    return len(wrong)
+
+
 def unquantized_layers(model: Any) -> list[str]:
-    """Linear layers held as they are, but for the output head, which never is quantized."""
+    """Linear layers that hold other values than quantized ones, but for the output head, which never is quantized."""
     head = model.get_output_embeddings()
     return [
-        name for name, module in model.named_modules() if type(module) in (nn.Linear, Conv1D) and module is not head
+        name
+        for name, module in model.named_modules()
+        if type(module) in (nn.Linear, Conv1D) and module is not head and not holds_nf4_values(module)
     ]
+
+
+def holds_nf4_values(module: nn.Module) -> bool:
+    return getattr(module, "holds_nf4_values", False)
 
 
 def quantized_bytes(model: nn.Module) -> int:

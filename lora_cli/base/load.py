@@ -12,8 +12,9 @@ from transformers import CONFIG_MAPPING, AutoConfig, AutoModelForCausalLM, AutoT
 from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING
 
 from lora_cli.base.attention import attention_implementation
-from lora_cli.base.linear import features, is_linear
+from lora_cli.base.linear import hold_nf4_values
 from lora_cli.base.source import BaseSource
+from lora_cli.base.stored import require_quantization, stored_quantization
 from lora_cli.errors import LoraError, reading
 
 _CHECK_CONFIG = "check config.json, or download it again"
@@ -35,8 +36,6 @@ def load_model(
     """
     config = model_config(source, trust_remote_code)
     settings = _quantization_settings(source, quantization, dtype, double_quantization)
-    if quantization == "nf4" and settings is not None and device.type == "cpu":
-        settings.llm_int8_skip_modules = _wrong_on_cpu(skeleton_of(source, config, trust_remote_code))
     # A damaged config.json can fail anywhere in the code that builds a model.
     with reading("the base model cannot be loaded", source.folder, "check config.json, or download the model again"):
         try:
@@ -63,6 +62,7 @@ def load_model(
     for parameter in model.parameters():
         parameter.requires_grad_(False)
     _keep_trainable_on_cpu(model)
+    hold_nf4_values(model, dtype)
     if quantization == "int8":
         from lora_cli.base.int8 import compute_exactly
 
@@ -151,32 +151,10 @@ def _without_dropout(config: Any) -> None:
             _without_dropout(value)
 
 
-def stored_quantization(source: BaseSource) -> str | None:
-    """How the checkpoint is quantized already: nf4, int8 or the name of another method; None as a rule."""
-    stored = source.config.get("quantization_config")
-    if stored is None:
-        return None
-    if not isinstance(stored, dict):
-        raise LoraError(
-            "quantization_config is not a mapping", where=str(source.folder / "config.json"), fix=_CHECK_CONFIG
-        )
-    if stored.get("load_in_4bit"):
-        return "nf4"
-    return "int8" if stored.get("load_in_8bit") else str(stored.get("quant_method"))
-
-
 def _quantization_settings(source: BaseSource, quantization: str, dtype: torch.dtype, double: bool) -> Any:
     """Settings for transformers, or nothing when the checkpoint is to be read as it is."""
-    kind = stored_quantization(source)
-    if kind is not None:
-        if kind != quantization:
-            raise LoraError(
-                f"the checkpoint is already quantized ({kind}), but the recipe says quantization: {quantization}",
-                where=str(source.folder),
-                fix=f"write quantization: {kind}" if kind in ("nf4", "int8") else "use the unquantized model",
-            )
-        return None
-    if quantization == "none":
+    require_quantization(source, quantization)
+    if quantization == "none" or stored_quantization(source) is not None:
         return None
     from transformers import BitsAndBytesConfig
 
@@ -208,15 +186,3 @@ def _keep_trainable_on_cpu(model: nn.Module) -> None:
     for module in model.modules():
         if hasattr(module, "support_avx512bf16_for_cpu"):
             module.support_avx512bf16_for_cpu = False  # type: ignore[assignment]
-
-
-def _wrong_on_cpu(skeleton: Any) -> list[str] | None:
-    """Layers that bitsandbytes 0.50 computes wrongly in 4-bit on a CPU: their rows are no whole number of blocks of 64.
-
-    Its kernel takes the scales of other blocks there, some from beyond their end. Such layers stay unquantized.
-    """
-    head = skeleton.get_output_embeddings()  # never quantized, but naming others makes transformers forget it
-    linear = [(name, module) for name, module in skeleton.named_modules() if is_linear(module)]
-    if not any(features(module)[0] % 64 for _, module in linear if module is not head):
-        return None
-    return [name for name, module in linear if module is head or features(module)[0] % 64]

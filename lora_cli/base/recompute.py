@@ -1,4 +1,4 @@
-"""Norms and gated products that keep their inputs alone: cheap to compute again, dear to keep.
+"""RMSNorm and gated MLPs that save only their input and recompute the rest in backward.
 
 The model's own code computes forward, bit for bit. Only what autograd keeps and how it comes back is replaced, in
 modules whose shape is known here, after a trial on the loaded module.
@@ -13,25 +13,23 @@ import torch
 from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 
+from lora_cli.base.linear import features
+
 
 def keep_inputs_alone(model: nn.Module) -> int:
     """Replace the backward pass of norms and gated products that are known here; returns how many. Values stay.
 
     Only for frozen norms: their weights get no gradient.
     """
-    known: dict[tuple[Any, ...], float | bool | None] = {}
+    known: dict[tuple[Any, ...], bool] = {}
     replaced = 0
     for module in model.modules():
         if is_rms_norm(module):
-            weight: Any = module.weight
-            kind = (type(module), weight.shape, weight.dtype, _settings(module))
-            if kind not in known:
-                known[kind] = _offset(module)
-            if (offset := known[kind]) is not None:
+            if (offset := _offset(module)) is not None:
                 module.forward = _norm_forward(module, offset)
                 replaced += 1
         elif is_gated(module):
-            kind = (type(module), _settings(module))
+            kind = (type(module), _settings(module), *(type(getattr(module, name)) for name in _GATED))
             if kind not in known:
                 known[kind] = _is_gated_product(module)
             if known[kind]:
@@ -82,31 +80,36 @@ class _RMSNorm(torch.autograd.Function):
         return above.mul_(r).addcmul_(wide, r**3 * along, value=-1).to(x.dtype), None, None, None
 
 
-def _norm_forward(norm: nn.Module, offset: float) -> Callable[[Tensor], Tensor]:
+def _norm_forward(norm: nn.Module, offset: float) -> Callable[..., Tensor]:
+    """A gate or another width is the module's own affair: what was not tried goes through as it came."""
     own, eps = norm.forward, _eps(norm)
 
-    def forward(x: Tensor) -> Tensor:
-        if not (x.requires_grad and torch.is_grad_enabled()):
-            return own(x)
+    def forward(*inputs: Any, **named: Any) -> Tensor:
         weight: Any = norm.weight
+        x = inputs[0] if len(inputs) == 1 and not named else None
+        if x is None or not (x.requires_grad and torch.is_grad_enabled()) or x.shape[-1] != weight.shape[-1]:
+            return own(*inputs, **named)
         return _RMSNorm.apply(x, own, weight.detach().to(_wide(weight.dtype)) + offset, eps)  # type: ignore[return-value]
 
     return forward
 
 
 def _offset(norm: nn.Module) -> float | None:
-    """What is added to the norm's weight: 0, or 1 as in Gemma. None if its gradient is neither's."""
+    """What is added to the norm's weight: 0, or 1 as in Gemma. None if its gradient is neither's, or it takes more."""
     weight: Any = norm.weight
-    if _eps(norm) is None:
+    if _eps(norm) is None or weight.dim() != 1:
         return None
     generator = torch.Generator().manual_seed(0)
     x = torch.randn(3, weight.shape[-1], generator=generator).to(weight).requires_grad_()
     upstream = torch.randn(3, weight.shape[-1], generator=generator).to(weight)
-    (expected,) = torch.autograd.grad(norm(x), x, upstream.to(norm(x).dtype))
-    for offset in (0.0, 1.0):
-        (actual,) = torch.autograd.grad(_norm_forward(norm, offset)(x), x, upstream.to(norm(x).dtype))
-        if _same(actual, expected):
-            return offset
+    try:
+        (expected,) = torch.autograd.grad(norm(x), x, upstream.to(norm(x).dtype))
+        for offset in (0.0, 1.0):
+            (actual,) = torch.autograd.grad(_norm_forward(norm, offset)(x), x, upstream.to(norm(x).dtype))
+            if _same(actual, expected):
+                return offset
+    except Exception:  # any architecture's own code, such as a norm that wants a gate: left as it is
+        return None
     return None
 
 
@@ -139,12 +142,13 @@ class _GatedProduct(torch.autograd.Function):
         return of_gate, upstream * activated.detach(), None
 
 
-def _gated_forward(mlp: Any) -> Callable[[Tensor], Tensor]:
+def _gated_forward(mlp: Any) -> Callable[..., Tensor]:
     own = mlp.forward
 
-    def forward(x: Tensor) -> Tensor:
-        if not torch.is_grad_enabled():
-            return own(x)
+    def forward(*inputs: Any, **named: Any) -> Tensor:
+        if len(inputs) != 1 or named or not torch.is_grad_enabled():
+            return own(*inputs, **named)
+        (x,) = inputs
         return mlp.down_proj(_GatedProduct.apply(mlp.gate_proj(x), mlp.up_proj(x), mlp.act_fn))
 
     return forward
@@ -152,21 +156,19 @@ def _gated_forward(mlp: Any) -> Callable[[Tensor], Tensor]:
 
 def _is_gated_product(mlp: Any) -> bool:
     """Whether the module computes down(activation(gate(x)) ∘ up(x)) and nothing else, in training as well."""
-    weight = next(mlp.down_proj.parameters())
-    width = (
-        getattr(mlp.gate_proj, "in_features", None) or getattr(mlp.gate_proj, "base_layer", mlp.gate_proj).in_features
-    )
-    dtype = weight.dtype if weight.is_floating_point() else torch.get_default_dtype()
-    x = torch.randn(1, 3, width, generator=torch.Generator().manual_seed(0)).to(weight.device, dtype)
     drops = [mlp, *(module for module in mlp.modules() if isinstance(module, nn.Dropout))]  # its adapters stay as is
     modes = [module.training for module in drops]
     try:
         for module in drops:
             module.training = True
+        weight = next(mlp.down_proj.parameters())
+        width = features(getattr(mlp.gate_proj, "base_layer", mlp.gate_proj))[0]
+        dtype = weight.dtype if weight.is_floating_point() else torch.get_default_dtype()
+        x = torch.randn(1, 3, width, generator=torch.Generator().manual_seed(0)).to(weight.device, dtype)
         with torch.random.fork_rng([weight.device] if weight.is_cuda else []):
             expected = mlp(x)
             actual = _gated_forward(mlp)(x)
-    except (TypeError, ValueError, RuntimeError, AttributeError):
+    except Exception:  # any architecture's own code: left as it is
         return False
     finally:
         for module, mode in zip(drops, modes, strict=True):

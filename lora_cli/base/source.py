@@ -7,6 +7,7 @@ import shlex
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
+from shlex import quote
 from typing import Any
 
 from lora_cli.base.weight_files import fingerprint, stored_tensors
@@ -15,6 +16,9 @@ from lora_cli.files import disk_errors, require_regular
 
 # Configuration, tokenizer and safetensors; no pickles, no copies in other formats. Code comes only when it may run.
 _WANTED = ["*.json", "*.safetensors", "*.txt", "*.model", "*.jinja", "tokenizer*"]
+_ADAPTER = "adapter_config.json"
+_FOLDER = "name the folder that holds config.json and the weights"
+_FROM_GGUF = "use the model that the file was made from: a folder or hub id with config.json and safetensors"
 _NO_ACCESS = (401, 403)  # HTTP: unauthorized, forbidden
 _UNWANTED = ["original/*", "onnx/*", "openvino/*", "*.bin", "*.pth", "*.gguf"]
 
@@ -42,6 +46,7 @@ def find_base(name: str, revision: str | None = None, *, trust_remote_code: bool
     Raises LoraError when there is no such model, no network, no access, or nothing in it that can be loaded.
     """
     folder = Path(name)
+    _require_model_folder(name, folder)
     if folder.is_dir():
         if revision is not None:
             raise LoraError(
@@ -60,14 +65,32 @@ def find_base(name: str, revision: str | None = None, *, trust_remote_code: bool
     return source
 
 
+def _require_model_folder(name: str, path: Path) -> None:
+    """Raises LoraError for what people name instead of a model folder: a GGUF file, an adapter, a run, one file."""
+    if name.lower().endswith(".gguf") and not path.is_dir():
+        raise LoraError(f"{name} is a GGUF file, which cannot be trained on yet", fix=_FROM_GGUF)
+    if path.is_file():
+        beside = (path.parent / "config.json").is_file()
+        raise LoraError(
+            f"{name} is a file, not a model folder", fix=f"name its folder: {path.parent}" if beside else _FOLDER
+        )
+    if not path.is_dir() or (path / "config.json").exists():
+        return
+    adapter = path if (path / _ADAPTER).is_file() else path / "adapter"
+    if (adapter / _ADAPTER).is_file():
+        kind = "an adapter" if adapter == path else "a run folder, whose result is an adapter"
+        base = _json_object(adapter / _ADAPTER).get("base_model_name_or_path")
+        named = f"name its base model: {base}" if isinstance(base, str) and base else "name its base model"
+        merged = f"merge it first: lora merge {quote(name)} --output FOLDER, and name that folder"
+        raise LoraError(f"{name} is {kind}, not a base model", fix=f"{named}; or {merged}")
+    if any(path.glob("*.gguf")):
+        raise LoraError(f"{name} holds GGUF files, which cannot be trained on yet", fix=_FROM_GGUF)
+
+
 def _check_folder(source: BaseSource) -> None:
     config = source.folder / "config.json"
     if not config.is_file():
-        raise LoraError(
-            "the model folder has no config.json",
-            where=str(source.folder),
-            fix="name the folder that holds config.json and the weights",
-        )
+        raise LoraError("the model folder has no config.json", where=str(source.folder), fix=_FOLDER)
     for file in source.folder.iterdir():
         require_regular(file)
     _json_object(config)

@@ -8,6 +8,7 @@ from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
+from lora_cli.base.text import positions, vocabulary
 from lora_cli.data.gate import Findings, Lengths, Weights
 from lora_cli.data.order import Order
 from lora_cli.data.packing import Groups
@@ -58,17 +59,17 @@ class PreparedData:
 
     def require_fit(self, config: Any, model: str) -> None:
         """Raises LoraError for an example that the model has no embeddings or no positions for."""
-        if self.summary.largest_id >= config.vocab_size:
+        if self.summary.largest_id >= vocabulary(config):
             raise LoraError(
                 "the tokenizer has tokens that the model does not", where=model, fix="use the model's own tokenizer"
             )
         longest, where = self.summary.longest
-        positions = getattr(config, "max_position_embeddings", None)
-        if positions and longest > positions:
+        seen = positions(config)
+        if seen and longest > seen:
             raise LoraError(
-                f"{longest} tokens, but {model} sees {positions} at most",
+                f"{longest} tokens, but {model} sees {seen} at most",
                 where=where,
-                fix=f"write data.max_seq_len: {positions}, with data.too_long: drop, truncate or split",
+                fix=f"write data.max_seq_len: {seen}, with data.too_long: drop, truncate or split",
             )
 
     def order(self, recipe: Recipe) -> Order:

@@ -17,6 +17,7 @@ from typing import Any
 import numpy as np
 from transformers import PreTrainedTokenizerBase
 
+from lora_cli.base.text import positions, vocabulary
 from lora_cli.data.example import Example
 from lora_cli.data.feed import split_by_length
 from lora_cli.data.gate import TOO_LONG_SHARE, Findings, Lengths, Weights, weight_range
@@ -102,10 +103,10 @@ class StreamFeed:
 
     def require_fit(self, config: Any, model: str) -> None:
         """Every window from now on must fit the model's vocabulary. Raises LoraError if max_seq_len is too long."""
-        positions = getattr(config, "max_position_embeddings", None)
-        if positions and self._recipe.data.max_seq_len > positions:
-            raise LoraError(f"max_seq_len is above what {model} sees", fix=f"write data.max_seq_len: {positions}")
-        self._largest_id = config.vocab_size - 1
+        seen = positions(config)
+        if seen and self._recipe.data.max_seq_len > seen:
+            raise LoraError(f"max_seq_len is above what {model} sees", fix=f"write data.max_seq_len: {seen}")
+        self._largest_id = vocabulary(config) - 1
         self._require_known_tokens()
 
     # ── steps ───────────────────────────────────────────────────────────────────────────────────────────────────

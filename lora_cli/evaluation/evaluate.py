@@ -9,6 +9,7 @@ from typing import Any
 
 from lora_cli.adapters.layer import adapters_disabled
 from lora_cli.adapters.opened import Opened, open_model
+from lora_cli.base.text import positions
 from lora_cli.data.batches import collate
 from lora_cli.data.columns import NEEDED, applicable, column_of
 from lora_cli.data.encode import target_bytes
@@ -73,7 +74,7 @@ def evaluate_model(
     opened = open_model(
         model, adapter, quantization=quantization, dtype=dtype, device=device, trust_remote_code=trust_remote_code
     )
-    longest = getattr(opened.model.config, "max_position_embeddings", None) or _DEFAULT_LENGTH
+    longest = positions(opened.model.config) or _DEFAULT_LENGTH
     if max_seq_len is not None and max_seq_len > longest:
         raise LoraError(
             f"--max-seq-len {max_seq_len} is above what the model can see ({longest})", fix=f"use {longest} or less"

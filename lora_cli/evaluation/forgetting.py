@@ -12,6 +12,7 @@ from torch import Tensor
 from transformers import PreTrainedTokenizerBase
 
 from lora_cli.adapters.layer import adapters_disabled
+from lora_cli.base.text import positions, vocabulary
 from lora_cli.data.chat import wants_bos
 from lora_cli.data.example import Example
 from lora_cli.errors import LoraError
@@ -42,9 +43,8 @@ def general_text(tokenizer: PreTrainedTokenizerBase, model: Any, path: Path | No
     text = _read(path) if path is not None else _own_text()
     backend: Any = tokenizer.backend_tokenizer
     ids = backend.encode(text, add_special_tokens=False).ids[:MOST_TOKENS]
-    config = model.config.get_text_config()
     unknown = sum(id == tokenizer.unk_token_id for id in ids)
-    if 2 * unknown > len(ids) or max(ids, default=0) >= config.vocab_size:
+    if 2 * unknown > len(ids) or max(ids, default=0) >= vocabulary(model.config):
         if path is None:
             return None
         raise LoraError(
@@ -58,7 +58,7 @@ def general_text(tokenizer: PreTrainedTokenizerBase, model: Any, path: Path | No
             where=str(path),
             fix=f"name a text of a page or more: {LEAST_TOKENS} tokens at least, up to {MOST_TOKENS} are used",
         )
-    length = min(WINDOW, getattr(config, "max_position_embeddings", None) or WINDOW)
+    length = min(WINDOW, positions(model.config) or WINDOW)
     start: list[int] = [tokenizer.bos_token_id] if wants_bos(tokenizer) else []  # type: ignore[list-item]
     step = length - len(start)
     rows = [start + ids[at : at + step] for at in range(0, len(ids), step)]

@@ -10,6 +10,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from lora_cli.base.cross_entropy import LogitRule, cross_entropy_of_each, linear_cross_entropy
+from lora_cli.base.text import text_config, vocabulary
 from lora_cli.data.batches import MicroBatch
 
 _rules: WeakKeyDictionary[Any, LogitRule | None] = WeakKeyDictionary()
@@ -55,15 +56,24 @@ def target_losses(model: Any, batch: MicroBatch) -> Tensor:
 
 
 def target_logits(model: Any, batch: MicroBatch) -> Tensor:
-    """Logits at the positions that predict a target, by the model's own code: (targets, vocabulary)."""
+    """Logits at the positions that predict a target, by the model's own code: (targets, vocabulary).
+
+    Where the head does not take the hidden state of each token, as ProphetNet's takes those of several streams, logits
+    of all tokens are made.
+    """
+    tokens = batch.inputs["input_ids"].shape
 
     def select(_head: Any, inputs: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
+        if inputs[0].shape[:-1] != tokens:
+            return inputs
         hidden = inputs[0].flatten(0, 1).index_select(0, batch.positions)  # (targets, hidden)
         return (hidden.unsqueeze(0), *inputs[1:])
 
     logits = _with_hook(model, select, batch.inputs).logits
-    assert logits.shape[:2] == (1, len(batch.targets)), "the output head did not make the logits"
-    return logits[0]
+    if logits.shape[:2] == (1, len(batch.targets)):
+        return logits[0]
+    assert logits.shape[:2] == tokens, "the model gives no logits for each token"
+    return logits.flatten(0, 1).index_select(0, batch.positions)
 
 
 def logit_rule(model: Any) -> LogitRule | None:
@@ -72,7 +82,7 @@ def logit_rule(model: Any) -> LogitRule | None:
     Then logits of all targets are made at once by the model's own code: right as well, but not as small.
     """
     if model not in _rules:
-        rule = _stated_rule(model.config.get_text_config())
+        rule = _stated_rule(text_config(model.config))
         _rules[model] = rule if _holds(model, rule) else None
     return _rules[model]
 
@@ -94,7 +104,7 @@ def _holds(model: Any, rule: LogitRule) -> bool:
         seen.append(inputs[0])
 
     device = model.get_input_embeddings().weight.device
-    ids = torch.arange(min(8, model.config.get_text_config().vocab_size), device=device)
+    ids = torch.arange(min(8, vocabulary(model.config)), device=device)
     training = model.training
     model.eval()
     try:

@@ -16,6 +16,7 @@ from transformers.pytorch_utils import Conv1D
 from lora_cli.base.device import free_memory_bytes
 from lora_cli.base.linear import dense_weight, is_quantized, stored_transposed
 from lora_cli.base.source import BaseSource
+from lora_cli.base.text import positions, vocabulary
 from lora_cli.base.weight_files import StoredTensor
 from lora_cli.merging.tensors import FLOATS
 
@@ -76,14 +77,13 @@ def comparison_tokens(source: Path, model: Any) -> tuple[Tensor, str]:
 
     No data file is opened and no hub asked; what was prepared for other data than the run's is not taken.
     """
-    vocabulary = model.config.get_text_config().vocab_size
-    longest = getattr(model.config.get_text_config(), "max_position_embeddings", None) or _MOST_TOKENS
+    longest = positions(model.config) or _MOST_TOKENS
     ids = _prepared_ids(source)[: min(_MOST_TOKENS, longest)]
-    if len(ids) > 1 and min(ids) >= 0 and max(ids) < vocabulary:
+    if len(ids) > 1 and min(ids) >= 0 and max(ids) < vocabulary(model.config):
         return torch.tensor([ids]), "of the run's own data"
     generator = torch.Generator().manual_seed(0)
     count = max(2, min(256, longest))
-    return torch.randint(vocabulary, (1, count), generator=generator), "drawn at random"
+    return torch.randint(vocabulary(model.config), (1, count), generator=generator), "drawn at random"
 
 
 def _prepared_ids(run: Path) -> list[int]:

@@ -23,8 +23,8 @@ from lora_cli.adapters.layer import LoRALinear, adapters_disabled, lora_layers
 from lora_cli.adapters.opened import Opened, adapter_folder, adapter_template, open_model
 from lora_cli.base.device import DTYPES
 from lora_cli.base.linear import dense_weight, features, is_quantized, stored_transposed, unquantized_layers
-from lora_cli.base.load import stored_quantization
 from lora_cli.base.source import BaseSource, find_base
+from lora_cli.base.stored import stored_quantization
 from lora_cli.base.weight_files import stored_tensors
 from lora_cli.data.chat import chat_template
 from lora_cli.errors import CheckFailed, LoraError

@@ -14,9 +14,10 @@ from rich.table import Table
 from rich.text import Text
 from transformers import PreTrainedTokenizerBase
 
-from lora_cli.adapters.targets import targets_of
-from lora_cli.base.load import load_tokenizer, model_config, skeleton_of
+from lora_cli.adapters.targets import not_adapted, targets_of
+from lora_cli.base.linear import features
 from lora_cli.base.source import BaseSource, find_base
+from lora_cli.base.stored import require_quantization
 from lora_cli.data.example import Example
 from lora_cli.data.gate import KINDS
 from lora_cli.data.prepare import prepare, require_rows
@@ -26,13 +27,17 @@ from lora_cli.data.report import data_lines, stream_lines
 from lora_cli.data.stream import StreamFeed
 from lora_cli.errors import LoraError
 from lora_cli.files import disk_errors
+from lora_cli.planning.skeleton import base_model
 from lora_cli.recipe import Recipe
 from lora_cli.screen import say_on, styled
 
 
 @dataclass(frozen=True)
 class Checked:
-    """What a recipe comes to. layers: how many the adapter matches; parameters: how many of its numbers are trained."""
+    """What a recipe comes to. layers: how many the adapter matches; parameters: how many of its numbers are trained.
+
+    left_out: parts of the model that are not text, for a person.
+    """
 
     recipe: Recipe
     source: BaseSource
@@ -41,6 +46,7 @@ class Checked:
     stream: StreamFeed | None
     layers: int
     parameters: int
+    left_out: list[str]
 
     def as_dict(self, show: int) -> dict[str, Any]:
         """For --json. Tokens are those of one epoch; a token counts as trained if it is a target of the loss."""
@@ -91,20 +97,22 @@ def check(recipe: Recipe, *, keep: bool = False) -> Checked:
     if keep and recipe.data.streaming:
         raise LoraError("--prepare keeps prepared tokens, but data.streaming keeps none", fix="remove one of them")
     source = find_base(recipe.base_model, recipe.revision, trust_remote_code=recipe.trust_remote_code)
-    tokenizer = load_tokenizer(source, trust_remote_code=recipe.trust_remote_code)
-    config = model_config(source, recipe.trust_remote_code)
-    model = skeleton_of(source, config, recipe.trust_remote_code)
+    require_quantization(source, recipe.quantization)
+    base = base_model(source, trust_remote_code=recipe.trust_remote_code)
+    tokenizer, config, model = base.tokenizer, base.config, base.skeleton
     # Which outputs of a fused layer are q or v is asked of a model that computes: here all projections are looked for.
     adapter = recipe.adapter.model_copy(update={"projections": ["q", "k", "v", "o"]})
     targets = targets_of(model, adapter)
-    shapes = {name: module.weight.shape for name, module in model.named_modules() if hasattr(module, "weight")}
     data = prepare(recipe, tokenizer, keep=keep, inspect=True)
     data.require_fit(config, source.name)
-    parameters = sum(target.rank * sum(shapes[target.name]) for target in targets)
+    parameters = sum(target.rank * sum(features(model.get_submodule(target.name))) for target in targets)
+    base.require_causal()
+    if recipe.data.packing and base.packing_refused is not None:
+        raise base.packing_refused
     stream = StreamFeed(recipe, tokenizer) if recipe.data.streaming else None
     if stream is not None:
         stream.require_fit(config, source.name)
-    return Checked(recipe, source, tokenizer, data, stream, len(targets), parameters)
+    return Checked(recipe, source, tokenizer, data, stream, len(targets), parameters, not_adapted(model))
 
 
 def write_page(checked: Checked, path: Path, show: int) -> None:
@@ -173,6 +181,7 @@ def _lines(checked: Checked) -> list[tuple[str, str]]:
     lines = [
         ("model", f"{checked.recipe.base_model} ({checked.source.config.get('model_type')})"),
         ("adapter", adapter),
+        *(("", line) for line in checked.left_out),
     ]
     data, recipe = checked.data, checked.recipe
     told = data_lines(data, recipe) if checked.stream is None else stream_lines(checked.stream, data, recipe)

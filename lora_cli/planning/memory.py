@@ -13,6 +13,7 @@ from lora_cli.adapters.targets import block_lists, linear_layers
 from lora_cli.base.cross_entropy import CHUNK_BYTES
 from lora_cli.base.linear import features, is_linear
 from lora_cli.base.recompute import is_gated, is_rms_norm
+from lora_cli.base.text import hidden_size, largest, text_config, vocabulary
 from lora_cli.errors import LoraError
 
 GIB = 2**30
@@ -127,20 +128,20 @@ def shape_of(model: Any, ranks: dict[str, int], *, on_cpu: bool = False) -> Mode
     sizes = {name: features(module) for name, module in linear.items()}
     quantizable = sum(a * b for a, b in sizes.values() if not (on_cpu and a % 64))
     total = sum(parameter.numel() for parameter in model.parameters())
-    config = model.config.get_text_config()
+    config, width = text_config(model.config), hidden_size(model)
     names = [name for outer in block_lists(model) for name in _children(model, outer)]
     activation = getattr(config, "hidden_act", None) or getattr(config, "activation_function", None)
     extra = _KEPT_BY_ACTIVATION.get(str(activation), 0)
-    experts = getattr(config, "num_experts_per_tok", None) or 0
-    blocks = [_block(model.get_submodule(name), config.hidden_size, set(ranks), name, extra, experts) for name in names]
+    experts = largest(model.config, "num_experts_per_tok") or 0
+    blocks = [_block(model.get_submodule(name), width, set(ranks), name, extra, experts) for name in names]
     return ModelShape(
         quantizable=quantizable,
         other=total - quantizable,
         largest_layer=max((a * b for a, b in sizes.values()), default=0),
         adapter=sum(rank * sum(sizes[name]) for name, rank in ranks.items()),
-        vocabulary=config.vocab_size,
-        hidden=config.hidden_size,
-        heads=getattr(config, "num_attention_heads", None) or 1,
+        vocabulary=vocabulary(model.config),
+        hidden=width,
+        heads=largest(model.config, "num_attention_heads") or 1,
         blocks=tuple(blocks),
     )
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+from collections.abc import Callable
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
@@ -12,15 +13,17 @@ import torch
 from transformers import AutoModelForCausalLM, PreTrainedTokenizerBase
 
 from lora_cli.base.attention import attention_implementation
-from lora_cli.base.load import load_tokenizer, model_config, skeleton_of, stored_quantization
+from lora_cli.base.load import load_tokenizer, model_config, skeleton_of
 from lora_cli.base.source import BaseSource, find_base
+from lora_cli.base.stored import require_trainable, stored_quantization
+from lora_cli.base.text import positions, text_config
 from lora_cli.errors import LoraError
-from lora_cli.evaluation.packing_check import require_no_leak
+from lora_cli.evaluation.trials import require_causal, require_no_leak
 
 # Configuration and tokenizer. The weights of a hub model stay there until it is trained.
 _LIGHT = ["*.json", "*.txt", "*.model", "*.jinja", "tokenizer*"]
 _HEAVY = ["*.safetensors", "original/*", "onnx/*", "openvino/*", "*.bin", "*.pth", "*.gguf"]
-_TRIED_PARAMETERS = 300_000_000  # of the largest block that is made to see whether examples can share a row
+_TRIED_PARAMETERS = 300_000_000  # of the largest model of one block of each kind that is made to be tried
 
 
 @dataclass(frozen=True)
@@ -40,36 +43,54 @@ class BaseModel:
     @property
     def positions(self) -> int | None:
         """The longest example that the model can see, in tokens."""
-        return getattr(self.config, "max_position_embeddings", None)
+        return positions(self.config)
 
-    @cached_property
+    @property
     def packs(self) -> bool:
         """Whether examples can share a row, tried on one random block of each kind; training tries it on the model."""
-        config = copy.deepcopy(self.config)
-        kinds = getattr(config, "layer_types", None)
-        if kinds:
-            config.layer_types = list(dict.fromkeys(kinds))
-        config.num_hidden_layers = len(config.layer_types) if kinds else 1
-        config.vocab_size = min(config.vocab_size, 64)
-        config.pad_token_id = config.bos_token_id = config.eos_token_id = None
-        for name in ("num_experts", "num_local_experts", "n_routed_experts"):
-            if getattr(config, name, None):
-                setattr(config, name, min(getattr(config, name), 8))
+        return self.packing_refused is None
+
+    @cached_property
+    def packing_refused(self) -> LoraError | None:
+        """What training would say of packed rows; None where it packs, or cannot be tried without the weights."""
+        return self._tried(require_no_leak)
+
+    def require_causal(self) -> None:
+        """Raises LoraError, as training does, if a token sees those after it."""
+        refused = self._tried(require_causal)
+        if refused is not None:
+            raise refused
+
+    def _tried(self, trial: Callable[..., None]) -> LoraError | None:
+        if self._sample is None:
+            return None
         try:
-            with torch.device("meta"):
-                parameters = sum(p.numel() for p in self._made_from(config).parameters())
-            if parameters > _TRIED_PARAMETERS:
-                return True
-            with torch.random.fork_rng(devices=[]):
-                torch.manual_seed(0)
-                model = self._made_from(config)
-        except Exception:  # what a cut configuration makes of code that is not ours
-            return True
-        try:
-            require_no_leak(model, torch.device("cpu"))
-        except LoraError:
-            return False
-        return True
+            trial(self._sample, torch.device("cpu"), name=type(self.skeleton).__name__)
+        except LoraError as error:
+            return error
+        return None
+
+    @cached_property
+    def _sample(self) -> Any:
+        """The language model with random weights and one block of each kind; None where that cannot be made."""
+        text = text_config(self.config)
+        for config in (_cut(text), text):
+            is_whole = config is text
+            try:
+                with torch.device("meta"):
+                    parameters = sum(p.numel() for p in self._made_from(config).parameters())
+                if parameters > _TRIED_PARAMETERS:
+                    continue
+                with torch.random.fork_rng(devices=[]):
+                    torch.manual_seed(0)
+                    model = self._made_from(config).eval()
+                if not is_whole:
+                    with torch.no_grad():
+                        model(input_ids=torch.arange(8)[None], use_cache=False)
+                return model
+            except Exception:  # what a cut configuration makes of code that is not ours
+                continue
+        return None
 
     def _made_from(self, config: Any) -> Any:
         return AutoModelForCausalLM.from_config(
@@ -80,20 +101,39 @@ class BaseModel:
         )
 
 
+def _cut(config: Any) -> Any:
+    """The configuration of a small model: one block of each kind, few tokens, few experts."""
+    small = copy.deepcopy(config)
+    kinds = getattr(small, "layer_types", None)
+    try:
+        if kinds:
+            small.layer_types = list(dict.fromkeys(kinds))
+        small.num_hidden_layers = len(small.layer_types) if kinds else 1
+        small.vocab_size = min(small.vocab_size, 64)
+        small.pad_token_id = small.bos_token_id = small.eos_token_id = None
+        for name in ("num_experts", "num_local_experts", "n_routed_experts"):
+            if getattr(small, name, None):
+                setattr(small, name, min(getattr(small, name), 8))
+    except Exception:  # a configuration that checks what is set, or has no such numbers
+        return config
+    return small
+
+
 def look_at_model(name: str, *, trust_remote_code: bool = False) -> BaseModel:
-    """Raises LoraError, as loading it would, if it is missing, no causal language model, or has no usable tokenizer."""
+    """Raises LoraError, as training would, if it is missing, no causal language model, or cannot be trained on."""
     source = _without_weights(name, trust_remote_code)
+    require_trainable(source)
+    base = base_model(source, trust_remote_code=trust_remote_code)
+    base.require_causal()
+    return base
+
+
+def base_model(source: BaseSource, *, trust_remote_code: bool = False) -> BaseModel:
+    """Raises LoraError, as loading it would, if it is no causal language model, or has no usable tokenizer."""
     tokenizer = load_tokenizer(source, trust_remote_code=trust_remote_code)
     config = model_config(source, trust_remote_code)
     skeleton = skeleton_of(source, config, trust_remote_code)
-    kind = stored_quantization(source)
-    if kind not in (None, "nf4", "int8"):
-        raise LoraError(
-            f"the checkpoint is already quantized ({kind}), which cannot be trained on",
-            where=str(source.folder),
-            fix="use the unquantized model",
-        )
-    return BaseModel(source, tokenizer, config, skeleton, kind, trust_remote_code)
+    return BaseModel(source, tokenizer, config, skeleton, stored_quantization(source), trust_remote_code)
 
 
 def _without_weights(name: str, trust_remote_code: bool) -> BaseSource:

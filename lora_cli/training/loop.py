@@ -18,6 +18,7 @@ from torch import nn
 
 from lora_cli.adapters.attach import adapter_parameters
 from lora_cli.base.device import peak_memory_bytes, reserved_memory_bytes, reset_peak_memory
+from lora_cli.base.text import vocabulary
 from lora_cli.data.example import Example
 from lora_cli.errors import CheckFailed, DiskError, Interrupted, LoraError
 from lora_cli.evaluation.perplexity import EvaluationStopped
@@ -184,7 +185,7 @@ class Run:
             what_is_wrong,
             mean,
             first_loss=self.state.first_loss,
-            vocabulary=self.session.model.config.get_text_config().vocab_size,
+            vocabulary=vocabulary(self.session.model.config),
             scaled=self.scaler.is_enabled() and self.scaler.get_scale() > 1,
         )
         norm, wrong = None, is_wrong(None)

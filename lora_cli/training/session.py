@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -17,7 +17,7 @@ from transformers import PreTrainedTokenizerBase
 
 from lora_cli.adapters.attach import adapter_parameters, attach
 from lora_cli.adapters.layer import LoRALinear, cast_once, dropout_keys
-from lora_cli.adapters.targets import block_lists, targets_of
+from lora_cli.adapters.targets import block_lists, not_adapted, targets_of
 from lora_cli.base.activations import ActivationPlan, follow, measured, plan_activations, to_pinned_memory
 from lora_cli.base.attention import packed_attention_name
 from lora_cli.base.compiled import compile_blocks
@@ -29,11 +29,13 @@ from lora_cli.base.device import (
     pick_dtype,
     share_one_heap,
 )
-from lora_cli.base.linear import quantized_bytes, unquantized_layers
+from lora_cli.base.linear import holds_nf4_values, quantized_bytes, unquantized_layers
 from lora_cli.base.load import load_model, load_tokenizer
 from lora_cli.base.recompute import keep_inputs_alone
 from lora_cli.base.sharding import frozen_bytes, require_shardable, shard_base
 from lora_cli.base.source import BaseSource, find_base
+from lora_cli.base.stored import require_quantization, stored_quantization
+from lora_cli.base.text import hidden_size, vocabulary
 from lora_cli.data.batches import collate
 from lora_cli.data.example import Example
 from lora_cli.data.feed import IndexedFeed
@@ -45,7 +47,7 @@ from lora_cli.data.stream import StreamFeed
 from lora_cli.errors import LoraError
 from lora_cli.evaluation.forgetting import GeneralText, general_text
 from lora_cli.evaluation.loss import logit_rule, summed_loss
-from lora_cli.evaluation.packing_check import require_no_leak
+from lora_cli.evaluation.trials import require_causal, require_no_leak
 from lora_cli.files import human_bytes, require_space
 from lora_cli.recipe import Recipe
 from lora_cli.screen import say_on
@@ -119,6 +121,7 @@ def open_session(recipe: Recipe, console: Console) -> Session:
     if recipe.train.shard_base:
         require_shardable(PartialState().num_processes)
     source = find_base(recipe.base_model, recipe.revision, trust_remote_code=recipe.trust_remote_code)
+    require_quantization(source, recipe.quantization)
     tokenizer = load_tokenizer(source, trust_remote_code=recipe.trust_remote_code)
     with PartialState().main_process_first():  # the others then find it prepared
         data = prepare(recipe, tokenizer, keep=True)
@@ -149,13 +152,14 @@ def open_session(recipe: Recipe, console: Console) -> Session:
     layers = attach_from_recipe(model, recipe)
     held = human_bytes(quantized_bytes(model))
     say(f"         compute in {str(dtype).removeprefix('torch.')} ({reason}), {held} held")
-    if recipe.quantization == "nf4" and (plain := unquantized_layers(model)):
-        say(f"         {len(plain)} layers stay unquantized: bitsandbytes computes their size wrongly on a CPU")
+    for line in _other_layers(model, recipe, source):
+        say(f"         {line}")
     blocks = [block for name in block_lists(model) for block in model.get_submodule(name)]
     if not recipe.train.compile:
         keep_inputs_alone(model)
     if recipe.train.shard_base:
         say(f"         {_spread(model, blocks, device)}")
+    require_causal(model, device)
     side_by_side = _layout(model, recipe, device, say)
     trained = sum(parameter.numel() for parameter in adapter_parameters(model))
     say(f"adapter  {len(layers)} layers, {trained:,} trained parameters")
@@ -177,6 +181,18 @@ def open_session(recipe: Recipe, console: Console) -> Session:
     require_space(Path(recipe.output), needed, "the run (adapter and checkpoints)")
     say(f"disk     up to {human_bytes(needed)} in {recipe.output}")
     return session
+
+
+def _other_layers(model: Any, recipe: Recipe, source: BaseSource) -> Iterator[str]:
+    """What is to be known of layers that are not adapted, or not held as the recipe says."""
+    held = sum(holds_nf4_values(module) for module in model.modules())
+    if held:
+        where = str(model.dtype).removeprefix("torch.")
+        yield f"{held} layers hold their NF4 values in {where}: bitsandbytes computes their size wrongly on a CPU"
+    if recipe.quantization != "none" and (plain := unquantized_layers(model)):
+        kept = "the checkpoint stores" if stored_quantization(source) else "transformers keeps"
+        yield f"{len(plain)} layers stay unquantized, as {kept} them"
+    yield from not_adapted(model)
 
 
 def _spread(model: Any, blocks: Sequence[nn.Module], device: torch.device) -> str:
@@ -217,7 +233,7 @@ def _plan_activations(
             "train.offload_activations: on a CPU activations are in host memory already",
             fix="remove it, or use gradient_checkpointing: full",
         )
-    ids = np.arange(_SAMPLE_TOKENS) % model.config.get_text_config().vocab_size
+    ids = np.arange(_SAMPLE_TOKENS) % vocabulary(model.config)
     sample = [Example(ids, [(1, _SAMPLE_TOKENS, 1.0)])]
     batch = lay_out(sample, dropout=(0, 0))
     training = model.training
@@ -233,7 +249,7 @@ def _plan_activations(
                 fix="write train.compile: false, or see whether a C++ compiler (g++) is missing",
             ) from error
     model.train(training)
-    hidden = model.config.get_text_config().hidden_size * torch.finfo(model.dtype).bits // 8
+    hidden = hidden_size(model) * torch.finfo(model.dtype).bits // 8
     budget = train.activation_memory and train.activation_memory * 2**30
     plan = plan_activations(
         train.gradient_checkpointing,

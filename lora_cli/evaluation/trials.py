@@ -1,0 +1,190 @@
+"""What an architecture must do before it is trained, tried on the model itself: see only the past, keep examples apart.
+
+The model that was loaded is asked, not a list of architectures. Rounding is told from a leak by what the same model
+does where it may look: in fp32 sums are equal to 1e-5 or so, in 16 bits a router of experts may choose another one.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from lora_cli.base.attention import packed_inputs
+from lora_cli.base.text import positions, text_config, vocabulary
+from lora_cli.errors import LoraError
+
+_FP32 = 1e-3  # deviations of the logits, between one kernel and another; rounding makes 1e-6 to 1e-5 of them
+_ROUNDING_SHARE = 0.25  # of what a leak changes, that 16-bit rounding may change between one kernel and another
+# Between two runs of the same kernels on the same shapes most is bit for bit. Where it is not, because the whole batch
+# decides over the rounding of a token (by experts), a share of what a leak changes.
+_SAME_FP32 = 1e-4
+_SAME_SHARE, _SAME_SHARE_BY_BATCH = 1e-3, 0.05
+_CAUSAL_TOKENS = 24
+_LENGTHS = (7, 40, 5)  # of examples on one row, in tokens, of a model that sees so many; one is not tiny
+
+
+def require_causal(model: Any, device: torch.device, *, name: str | None = None) -> None:
+    """Raises LoraError if a token's prediction sees tokens after it, or logits are NaN. name: of the model, in errors.
+
+    Such a model would be trained to repeat what it sees; encoders such as BERT are among transformers' causal models.
+    """
+    name = name or type(model).__name__
+    with _evaluating(model):
+        earlier, last, deviation = _seen_from_before(model, device, name)
+    most = earlier.max().item()
+    everywhere = not _batch_decides(model) and (earlier > 0).float().mean() > 0.5
+    if most > _limit(model, last, deviation) or everywhere:
+        moved = f"when the last token of a row changes, logits before it move by {most / deviation:.2g} deviations"
+        hint = ""
+        if getattr(text_config(model.config), "is_decoder", None) is False:
+            hint = "; if this checkpoint was trained to predict the next token, write is_decoder: true in config.json"
+        raise LoraError(
+            f"{name} is not causal: it sees the tokens that it is to predict",
+            details=[moved],
+            fix=f"choose a decoder-only model, such as Llama, Qwen, Gemma or GPT-2{hint}",
+        )
+
+
+def require_no_leak(model: Any, device: torch.device, *, name: str | None = None) -> None:
+    """Raises LoraError if this architecture cannot keep packed examples apart, or cannot compute packed rows at all."""
+    name = name or type(model).__name__
+    with _evaluating(model):
+        difference, leaking = packing_difference(model, device, name)
+        moved, most = (0.0, 0.0) if model.dtype == torch.float32 else _seen_from_beside(model, device, name)
+    limit = _FP32 if model.dtype == torch.float32 else _ROUNDING_SHARE * leaking
+    reason = f"packed, logits differ by {difference:.2g} standard deviations; with a leak by {leaking:.2g}"
+    if difference < limit and moved > _limit(model, most, 0.0):
+        reason = f"another first example moves the logits of the next ones by {moved / most:.2%} of what a leak does"
+        limit = 0.0
+    if not difference < limit:
+        raise LoraError(
+            f"{name} does not keep packed examples apart", details=[reason], fix="write data.packing: false"
+        )
+
+
+@torch.no_grad()
+def packing_difference(model: Any, device: torch.device, name: str = "the model") -> tuple[float, float]:
+    """Largest difference of a logit from each example alone: (packed, leaking), in deviations of the logits.
+
+    leaking is the yardstick: the same row read as one example, where the second sees the first and its positions do
+    not start at zero. Packed as it should be, only rounding is left: about 1e-6 in fp32, 1e-2 in bf16.
+    """
+    examples = _examples(model, device)
+    alone = torch.cat([_logits(model, example, f"{name} cannot compute a row of text") for example in examples])
+    packed, leaking = _packed(model, examples, name), _logits(model, torch.cat(examples), name)
+
+    def difference(logits: Tensor) -> float:
+        return ((logits - alone).abs().max() / alone.std()).item()
+
+    return difference(packed), difference(leaking)
+
+
+@torch.no_grad()
+def _seen_from_before(model: Any, device: torch.device, name: str) -> tuple[Tensor, float, float]:
+    """As the last of some tokens changes: (changes of the logits before it, change at itself, deviation of all).
+
+    Three changes, each in a run of its own. A token that rounding sends to other experts moves in one of them, one that
+    sees the last token in all: for each the smallest change counts.
+    """
+    row = _tokens(model, min(_CAUSAL_TOKENS, positions(model.config) or _CAUSAL_TOKENS), 0)
+    others = [token for token in _tokens(model, 64, 1).unique() if token != row[-1]][:3]
+    rows = [torch.cat([row[:-1], last[None]]).to(device) for last in (row[-1], *others)]
+    own, *changed = (_logits(model, each, f"{name} cannot compute a row of text") for each in rows)
+    if own.isnan().any():
+        raise LoraError(
+            f"{name} computes NaN in {str(model.dtype).removeprefix('torch.')}",
+            fix="write dtype: fp32, or bf16 on a device that has it; if that changes nothing, download the model again",
+        )
+    moved = torch.stack([(logits - own).abs().amax(-1) for logits in changed])  # (changes, tokens)
+    return moved[:, :-1].amin(0), moved[:, -1].median().item(), own.std().item()
+
+
+@torch.no_grad()
+def _seen_from_beside(model: Any, device: torch.device, name: str) -> tuple[float, float]:
+    """Largest change of a logit as the first example on the row changes: (packed, leaking).
+
+    It finds what `packing_difference` cannot in 16 bits: a few recurrent layers that go on through all examples while
+    attention keeps them apart.
+    """
+    examples = _examples(model, device)
+    first = len(examples[0])
+    changed = [[_tokens(model, first, seed).to(device), *examples[1:]] for seed in (2, 3)]
+
+    def moved(compute: Any) -> float:
+        own = compute(examples)[first:]
+        by_token = [(compute(each)[first:] - own).abs().amax(-1) for each in changed]
+        return torch.stack(by_token).amin(0).max().item()
+
+    packed = moved(lambda each: _packed(model, each, name))
+    return packed, moved(lambda each: _logits(model, torch.cat(each), name))
+
+
+def _packed(model: Any, examples: list[Tensor], name: str) -> Tensor:
+    """(tokens, vocabulary), fp32."""
+    inputs = packed_inputs([len(example) for example in examples], examples[0].device)
+    fix = "write data.packing: false"
+    return _logits_of(
+        model, f"{name} cannot compute packed rows", fix, input_ids=torch.cat(examples).unsqueeze(0), **inputs
+    )[0]
+
+
+def _logits(model: Any, ids: Tensor, failed: str) -> Tensor:
+    """(tokens, vocabulary) of one row, fp32."""
+    return _logits_of(model, failed, input_ids=ids.unsqueeze(0))[0]
+
+
+def _logits_of(model: Any, failed: str, fix: str | None = None, **inputs: Any) -> Tensor:
+    """(rows, tokens, vocabulary), fp32. What the model's code raises becomes a LoraError under its own name."""
+    try:
+        return model(**inputs, use_cache=False).logits.float()
+    except torch.OutOfMemoryError:
+        raise
+    except Exception as error:  # any architecture's own code
+        said = (str(error).strip() or type(error).__name__).splitlines()[0][:200]
+        raise LoraError(
+            f"{failed}: {type(error).__name__}: {said}", fix=fix or "upgrade transformers, or choose another model"
+        ) from error
+
+
+def _limit(model: Any, leak: float, deviation: float) -> float:
+    """The largest change of a logit that is rounding. leak: what a leak changes; deviation: of the logits."""
+    if model.dtype == torch.float32:
+        return _SAME_FP32 * deviation
+    return leak * (_SAME_SHARE_BY_BATCH if _batch_decides(model) else _SAME_SHARE)
+
+
+def _batch_decides(model: Any) -> bool:
+    """Whether what is computed of a token may be rounded by what else is in the batch."""
+    kinds = {type(module).__name__.lower() for module in model.modules()}
+    return any(word in kind for kind in kinds for word in ("expert", "moe", "router"))
+
+
+def _examples(model: Any, device: torch.device) -> list[Tensor]:
+    seen = positions(model.config) or sum(_LENGTHS)
+    lengths = [max(2, length * min(seen, sum(_LENGTHS)) // sum(_LENGTHS)) for length in _LENGTHS]
+    return list(_tokens(model, sum(lengths), 0).to(device).split(lengths))
+
+
+def _tokens(model: Any, count: int, seed: int) -> Tensor:
+    """(count,) of random ordinary tokens: not those that stand for pictures, or for padding."""
+    marks: set[Any] = set()
+    for config in (model.config, text_config(model.config)):
+        named = [getattr(config, key, None) for key in vars(config) if key.endswith(("_token_id", "_token_index"))]
+        marks.update(mark for each in named for mark in (each if isinstance(each, list) else [each]))
+    ordinary = [id for id in range(min(vocabulary(model.config), 4096)) if id not in marks]
+    drawn = torch.randint(len(ordinary), (count,), generator=torch.Generator().manual_seed(seed))
+    return torch.tensor(ordinary)[drawn]
+
+
+@contextmanager
+def _evaluating(model: Any) -> Iterator[None]:
+    training = model.training
+    model.eval()
+    try:
+        yield
+    finally:
+        model.train(training)
