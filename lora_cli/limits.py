@@ -20,6 +20,20 @@ TEMPLATE_WIDTH = 10_000  # of a number that sets how long a text becomes: center
 TEMPLATE_BITS = 1 << 17  # of a whole number: 10**10**10 has 33 billion
 
 
+# ── recipes (recipe_yaml.py) ────────────────────────────────────────────────────────────────────────────────────
+RECIPE_BYTES = 256 << 10  # every layer of the largest models can be named in that
+RECIPE_LEVELS = 16  # sections, lists and values inside each other; the deepest setting has 4
+RECIPE_VALUES = 10_000  # keys and values; the largest model known has 7,000 layers that can be named
+RECIPE_DIGITS = 100  # of a value that YAML reads as a number or date
+RECIPE_SUGGESTIONS = 100  # problems for which a similar key is looked for; 50 are shown
+
+# ── regular expressions (adapters/patterns.py) ──────────────────────────────────────────────────────────────────
+PATTERN_CHARACTERS = 10_000  # 100 names joined by | have 3,000
+PATTERN_REPEATS = 1_000  # all counts such as {1,3} multiplied: they are written out when a pattern is compiled
+PATTERN_SECONDS = 2.0  # for one pattern on all names together; an honest one takes microseconds
+PATTERNS_SECONDS = 6.0  # for all patterns of one file
+
+
 class LimitReached(LoraError):
     """Foreign input asked for more than a limit allows. It stops a run, also where other faults of a row are findings:
     every further row might take as long."""

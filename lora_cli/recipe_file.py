@@ -13,10 +13,11 @@ from typing import Any
 
 import yaml
 
+from lora_cli import limits
 from lora_cli.errors import LoraError, RecipeErrors
 from lora_cli.recipe import NUMBER, PATHS, Recipe
 from lora_cli.recipe_problems import describe, validate
-from lora_cli.recipe_yaml import NO_VALUE, KeyPath, Positions, place_of, read_recipe_yaml, where_of
+from lora_cli.recipe_yaml import NO_VALUE, KeyPath, Positions, parse_value, place_of, read_recipe_yaml, where_of
 
 _DEEPEST = 255  # parts of a path; the standard library makes missing folders by recursion
 
@@ -101,16 +102,20 @@ def _leaves(values: dict[str, Any], at: KeyPath = ()) -> list[tuple[KeyPath, Any
 _VARIABLE = re.compile(r"\$(?:(\w+)|\{(\w+)\}|\$)")  # $NAME, ${NAME}; $$ is a dollar sign
 
 
+# In names of variables whose value is not for the recipe, report and manifests that people share
+_SECRET = re.compile(r"TOKEN|KEY|SECRET|PASS(?:WORD|WD|PHRASE)?(?:_|$)|CREDENTIAL|AUTH(?!OR)|COOKIE", re.IGNORECASE)
+
+
 def _apply_override(values: dict[str, Any], override: str) -> KeyPath:
     name, equals, text = override.partition("=")
     key = tuple(name.strip().split("."))
-    if not equals or not all(key):
+    if not equals or not all(key) or len(key) > limits.RECIPE_LEVELS:
         raise LoraError(
             f"--set {override} is not of the form key.path=value", fix="for example --set train.learning_rate=1e-4"
         )
     try:
-        value = yaml.safe_load(text)
-    except (yaml.YAMLError, RecursionError, *NO_VALUE):
+        value = parse_value(text, f"--set {name.strip()}")
+    except (yaml.YAMLError, *NO_VALUE):
         raise LoraError(f"--set {override}: the value is not valid YAML", fix="quote it") from None
     at = values
     for part in key[:-1]:
@@ -156,6 +161,11 @@ def _resolve_path(
 ) -> list[LoraError]:
     value = section[name]
     variables = [found[1] or found[2] for found in _VARIABLE.finditer(value)]
+    secret = next((each for each in variables if each and _SECRET.search(each)), None)
+    if secret:
+        what = f"{'.'.join(key)}: the environment variable {secret} may hold a secret, and paths are written into files"
+        fix = "use another variable, or write $$ for a dollar sign"
+        return [LoraError(what, where=where_of(key, positions, file), fix=fix)]
     unset = [variable for variable in variables if variable and variable not in os.environ]
     if unset:
         what = f"{'.'.join(key)}: the environment variable {unset[0]} is not set"

@@ -9,6 +9,7 @@ from typing import Any
 
 from pydantic import BaseModel, ValidationError
 
+from lora_cli import limits
 from lora_cli.contradictions import contradictions
 from lora_cli.errors import LoraError
 from lora_cli.recipe import Recipe, SourceRecipe, all_keys, section_of
@@ -30,7 +31,10 @@ def validate(values: dict[str, Any], positions: Positions, file: str) -> tuple[R
             if _is_source(key) and any(other[: len(key)] == key for other in by_key if other != key)
         ]:
             del by_key[key]  # what is wrong inside a source says more than that it is no fraction either
-        problems = [_problem(key, found, values, positions, file) for key, found in by_key.items()]
+        problems = [
+            _problem(key, found, values, positions, file, suggest=at < limits.RECIPE_SUGGESTIONS)
+            for at, (key, found) in enumerate(by_key.items())
+        ]
         recipe = _without(values, by_key)  # what is right can still contradict itself
     if recipe is not None:
         for key_text, what, fix in contradictions(recipe):
@@ -72,10 +76,12 @@ def _without(values: dict[str, Any], keys: Any) -> Recipe | None:
         return None
 
 
-def _problem(key: KeyPath, found: list[Any], values: dict[str, Any], positions: Positions, file: str) -> LoraError:
+def _problem(
+    key: KeyPath, found: list[Any], values: dict[str, Any], positions: Positions, file: str, *, suggest: bool
+) -> LoraError:
     name, where, kind = ".".join(key), where_of(key, positions, file), found[0]["type"]
     if kind == "extra_forbidden":
-        return LoraError(f"unknown key {name}", where=where, fix=_suggest(key))
+        return LoraError(f"unknown key {name}", where=where, fix=_suggest(key) if suggest else None)
     if kind == "missing":
         return LoraError(f"{name} is missing", where=where, fix=f"add it: {describe(key)}")
     value = found[0]["input"]
@@ -169,6 +175,7 @@ def _suggest(key: KeyPath) -> str:
     model = SourceRecipe if _is_source(key) else section_of(section.annotation) if section else Recipe
     here = list(model.model_fields) if model else []
     everywhere = {leaf: path for path in all_keys() if (leaf := path[-1])}
+    key = (*key[:-1], key[-1][:80])  # looking for what is similar takes the square of the length
     near_here = difflib.get_close_matches(key[-1], here, n=1, cutoff=0.6)
     if near_here:
         return f"did you mean {'.'.join((*key[:-1], near_here[0]))}?"

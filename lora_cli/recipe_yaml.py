@@ -11,10 +11,10 @@ from typing import Any
 
 import yaml
 
+from lora_cli import limits
 from lora_cli.errors import LoraError
 from lora_cli.files import human_bytes, require_regular
 
-_LARGEST_RECIPE = 256 << 10  # bytes; every layer of the largest models can be named in that
 # What PyYAML lets through of a value that looks like a date or is tagged as a number, and is none
 NO_VALUE = (ValueError, LookupError, TypeError, AttributeError)
 
@@ -22,11 +22,64 @@ KeyPath = tuple[str, ...]
 Positions = dict[KeyPath, str]  # where a key stands, such as "run.yaml:3:5" or "--set train.seed"
 
 
+class _Loader(yaml.SafeLoader):
+    """YAML without what a recipe does not need and what makes a small file a large value: aliases and merge keys.
+
+    file: for messages. Raises LoraError where a recipe goes beyond limits.py, before it takes time or memory.
+    """
+
+    def __init__(self, text: str, file: str):
+        super().__init__(text)
+        self._file = file
+        self._levels = self._values = 0
+
+    def fetch_flow_collection_start(self, TokenClass: Any) -> None:
+        if self.flow_level > limits.RECIPE_LEVELS:  # scanning takes longer with each level, before anything is composed
+            raise self._refused("this is nested too deeply", _FLAT, self.get_mark())
+        super().fetch_flow_collection_start(TokenClass)
+
+    def compose_node(self, parent: Any, index: Any) -> Any:
+        event: Any = self.peek_event()
+        self._values += 1
+        if self._values > limits.RECIPE_VALUES:
+            what = f"there are more than {limits.RECIPE_VALUES:,} keys and values"
+            raise self._refused(what, "check the path; a recipe is a page of YAML", event.start_mark)
+        if isinstance(event, yaml.AliasEvent):
+            what = f"a recipe has no aliases (*{str(event.anchor)[:40]})"
+            raise self._refused(what, "write out the value that it stands for", event.start_mark)
+        if self._levels > limits.RECIPE_LEVELS:
+            raise self._refused("this is nested too deeply", _FLAT, event.start_mark)
+        self._levels += 1
+        node: Any = super().compose_node(parent, index)
+        self._levels -= 1
+        if isinstance(node, yaml.ScalarNode):
+            if node.tag == "tag:yaml.org,2002:merge":
+                raise self._refused("a recipe has no merge keys (<<)", "write the keys out", node.start_mark)
+            if node.tag != "tag:yaml.org,2002:str" and len(node.value) > limits.RECIPE_DIGITS:
+                raise self._refused("this number is too long", "put it in quotes if it is text", node.start_mark)
+        return node
+
+    def _refused(self, what: str, fix: str, mark: Any) -> LoraError:
+        return LoraError(what, where=f"{self._file}:{mark.line + 1}:{mark.column + 1}", fix=fix)
+
+
+_FLAT = "a recipe has sections and keys in them, no deeper levels"
+
+
+def parse_value(text: str, where: str) -> Any:
+    """The value that a line of YAML means, as on the right of --set. Raises LoraError, YAMLError or NO_VALUE."""
+    loader = _Loader(text, where)
+    try:
+        return loader.get_single_data()
+    finally:
+        loader.dispose()
+
+
 def read_recipe_yaml(path: Path) -> tuple[dict[str, Any], Positions, list[LoraError]]:
     """Values, where each key stands, and keys that stand twice. Raises LoraError for what cannot be read at all."""
     text = _text_of(path)
     try:
-        loader = yaml.SafeLoader(text)
+        loader = _Loader(text, str(path))
         node = loader.get_single_node()
         if node is None:
             raise LoraError("the recipe is empty", where=str(path), fix="start from one of configs/*.yaml")
@@ -51,12 +104,6 @@ def read_recipe_yaml(path: Path) -> tuple[dict[str, Any], Positions, list[LoraEr
         raise LoraError(
             f"not valid YAML: character {error.character:#06x} is not allowed", where=f"{path}:{line}", fix="remove it"
         ) from None
-    except RecursionError:
-        raise LoraError(
-            "nested too deeply, or an alias (*name) stands inside its own anchor (&name)",
-            where=str(path),
-            fix="write the value out where the alias stands; a recipe has sections and keys in them, no deeper levels",
-        ) from None
     except NO_VALUE as error:
         raise LoraError(f"not valid YAML: {error}", where=str(path), fix="put the value in quotes") from None
 
@@ -68,7 +115,7 @@ def _text_of(path: Path) -> str:
         if stat.S_ISDIR(entry.st_mode):
             raise LoraError("this is a folder, not a recipe", where=str(path), fix="name the YAML file")
         require_regular(path)  # besides, paths in a recipe start at its folder, which a pipe does not have
-        if entry.st_size > _LARGEST_RECIPE:
+        if entry.st_size > limits.RECIPE_BYTES:
             what = f"{human_bytes(entry.st_size)} are too much for a recipe"
             raise LoraError(what, where=str(path), fix="check the path; a recipe is a page of YAML")
         return path.read_text(encoding="utf-8")

@@ -10,6 +10,7 @@ import torch
 from torch import nn
 from transformers import AutoModelForCausalLM, GPT2Config, LlamaConfig, OPTConfig
 
+from lora_cli import limits
 from lora_cli.adapters.patterns import BadPattern, matching
 from lora_cli.adapters.targets import Target, block_lists, find_targets, linear_layers
 from lora_cli.errors import LoraError
@@ -107,6 +108,41 @@ def test_a_pattern_that_would_search_for_years_is_given_up():
 def test_a_pattern_nested_too_deeply_is_no_pattern():
     with pytest.raises(BadPattern, match="nested too deeply"):
         matching("(" * 5000 + ")" * 5000, ["q_proj"])
+
+
+@pytest.mark.parametrize(
+    "pattern",
+    [
+        "(a{60000}){60000}",
+        "((a{100}){100}){100}",
+        "(?:a|b){1000000}",
+        "((?=a{60000}))" * 100,
+        "|".join(f"name{n}" for n in range(30_000)),
+        "[a-z]" * 50_000,
+        "(?R)?" * 1000,
+        "(?(DEFINE)(?P<a>a{600}))(?&a){600}",
+    ],
+)
+def test_a_pattern_that_takes_all_memory_to_compile_is_refused_at_once(pattern: str):
+    began = time.thread_time()
+    with pytest.raises(BadPattern):
+        matching(pattern, ["model.layers.0.self_attn.q_proj"])
+    assert time.thread_time() - began < 1
+
+
+def test_many_patterns_have_one_limit_of_time(monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.setattr(limits, "PATTERN_SECONDS", 0.5)
+    monkeypatch.setattr(limits, "PATTERNS_SECONDS", 0.8)
+    names = ["a" * length for length in range(18, 22)]
+    began = time.monotonic()
+    with pytest.raises(BadPattern, match="takes more than"):
+        list(map(matching, ["(a|a)*b|x"] * 1000, [names] * 1000))
+    assert time.monotonic() - began < 5
+
+
+def test_honest_counts_are_no_repetitions():
+    names = [f"model.layers.{n}.q_proj" for n in range(30)]
+    assert matching(r"model\.layers\.[0-9]{1,2}\.(q|k){1}_proj", names) == names
 
 
 def test_blocks_are_the_outermost_lists_that_hold_linear_layers(llama, gpt2):
