@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Callable
 
 from lora_cli.recipe import FIELDS, TEMPLATES, DataRecipe, Recipe, TrainRecipe
@@ -111,6 +112,13 @@ def contradictions(recipe: Recipe) -> list[tuple[str, str, str]]:
         f"{data.template} is neither a built-in template nor a .jinja file",
         f"choose one of {', '.join(TEMPLATES)}, or write the path of a file",
     )
+    for name in data.template_arguments:
+        refuse(
+            re.fullmatch("[A-Za-z_][A-Za-z0-9_]*", name) is None,
+            "data.template_arguments",
+            f"{name!r} is not a name that a template can read",
+            "write a name of letters, digits and _, such as enable_thinking",
+        )
     for name in data.columns:
         refuse(
             name not in FIELDS,

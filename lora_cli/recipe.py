@@ -132,7 +132,9 @@ FIELDS = (  # what a row can mean; `data.columns` says where each is found
     *("text", "prompt", "completion", "instruction", "input", "output", "messages", "conversations", "tools"),
     *("system", "history", "role", "content", "train", "weight"),
 )
-Allowed = Literal["too_long", "overlap", "no_stop_token", "double_bos", "special_in_text", "not_round_trip"]
+Allowed = Literal[
+    "too_long", "overlap", "no_stop_token", "two_forms", "double_bos", "special_in_text", "not_round_trip"
+]
 
 
 class DataRecipe(Section):
@@ -170,6 +172,11 @@ class DataRecipe(Section):
         min_length=1,
         description="Chat template: a .jinja file, or a built-in one for base models that have none (chatml, llama-3, "
         "mistral, gemma, alpaca, plain). Nothing: the model's own.",
+    )
+    template_arguments: dict[str, bool | int | float | str] = Field(
+        {},
+        description="What the chat template is told beside the conversation, such as {enable_thinking: false} or "
+        "{reasoning_effort: low}. It is written into the template that is kept with the adapter.",
     )
     train_on: Literal["assistant", "last_assistant", "completion", "all"] | None = Field(
         None,

@@ -91,7 +91,12 @@ def json_schema() -> str:
 def _leaves(values: dict[str, Any], at: KeyPath = ()) -> list[tuple[KeyPath, Any]]:
     found: list[tuple[KeyPath, Any]] = []
     for key, value in values.items():
-        nested = isinstance(value, dict) and key not in ("rank_pattern", "alpha_pattern", "columns")
+        nested = isinstance(value, dict) and key not in (
+            "rank_pattern",
+            "alpha_pattern",
+            "columns",
+            "template_arguments",
+        )
         found += _leaves(value, (*at, key)) if nested else [((*at, key), value)]
     return found
 

@@ -352,8 +352,10 @@ def test_messages_that_nobody_answers(stopped: Any, rows: Any):
             "turn 2 cannot be told apart",
         ),
         ("{% for m in messages[1:] %}{{ m.content }}<|im_end|>{% endfor %}", "leaves out turn 1, by user"),
+        ("{{ messages[0].name.first }}", "fails on this conversation: UndefinedError: "),
+        ("\n{{ messages[0].content + 1 }}", "line 2 of the template: {{ messages[0].content + 1 }}"),
     ],
-    ids=["none", "refuses", "looks ahead", "leaves out"],
+    ids=["none", "refuses", "looks ahead", "leaves out", "runs into an error", "says where"],
 )
 def test_chat_template(refused: Any, rows: Any, model: Any, template: str | None, says: str):
     message = refused(base_model=str(model({"chat_template.jinja": template})), data=rows({"messages": CHAT}))
@@ -366,7 +368,7 @@ def test_chat_template(refused: Any, rows: Any, model: Any, template: str | None
     "template",
     [
         "{% for m in messages %}{{ m.role }}: {{ m.content }}\n{% endfor %}",
-        "{% for m in messages %}{{ m.content }}{{ loop.length }}<|im_end|>{% endfor %}",
+        "{% for m in messages %}{{ m.content }}{{ m.role }}<|im_end|>{% endfor %}",
     ],
     ids=["no stop token", "something before it"],
 )

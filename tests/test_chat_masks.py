@@ -6,6 +6,7 @@ The references are transformers' own rendering and tokenization, and what the an
 from __future__ import annotations
 
 import re
+from collections import Counter
 from collections.abc import Callable
 from dataclasses import dataclass
 from datetime import datetime
@@ -16,7 +17,7 @@ import numpy as np
 import pytest
 import torch
 from chat_families import FAMILIES, family_tokenizer
-from hypothesis import given, settings
+from hypothesis import assume, given, settings
 from hypothesis import strategies as st
 from tiny_model import make_tokenizer
 from tokenizers import AddedToken, Tokenizer, decoders, models, normalizers, pre_tokenizers
@@ -91,7 +92,10 @@ class Case:
         return encode({"messages": turns}, self.tokenizer, template=self.template, **settings)
 
     def example(self, turns: Turns, **settings: Any) -> Example:
-        return example_of(self.encode(turns, **settings))
+        encoded = self.encode(turns, **settings)
+        if self == OWN["qwen3"] and len(turns) > 2 and settings.get("train_on") != "last_assistant":
+            return allowed(encoded, "two_forms")  # earlier answers have no think block, as the last one has
+        return example_of(encoded)
 
 
 @cache
@@ -111,7 +115,8 @@ BUILT_IN = {
         *[("plain", "tiny", "<|endoftext|>"), ("plain", "phi-3", "<|endoftext|>")],
     )
 }
-CASES = OWN | BUILT_IN
+# R1's template opens a think block that it never shows again: what it renders is not what it prompts.
+CASES = {name: case for name, case in OWN.items() if name != "deepseek-r1"} | BUILT_IN
 
 
 @cache
@@ -125,7 +130,7 @@ def encode(values: dict[str, Any], tokenizer: Any, **settings: Any) -> Encoded:
     row, findings = Row("rows.jsonl", 7, values), Findings()
     encoder = encoder_of(tokenizer, frozenset(values), frozenset(settings.items()))
     (encoded,) = encoder.encode(iter([row]), findings)
-    assert findings.counts == dict.fromkeys([*encoded.notes, *([encoded.finding.kind] if encoded.finding else [])], 1)
+    assert findings.counts == Counter([*encoded.notes, *(found.kind for found in encoded.findings)])
     return encoded
 
 
@@ -133,6 +138,15 @@ def example_of(encoded: Encoded) -> Example:
     assert encoded.finding is None, encoded.finding
     assert encoded.example is not None
     assert encoded.example.targets > 0
+    return encoded.example
+
+
+def allowed(encoded: Encoded, kind: str) -> Example:
+    """The example of a row whose one finding the recipe may allow."""
+    if encoded.finding is not None:
+        assert encoded.finding.kind == kind
+        assert kind in get_args(Allowed)
+    assert encoded.example is not None
     return encoded.example
 
 
@@ -267,10 +281,8 @@ def test_an_empty_answer_on_the_way_is_context_and_changes_no_other(name):
     case = CASES[name]
     turns = [ASKED, ANSWERED, AGAIN, ANSWERED | {"content": ""}, ASKED, FIVE]
     encoded = case.encode(turns)
-    if name in ("qwen3", "phi-3", "deepseek-r1") and encoded.example is None:  # not proved, and so refused
-        assert "cannot be told apart" in refusal(encoded)[1]
-        return
-    assert trained(example_of(encoded), case.tokenizer) == answers_of(case, [ANSWERED, FIVE])
+    example = allowed(encoded, "two_forms" if name == "qwen3" else "")
+    assert trained(example, case.tokenizer) == answers_of(case, [ANSWERED, FIVE])
 
 
 DEFAULTS = {  # what these templates say in the place of a system turn
@@ -331,7 +343,7 @@ def test_templates_are_rendered_as_transformers_renders_them(which, prompt):
 
 
 @pytest.mark.parametrize("turns", [TURNS[:2], TURNS], ids=["single", "multi"])
-@pytest.mark.parametrize("name", [name for name in CASES if name != "deepseek-r1"])
+@pytest.mark.parametrize("name", CASES)
 def test_the_last_answer_starts_where_the_tokens_of_its_prompt_end(name, turns):
     """By transformers alone: the prompt it would generate from against the whole conversation, both tokenized."""
     case = CASES[name]
@@ -347,10 +359,17 @@ def test_the_last_answer_starts_where_the_tokens_of_its_prompt_end(name, turns):
     assert example.spans == [(len(prompt) + shift, stop + 1 + shift, 1.0)]
 
 
-def test_r1_is_prompted_to_think_and_answers_without_are_noted():
-    encoded = OWN["deepseek-r1"].encode(TURNS[:2])
-    assert encoded.notes == ("not_prompted",)
-    assert all(OWN[name].encode(TURNS).notes == () for name in OWN if name != "deepseek-r1")
+@pytest.mark.parametrize("turns", [TURNS[:2], TURNS, TURNS[:3], [SYSTEM, *TURNS]], ids=len)
+@pytest.mark.parametrize("train_on", ["assistant", "last_assistant"])
+def test_r1_is_prompted_to_think_so_answers_without_are_refused(turns, train_on):
+    encoded = OWN["deepseek-r1"].encode(turns, train_on=train_on)
+    kind, what = refusal(encoded)
+    assert kind == "not_prompted"
+    assert r"'<｜Assistant｜><think>\n'" in what
+    assert encoded.example is None
+    assert encoded.finding.error.fix.startswith("write data.template: ")
+    template = encoded.finding.error.fix.split()[2].rstrip(",")
+    assert example_of(encode({"messages": turns}, tokenizer_of("deepseek-r1"), template=template)).targets
 
 
 @settings(deadline=None, max_examples=30)
@@ -377,26 +396,29 @@ TRIED = ["llama-3.1", "qwen2.5", "qwen3", "gemma-2", "gemma-3", "mistral-v0.3", 
 TRIED += ["olmo-2", "zephyr", "smollm3", "chatml on qwen2.5", "mistral on zephyr", "alpaca on tulu-3", "plain on tiny"]
 
 
-def spans_by_transformers(case: Case, turns: Turns) -> list[tuple[int, int]]:
-    """For each answer that says something, the fewest tokens that hold what stands behind its prompt, stop included."""
-    tokenizer, whole = case.tokenizer, case.rendered(turns)
-    encoding = tokenizer(whole, add_special_tokens=False, return_offsets_mapping=True)
-    special, spans = set(tokenizer.all_special_ids), []
-    special |= {id for id, token in tokenizer.added_tokens_decoder.items() if token.special}
+def tokens_by_transformers(case: Case, turns: Turns) -> tuple[list[int], list[tuple[int, int]]]:
+    """Ids, and for each answer that says something its span: what its prompt is alone, then the answer with its stop.
+
+    The text is cut behind stop tokens, which no token spans; a piece begins with the one before it.
+    """
+
+    def tokens(text: str) -> list[int]:
+        return case.tokenizer(text, add_special_tokens=False)["input_ids"]
+
+    whole, ids, spans, done = case.rendered(turns), [], [], 0
     for at, turn in enumerate(turns):
         if turn["role"] != "assistant" or not turn["content"].strip():
             continue
         before = case.rendered(turns[:at], prompt=True)
         assert whole.startswith(before)
-        start = len(before)
-        end = whole.index(case.stop, start) + len(case.stop)
-        held = [
-            token
-            for token, (first, last) in enumerate(encoding["offset_mapping"])
-            if last > start and first < end and not (first < start and encoding["input_ids"][token] in special)
-        ]
-        spans.append((held[0], held[-1] + 1))
-    return spans
+        end = whole.index(case.stop, len(before)) + len(case.stop)
+        prompt, both = tokens(whole[done : len(before)]), tokens(whole[done:end])
+        answer = both[len(prompt) :] if both[: len(prompt)] == prompt else tokens(whole[len(before) : end])
+        ids = ids[: len(ids) - (done > 0)] + prompt
+        spans.append((len(ids), len(ids) + len(answer)))
+        ids += answer
+        done = end - len(case.stop)
+    return ids[:-1] + tokens(whole[done:]), spans
 
 
 @pytest.mark.parametrize("name", TRIED)
@@ -405,20 +427,17 @@ def spans_by_transformers(case: Case, turns: Turns) -> list[tuple[int, int]]:
 def test_any_contents_are_trained_as_transformers_would_prompt_and_continue_them(name, said):
     case = CASES[name]
     turns = [{"role": ("user", "assistant")[at % 2], "content": text} for at, text in enumerate(said)]
-    blank = [not turn["content"].strip() for turn in turns if turn["role"] == "assistant"]
-    if all(blank):
+    if all(not turn["content"].strip() for turn in turns if turn["role"] == "assistant"):
         return
-    encoded = case.encode(turns)
-    if any(blank) and name in ("qwen3", "phi-3") and encoded.example is None:
-        assert "cannot be told apart" in refusal(encoded)[1]
-        return
-    example = example_of(encoded)
+    example = case.example(turns)
     whole = whole_text(case, turns)
     if case.family != "phi-3":
         assert text_of(example.ids, case.tokenizer) == whole
-    shift = len(example.ids) - len(case.tokenizer(case.rendered(turns), add_special_tokens=False)["input_ids"])
-    expected = [(first + shift, last + shift, 1.0) for first, last in spans_by_transformers(case, turns)]
-    assert example.spans == expected
+    ids, spans = tokens_by_transformers(case, turns)
+    shift = len(example.ids) - len(ids)
+    assert list(example.ids[shift:]) == ids
+    assert shift == (1 if whole != case.rendered(turns) and case.family != "phi-3" else 0)
+    assert example.spans == [(first + shift, last + shift, 1.0) for first, last in spans]
     for run, turn in zip(
         trained(example, case.tokenizer),
         [turn for turn in turns if turn["role"] == "assistant" and turn["content"].strip()],
@@ -472,7 +491,7 @@ def test_qwen3_takes_a_last_answer_with_thoughts_behind_one_without():
     case = OWN["qwen3"]
     turns = [ASKED, ANSWERED, AGAIN, thinking("Five.")]
     expected = ["Four.<|im_end|>", "<think>\nLet me see.\n</think>\n\nFive.<|im_end|>"]
-    assert trained(case.example(turns), case.tokenizer) == expected
+    assert trained(allowed(case.encode(turns), "two_forms"), case.tokenizer) == expected
 
 
 @pytest.mark.parametrize("train_on", ["assistant", "last_assistant"])
@@ -582,7 +601,7 @@ def test_calls_of_qwen3_are_trained_where_thoughts_make_them_sure():
     case = OWN["qwen3"]
     call = TOOL_TURNS[1] | {"reasoning_content": "I must count."}
     turns = [ASKED, call, TOOL_TURNS[2], ANSWERED]
-    example = example_of(encode({"messages": turns, "tools": [TOOL]}, case.tokenizer))
+    example = allowed(encode({"messages": turns, "tools": [TOOL]}, case.tokenizer), "two_forms")
     assert trained(example, case.tokenizer) == [
         '<think>\nI must count.\n</think>\n\n<tool_call>\n{"name": "count", "arguments": {"of": "Äpfel"}}\n'
         "</tool_call><|im_end|>",
@@ -906,6 +925,7 @@ printable = st.text(st.characters(exclude_categories=["Cs"]), max_size=15)
 @given(text=printable.filter(str.strip))
 def test_a_text_is_trained_whole_and_ended_once(which, text):
     tokenizer = whole_tokenizer(which)
+    assume(not any(token in text for token in tokenizer.all_special_tokens))
     example = example_of(encode({"text": text}, tokenizer))
     plain = tokenizer(text, add_special_tokens=False)["input_ids"]
     assert list(example.ids) == [*opening(tokenizer), *plain, tokenizer.eos_token_id]

@@ -174,6 +174,8 @@ CASES = [
     Case("data.template", "alpaca", tokens_per_step, CHAT),
     Case("data.template", "{template}", first_loss, CHAT),
     Case("data.template", "{template}", adapter_files, CHAT),
+    Case("data.template_arguments", {"tone": "warm"}, first_loss, CHAT | {"data.template": "{toned}"}),
+    Case("data.template_arguments", {"tone": "warm"}, adapter_files, CHAT | {"data.template": "{toned}"}),
     Case("data.train_on", "all", target_tokens_per_step, ONE_STEP_AN_EPOCH),
     Case("data.train_on", "last_assistant", target_tokens_per_step, CHAT),
     Case("data.train_on", "all", target_tokens_per_step, CHAT),
@@ -277,6 +279,11 @@ class Runs:
         self.names["template"] = str(folder / "own.jinja")
         Path(self.names["template"]).write_text(
             "{% for m in messages %}<|im_start|>{{ m.role | upper }}: {{ m.content }}<|im_end|>{% endfor %}"
+        )
+
+        self.names["toned"] = str(folder / "toned.jinja")
+        Path(self.names["toned"]).write_text(
+            "{{ tone }}{% for m in messages %}{{ m.role }}: {{ m.content }}<|im_end|>{% endfor %}"
         )
 
     def __call__(self, changes: dict[str, Any]) -> Path:
@@ -419,7 +426,15 @@ def with_bos(model: Path) -> None:
 
 def with_one_stop_token(model: Path) -> None:
     (model / "chat_template.jinja").write_text(
-        "{% for m in messages %}{{ m.role }}: {{ m.content }}{{ '<|im_end|>' if loop.last else '\n' }}{% endfor %}"
+        "{% for m in messages %}{{ m.role }}: {{ m.content }}"
+        "{{ '<|im_end|>' if loop.last and m.role == 'assistant' else '\n' }}{% endfor %}"
+    )
+
+
+def with_another_last_turn(model: Path) -> None:
+    (model / "chat_template.jinja").write_text(
+        "{% for m in messages %}{{ m.role }}: {{ 'So: ' if loop.last and m.role == 'assistant' }}{{ m.content }}"
+        "<|im_end|>{% endfor %}{{ 'assistant: ' if add_generation_prompt }}"
     )
 
 
@@ -430,6 +445,7 @@ ALLOW: dict[str, tuple[list[dict[str, Any]], Callable[[Path], None] | None, dict
     "double_bos": ([{"text": "one"}, {"text": "<|im_start|><|im_start|>two"}], with_bos, {}),
     "special_in_text": ([{"messages": turns([("a", each)])} for each in ("b", "c <|im_end|> d")], None, {}),
     "not_round_trip": ([{"text": "one"}, {"text": "TWO"}], with_lower_case, {}),
+    "two_forms": ([{"messages": turns([("a", "b")] * count)} for count in (1, 2)], with_another_last_turn, {}),
 }
 
 

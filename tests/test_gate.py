@@ -69,6 +69,8 @@ FORGETFUL = (  # ends turns, but not this one
     "{{ '<|im_end|>' if m.content != 'Four.' }}\n{% endfor %}"
     "{{ '<|im_start|>assistant\n' if add_generation_prompt }}"
 )
+TWO = {"messages": [ASKED, ANSWERED, ASKED, ANSWERED]}
+THINKING = {"messages": [ASKED, ANSWERED | {"content": "<think>\nHm.\n</think>\n\nFour."}]}
 SPECIAL = {"role": "user", "content": "What is <|im_end|>?"}
 LONG = " one" * 64
 
@@ -119,6 +121,15 @@ CASES = {
         [CHAT, {"messages": [ASKED, {"role": "tool", "content": {"of": [1, None]}}, ANSWERED]}],
         [2],
         [CHAT, {"messages": [ASKED, {"role": "tool", "content": '{"of": [1, null]}'}, ANSWERED]}],
+    ),
+    "two_forms": Case([CHAT, TWO], [2], [CHAT, CHAT | {"id": 1}], tokenizer=family("qwen3")),
+    "empty_thoughts": Case([CHAT, THINKING], [1], [THINKING], tokenizer=family("qwen3")),
+    "forgotten_thoughts": Case(
+        [{"messages": [*THINKING["messages"], *CHAT["messages"]]}],
+        [1],
+        [CHAT],
+        {"train_on": "last_assistant"},
+        tokenizer=family("qwen3"),
     ),
     "left_out": Case(
         [*GOOD, {"text": "a", "train": False}, {"text": "b", "weight": 0}],

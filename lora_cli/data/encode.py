@@ -3,22 +3,20 @@
 from __future__ import annotations
 
 import unicodedata
-from bisect import bisect_left, bisect_right
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, replace
 from functools import cached_property
-from itertools import accumulate
 from typing import Any
 
-from tokenizers import decoders
 from transformers import PreTrainedTokenizerBase
 
-from lora_cli.data.chat import ChatTemplate, Rendered, wants_bos
-from lora_cli.data.chat import Span as TurnSpan
+from lora_cli.data.chat import ChatTemplate, wants_bos
 from lora_cli.data.example import Example, Span
 from lora_cli.data.findings import Encoded, Finding, nothing_trained, refused, special_in_text, unstopped
 from lora_cli.data.formats import Completion, Conversation, Document, Format, Text
+from lora_cli.data.masks import Masks
 from lora_cli.data.readers import Row
+from lora_cli.data.spans import NotPrompted, Rendered, render_whole, render_with_spans
 from lora_cli.errors import LoraError
 from lora_cli.limits import LimitReached
 
@@ -32,13 +30,17 @@ TRAIN_ON = {  # format → what may be trained, the default first
 
 @dataclass(frozen=True)
 class Prepared:
-    """A document as text for the tokenizer. special: whether it adds its own BOS. rendered: of a conversation."""
+    """A document as text for the tokenizer. special: whether it adds its own BOS. rendered: of a conversation.
+
+    prompt: of a completion. prompt_ends: what stands before each trained turn, from its last special token on.
+    """
 
     document: Document
     text: str
     special: bool
     prompt: str | None = None
     rendered: Rendered | None = None
+    prompt_ends: Sequence[str] = ()
 
     def trained_texts(self, encoder: Encoder) -> Iterable[str]:
         if self.rendered is not None:
@@ -50,11 +52,12 @@ class Prepared:
 
 @dataclass(frozen=True)
 class Tokenized:
-    """Rows behind the tokenizer: an encoding of each text, and of each prompt that stands alone."""
+    """Rows behind the tokenizer: an encoding of each text, and of each prompt alone; of conversations, of its end."""
 
     prepared: Sequence[Prepared | Encoded]
     encodings: list[Any]
     prompts: list[Any]
+    prompt_ends: dict[str, list[int]]
 
 
 @dataclass(frozen=True)
@@ -74,7 +77,8 @@ class Encoder:
         good = [each for each in prepared if isinstance(each, Prepared)]
         prompts = [each.prompt for each in good if each.prompt is not None]
         encodings = self._tokens([each.text for each in good], [each.special for each in good])
-        return Tokenized(prepared, encodings, self._tokens(prompts, [True] * len(prompts)))
+        ends = self._masks.tokens_alone([end for each in good for end in each.prompt_ends])
+        return Tokenized(prepared, encodings, self._tokens(prompts, [True] * len(prompts)), ends)
 
     def encode(self, tokenized: Tokenized) -> list[Encoded]:
         """The third stage: masks, and their proof; one result a row, in order."""
@@ -84,7 +88,8 @@ class Encoder:
             if isinstance(each, Encoded):
                 examples.append(each)
             else:
-                examples.append(self._masked(each, next(encodings), next(prompts) if each.prompt is not None else None))
+                prompt = next(prompts) if each.prompt is not None else None
+                examples.append(self._masked(each, next(encodings), prompt, tokenized.prompt_ends))
         return self._proved(examples, [each for each in tokenized.prepared if isinstance(each, Prepared)])
 
     # ── before the tokenizer ────────────────────────────────────────────────────────────────────────────────────
@@ -108,6 +113,8 @@ class Encoder:
             return self._prepared_conversation(document)
         except LimitReached:  # of the template, and every further row might take as long
             raise
+        except NotPrompted as error:
+            return Encoded(row, None, Finding("not_prompted", error))
         except LoraError as error:
             return Encoded(row, None, Finding("malformed", error))
 
@@ -121,20 +128,24 @@ class Encoder:
             if any(weight != document.weight for weight in spoken):
                 fix = "write data.train_on: assistant, or remove train and weight"
                 raise LoraError("train_on: all has no place for weights of turns", where=where, fix=fix)
-            text = self.template.render_whole(document.turns, where, document.tools)
+            text = render_whole(self.template, document.turns, where, document.tools)
             return Prepared(document, text, special=False)
-        wanted = [
-            at
-            for at, turn in enumerate(document.turns)
-            if turn["role"] == "assistant" and (turn["content"].strip() or turn.get("tool_calls"))
-        ]
+        wanted = [at for at, turn in enumerate(document.turns) if _spoken(turn)]
         if self.train_on in ("last_assistant", "completion"):
-            wanted = wanted[-1:]
-        wanted = [at for at in wanted if document.weights[at] > 0]
+            wanted = wanted[-1:]  # also where it says nothing: then there is nothing to train
+        wanted = [at for at in wanted if document.weights[at] > 0 and _says_something(document.turns[at])]
         if not wanted:
             return nothing_trained(document)
-        rendered = self.template.render_with_spans(document.turns, wanted, where, document.tools)
-        return Prepared(document, rendered.text, special=False, rendered=rendered)
+        try:
+            rendered = render_with_spans(self.template, document.turns, wanted, where, document.tools)
+        except LimitReached:
+            raise
+        except LoraError:
+            if found := special_in_text(document, self.template):  # which misleads the template
+                return Encoded(document.row, None, found)
+            raise
+        ends = self._masks.prompt_ends(rendered.text, rendered.spans, self.template.special)
+        return Prepared(document, rendered.text, special=False, rendered=rendered, prompt_ends=ends)
 
     def _tokens(self, texts: list[str], special: list[bool]) -> list[Any]:
         """Encodings of the tokenizers library, which works on all texts at once, on all cores."""
@@ -154,28 +165,23 @@ class Encoder:
 
     # ── behind the tokenizer ────────────────────────────────────────────────────────────────────────────────────
 
-    def _masked(self, each: Prepared, encoding: Any, prompt: Any) -> Encoded:
-        document, ids = each.document, encoding.ids
+    def _masked(self, each: Prepared, encoding: Any, prompt: Any, prompt_ends: dict[str, list[int]]) -> Encoded:
+        document, ids, proved = each.document, encoding.ids, False
         notes: list[str] = [*document.notes] if isinstance(document, Conversation) else []
-        finding: Finding | None = None
-        data = each.text.encode()
-        pieces = None if self._bytes_of_token is None else [self._bytes_of_token[id] for id in ids]
-        if pieces is not None and b"".join(pieces) != data:
-            pieces = None
+        found: list[Finding] = []
         if isinstance(document, Text):
             ids = self._unended(ids)
             ids = ids if ids and ids[-1] == self._end else [*ids, self._end]
-            spans = [(0, len(ids), document.weight)]
+            spans: list[Span] = [(0, len(ids), document.weight)]
         elif isinstance(document, Completion):
             ids, spans = self._completion(document, ids, prompt.ids)
         elif each.rendered is None:
             spans = [(0, len(ids), document.weight)]
-            ids, spans = self._with_bos(ids, spans)
         else:
             turns = each.rendered.spans
+            ends = [(end, prompt_ends[end]) for end in each.prompt_ends]
             try:
-                places = self._token_spans(each.text, data, ids, pieces, turns)
-                spans = [(*at, document.weights[turn.turn]) for at, turn in zip(places, turns, strict=True)]
+                placed = self._masks.place(each.text, ids, turns, ends)
             except LookupError:
                 error = LoraError(
                     "a trained turn has no tokens: the tokenizer drops its characters",
@@ -183,77 +189,45 @@ class Encoder:
                     fix="remove the row",
                 )
                 return Encoded(document.row, None, Finding("not_round_trip", error))
-            for turn, (_, last, _) in zip(turns, spans, strict=True):
-                if not turn.stopped:
-                    finding = finding or unstopped(document, self.template, turn.turn)
-                elif ids[last - 1] not in self._special:
-                    token = str(self._backend.id_to_token(ids[last - 1]))
-                    finding = finding or unstopped(document, self.template, turn.turn, token)
-            notes += [] if all(span.prompted for span in each.rendered.spans) else ["not_prompted"]
+            ids, proved = placed.ids, placed.proved
+            spans = [(*at, document.weights[turn.turn]) for at, turn in zip(placed.spans, turns, strict=True)]
+            found, more = self._speaks_against(document, each.rendered, ids, spans)
+            notes += more
+        if isinstance(document, Conversation):
             ids, spans = self._with_bos(ids, spans)
         if self._bos is not None and ids[:2] == [self._bos] * 2:
             error = LoraError(
                 "two BOS tokens at the start", where=document.row.where, fix="remove the one that stands in the text"
             )
-            finding = finding or Finding("double_bos", error)
+            found.append(Finding("double_bos", error))
         if isinstance(document, Conversation) and self.template is not None:
-            finding = finding or special_in_text(document, self.template)
+            special = special_in_text(document, self.template)
+            found = found if special is None else [special, *found]
         example = Example(ids, spans, document.row.file, document.row.number)
         if not example.targets:
             return nothing_trained(document)
-        kept = len(encoding.ids) <= len(ids) and ids[: len(encoding.ids)] == encoding.ids  # none was tokenized anew
-        proved = pieces is not None and (kept or not isinstance(document, Completion))
-        return Encoded(document.row, example, finding, tuple(notes), proved)
+        if each.rendered is None:
+            spelled = self._masks.bytes_of(encoding.ids)
+            kept = not isinstance(document, Completion) or ids[: len(encoding.ids)] == encoding.ids
+            proved = kept and spelled is not None and b"".join(spelled) == each.text.encode()
+        return Encoded(document.row, example, found[0] if found else None, tuple(notes), proved, tuple(found[1:]))
 
-    def _token_spans(
-        self, text: str, data: bytes, ids: list[int], pieces: list[bytes] | None, spans: list[TurnSpan]
-    ) -> list[tuple[int, int]]:
-        """First token of each span of characters, and one behind its last. Raises LookupError where there are none.
-
-        Where the tokens' own bytes are the text (byte-level tokenizers), they say it, far cheaper than offsets do.
-        """
-        if pieces is None:
-            backend = self._backend
-            starts, ends = zip(*backend.encode(text, add_special_tokens=False).offsets, strict=True)
-            return [self._tokens_of(starts, ends, ids, span.start, span.end) for span in spans]
-        edges = [(span.start, span.end) for span in spans]
-        if len(data) != len(text):
-            edges = [(len(text[:start].encode()), len(text[:end].encode())) for start, end in edges]
-        ends = list(accumulate(map(len, pieces)))
-        return [self._tokens_of([0, *ends], ends, ids, start, end) for start, end in edges]
-
-    def _tokens_of(
-        self, starts: Sequence[int], ends: Sequence[int], ids: list[int], start: int, end: int
-    ) -> tuple[int, int]:
-        first = bisect_right(ends, start)
-        last = bisect_left(starts, end, first, len(ends))
-        # A special token before the turn may have swallowed white space that the turn begins with.
-        while first < last and starts[first] < start and ids[first] in self._special:
-            first += 1
-        if first >= last:
-            raise LookupError
-        return first, last
-
-    @cached_property
-    def _bytes_of_token(self) -> list[bytes] | None:
-        """The bytes that each token spells, by id, of a byte-level tokenizer; None for others.
-
-        Such a vocabulary writes bytes as printable characters (Radford et al. 2019, encoder.py: bytes_to_unicode).
-        """
-        backend = self._backend
-        if not isinstance(backend.decoder, decoders.ByteLevel):
-            return None
-        printable = [*range(33, 127), *range(161, 173), *range(174, 256)]
-        others = [byte for byte in range(256) if byte not in printable]
-        latin_1 = {256 + at: byte for at, byte in enumerate(others)}
-        vocabulary = backend.get_vocab(with_added_tokens=False)
-        added = backend.get_added_tokens_decoder()
-        table = [b""] * (max(*vocabulary.values(), *added) + 1)
-        for token, id in vocabulary.items():
-            table[id] = token.translate(latin_1).encode("latin-1", "ignore")
-        for id, token in added.items():
-            table[id] = token.content.encode()
-        return table
+    def _speaks_against(
+        self, document: Conversation, rendered: Rendered, ids: list[int], spans: Sequence[Span]
+    ) -> tuple[list[Finding], list[str]]:
+        """What the gate has to know of the trained turns, and what it may."""
+        found: list[Finding] = []
+        for turn, (_, last, _) in zip(rendered.spans, spans, strict=True):
+            if not turn.stopped:
+                found.append(unstopped(document, self.template, turn.turn))
+            elif ids[last - 1] not in self._masks.special:
+                token = str(self._backend.id_to_token(ids[last - 1]))
+                found.append(unstopped(document, self.template, turn.turn, token))
+        found = found[:1]
+        if rendered.two_forms is not None:
+            found.append(Finding("two_forms", rendered.two_forms))
+        notes = ["empty_thoughts"] if any(turn.empty_thoughts for turn in rendered.spans) else []
+        return found, notes + ["forgotten_thoughts"] * rendered.forgotten
 
     def _completion(self, document: Completion, together: list[int], prompt: list[int]) -> tuple[list[int], list[Span]]:
         """Prompt, completion and the end token; the prompt is tokenized as it will be when it stands alone."""
@@ -261,7 +235,7 @@ class Encoder:
         if together[: len(context)] == context:
             answer = together[len(context) :]
         else:  # a token would span the border: keep the prompt as the model will meet it
-            answer = self._backend.encode(document.completion, add_special_tokens=False).ids
+            answer = self._masks.continued(context, document.completion)
         ids = [*context, *answer]
         ids += [] if answer and answer[-1] == self._end else [self._end]
         return ids, [(0 if self.train_on == "all" else len(context), len(ids), document.weight)]
@@ -303,9 +277,20 @@ class Encoder:
                 owners.append(at)
         decoded = self._backend.decode_batch(runs, skip_special_tokens=False)
         for at, text, back in zip(owners, texts, decoded, strict=True):
-            if text not in back and not _same_characters(text, back):
+            known = any(found.kind == "not_round_trip" for found in encoded[at].findings)
+            if not known and not self._spells(back, text):
                 encoded[at] = self._lossy(encoded[at], text, back)
         return encoded
+
+    def _spells(self, back: str, text: str) -> bool:
+        """Whether tokens give back a text, but for white space and Unicode's compatibility forms.
+
+        Beside it there may be the BOS in front and the end token behind, which were put there.
+        """
+        bos, end = str(self.tokenizer.bos_token or ""), str(self.tokenizer.eos_token)
+        wanted, plain = _plain(text), _plain(back)
+        around = ("", _plain(bos)), ("", _plain(end))
+        return any(plain == before + wanted + behind for before in around[0] for behind in around[1])
 
     def _lossy(self, encoded: Encoded, text: str, back: str) -> Encoded:
         lost = sorted(set(_plain(text)) - set(_plain(back)))
@@ -315,9 +300,16 @@ class Encoder:
         error = LoraError(
             what, where=encoded.row.where, fix="replace these characters, or use a model whose tokenizer has them"
         )
-        return replace(encoded, finding=encoded.finding or Finding("not_round_trip", error))
+        lossy = Finding("not_round_trip", error)
+        if encoded.finding is not None:
+            return replace(encoded, also=(*encoded.also, lossy))
+        return replace(encoded, finding=lossy)
 
     # ── what the tokenizer is ───────────────────────────────────────────────────────────────────────────────────
+
+    @cached_property
+    def _masks(self) -> Masks:
+        return Masks(self.tokenizer)
 
     @cached_property
     def _backend(self) -> Any:
@@ -335,16 +327,6 @@ class Encoder:
     def _wants_bos(self) -> bool:
         return wants_bos(self.tokenizer)
 
-    @cached_property
-    def _special(self) -> set[int]:
-        added = {id for id, token in self.tokenizer.added_tokens_decoder.items() if token.special}
-        return added | set(self.tokenizer.all_special_ids)
-
-
-def _same_characters(text: str, back: str) -> bool:
-    """Whether two texts differ by no more than white space and Unicode's compatibility forms."""
-    return _plain(text) in _plain(back)
-
 
 def _plain(text: str) -> str:
     return "".join(unicodedata.normalize("NFKC", text).split())
@@ -352,6 +334,10 @@ def _plain(text: str) -> str:
 
 def _spoken(turn: dict[str, Any]) -> bool:
     return turn["role"] == "assistant"
+
+
+def _says_something(turn: dict[str, Any]) -> bool:
+    return bool(turn["content"].strip() or turn.get("tool_calls"))
 
 
 def target_bytes(examples: Iterable[Example], tokenizer: PreTrainedTokenizerBase) -> int:

@@ -28,6 +28,11 @@ class Encoded:
     finding: Finding | None = None
     notes: tuple[str, ...] = ()
     proved: bool = False  # the bytes of its tokens are those of its text
+    also: tuple[Finding, ...] = ()  # further ones, since a recipe may allow the first and not these
+
+    @property
+    def findings(self) -> tuple[Finding, ...]:
+        return () if self.finding is None else (self.finding, *self.also)
 
 
 def unstopped(document: Conversation, template: ChatTemplate | None, turn: int, token: str | None = None) -> Finding:

@@ -49,9 +49,24 @@ KINDS = {
     ),
     "duplicate": Kind("rows that repeat an earlier row", False, "remove them if they are not meant"),
     "not_prompted": Kind(
-        "turns that do not follow the generation prompt",
+        "turns that generation would begin in another place than training",
+        True,
+        "use a template whose generation prompt is the beginning of its turns",
+    ),
+    "two_forms": Kind(
+        "turns that the template renders otherwise as the last one, as which they are generated",
+        True,
+        "write data.train_on: last_assistant, or data.allow: [two_forms] to train them as they are",
+    ),
+    "empty_thoughts": Kind(
+        "rows that train an empty think block",
         False,
-        "mind that generation starts in another place than in training, or choose another template",
+        "nothing, if the model is not to think; else write the thinking into the rows",
+    ),
+    "forgotten_thoughts": Kind(
+        "earlier turns whose thinking the template leaves out, as it does at generation",
+        False,
+        "nothing, if that is meant",
     ),
     "null_members": Kind(
         "rows of a table with null members in tool calls, tools or tool results: left out",

@@ -21,6 +21,7 @@ from typing import Any
 
 import jinja2
 import jinja2.ext
+import jinja2.meta
 from jinja2.sandbox import ImmutableSandboxedEnvironment
 from jinja2.utils import Namespace
 
@@ -39,7 +40,7 @@ class BoundedTemplate:
 
     def __init__(self, text: str, name: str):
         self._lock = threading.Lock()  # of the count, which is the environment's
-        self._environment = _Environment(name)
+        self._environment, self._text = _Environment(name), text
         if len(text) > limits.TEMPLATE_CHARACTERS:
             what = f"the chat template has {len(text):,} characters; {limits.TEMPLATE_CHARACTERS:,} is the limit"
             raise LimitReached(what, where=name, fix="use the model's own template, or a shorter one")
@@ -56,6 +57,12 @@ class BoundedTemplate:
             raise LoraError(
                 f"the chat template is not valid Jinja: {error}", where=f"{name}:{line or 1}", fix="correct this line"
             ) from None
+
+    @property
+    def reads(self) -> set[str]:
+        """Names that the template looks up and does not make itself."""
+        names = jinja2.meta.find_undeclared_variables(self._environment.parse(self._text))
+        return names - set(self._environment.globals)
 
     @property
     def steps(self) -> int:
@@ -409,8 +416,12 @@ class _Namespace(Namespace):
         return "<Namespace>"
 
 
+class Refused(jinja2.TemplateError):
+    """What a template says with `raise_exception`."""
+
+
 def _refuse(message: str) -> None:
-    raise jinja2.TemplateError(message)
+    raise Refused(message)
 
 
 def _to_json(

@@ -24,12 +24,12 @@ import numpy as np
 import xxhash
 from transformers import PreTrainedTokenizerBase
 
-from lora_cli.data.chat import ChatTemplate, chat_template
+from lora_cli.data.chat import ChatTemplate, chat_template, generation_ends
 from lora_cli.data.gate import KINDS, TOO_LONG_SHARE, Findings, Lengths, Weights, duplicates
 from lora_cli.data.packing import Groups, rows_to_shuffle
 from lora_cli.data.prepared import PARTS, PreparedData, Summary, open_prepared, summary_values
 from lora_cli.data.readers import Row
-from lora_cli.data.row_encoder import ROWS_TO_DETECT, RowEncoder, fit_length, require_columns
+from lora_cli.data.row_encoder import ROWS_TO_DETECT, RowEncoder, fit_length, require_arguments_used, require_columns
 from lora_cli.data.sources import Source, open_source
 from lora_cli.data.split import hold_out, repeated
 from lora_cli.data.store import ExampleWriter, checksum, write_groups, write_indices
@@ -194,7 +194,7 @@ class Preparation:
         )
         template: Any = data.template or self.tokenizer.chat_template
         if data.template is not None:
-            template = chat_template(self.tokenizer, data.template).text
+            template = chat_template(self.tokenizer, data.template).text  # arguments are among the settings
         parts = {
             "data": [[each.weight, list(source.identity.items())] for each, source in self.sources],
             "training_sources": len(self._training),
@@ -204,7 +204,7 @@ class Preparation:
             "settings": settings,
             "micro_batch": None if data.packing else train.tokens_per_micro_batch,
             "seed": train.seed,
-            "ends": sorted(_generation_ends(self.tokenizer)),
+            "ends": sorted(generation_ends(self.tokenizer)),
             "code": _code_hash(),
         }
         return hashlib.sha256(json.dumps(parts, sort_keys=True).encode()).hexdigest()[:20]
@@ -219,6 +219,8 @@ class Preparation:
         self._stops: set[int] = set()
         with ExampleWriter(folder / "examples.arrow") as writer:
             train, validation = self._read_all(writer, names, formats)
+        if not self.recipe.data.streaming:
+            require_arguments_used(self.recipe.data, self._template)
         lengths, targets = writer.lengths, writer.targets
         rows = self._rows_of(lengths[train])
         write_indices(folder / "train.arrow", train)
@@ -320,7 +322,7 @@ class Preparation:
         other = _numbers(held.content, np.uint64)
         for at in np.flatnonzero(np.isin(other, content)).tolist():
             findings.add("overlap", *held.where(at, names))
-        if unknown := self._stops - _generation_ends(self.tokenizer):
+        if unknown := self._stops - generation_ends(self.tokenizer):
             for id in sorted(unknown):
                 shown = str(self.tokenizer.convert_ids_to_tokens(id))
                 error = LoraError(f"trained turns end in {shown}, but the model's end token is another")
@@ -376,16 +378,6 @@ def _held_out(data: DataRecipe) -> list[SourceRecipe]:
 
 def _numbers(values: array, dtype: Any) -> np.ndarray:
     return np.frombuffer(values, dtype) if values else np.empty(0, dtype)
-
-
-def _generation_ends(tokenizer: PreTrainedTokenizerBase) -> set[int]:
-    """Tokens at which generation stops: those of the generation settings beside the tokenizer, and its end token."""
-    end: Any = tokenizer.eos_token_id
-    settings = Path(tokenizer.name_or_path) / "generation_config.json"
-    if not settings.is_file():
-        return {end}
-    stored = json.loads(settings.read_text(encoding="utf-8")).get("eos_token_id")  # checked by find_base
-    return {end} if stored is None else {end, *(stored if isinstance(stored, list) else [stored])}
 
 
 def _tokenizer_hash(tokenizer: PreTrainedTokenizerBase) -> str:

@@ -9,7 +9,7 @@ from itertools import islice
 from transformers import PreTrainedTokenizerBase
 
 from lora_cli.data.ahead import ahead
-from lora_cli.data.chat import chat_template
+from lora_cli.data.chat import ChatTemplate, chat_template
 from lora_cli.data.columns import applicable
 from lora_cli.data.encode import TRAIN_ON, Encoder, Prepared, Tokenized
 from lora_cli.data.example import Example, cut, windows
@@ -42,7 +42,7 @@ class RowEncoder:
             wanted = data.template
             if wanted is None and not tokenizer.chat_template and form.name == "instruction":
                 wanted = "alpaca"  # the layout that these columns come from
-            template = chat_template(tokenizer, wanted, head[0].where)
+            template = chat_template(tokenizer, wanted, head[0].where, data.template_arguments)
             form.keys.template = template
         if form.pair:
             form = replace(form, context=train_on not in ("all", "assistant"))
@@ -77,8 +77,7 @@ class RowEncoder:
             for encoded in self._encoder.encode(tokenized):
                 for note in encoded.notes:
                     findings.add(note, encoded.row.file, encoded.row.number)
-                if encoded.finding is not None:
-                    found = encoded.finding
+                for found in encoded.findings:
                     findings.add(found.kind, encoded.row.file, encoded.row.number, found.error)
                 yield encoded
 
@@ -88,6 +87,15 @@ class RowEncoder:
         where = first.where if first is last else f"{first.where} to {last.number}"
         with reading("the tokenizer cannot read these rows", where, "download the model's tokenizer.json again"):
             return self._encoder.tokenize(prepared)
+
+
+def require_arguments_used(data: DataRecipe, template: ChatTemplate | None) -> None:
+    """Raises LoraError if arguments are set for a chat template, but no source goes through one."""
+    if data.template_arguments and template is None:
+        raise LoraError(
+            "data.template_arguments is set, but no row goes through a chat template",
+            fix="remove it, or give the rows as messages or instructions",
+        )
 
 
 def fit_length(

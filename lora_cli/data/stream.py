@@ -18,6 +18,7 @@ import numpy as np
 from transformers import PreTrainedTokenizerBase
 
 from lora_cli.base.text import positions, vocabulary
+from lora_cli.data.chat import ChatTemplate
 from lora_cli.data.example import Example
 from lora_cli.data.feed import split_by_length
 from lora_cli.data.gate import TOO_LONG_SHARE, Findings, Lengths, Weights, weight_range
@@ -25,7 +26,7 @@ from lora_cli.data.order import Permutation
 from lora_cli.data.packing import Groups, rows_to_shuffle
 from lora_cli.data.prepared import micro_batches_per_step, rows_per_micro_batch, split_in_step
 from lora_cli.data.readers import Row
-from lora_cli.data.row_encoder import RowEncoder, fit_length, require_columns
+from lora_cli.data.row_encoder import RowEncoder, fit_length, require_arguments_used, require_columns
 from lora_cli.data.sources import FileSource, open_source
 from lora_cli.errors import LoraError
 from lora_cli.recipe import Recipe
@@ -56,6 +57,7 @@ class StreamFeed:
         self._step = 1
         self._given = 0  # units of this pass
         self._load_window()
+        require_arguments_used(recipe.data, self._template)
         self.first_window = self._examples
 
     # ── what it is ──────────────────────────────────────────────────────────────────────────────────────────────
@@ -84,8 +86,12 @@ class StreamFeed:
     @property
     def own_template(self) -> str | None:
         """Text of the chat template, where it is not the model's own."""
-        texts = [encoder.template.text for encoder in self._encoders.values() if encoder.template is not None]
-        return next((text for text in texts if text != self._tokenizer.chat_template), None)
+        template = self._template
+        return template.text if template is not None and template.text != self._tokenizer.chat_template else None
+
+    @property
+    def _template(self) -> ChatTemplate | None:
+        return next((encoder.template for encoder in self._encoders.values() if encoder.template is not None), None)
 
     @property
     def lengths(self) -> Lengths:

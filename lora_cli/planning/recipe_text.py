@@ -159,6 +159,8 @@ def _data(text: _Yaml, chosen: Chosen, names: Names, tried: Tried | None) -> Non
         text.set("columns", reading.columns, reading.why)
     if chosen.template is not None:
         text.set("template", *chosen.template)
+    if survey.train_on is not None:
+        text.set("train_on", *survey.train_on)
     if chosen.validation is not None:
         held = f"{_amount(tried.held_out, survey.exact)} " if tried else ""
         text.set("validation", chosen.validation, f"{held}examples held out, by which the best adapter is kept")

@@ -111,7 +111,7 @@ class DataSurvey:
 
     rows: that give examples; counted, or where `counted` is false guessed from sizes. sample: the rows that were
     tokenized; None: all. lengths: tokens of each example of them, uncut. targets: trained tokens of every stride-th.
-    distinct: unequal rows.
+    distinct: unequal rows. train_on: data.train_on and why, where what usually carries loss cannot.
     """
 
     source: FileSource
@@ -125,6 +125,7 @@ class DataSurvey:
     target_share: float
     distinct: int
     percentiles: dict[str, int]
+    train_on: tuple[str, str] | None = None
 
     @property
     def exact(self) -> bool:
@@ -165,7 +166,19 @@ def survey_data(
     settings = uncut | {"format": reading.wanted, "columns": reading.columns}
     recipe = Recipe.model_validate({"base_model": "-", "data": settings, "output": os.devnull})
     sample, rows, counted = _sample_of(source)
-    data = prepare_rows(recipe, tokenizer, sample)
+    train_on = None
+    try:
+        data = prepare_rows(recipe, tokenizer, sample)
+    except LoraError:
+        if reading.name not in ("chat", "instruction"):
+            raise
+        data = _last_turns_alone(recipe, tokenizer, sample)
+        if data is None:
+            raise
+        train_on = (
+            "last_assistant",
+            "the chat template renders earlier answers in another way than they are generated",
+        )
     stride = -(-len(data.train) // _SHARE_ROWS)
     summary = data.summary.train
     return DataSurvey(
@@ -180,7 +193,19 @@ def survey_data(
         target_share=summary.target_tokens / summary.tokens,
         distinct=rows if sample else len(data.train) - data.findings.counts.get("duplicate", 0),
         percentiles=summary.percentiles,
+        train_on=train_on,
     )
+
+
+def _last_turns_alone(
+    recipe: Recipe, tokenizer: PreTrainedTokenizerBase, sample: RowSample | None
+) -> PreparedData | None:
+    """The data with only the last answers trained, if that is all it takes."""
+    last = recipe.data.model_copy(update={"train_on": "last_assistant"})
+    try:
+        return prepare_rows(recipe.model_copy(update={"data": last}), tokenizer, sample)
+    except LoraError:
+        return None
 
 
 def prepare_rows(recipe: Recipe, tokenizer: PreTrainedTokenizerBase, sample: RowSample | None) -> PreparedData:
