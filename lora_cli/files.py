@@ -4,39 +4,45 @@ from __future__ import annotations
 
 import errno
 import json
+import math
 import os
 import re
 import shutil
 import stat
-from collections.abc import Iterator
+from collections.abc import Callable, Collection, Iterator
 from contextlib import contextmanager, suppress
+from itertools import count
 from pathlib import Path
 from typing import Any
 
 from lora_cli.errors import DiskError, LoraError
+from lora_cli.foreign import Shape, is_real_folder, kind, remove_ours
+
+_LEFT_BEHIND = re.compile(r"\.(.+)\.(tmp|old)-\d+(?:-\d+)?", re.DOTALL)
 
 
 @contextmanager
-def written_whole(folder: Path, shown: Path | None = None) -> Iterator[Path]:
-    """Yields a temporary folder beside `folder` to fill; at the end it is flushed to disk and takes its place.
+def written_whole(folder: Path, shown: Path | None = None, *, replaces: Shape | None = None) -> Iterator[Path]:
+    """Yields a new temporary folder beside `folder` to fill; at the end it is flushed to disk and takes its place.
 
-    shown: the place as a person knows it, for messages. If the block fails, nothing of it remains and what was in
-    `folder` stays. Raises DiskError when the disk is full or the place cannot be written.
+    shown: the place as a person knows it, for messages. replaces: what of the folder that is there gives way; whatever
+    else it holds stays in it. If the block fails, nothing of it remains and what was in `folder` stays.
+    Raises DiskError when the disk is full or the place cannot be written, NotOurs for a link or a file in its place.
     """
-    temporary = folder.with_name(f".{folder.name}.tmp-{os.getpid()}")
     with disk_errors(shown or folder):
+        is_real_folder(folder)
         folder.parent.mkdir(parents=True, exist_ok=True)
-        shutil.rmtree(temporary, ignore_errors=True)
+        temporary = _free_name(folder, "tmp")
         temporary.mkdir()
         try:
             yield temporary
             _give_usual_modes(temporary)
             for path in [*temporary.rglob("*"), temporary]:
                 flush(path)
-            _take_place(temporary, folder)
+            _take_place(temporary, folder, replaces or {})
             flush(folder.parent)
         except BaseException:
-            shutil.rmtree(temporary, ignore_errors=True)
+            shutil.rmtree(temporary, ignore_errors=True)  # this process made all of it
             raise
 
 
@@ -51,27 +57,73 @@ def _give_usual_modes(folder: Path) -> None:
             path.chmod(stat.S_IMODE(mode))
 
 
-def _take_place(new: Path, place: Path) -> None:
-    if not place.exists():
+def _take_place(new: Path, place: Path, replaces: Shape) -> None:
+    if not is_real_folder(place):
         new.rename(place)
         return
-    old = place.with_name(f".{place.name}.old-{os.getpid()}")
+    old = _free_name(place, "old")
     place.rename(old)  # a folder cannot be exchanged for another in one portable call
     new.rename(place)
-    shutil.rmtree(old)
+    _clear_away(old, place, replaces)
+
+
+def _clear_away(old: Path, place: Path, shape: Shape) -> None:
+    """Remove what is ours of a folder whose successor is in its place; whatever else it holds goes over to that."""
+    if remove_ours(old, shape):
+        return
+    for name in os.listdir(old):
+        if kind(place / name) is None:
+            (old / name).rename(place / name)
+        elif (inner := shape.get(name)) is not None and kind(old / name) == kind(place / name) == "folder":
+            _clear_away(old / name, place / name, inner)
+    with suppress(OSError):
+        old.rmdir()
+
+
+def _free_name(place: Path, mark: str) -> Path:
+    """Where something of this process can be beside `place` for a while."""
+    return free_name(place.with_name(f".{place.name}.{mark}-{os.getpid()}"))
+
+
+def free_name(wanted: Path) -> Path:
+    """`wanted`, or the first of wanted-1, wanted-2 … that nothing has: only what is new is surely of this process."""
+    names = (wanted.with_name(f"{wanted.name}{f'-{number}' if number else ''}") for number in count())
+    return next(path for path in names if kind(path) is None)
 
 
 def write_json(path: Path, value: Any) -> None:
-    """Replace `path` in one move, so that it is never half written."""
-    write_bytes(path, (json.dumps(value, indent=2, ensure_ascii=False) + "\n").encode())
+    """Replace `path` in one move, so that it is never half written. NaN and infinity, which JSON has not, are null."""
+    text = json.dumps(_readable(value), indent=2, ensure_ascii=False, allow_nan=False)
+    write_bytes(path, (text + "\n").encode())
+
+
+def _readable(value: Any) -> Any:
+    """The value as every reader of JSON can read it: without NaN, infinity and halves of characters."""
+    if isinstance(value, dict):
+        return {_readable(key): _readable(inner) for key, inner in value.items()}
+    if isinstance(value, list | tuple):
+        return [_readable(inner) for inner in value]
+    if isinstance(value, float) and not math.isfinite(value):
+        return None
+    if isinstance(value, str) and not value.isascii():
+        return value.encode("utf-16", "surrogatepass").decode("utf-16", "replace")
+    return value
 
 
 def write_bytes(path: Path, content: bytes) -> None:
     """Replace `path` in one move, so that it is never half written."""
-    temporary = path.with_name(f".{path.name}.tmp-{os.getpid()}")
+    with replacing(path) as temporary:
+        temporary.write_bytes(content)
+
+
+@contextmanager
+def replacing(path: Path) -> Iterator[Path]:
+    """Yields a new empty file beside `path` to fill; at the end it takes its place in one move. Raises DiskError."""
     with disk_errors(path):
+        temporary = _free_name(path, "tmp")
+        temporary.touch(exist_ok=False)
         try:
-            temporary.write_bytes(content)
+            yield temporary
             flush(temporary)
             temporary.replace(path)
         except BaseException:
@@ -80,23 +132,39 @@ def write_bytes(path: Path, content: bytes) -> None:
             raise
 
 
-def remove_folder(folder: Path) -> None:
-    """Gone for a reader at once, and not half there after a kill."""
-    leaving = folder.with_name(f".{folder.name}.tmp-{os.getpid()}")
-    folder.rename(leaving)
-    shutil.rmtree(leaving)
+def remove_folder(folder: Path, shape: Shape) -> None:
+    """Remove what is ours of a folder: gone for a reader at once, and not half there after a kill.
+
+    A folder that holds something else stays, with that alone in it. Raises NotOurs for a link.
+    """
+    if is_real_folder(folder):
+        leaving = _free_name(folder, "tmp")
+        folder.rename(leaving)
+        if not remove_ours(leaving, shape):
+            leaving.rename(folder)
 
 
-def finish_moves(folder: Path) -> None:
+def finish_moves(folder: Path, shape_of: Callable[[str], Shape | None], files: Collection[str] = ()) -> None:
     """Clear away what a process that was killed while it wrote left in `folder`; for the only writer there.
 
-    A folder that had been moved aside to make place for its successor, which never came, is moved back.
+    shape_of: what a folder of this name holds, None for a name that is not ours. files: the names of ours that are
+    files. A folder that had been moved aside to make place for its successor, which never came, is moved back.
     """
-    for left in folder.glob(".*.old-*") if folder.is_dir() else ():
-        place = left.with_name(left.name[1:].rpartition(".old-")[0])
-        shutil.rmtree(left) if place.exists() else left.rename(place)
-    for left in folder.glob(".*.tmp-*") if folder.is_dir() else ():
-        shutil.rmtree(left) if left.is_dir() else left.unlink()
+    for name in os.listdir(folder) if is_real_folder(folder) else ():
+        found = _LEFT_BEHIND.fullmatch(name)
+        if found is None:
+            continue
+        left, place, shape = folder / name, folder / found[1], shape_of(found[1])
+        if shape is not None and kind(left) == "folder":
+            if found[2] == "old" and kind(place) is None:
+                if shape.keys() & set(os.listdir(left)):
+                    left.rename(place)
+            elif found[2] == "old" and kind(place) == "folder":
+                _clear_away(left, place, shape)
+            else:
+                remove_ours(left, shape)
+        elif found[1] in files and found[2] == "tmp" and kind(left) == "file":
+            left.unlink()
 
 
 @contextmanager
@@ -131,6 +199,8 @@ def _disk_error(code: int | None, path: Path) -> DiskError | None:
         )
     if code in (errno.ENOTDIR, errno.EEXIST):
         return DiskError("a file stands where a folder is needed", where=where, fix="choose another output")
+    if code == errno.EISDIR:
+        return DiskError("a folder stands where a file is needed", where=where, fix="move it elsewhere, or remove it")
     if code in (errno.EIO, errno.ESTALE, errno.ENODEV, errno.ENXIO, errno.ETIMEDOUT):
         fix = "look at the disk or the network drive; what was written before is intact"
         return DiskError(f"the disk failed: {os.strerror(code)}", where=where, fix=fix)
@@ -167,7 +237,9 @@ def human_bytes(count: float) -> str:
 
 def flush(path: Path) -> None:
     """Wait until a file or folder is on the disk and not only in the system's memory."""
-    handle = os.open(path, os.O_RDONLY)
+    if os.name == "nt" and path.is_dir():
+        return  # Windows opens no folder
+    handle = os.open(path, os.O_RDWR if os.name == "nt" else os.O_RDONLY)
     try:
         os.fsync(handle)
     finally:

@@ -240,12 +240,18 @@ def copy_files(source: Path, target: Path, shape: Shape, copy: Callable[[Path, P
 
 def copy_file(source: Path, target: Path) -> None:
     """Copy the bytes of a regular file to a name that is still free."""
-    with (
-        open_binary(source) as stream,
-        os.fdopen(open_descriptor(target, os.O_WRONLY | os.O_CREAT | os.O_EXCL), "wb") as copy,
-    ):
+    _copy(source, target, os.O_EXCL)
+
+
+def copy_over(source: Path, target: Path) -> None:
+    """Copy the bytes of a regular file into another one, which this process made."""
+    _copy(source, target, os.O_TRUNC)
+
+
+def _copy(source: Path, target: Path, how: int) -> None:
+    with open_binary(source) as stream, os.fdopen(open_descriptor(target, os.O_WRONLY | os.O_CREAT | how), "wb") as out:
         while piece := stream.read(2**20):
-            copy.write(piece)
+            out.write(piece)
 
 
 def remove_ours(folder: Path, shape: Shape) -> bool:
@@ -259,8 +265,11 @@ def remove_ours(folder: Path, shape: Shape) -> bool:
         path = folder / name
         if inner is not None:
             remove_ours(path, inner)
-        elif kind(path) == "file":
+        elif (found := kind(path)) == "file":
             path.unlink()
+        elif found == "folder":
+            with suppress(OSError):
+                path.rmdir()  # where it is empty nothing is lost
     with suppress(OSError):
         folder.rmdir()
     return kind(folder) is None

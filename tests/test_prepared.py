@@ -456,7 +456,7 @@ def built(preparation, folder):
     if sys.argv[1] == "while building":
         die()
     if sys.argv[1] == "while removing":
-        shutil.rmtree = die
+        os.unlink = Path.unlink = die
 def opened(folder):
     found = opening(folder)
     if sys.argv[1] == "before taking the place" and found is not None:

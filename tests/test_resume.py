@@ -154,7 +154,7 @@ def test_a_pipe_in_place_of_a_file_is_damage_and_nothing_to_wait_for(crashed, he
     file.unlink()
     os.mkfifo(file)
     resume(run, console=heard)
-    assert f"{name} is no file" in heard.said
+    assert f"{name} is not a file" in heard.said
     assert_same_run(run, straight)
 
 
@@ -480,10 +480,10 @@ def test_of_many_that_want_a_folder_at_once_one_has_it_at_a_time(tmp_path):
 
 
 def test_without_locks_of_the_system_a_living_holder_counts_and_a_dead_one_does_not(tmp_path, monkeypatch):
-    def no_locks(*_: Any) -> None:
+    def no_locks(*_: Any, **__: Any) -> None:
         raise OSError(errno.ENOLCK, "No locks available")
 
-    monkeypatch.setattr(run_lock.fcntl, "flock", no_locks)
+    monkeypatch.setattr(run_lock, "lock_descriptor", no_locks)
     with locked(tmp_path, print), pytest.raises(LoraError, match="another process"), locked(tmp_path, print):
         pass
     (tmp_path / ".lock").write_text(json.dumps({"pid": 2**22 + 1, "host": run_lock.platform.node()}))
@@ -565,15 +565,21 @@ def test_a_run_that_waits_for_a_disk_can_be_stopped(crashed, monkeypatch):
     assert_same_run(run, straight)
 
 
+LINE = {"loss": 1.0, "learning_rate": 0.01, "grad_norm": 1.0, "target_tokens": 7, "tokens": 9, "seconds": 0.5} | {
+    "tokens_per_second": 18.0,
+    "peak_memory_bytes": 0,
+}
+
+
 def test_half_a_line_of_metrics_is_taken_back(tmp_path, monkeypatch):
     folder = RunFolder(tmp_path)
-    folder.append_metrics({"step": 1})
+    folder.append_metrics(LINE | {"step": 1})
     real = json.dumps
     monkeypatch.setattr("lora_cli.training.run_folder.json.dumps", lambda value: real(value) + "\udcff")
     with pytest.raises(UnicodeEncodeError):
-        folder.append_metrics({"step": 2})
+        folder.append_metrics(LINE | {"step": 2})
     monkeypatch.setattr("lora_cli.training.run_folder.json.dumps", real)
-    folder.append_metrics({"step": 3})
+    folder.append_metrics(LINE | {"step": 3})
     assert [line["step"] for line in read_metrics(folder.metrics)] == [1, 3]
 
 

@@ -5,6 +5,8 @@ from __future__ import annotations
 import fcntl
 import json
 import os
+import re
+import shutil
 import socket
 import subprocess
 import sys
@@ -200,6 +202,81 @@ def test_values_of_the_wrong_kind_are_unknown(tmp_path, value):
     names = ["step", "total_steps", "why", "pid", "host", "started", "updated", "wall_seconds"]
     make_run(tmp_path / "run", **dict.fromkeys(names, value))
     assert shown(list_runs(tmp_path))
+
+
+HUGE = b"1" * 400
+BAD = {
+    "an integer of 400 digits": ("status.json", b'{"state": "done", "step": ' + HUGE + b"}", "too large"),
+    "a number beyond every float": ("status.json", b'{"state": "done", "wall_seconds": 1e999}', "too large"),
+    "NaN": ("status.json", b'{"state": "done", "wall_seconds": NaN}', "NaN is not a number"),
+    "half a character": ("status.json", b'{"state": "failed", "why": "\\ud800"}', "half a character"),
+    "text for a number": ("status.json", b'{"state": "done", "step": "x"}', "step is not a number"),
+    "less than nothing": ("status.json", b'{"state": "done", "wall_seconds": -1}', "wall_seconds is not a number"),
+    "a list": ("status.json", b"[]", "not a JSON object"),
+    "deep": ("status.json", b"[" * 100_000, "nested too deeply"),
+    "not UTF-8": ("status.json", b"\xff", "utf-8"),
+    "large": ("status.json", b" " * 2**24, "larger than"),
+    "a report with such an integer": ("report.json", b'{"tokens": ' + HUGE + b"}", "report.json .*too large"),
+    "a report that learned maybe": ("report.json", b'{"learned": "maybe"}', "learned is not a yes or no"),
+}
+
+
+@pytest.mark.parametrize("how", BAD)
+def test_one_bad_folder_is_shown_as_bad_with_the_reason_and_all_others_as_they_are(tmp_path, how):
+    name, content, reason = BAD[how]
+    make_run(tmp_path / "good", state="done", report=REPORT)
+    alone = list_runs(tmp_path / "good")[0]
+    bad = make_run(tmp_path / "bad", state="done")
+    (bad / name).write_bytes(content)
+    found = {run.name: run for run in list_runs(tmp_path, price=1.0)}
+    assert found["bad"].state == "damaged"
+    assert re.search(reason, found["bad"].why or "")
+    assert (found["good"].state, found["good"].loss, found["good"].hours) == ("done", alone.loss, alone.hours)
+    assert "bad: " in shown(list(found.values()))
+    assert len(json.loads(json.dumps(as_dicts(list(found.values()))))) == 2
+
+
+@pytest.mark.parametrize("name", ["status.json", "report.json", "metrics.jsonl", ".lock", "checkpoints"])
+@pytest.mark.parametrize("what", ["pipe", "endless", "link to itself", "folder"])
+def test_nothing_in_a_run_folder_is_waited_for_or_followed(tmp_path, name, what):
+    make_run(tmp_path / "good", state="done")
+    path = make_run(tmp_path / "bad", state="done", report=REPORT) / name
+    shutil.rmtree(path) if path.is_dir() else path.unlink(missing_ok=True)
+    if what == "pipe":
+        os.mkfifo(path)
+    elif what == "folder":
+        path.mkdir()
+    else:
+        path.symlink_to("/dev/zero" if what == "endless" else path.name)
+    found = {run.name: run for run in list_runs(tmp_path)}
+    assert found["good"].state == "done"
+    assert found["bad"].state == ("done" if name in (".lock", "checkpoints") else "damaged")
+
+
+@pytest.mark.parametrize(
+    "line", [b'{"step": 1e999, "loss": 1}', b'{"step": ' + HUGE + b', "tokens": ' + HUGE + b"}", b"x" * 2**22]
+)
+def test_lines_of_metrics_that_no_run_wrote_are_left_out(tmp_path, line):
+    run = make_run(tmp_path / "run", state=None, steps=20)
+    with (run / "metrics.jsonl").open("ab") as stream:
+        stream.write(line + b"\n")
+    found = only(tmp_path)
+    assert (found.step, found.tokens) == (20, 10_000)
+    assert shown([found])
+
+
+@pytest.mark.parametrize("updated", ["0001-01-01T00:00:00+23:59", "9999-12-31T23:59:59-23:59", "2020", "x"])
+def test_a_time_before_or_behind_all_times_is_no_time(tmp_path, updated):
+    make_run(tmp_path / "run", state="done", updated=updated)
+    assert only(tmp_path).state == "done"
+    assert shown(list_runs(tmp_path))
+
+
+def test_a_folder_whose_name_is_not_text_can_be_printed(tmp_path):
+    make_run(tmp_path / "run", state="done").rename(tmp_path / "\udcff")
+    found = list_runs(tmp_path)
+    assert shown(found).encode()
+    assert json.dumps(as_dicts(found), ensure_ascii=False).encode()
 
 
 def test_a_folder_that_cannot_be_read_is_no_run(tmp_path):

@@ -29,9 +29,11 @@ from lora_cli.base.linear import features, is_linear, stored_transposed, unquant
 from lora_cli.base.source import BaseSource
 from lora_cli.base.tensor_files import write_tensors
 from lora_cli.errors import LoraError
+from lora_cli.foreign import Shape
 
 TENSORS = "adapter_model.safetensors"
 CHAT_TEMPLATE = "chat_template.jinja"  # where the Hugging Face libraries look for it
+FILES: Shape = {CONFIG: None, TENSORS: None, CHAT_TEMPLATE: None}  # all that save_adapter writes
 _PICKLED = "adapter_model.bin"
 
 

@@ -8,11 +8,9 @@ from __future__ import annotations
 import hashlib
 import json
 import os
-import re
-import shutil
-import time
 import weakref
 from array import array
+from contextlib import suppress
 from dataclasses import dataclass, field, replace
 from functools import cached_property
 from importlib.metadata import version
@@ -24,6 +22,16 @@ import numpy as np
 import xxhash
 from transformers import PreTrainedTokenizerBase
 
+from lora_cli.data.cache import (
+    FILES,
+    cache_folder,
+    forget_killed,
+    made_here,
+    remove_damaged,
+    remove_old,
+    require_no_link,
+    stamps,
+)
 from lora_cli.data.chat import ChatTemplate, chat_template, generation_ends
 from lora_cli.data.gate import KINDS, TOO_LONG_SHARE, Findings, Lengths, Weights, duplicates
 from lora_cli.data.packing import Groups, rows_to_shuffle
@@ -35,14 +43,9 @@ from lora_cli.data.split import hold_out, repeated
 from lora_cli.data.store import ExampleWriter, checksum, write_groups, write_indices
 from lora_cli.ending import make_temporary, remove_temporary
 from lora_cli.errors import LoraError
-from lora_cli.files import disk_errors, written_whole
+from lora_cli.files import disk_errors, free_name, written_whole
+from lora_cli.foreign import kind, remove_ours
 from lora_cli.recipe import DataRecipe, Recipe, SourceRecipe
-
-_HALF_DONE = re.compile(r"\.+[0-9a-f]{20}\.(?:building|damaged)-(\d+)(?:[.-].*)?")
-
-
-def cache_folder(recipe: Recipe) -> Path:
-    return Path(recipe.data.cache) if recipe.data.cache is not None else Path(recipe.output) / "prepared"
 
 
 def prepare(
@@ -54,10 +57,13 @@ def prepare(
     all is raised, and the rest is in `findings`.
     """
     preparation = Preparation(recipe, tokenizer)
+    own = recipe.data.cache is None
     place = cache_folder(recipe) / preparation.key
-    data = open_prepared(place)
+    if keep:
+        require_no_link(place, own)
+    data = _open(place)
     if data is None and keep:
-        data = _build_in_place(preparation, place, own=recipe.data.cache is None)
+        data = _build_in_place(preparation, place, own)
     elif data is None:
         data = build_for_now(preparation)
     assert data is not None
@@ -65,6 +71,11 @@ def prepare(
         data.findings.require_none(recipe.data.allow)
         require_rows(data, recipe)
     return data
+
+
+def _open(place: Path) -> PreparedData | None:
+    """What was prepared before, if it is whole and was written where it is: what came from elsewhere is made anew."""
+    return open_prepared(place) if kind(place) == "folder" and made_here(place) else None
 
 
 def build_for_now(preparation: Preparation) -> PreparedData:
@@ -87,8 +98,9 @@ def _build_in_place(preparation: Preparation, place: Path, own: bool) -> Prepare
 
     own: whether the cache is the run folder's, in which only the newest is of use.
     """
-    building = place.with_name(f".{place.name}.building-{os.getpid()}")
-    _forget_killed(place.parent)
+    made = [folder for folder in (place.parent, place.parent.parent) if own and kind(folder) is None]
+    forget_killed(place.parent)
+    building = free_name(place.with_name(f".{place.name}.building-{os.getpid()}"))
     try:
         shown = Path(preparation.recipe.output) if own else place.parent
         with disk_errors(shown), written_whole(building, shown) as temporary:
@@ -97,21 +109,20 @@ def _build_in_place(preparation: Preparation, place: Path, own: bool) -> Prepare
         assert data is not None
         data.findings.require_none(preparation.recipe.data.allow)
         require_rows(data, preparation.recipe)
-        if place.exists() and open_prepared(place) is None:  # damaged
-            _remove_damaged(place)
+        if kind(place) is not None and _open(place) is None:  # damaged, or made elsewhere
+            remove_damaged(place)
         try:
             building.rename(place)
         except OSError:  # another run was first; what is open here stays readable
-            shutil.rmtree(building)
+            remove_ours(building, FILES)
     except BaseException:
-        shutil.rmtree(building, ignore_errors=True)
-        for folder in (place.parent, place.parent.parent) if own else ():
-            if folder.is_dir() and not any(folder.iterdir()):
+        remove_ours(building, FILES)
+        for folder in made:
+            with suppress(OSError):
                 folder.rmdir()
         raise
-    for old in place.parent.iterdir() if own else ():
-        if old != place and not old.name.startswith("."):
-            shutil.rmtree(old, ignore_errors=True)
+    if own:
+        remove_old(place.parent, place)
     return replace(data, folder=place)
 
 
@@ -128,30 +139,6 @@ def require_rows(data: PreparedData, recipe: Recipe) -> None:
     }
     fix = "; or ".join(each for each, fits in fixes.items() if fits) or "name data with rows to train on"
     raise LoraError("no row is left to train on", where=_name(recipe.data.train[0]), details=details, fix=fix)
-
-
-def _remove_damaged(place: Path) -> None:
-    """In one move, so that nobody finds it half removed; another run may be doing the same."""
-    aside = place.with_name(f".{place.name}.damaged-{os.getpid()}-{time.time_ns()}")
-    try:
-        place.rename(aside)
-    except FileNotFoundError:
-        return
-    if aside.is_dir():
-        shutil.rmtree(aside)
-    else:
-        aside.unlink()
-
-
-def _forget_killed(cache: Path) -> None:
-    """Remove what processes left half-done that are no more."""
-    for folder in cache.iterdir() if cache.is_dir() else ():
-        left = _HALF_DONE.fullmatch(folder.name)
-        if left is None:
-            continue
-        alive = Path(f"/proc/{left[1]}").exists() or not Path("/proc").exists()
-        if not alive or int(left[1]) == os.getpid():  # of this number in an earlier life
-            shutil.rmtree(folder, ignore_errors=True)
 
 
 @dataclass
@@ -248,7 +235,8 @@ class Preparation:
         values = summary_values(summary)
         checksums = {name: checksum(folder / name) for name in PARTS}
         checksums["summary"] = hashlib.sha256(json.dumps(values).encode()).hexdigest()
-        (folder / "summary.json").write_text(json.dumps({"summary": values, "checksums": checksums}), encoding="utf-8")
+        stored = {"summary": values, "checksums": checksums, "stamps": stamps(folder)}
+        (folder / "summary.json").write_text(json.dumps(stored), encoding="utf-8")
 
     # ── reading ─────────────────────────────────────────────────────────────────────────────────────────────────
 

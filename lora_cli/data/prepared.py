@@ -14,6 +14,7 @@ from lora_cli.data.order import Order
 from lora_cli.data.packing import Groups
 from lora_cli.data.store import Examples, ExampleStore, checksum, read_groups, read_indices
 from lora_cli.errors import LoraError
+from lora_cli.foreign import kind, parse_json, read_bytes
 from lora_cli.recipe import Recipe
 
 PARTS = ("examples.arrow", "train.arrow", "rows.arrow", "validation.arrow")
@@ -79,9 +80,9 @@ class PreparedData:
 def open_prepared(folder: Path) -> PreparedData | None:
     """What stands in the folder, or None if it is missing or damaged in any byte."""
     try:
-        if not all((folder / name).is_file() for name in (*PARTS, "summary.json")):  # a pipe or a device has no end
+        if any(kind(folder / name) != "file" for name in (*PARTS, "summary.json")):
             return None
-        stored = json.loads((folder / "summary.json").read_text(encoding="utf-8"))
+        stored = parse_json(read_bytes(folder / "summary.json"))
         if any(checksum(folder / name) != stored["checksums"].get(name) for name in PARTS):
             return None
         if hashlib.sha256(json.dumps(stored["summary"]).encode()).hexdigest() != stored["checksums"]["summary"]:
@@ -90,7 +91,7 @@ def open_prepared(folder: Path) -> PreparedData | None:
         examples = ExampleStore(folder / "examples.arrow", summary.names)
         train, validation = (Examples(examples, read_indices(folder / f"{n}.arrow")) for n in ("train", "validation"))
         return PreparedData(folder, summary, train, validation, read_groups(folder / "rows.arrow"))
-    except (OSError, ValueError, KeyError, TypeError, AttributeError, RecursionError):  # whatever damage makes of it
+    except (OSError, ValueError, KeyError, TypeError, AttributeError, LoraError):  # whatever damage makes of it
         return None
 
 

@@ -18,7 +18,7 @@ import hashlib
 import json
 import os
 import random
-import shutil
+import re
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -29,13 +29,38 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
+from lora_cli.adapters.file import FILES as ADAPTER_FILES
 from lora_cli.adapters.layer import lora_layers
 from lora_cli.errors import LoraError
 from lora_cli.files import remove_folder, write_json, written_whole
-from lora_cli.training.state import State
+from lora_cli.foreign import (
+    NotOurs,
+    Shape,
+    copy_file,
+    copy_files,
+    files_of,
+    kind,
+    open_binary,
+    parse_json,
+    read_bytes,
+    read_json,
+)
+from lora_cli.training.optimizer import state_after_a_step
+from lora_cli.training.state import State, StateFile
+from lora_cli.training.stored import Manifest
 
 FORMAT = 3  # 1 had A and B in one group of the optimizer; 2 no manifest
 BEST = "best"
+FILES: Shape = {
+    "manifest.json": None,
+    "adapter.safetensors": None,
+    "optimizer.safetensors": None,
+    "state.safetensors": None,
+    "state.json": None,
+    "metrics.jsonl": None,
+    BEST: ADAPTER_FILES,
+}
+NAME = re.compile(r"step_(\d{6,15})")
 _TENSOR = "__tensor__"  # marks, in state.json, the place of a tensor of optimizer.safetensors
 
 
@@ -63,18 +88,19 @@ def save_checkpoint(
     tensors: dict[str, Tensor] = {}
     described = _take_tensors(optimizer.state_dict(), "", tensors)
     states, random_values = _random_states()
-    with written_whole(folder) as place:
+    with written_whole(folder, replaces=FILES) as place:
         save_file(_adapter_tensors(model), place / "adapter.safetensors")
         save_file(tensors, place / "optimizer.safetensors")
         save_file(states | state.tensors, place / "state.safetensors")
         values = {**state.values(), "schedule": dict(schedule), "random": random_values, "optimizer": described}
         write_json(place / "state.json", values)
         if metrics.exists():
-            shutil.copyfile(metrics, place / "metrics.jsonl")
+            copy_file(metrics, place / "metrics.jsonl")
         else:
             (place / "metrics.jsonl").touch()
         if best is not None:
-            shutil.copytree(best, place / BEST, copy_function=_link_or_copy)
+            (place / BEST).mkdir()
+            copy_files(best, place / BEST, ADAPTER_FILES, _link_or_copy)
         manifest = {"format": FORMAT, "step": state.step, "files": _checksums(place), **belongs_to}
         write_json(place / "manifest.json", {**manifest, "checksum": _checksum(manifest)})
 
@@ -84,68 +110,156 @@ def load_checkpoint(folder: Path, model: nn.Module, optimizer: Any) -> State:
 
     Nothing is changed unless all of it can be. Raises LoraError if it belongs to another adapter or optimizer.
     """
-    try:
-        values = json.loads((folder / "state.json").read_text(encoding="utf-8"))
-        adapter = load_file(folder / "adapter.safetensors")
-        tensors = load_file(folder / "optimizer.safetensors")
-        states = load_file(folder / "state.safetensors")
-    except (OSError, ValueError, SafetensorError) as error:
-        raise _damaged(folder, str(error)) from None
-    own = _adapter_tensors(model)
-    if {k: v.shape for k, v in own.items()} != {k: v.shape for k, v in adapter.items()}:
+    stored, states = _read_state(folder)
+    adapter, tensors = _load(folder / "adapter.safetensors"), _load(folder / "optimizer.safetensors")
+    if (problem := _misfit(adapter, _adapter_tensors(model))) is not None:
         raise LoraError(
-            "the checkpoint holds another adapter than the recipe describes",
+            f"the checkpoint holds another adapter than the recipe describes: {problem}",
             where=str(folder),
             fix="resume with the recipe of the run",
         )
-    described = _put_tensors(values.pop("optimizer"), tensors)
-    if _kind(described) != _kind(optimizer.state_dict()):
-        raise LoraError(
-            "the checkpoint holds the state of another optimizer than the recipe names",
-            where=str(folder),
-            fix="resume with the recipe of the run",
-        )
+    described = _optimizer_state(stored.optimizer, tensors, optimizer, folder)
+    randoms = {name: states.pop(name) for name in list(states) if name.startswith("random.")}
     with torch.no_grad():
         for name, layer in lora_layers(model).items():
             layer.lora_A.copy_(adapter[f"{name}.lora_A"])
             layer.lora_B.copy_(adapter[f"{name}.lora_B"])
     optimizer.load_state_dict(described)
-    _set_random_states({name: states.pop(name) for name in list(states) if name.startswith("random.")}, values)
-    return State(**{name: values[name] for name in State().values()}, tensors=states)
+    _set_random_states(randoms, {"random": stored.random.model_dump()})
+    return stored.state(states)
 
 
 def verify(folder: Path) -> dict[str, Any]:
-    """The manifest, after every file was compared with it. Raises Damaged; LoraError for another format."""
-    try:
-        _require_files(folder)  # reading a pipe would wait for ever
-        manifest = json.loads((folder / "manifest.json").read_text(encoding="utf-8"))
-        checksum, stated = manifest.pop("checksum"), dict(manifest["files"])
-    except (OSError, ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
-        old = folder / "state.json"
-        if not (folder / "manifest.json").exists() and old.is_file():
-            _refuse_old(folder, old)
-        raise _damaged(folder, f"its manifest cannot be read ({error})") from None
-    if checksum != _checksum(manifest):
-        raise _damaged(folder, "its manifest is not what was written")
-    if manifest.get("format") != FORMAT:
-        raise _other_format(folder, manifest.get("format"))
+    """The manifest, after every file was compared with it, and what is in them with what has to be there.
+
+    Raises Damaged; LoraError for another format.
+    """
     try:
         found = _checksums(folder)
+    except NotOurs as problem:
+        raise _damaged(folder, _not_written(folder, problem)) from None
     except OSError as error:
         raise _damaged(folder, str(error)) from None
-    for name in sorted(stated.keys() | found.keys()):
+    try:
+        manifest = parse_json(read_bytes(folder / "manifest.json"))
+        stated = Manifest.model_validate(manifest)
+        del manifest["checksum"]
+    except (OSError, ValueError, TypeError, LoraError) as error:
+        if not (folder / "manifest.json").exists():
+            _refuse_old(folder)
+        raise _damaged(folder, f"its manifest cannot be read ({str(error).splitlines()[0]})") from None
+    if stated.checksum != _checksum(manifest):
+        raise _damaged(folder, "its manifest is not what was written")
+    if stated.format != FORMAT:
+        raise _other_format(folder, stated.format)
+    for name in sorted(stated.files.keys() | found.keys()):
         if name not in found:
             raise _damaged(folder, f"{name} is missing")
-        if stated.get(name) != found[name]:
+        if name not in stated.files or stated.files[name].model_dump() != found[name]:
             raise _damaged(folder, f"{name} is not what was written")
+    state, _ = _read_state(folder)
+    if NAME.fullmatch(folder.name) and int(folder.name.removeprefix("step_")) != state.step:
+        raise _damaged(folder, f"its state is that of step {state.step}")
     return manifest
+
+
+def _read_state(folder: Path) -> tuple[StateFile, dict[str, Tensor]]:
+    """state.json and state.safetensors, by their schemas. Raises Damaged."""
+    try:
+        stored = read_json(folder / "state.json", StateFile, fix="the one before it can be used")
+    except LoraError as problem:
+        raise _damaged(folder, f"state.json: {problem.what}") from None
+    states = _load(folder / "state.safetensors")
+    try:
+        _require_losses({name: each for name, each in states.items() if not name.startswith("random.")}, stored)
+        _require_random_states(states, {"random": stored.random.model_dump()})
+    except (ValueError, TypeError, KeyError, IndexError, OverflowError, RuntimeError) as error:
+        raise _damaged(folder, f"state.safetensors: {error}") from None
+    return stored, states
+
+
+def _load(path: Path) -> dict[str, Tensor]:
+    try:
+        return load_file(path)
+    except (OSError, ValueError, SafetensorError) as error:
+        raise _damaged(path.parent, f"{path.name}: {error}") from None
+
+
+def _require_losses(losses: dict[str, Tensor], state: State) -> None:
+    """Raises ValueError for losses of held-out examples that no gain can be computed from."""
+    names = {"validation.base", "validation.targets", "validation.best"}
+    if not losses.keys() <= names:
+        raise ValueError(f"{min(losses.keys() - names)[:80]} is not a tensor of a checkpoint")
+    if losses.keys() - {"validation.best"} not in (set(), names - {"validation.best"}):
+        raise ValueError("losses of the base model, or the numbers of their tokens, are missing")
+    if state.base_validation_loss is not None and not losses:
+        raise ValueError("losses of the base model are missing")
+    shapes = {tuple(each.shape) for each in losses.values()}
+    if len(shapes) > 1 or any(len(shape) != 1 or not shape[0] for shape in shapes):
+        raise ValueError("losses of held-out examples have different lengths")
+    for name, each in losses.items():
+        if each.is_floating_point() == (name == "validation.targets") or not each.isfinite().all():
+            raise ValueError(f"{name} is not what was written")
+        if name == "validation.targets" and int(each.min()) < 1:
+            raise ValueError("a held-out example has no target token")
+
+
+def _optimizer_state(values: Any, tensors: dict[str, Tensor], optimizer: Any, folder: Path) -> dict[str, Any]:
+    """What the optimizer loads. Raises LoraError unless every tensor is as the optimizer itself would make it.
+
+    Kernels that update all parameters at once trust the shapes of the moments, and would write past their ends.
+    """
+    try:
+        described = _put_tensors(values, tensors)
+        problem = _unlike(described["param_groups"], (own := state_after_a_step(optimizer))["param_groups"], "group")
+        if problem is None and described["state"]:  # before the first update there is none
+            problem = _unlike(described["state"], own["state"], "parameter")
+    except (KeyError, TypeError, ValueError, AttributeError, IndexError, RecursionError) as error:
+        described, problem = {}, f"it cannot be read ({type(error).__name__})"
+    if problem is not None:
+        raise LoraError(
+            f"the checkpoint holds the state of another optimizer than the recipe names: {problem}",
+            where=str(folder),
+            fix="resume with the recipe of the run; or remove this checkpoint, to go on from the one before it",
+        )
+    return described
+
+
+def _unlike(found: Any, wanted: Any, path: str) -> str | None:
+    """Where nested state is of another kind than `wanted`: names, lengths, types, shapes; None if it is nowhere."""
+    if isinstance(wanted, Tensor):
+        if not isinstance(found, Tensor) or found.shape != wanted.shape or found.dtype != wanted.dtype:
+            shown = f"{tuple(found.shape)} {found.dtype}" if isinstance(found, Tensor) else type(found).__name__
+            return f"{path} is {shown}, not {tuple(wanted.shape)} {wanted.dtype}"
+        return None
+    if isinstance(wanted, dict):
+        if not isinstance(found, dict) or found.keys() != wanted.keys():
+            return f"{path} has other entries"
+        return next((p for key in wanted if (p := _unlike(found[key], wanted[key], f"{path} {key}"))), None)
+    if isinstance(wanted, list | tuple):
+        if not isinstance(found, list | tuple) or len(found) != len(wanted):
+            return f"{path} has another length"
+        if path.endswith(" params") and list(found) != list(wanted):
+            return f"{path} are others"
+        pairs = zip(found, wanted, strict=True)
+        return next((p for at, (one, other) in enumerate(pairs) if (p := _unlike(one, other, f"{path} {at}"))), None)
+    numbers = (int, float)
+    alike = type(found) is type(wanted) or (type(found) in numbers and type(wanted) in numbers)
+    return None if alike else f"{path} is {type(found).__name__}, not {type(wanted).__name__}"
+
+
+def _misfit(found: dict[str, Tensor], wanted: dict[str, Tensor]) -> str | None:
+    """The first tensor that is missing, too many, or of another shape or dtype."""
+    for name in sorted(found.keys() ^ wanted.keys()):
+        return f"{name} is {'missing' if name in wanted else 'not in the model'}"
+    return next((p for name in sorted(wanted) if (p := _unlike(found[name], wanted[name], name))), None)
 
 
 def prune_checkpoints(checkpoints: list[Path], keep: int, best: Path | None) -> None:
     """Remove all but the newest `keep` and the one of the best step, if there is one. checkpoints: oldest first."""
     for old in checkpoints[:-keep]:
         if old != best:
-            remove_folder(old)
+            remove_folder(old, FILES)
 
 
 def _damaged(folder: Path, how: str) -> Damaged:
@@ -160,35 +274,35 @@ def _other_format(folder: Path, found: Any) -> LoraError:
     )
 
 
-def _refuse_old(folder: Path, state: Path) -> None:
+def _refuse_old(folder: Path) -> None:
     """Formats 1 and 2 said so in state.json. A manifest that is only missing is damage."""
     try:
-        found = json.loads(state.read_text(encoding="utf-8")).get("format")
-    except (OSError, ValueError, AttributeError, RecursionError):
+        found = parse_json(read_bytes(folder / "state.json"))["format"]
+    except (OSError, ValueError, LookupError, TypeError, LoraError):
         return
     if found in (1, 2):
         raise _other_format(folder, found)
 
 
 def _checksums(folder: Path) -> dict[str, dict[str, Any]]:
-    """Size and SHA-256 of every file but the manifest, by its path within the folder."""
+    """Size and SHA-256 of every file but the manifest, by its path within the folder. Raises NotOurs, OSError."""
     found: dict[str, dict[str, Any]] = {}
-    for path in sorted(folder.rglob("*")):
+    for path in files_of(folder, FILES):
         name = path.relative_to(folder).as_posix()
-        if not path.is_dir() and name != "manifest.json":
-            digest = hashlib.sha256()
-            with path.open("rb") as stream:
+        if name != "manifest.json":
+            digest, size = hashlib.sha256(), 0
+            with open_binary(path) as stream:
                 while piece := stream.read(2**20):
                     digest.update(piece)
-            found[name] = {"bytes": path.stat().st_size, "sha256": digest.hexdigest()}
+                    size += len(piece)
+            found[name] = {"bytes": size, "sha256": digest.hexdigest()}
     return found
 
 
-def _require_files(folder: Path) -> None:
-    """Raises OSError for a device, a pipe or a broken link in place of a file."""
-    for path in folder.rglob("*"):
-        if not path.is_dir() and not path.is_file():
-            raise OSError(f"{path.relative_to(folder).as_posix()} is no file")
+def _not_written(folder: Path, problem: NotOurs) -> str:
+    place = Path(problem.where or folder)
+    what = {"link": "a link", "pipe or device": "not a file"}.get(kind(place) or "", "not what was written")
+    return f"{place.relative_to(folder).as_posix()} is {what}"
 
 
 def _checksum(manifest: dict[str, Any]) -> str:
@@ -196,17 +310,12 @@ def _checksum(manifest: dict[str, Any]) -> str:
     return hashlib.sha256(json.dumps(manifest, sort_keys=True).encode()).hexdigest()
 
 
-def _link_or_copy(source: str, target: str) -> None:
+def _link_or_copy(source: Path, target: Path) -> None:
     """A second name for the same bytes where the disk can: adapter files are replaced whole and never changed."""
     try:
-        os.link(source, target)
-    except OSError:
-        shutil.copyfile(source, target)
-
-
-def _kind(state: dict[str, Any]) -> Any:
-    """What tells optimizers apart: the options of their groups and the shape of their parameters."""
-    return [(sorted(group), len(group["params"])) for group in state["param_groups"]]
+        os.link(source, target, follow_symlinks=False)
+    except (OSError, NotImplementedError):
+        copy_file(source, target)
 
 
 # ── random states ───────────────────────────────────────────────────────────────────────────────────────────────
@@ -227,12 +336,28 @@ def _random_states() -> tuple[dict[str, Tensor], dict[str, Any]]:
     return tensors, {"python": [version, gauss], "numpy": rest}
 
 
-def _set_random_states(tensors: dict[str, Tensor], values: dict[str, Any]) -> None:
-    stored = values["random"]
-    version, gauss = stored["python"]
-    random.setstate((version, tuple(tensors["random.python"].tolist()), gauss))
-    numpy = dict(stored["numpy"])
+def _require_random_states(tensors: dict[str, Tensor], values: dict[str, Any]) -> None:
+    """Raises what the generators raise for states that are not theirs."""
+    python, numpy = _random_values(tensors, values)
+    random.Random().setstate(python)
+    np.random.RandomState().set_state(numpy)
+    torch.Generator().set_state(tensors["random.torch"])
+    for name, each in tensors.items():
+        if name.startswith("random.cuda.") and (each.dtype != torch.uint8 or each.shape != (16,)):
+            raise ValueError(f"{name[:40]} is not the state of a generator")
+
+
+def _random_values(tensors: dict[str, Tensor], values: dict[str, Any]) -> tuple[Any, Any]:
+    """What Python's and NumPy's generators take back."""
+    version, gauss = values["random"]["python"]
+    numpy = dict(values["random"]["numpy"])
     numpy["state"] = {"key": tensors["random.numpy"].numpy().astype(np.uint32), "pos": numpy.pop("pos")}
+    return (version, tuple(tensors["random.python"].tolist()), gauss), numpy
+
+
+def _set_random_states(tensors: dict[str, Tensor], values: dict[str, Any]) -> None:
+    python, numpy = _random_values(tensors, values)
+    random.setstate(python)
     np.random.set_state(numpy)
     torch.set_rng_state(tensors["random.torch"])
     cuda = [tensors[f"random.cuda.{at}"] for at in range(len(tensors)) if f"random.cuda.{at}" in tensors]

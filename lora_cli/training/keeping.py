@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import filecmp
-import shutil
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any, TypeVar
@@ -12,9 +10,11 @@ import torch
 from accelerate import Accelerator
 
 from lora_cli.adapters.attach import is_inert
+from lora_cli.adapters.file import FILES as ADAPTER_FILES
 from lora_cli.adapters.file import save_adapter
 from lora_cli.errors import DiskError, Interrupted
-from lora_cli.files import disk_errors, remove_folder, written_whole
+from lora_cli.files import disk_errors, free_name, remove_folder, replacing, written_whole
+from lora_cli.foreign import NotOurs, copy_files, copy_over, files_of, is_real_folder, open_binary
 from lora_cli.training.checkpoint import BEST, Damaged, load_checkpoint, prune_checkpoints, save_checkpoint, verify
 from lora_cli.training.optimizer import learning_rate
 from lora_cli.training.processes import wait_for_everyone
@@ -103,7 +103,7 @@ class Keeper:
 
     def _write_adapter(self, place: Path) -> None:
         recipe = self.session.recipe
-        with written_whole(place) as temporary:
+        with written_whole(place, replaces=ADAPTER_FILES) as temporary:
             save_adapter(
                 self.session.model,
                 temporary,
@@ -116,7 +116,7 @@ class Keeper:
 
     def _write_checkpoint(self, state: State) -> None:
         total = self.session.total_steps
-        has_best = state.best_step is not None and self.folder.adapter.is_dir()
+        has_best = state.best_step is not None and is_real_folder(self.folder.adapter)
         save_checkpoint(
             self.folder.checkpoint(state.step),
             self.session.model,
@@ -144,12 +144,11 @@ class Keeper:
                 verify(checkpoint)
                 return
             except Damaged as problem:
-                aside = checkpoint.with_name(f"damaged_{checkpoint.name}")
+                aside = free_name(checkpoint.with_name(f"damaged_{checkpoint.name}"))
                 self.say(
                     f"{problem.where}: {problem.what}; it is set aside as {aside.name}, and the one before it used"
                 )
                 with disk_errors(aside):
-                    shutil.rmtree(aside, ignore_errors=True)
                     checkpoint.rename(aside)
 
     def _put_back(self, checkpoint: Path | None) -> None:
@@ -158,16 +157,14 @@ class Keeper:
             if checkpoint is None:
                 self.folder.metrics.unlink(missing_ok=True)
             else:
-                temporary = self.folder.metrics.with_name(f".{self.folder.metrics.name}.tmp-0")
-                shutil.copyfile(checkpoint / "metrics.jsonl", temporary)
-                temporary.replace(self.folder.metrics)
-            best = checkpoint / BEST if checkpoint is not None else None
-            if best is not None and best.is_dir():
+                with replacing(self.folder.metrics) as temporary:
+                    copy_over(checkpoint / "metrics.jsonl", temporary)
+            if checkpoint is not None and is_real_folder(best := checkpoint / BEST):
                 if not _same_files(best, self.folder.adapter):
-                    with written_whole(self.folder.adapter) as place:
-                        shutil.copytree(best, place, dirs_exist_ok=True)
-            elif self.session.data.validation and self.folder.adapter.is_dir():
-                remove_folder(self.folder.adapter)
+                    with written_whole(self.folder.adapter, replaces=ADAPTER_FILES) as place:
+                        copy_files(best, place, ADAPTER_FILES)
+            elif self.session.data.validation:
+                remove_folder(self.folder.adapter, ADAPTER_FILES)
 
     def _with_what_is_left(self, problem: DiskError) -> DiskError:
         checkpoints = self.folder.list_checkpoints()
@@ -185,7 +182,17 @@ def resume_command(folder: RunFolder) -> str:
 
 
 def _same_files(one: Path, other: Path) -> bool:
-    names = {path.name for path in one.iterdir()}
-    if not other.is_dir() or names != {path.name for path in other.iterdir()}:
+    """Whether both adapter folders hold the same files with the same bytes, and nothing else."""
+    try:
+        first, second = ({path.name: path for path in files_of(each, ADAPTER_FILES)} for each in (one, other))
+    except (NotOurs, OSError):
         return False
-    return filecmp.cmpfiles(one, other, list(names), shallow=False)[0] == list(names)
+    return first.keys() == second.keys() and all(_same_bytes(first[name], second[name]) for name in first)
+
+
+def _same_bytes(one: Path, other: Path) -> bool:
+    with open_binary(one) as first, open_binary(other) as second:
+        while piece := first.read(2**20):
+            if second.read(len(piece)) != piece:
+                return False
+        return not second.read(1)

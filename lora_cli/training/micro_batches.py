@@ -245,12 +245,13 @@ def cut(batches: Sequence[Sequence[Example]], parts: int) -> list[list[Example]]
 def _in_parts(examples: Sequence[Example], parts: int) -> list[list[Example]]:
     """Neighbours stay together: each example goes where its middle lies among the tokens of all."""
     total = _tokens(examples)
-    pieces: list[list[Example]] = [[] for _ in range(parts)]
+    pieces: dict[int, list[Example]] = {}  # in order, and only those with examples: parts may be any number
     before = 0
     for example in examples:
-        pieces[min(parts - 1, int((before + len(example.ids) / 2) * parts / total))].append(example)
+        at = min(parts - 1, int((before + len(example.ids) / 2) * parts / total))
+        pieces.setdefault(at, []).append(example)
         before += len(example.ids)
-    return [piece for piece in pieces if piece]
+    return list(pieces.values())
 
 
 def is_out_of_memory(error: BaseException) -> bool:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections import defaultdict
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any
@@ -67,6 +68,27 @@ def paging_note(name: str, sizes: Sequence[int], device: str) -> str | None:
         f"{name}: {spared} (bitsandbytes pages tensors of {_LEAST_PAGED:,} numbers or more, until the run is resumed); "
         f"optimizer: adamw holds {human_bytes(8 * sum(sizes))} of states on the GPU and is faster"
     )
+
+
+def state_after_a_step(optimizer: Any) -> dict[str, Any]:
+    """The state_dict of an optimizer like this one after a step over zeros: which tensors there are, and their shapes.
+
+    `optimizer` and its parameters stay as they are.
+    """
+    optimizer = getattr(optimizer, "optimizer", optimizer)  # accelerate's is one around it
+    twin = object.__new__(type(optimizer))
+    groups = [
+        {**group, "params": [nn.Parameter(torch.zeros_like(each)) for each in group["params"]]}
+        for group in optimizer.param_groups
+    ]
+    vars(twin).update(vars(optimizer), state=defaultdict(dict), param_groups=groups)
+    if getattr(twin, "is_paged", False):
+        twin.is_paged = False  # where a tensor lies is no part of what it is
+    for group in groups:
+        for parameter in group["params"]:
+            parameter.grad = torch.zeros_like(parameter)
+    twin.step()
+    return twin.state_dict()
 
 
 def set_learning_rate(optimizer: Any, rate: float) -> None:

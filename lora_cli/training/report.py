@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import math
 from collections.abc import Callable
 from typing import Any
@@ -17,6 +16,7 @@ from lora_cli.errors import CheckFailed, DiskError
 from lora_cli.evaluation.forgetting import measure_forgetting
 from lora_cli.evaluation.gain import paired_gain
 from lora_cli.files import write_json
+from lora_cli.foreign import read_text
 from lora_cli.training.processes import sum_over_processes
 from lora_cli.training.report_page import write_report_page
 from lora_cli.training.run_folder import RunFolder, read_metrics
@@ -69,8 +69,8 @@ def write_report(folder: RunFolder, report: dict[str, Any], say: Callable[[str],
             folder.path,
             report,
             read_metrics(folder.metrics),
-            recipe=folder.recipe.read_text(encoding="utf-8"),
-            environment=json.loads(folder.environment.read_text(encoding="utf-8")),
+            recipe=read_text(folder.recipe),
+            environment=folder.stored_environment(),
             warnings=_warnings(report),
         )
     except DiskError:

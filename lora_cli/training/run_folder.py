@@ -10,15 +10,25 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from pydantic import ValidationError
+
+from lora_cli.adapters.file import FILES as ADAPTER_FILES
 from lora_cli.errors import DiskError, LoraError
-from lora_cli.files import disk_errors, finish_moves, require_regular, write_bytes, write_json
+from lora_cli.files import disk_errors, finish_moves, write_bytes, write_json
+from lora_cli.foreign import Shape, is_real_folder, kind, not_ours, open_binary, open_to_append, read_json
 from lora_cli.recipe import Recipe
 from lora_cli.recipe_file import dump_recipe, load_recipe
+from lora_cli.training.checkpoint import FILES as CHECKPOINT_FILES
+from lora_cli.training.checkpoint import NAME as CHECKPOINT_NAME
 from lora_cli.training.run_lock import LOCK, now
+from lora_cli.training.stored import Environment, Line, Status
 
+_FILES = ("recipe.yaml", "environment.json", "status.json", "metrics.jsonl", "report.json", "report.html", "loss.png")
+_LONGEST_LINE = 100_000  # bytes
+_FOLDERS = ("checkpoints", "adapter", "adapter_last", "prepared")
 _BEFORE_A_RUN = re.compile(r"prepared|\.lock")  # what one that did not begin may leave
-_OF_A_KILLED = re.compile(r"environment\.json|\..+\.tmp-\w+")  # and one that was killed just then, with its lock
-_STEP = re.compile(r"step_\d{6,}")
+# And one that was killed just then, with its lock.
+_OF_A_KILLED = re.compile(r"environment\.json|\.(environment\.json|recipe\.yaml)\.tmp-[\d-]+")
 
 
 @dataclass(frozen=True)
@@ -66,10 +76,12 @@ class RunFolder:
         """Raises LoraError if a new run would overwrite something, or there is no run to resume. Writes nothing."""
         if self.path.exists() and not self.path.is_dir():
             raise LoraError("the output is a file, not a folder", where=str(self.path), fix="choose another output")
+        self._refuse_links()
         with disk_errors(self.path):
             names = [each.name for each in self.path.iterdir()] if self.path.is_dir() else []
         ours = [_BEFORE_A_RUN, _OF_A_KILLED] if LOCK in names else [_BEFORE_A_RUN]
         taken = any(not any(each.fullmatch(name) for each in ours) for name in names)
+        taken = taken or (self.environment.name in names and not self._began_here())
         if taken and not resume:
             what = "another run" if self.recipe.exists() else "other files"
             raise LoraError(
@@ -80,22 +92,36 @@ class RunFolder:
         if resume and not self.recipe.exists():
             raise LoraError("there is no run to resume", where=str(self.path), fix="start it without --resume")
 
+    def _refuse_links(self) -> None:
+        """Raises NotOurs where a link, or a folder in place of a file, has a name that a run writes under.
+
+        A link may lead anywhere: what is written, replaced or removed behind it would be another folder's.
+        """
+        for name in _FILES:
+            if (found := kind(self.path / name)) in ("link", "folder"):
+                raise not_ours(self.path / name, found, "file")
+        for name in _FOLDERS:
+            is_real_folder(self.path / name)
+        for name in os.listdir(self.checkpoints) if self.checkpoints.is_dir() else ():
+            if CHECKPOINT_NAME.fullmatch(name):
+                is_real_folder(self.checkpoints / name)
+
+    def _began_here(self) -> bool:
+        try:
+            return "lora" in self.stored_environment()
+        except LoraError:
+            return False
+
     def stored_recipe(self) -> Recipe:
         return load_recipe(self.recipe)
 
     def stored_environment(self) -> dict[str, Any]:
+        fix = "put the file back, or start a new run with another output"
         try:
-            require_regular(self.environment)
-            found = json.loads(self.environment.read_text(encoding="utf-8"))
-            if not isinstance(found, dict):
-                raise ValueError("it is no mapping")
-        except (OSError, ValueError, RecursionError) as error:
-            raise LoraError(
-                f"what this run was trained on cannot be read: {error}",
-                where=str(self.environment),
-                fix="put the file back, or start a new run with another output",
-            ) from None
-        return found
+            return read_json(self.environment, Environment, fix=fix).model_dump(exclude_unset=True)
+        except LoraError as problem:
+            what = f"what this run was trained on cannot be read: {problem.what}"
+            raise LoraError(what, where=str(self.environment), fix=fix) from None
 
     def begin(self, recipe: Recipe, environment: dict[str, Any]) -> None:
         """Also where a resumed run goes on under a changed recipe. recipe.yaml comes last: it is what makes a run."""
@@ -108,14 +134,15 @@ class RunFolder:
             raise
 
     def clear_after_a_kill(self) -> None:
-        for folder in (self.path, self.checkpoints):
-            with disk_errors(folder):
-                finish_moves(folder)
+        with disk_errors(self.path):
+            finish_moves(self.path, {"adapter": ADAPTER_FILES, "adapter_last": ADAPTER_FILES}.get, _FILES)
+        with disk_errors(self.checkpoints):
+            finish_moves(self.checkpoints, _files_of_a_checkpoint)
 
     def list_checkpoints(self) -> list[Path]:
         """Complete checkpoints, oldest first. Whether their bytes are right shows when one is opened."""
-        found = self.checkpoints.iterdir() if self.checkpoints.is_dir() else ()
-        named = (path for path in found if _STEP.fullmatch(path.name) and path.is_dir())
+        found = self.checkpoints.iterdir() if is_real_folder(self.checkpoints) else ()
+        named = (path for path in found if CHECKPOINT_NAME.fullmatch(path.name) and kind(path) == "folder")
         return sorted(named, key=lambda path: int(path.name.removeprefix("step_")))
 
     def checkpoint(self, step: int) -> Path:
@@ -123,14 +150,15 @@ class RunFolder:
 
     def append_metrics(self, line: dict[str, Any]) -> None:
         """Raises DiskError; then nothing of the line is there."""
-        before = self.metrics.stat().st_size if self.metrics.exists() else 0
-        try:
-            with disk_errors(self.metrics), self.metrics.open("a", encoding="utf-8") as stream:
-                stream.write(json.dumps(line) + "\n")
-        except BaseException:
-            if self.metrics.exists():
+        text = (json.dumps(line) + "\n").encode("utf-8")
+        with disk_errors(self.metrics), open_to_append(self.metrics) as stream:
+            before = stream.seek(0, os.SEEK_END)
+            try:
+                stream.write(text)
+                stream.flush()
+            except BaseException:
                 os.truncate(self.metrics, before)
-            raise
+                raise
 
     def say_state(self, state: str, **values: Any) -> None:
         """Update status.json, which `lora runs` reads. What is not given stays as it was."""
@@ -139,25 +167,29 @@ class RunFolder:
 
     def wall_seconds(self) -> float:
         """How long all processes of this run that ended in order have taken together."""
-        found = self._said().get("wall_seconds")
-        return float(found) if isinstance(found, int | float) else 0.0
+        return float(self._said().get("wall_seconds") or 0.0)
 
     def _said(self) -> dict[str, Any]:
-        if not self.status.is_file():
-            return {}
+        """What status.json says; nothing if it is missing or damaged, because the run does not depend on it."""
         try:
-            known = json.loads(self.status.read_text(encoding="utf-8"))
-        except (OSError, ValueError, RecursionError):
+            return read_json(self.status, Status, fix="").model_dump(exclude_unset=True)
+        except LoraError:
             return {}
-        return known if isinstance(known, dict) else {}
+
+
+def _files_of_a_checkpoint(name: str) -> Shape | None:
+    return CHECKPOINT_FILES if CHECKPOINT_NAME.fullmatch(name) else None
 
 
 def read_metrics(path: Path) -> list[dict[str, Any]]:
-    """Lines of metrics.jsonl; a last line that a kill cut short is left out."""
-    lines = []
-    for text in path.read_text(encoding="utf-8").splitlines() if path.exists() else []:
-        try:
-            lines.append(json.loads(text))
-        except ValueError:
-            break
+    """Lines of metrics.jsonl; from a line on that a kill cut short, or that is not one of ours, nothing is taken."""
+    lines: list[dict[str, Any]] = []
+    if kind(path) is None:
+        return lines
+    with open_binary(path) as stream:
+        while text := stream.readline(_LONGEST_LINE):
+            try:
+                lines.append(Line.model_validate_json(text).values())
+            except ValidationError:
+                break
     return lines

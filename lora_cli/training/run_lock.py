@@ -2,11 +2,10 @@
 
 from __future__ import annotations
 
-import fcntl
 import json
 import os
 import platform
-import stat
+import re
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
@@ -14,19 +13,25 @@ from datetime import datetime, timezone
 from pathlib import Path
 from typing import Any
 
+from filelock import lock_descriptor
+
 from lora_cli.errors import LoraError
 from lora_cli.files import disk_errors
+from lora_cli.foreign import open_descriptor, parse_json
 
 LOCK = ".lock"
 _AN_INSTANT = 0.2  # seconds
+_LONGEST = 1000  # bytes that a holder writes of itself
+_PLAIN = re.compile(r"[\w.+:?-]{1,255}", re.ASCII)  # the name of a machine, a time
 
 
 @contextmanager
 def locked(folder: Path, say: Callable[[str], None]) -> Iterator[None]:
     """Hold `folder`, made if it is missing, for this process alone. What was made goes again if nothing came into it.
 
-    The lock is known to the system (flock), so a holder that is killed leaves only its name behind, which is told.
-    Raises LoraError if another process holds it, DiskError if the folder cannot be written.
+    The lock is known to the system, so a holder that is killed leaves only its name behind, which is told.
+    Raises LoraError if another process holds it or .lock is not a lock of ours, DiskError if the folder cannot be
+    written.
     """
     made = [each for each in (folder, *folder.parents) if not each.exists()]
     with disk_errors(folder):
@@ -35,26 +40,45 @@ def locked(folder: Path, say: Callable[[str], None]) -> Iterator[None]:
         if holder := _holder(handle):
             say(f"the last process here{_described(holder)} ended without a word: its lock was stale and is taken over")
         with disk_errors(folder):
-            os.ftruncate(handle, 0)
-            own = {"pid": os.getpid(), "host": platform.node(), "since": now()}
-            os.pwrite(handle, json.dumps(own).encode(), 0)
+            _write_holder(handle, {"pid": os.getpid(), "host": _host(), "since": now()})
         yield
     finally:
-        with suppress(OSError):  # the folder may be gone, or hold what it shall keep
+        with suppress(OSError):  # Windows removes no file that is open, so it is emptied at least
+            os.ftruncate(handle, 0)
+        with suppress(OSError):  # the folder may be gone, or hold what it has to keep
             (folder / LOCK).unlink()
             for each in made:
                 each.rmdir()
         os.close(handle)
 
 
+def is_held(folder: Path) -> bool:
+    """Whether a living process holds the folder's lock; it goes with the process, however that ends."""
+    try:
+        handle = _open(folder / LOCK)
+    except (OSError, LoraError):
+        return False
+    try:
+        return not _locks(handle)  # closing the file releases it
+    except OSError:
+        return False
+    finally:
+        os.close(handle)
+
+
+def _open(path: Path) -> int:
+    try:
+        return open_descriptor(path, os.O_RDWR)  # some network drives lock only what may be written
+    except PermissionError:
+        return open_descriptor(path)
+
+
 def _acquire(folder: Path) -> int:
     """The lock's file, opened and held. Its last holder removes it, so it may be gone from its place meanwhile."""
     while True:
         folder.mkdir(parents=True, exist_ok=True)
-        handle = os.open(folder / LOCK, os.O_RDWR | os.O_CREAT, 0o644)
+        handle = open_descriptor(folder / LOCK, os.O_RDWR | os.O_CREAT)
         try:
-            if not stat.S_ISREG(os.fstat(handle).st_mode):
-                raise LoraError("this is no file, so it is no lock", where=str(folder / LOCK), fix="remove it")
             holder = _holder(handle)
             if not _taken(handle, holder):
                 raise LoraError(
@@ -63,7 +87,8 @@ def _acquire(folder: Path) -> int:
                     fix="wait for it or stop it; for a run of its own choose another output (--set output=…)",
                 )
             with suppress(FileNotFoundError):
-                if os.path.samestat(os.fstat(handle), os.stat(folder / LOCK)):
+                if os.path.samestat(os.fstat(handle), os.lstat(folder / LOCK)):
+                    _require_ours(handle, folder / LOCK)
                     return handle
         except BaseException:
             os.close(handle)
@@ -71,41 +96,89 @@ def _acquire(folder: Path) -> int:
         os.close(handle)
 
 
+def _require_ours(handle: int, path: Path) -> None:
+    """Raises LoraError for a file with contents of its own, or with a second name elsewhere: both would be lost."""
+    if os.fstat(handle).st_nlink > 1:
+        raise LoraError("this file has a second name (a hard link), so it is not a lock", where=str(path), fix=_MOVE)
+    if _said(handle) is None:
+        raise LoraError("this file is not a lock that lora wrote", where=str(path), fix=_MOVE)
+
+
+_MOVE = "move it elsewhere, or choose another output (--set output=…)"
+
+
 def _taken(handle: int, holder: dict[str, Any]) -> bool:
     try:
-        try:
-            fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError:
-            time.sleep(_AN_INSTANT)  # `lora runs` looks whether a folder is held by holding it for a moment
-            fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
-    except BlockingIOError:
-        return False
+        if _locks(handle):
+            return True
+        time.sleep(_AN_INSTANT)  # `lora runs` looks whether a folder is held by holding it for a moment
+        return _locks(handle)
     except OSError:  # a network drive without locks: then the holder counts, as long as it lives
-        return not (holder and (holder.get("host") != platform.node() or _alive(holder.get("pid"))))
-    return True
+        return not (holder and (holder["host"] != _host() or _alive(holder["pid"])))
 
 
-def _alive(pid: Any) -> bool:
+def _locks(handle: int) -> bool:
+    return lock_descriptor(handle, blocking=False)
+
+
+def _alive(pid: int) -> bool:
+    if os.name == "nt":  # there the question would end the process
+        return True
     try:
-        os.kill(int(pid), 0)
-    except (OSError, TypeError, ValueError, OverflowError):
+        os.kill(pid, 0)
+    except PermissionError:
+        return True
+    except OSError:
         return False
     return True
+
+
+def _write_holder(handle: int, holder: dict[str, Any]) -> None:
+    """Behind the first byte, which Windows keeps from all others while it is locked."""
+    os.ftruncate(handle, 0)
+    os.lseek(handle, 0, os.SEEK_SET)
+    os.write(handle, f" {json.dumps(holder)}".encode())
+
+
+def _text(handle: int) -> bytes:
+    with suppress(OSError):
+        os.lseek(handle, 1, os.SEEK_SET)
+        behind = os.read(handle, _LONGEST + 1)
+        with suppress(OSError):
+            os.lseek(handle, 0, os.SEEK_SET)
+            return os.read(handle, 1) + behind
+        return behind
+    return b""
 
 
 def _holder(handle: int) -> dict[str, Any]:
-    """Who wrote its name into the file and did not take it out again."""
-    try:
-        found = json.loads(os.pread(handle, 10_000, 0))
-    except ValueError:
+    """pid, host, since: who wrote its name into the file and did not take it out again; {} if nobody did."""
+    found = _said(handle)
+    if found is None or type(pid := found.get("pid")) is not int or not 0 < pid < 2**31:
         return {}
-    return found if isinstance(found, dict) else {}
+    texts = {name: found.get(name, "?") for name in ("host", "since")}
+    plain = all(isinstance(text, str) and _PLAIN.fullmatch(text) for text in texts.values())
+    return {"pid": pid, **texts} if plain else {}
+
+
+def _said(handle: int) -> dict[str, Any] | None:
+    """What is in the file, {} if nothing is; None if lora did not write it."""
+    text = _text(handle).strip(b" \n\0")
+    try:
+        found = parse_json(text) if text else {}
+    except ValueError:
+        return None
+    return found if isinstance(found, dict) and found.keys() <= {"pid", "host", "since"} else None
+
+
+def _host() -> str:
+    return re.sub(r"[^\w.+:-]", "-", platform.node(), flags=re.ASCII)[:255] or "?"
 
 
 def _described(holder: dict[str, Any]) -> str:
     if not holder:
         return ""
-    return f" (process {holder.get('pid')} on {holder.get('host')}, since {holder.get('since')})"
+    return f" (process {holder['pid']} on {holder['host']}, since {holder['since']})"
 
 
 def now() -> str:

@@ -2,12 +2,11 @@
 
 from __future__ import annotations
 
-import fcntl
-import json
-import math
+import operator
 import os
 import re
 import socket
+import time
 from collections.abc import Iterator
 from dataclasses import asdict, dataclass
 from datetime import datetime, timezone
@@ -15,12 +14,22 @@ from pathlib import Path
 from typing import Any
 
 from lora_cli.errors import LoraError
+from lora_cli.foreign import kind, open_binary, parse_json, read_bytes
 
 DEFAULT_FOLDER = Path("runs")
 MEAN_STEPS = 10  # last lines of metrics.jsonl in the loss that is shown
 ELSEWHERE_SECONDS = 900.0  # how long a run on another machine is believed to live without a sign
 
+_MOST_BYTES = 8 * 2**20  # of status.json or report.json
+_LARGEST = 1e15  # of what is counted or measured
 _TAIL_BYTES = 16_384
+_LONGEST_LINE = 10_000  # bytes, of metrics.jsonl
+_AN_INSTANT = 0.05  # seconds; another `lora runs` may be looking at the same lock
+# What the keys that are read have to be; whatever else is there is left alone.
+_STATUS = {"state": str, "why": str, "host": str, "updated": str, "step": float, "total_steps": float} | {
+    "wall_seconds": float
+}
+_REPORT = {"tokens": float, "steps": float, "seconds": float, "best_validation_loss": float, "learned": bool}
 _VALUES = re.compile(rb'"(step|tokens|seconds|validation_loss)": ?(-?[\d.]+(?:[eE][-+]?\d+)?) ?[,}]')
 
 
@@ -28,9 +37,9 @@ _VALUES = re.compile(rb'"(step|tokens|seconds|validation_loss)": ?(-?[\d.]+(?:[e
 class Run:
     """How one run stands. Whatever its files do not say is None.
 
-    state: running, done, nothing learned, interrupted, failed or killed. loss: training, mean of the last 10 steps;
-    validation_loss: the best; both in nats a target token. tokens: all but padding. hours: over all sessions. cost:
-    hours × price of an hour. last_activity: ISO 8601.
+    state: running, done, nothing learned, interrupted, failed, killed or damaged. why: of the last three.
+    loss: training, mean of the last 10 steps; validation_loss: the best; both in nats a target token. tokens: all but
+    padding. hours: over all sessions. cost: hours × price of an hour. last_activity: ISO 8601.
     """
 
     name: str
@@ -49,7 +58,7 @@ class Run:
     @property
     def progress(self) -> str:
         """State and step in a few words: `done, 114 steps`, `killed at step 60/114`."""
-        if self.step is None or self.state == "nothing learned":
+        if self.step is None or self.state in ("nothing learned", "damaged"):
             return self.state
         if self.state == "done":
             return f"done, {self.step} steps"
@@ -104,7 +113,7 @@ def print_runs(runs: list[Run], folder: Path, console: Any) -> None:
         )
     console.print(table)
     for run in runs:
-        if run.why and run.state in ("failed", "nothing learned"):
+        if run.why and run.state in ("failed", "nothing learned", "damaged"):
             say(f"{run.name}: {run.why}")
 
 
@@ -122,27 +131,29 @@ def _run_folders(folder: Path, levels: int = 2) -> Iterator[Path]:
 
 
 def _read_run(path: Path, below: Path, price: float | None) -> Run:
-    status, report = _read_json(path / "status.json"), _read_json(path / "report.json")
+    problems: list[str] = []
+    status = _read_json(path / "status.json", _STATUS, problems)
+    report = _read_json(path / "report.json", _REPORT, problems)
     metrics = path / "metrics.jsonl"
-    last = _last_lines(metrics)
+    last = _last_lines(metrics, problems)
     # The report sums up what a finished run did; of any other the lines have to be added up.
-    sums = {} if _number(report.get("tokens")) is not None else _add_up(metrics)
-    steps = [_number(status.get("step")), _number(report.get("steps")), sums.get("step"), _newest_checkpoint(path)]
+    sums = {} if report.get("tokens") is not None else _add_up(metrics)
+    steps = [status.get("step"), report.get("steps"), sums.get("step"), _newest_checkpoint(path)]
     step = next((int(each) for each in steps if each is not None), None)
     losses = [loss for line in last if (loss := _number(line.get("loss"))) is not None]
-    wall = _first_number(status.get("wall_seconds"), report.get("seconds"), sums.get("seconds"))
+    wall = _first(status.get("wall_seconds"), report.get("seconds"), sums.get("seconds"))
     hours = None if wall is None else wall / 3600
-    tokens = _first_number(report.get("tokens"), sums.get("tokens"))
-    total = _first_number(status.get("total_steps"), report.get("steps"))
+    tokens = _first(report.get("tokens"), sums.get("tokens"))
+    total = _first(status.get("total_steps"), report.get("steps"))
     return Run(
-        name=path.resolve().name if path == below else str(path.relative_to(below)),
-        folder=str(path),
-        state=_state(path, status, report),
+        name=_text(path.resolve().name if path == below else str(path.relative_to(below))),
+        folder=_text(str(path)),
+        state="damaged" if problems else _state(path, status, report),
         step=step,
         total_steps=None if total is None else int(total),
-        why=status["why"] if isinstance(status.get("why"), str) else None,
+        why="; ".join(problems) if problems else status.get("why"),
         loss=sum(losses) / len(losses) if losses else None,
-        validation_loss=_first_number(report.get("best_validation_loss"), sums.get("validation_loss")),
+        validation_loss=_first(report.get("best_validation_loss"), sums.get("validation_loss")),
         tokens=None if tokens is None else int(tokens),
         hours=hours,
         cost=None if price is None or hours is None else hours * price,
@@ -152,8 +163,8 @@ def _read_run(path: Path, below: Path, price: float | None) -> Run:
 
 def _state(path: Path, status: dict[str, Any], report: dict[str, Any]) -> str:
     state = status.get("state")
-    locked = _is_locked(path / ".lock")
-    if not isinstance(state, str):  # of an older version, or the file is damaged
+    locked = _is_locked(path)
+    if state is None:  # of an older version
         if locked:
             return "running"
         if report:
@@ -168,33 +179,35 @@ def _state(path: Path, status: dict[str, Any], report: dict[str, Any]) -> str:
 
 
 def _is_locked(path: Path) -> bool:
-    """Whether a living process holds the run's lock; it goes with the process, however that ends."""
-    try:
-        with path.open("rb") as stream:
-            fcntl.flock(stream, fcntl.LOCK_SH | fcntl.LOCK_NB)  # closing the file releases it
-    except BlockingIOError:
-        return True
-    except OSError:
+    if kind(path / ".lock") != "file":
         return False
-    return False
+    from lora_cli.training.run_lock import is_held
+
+    if not is_held(path):
+        return False
+    time.sleep(_AN_INSTANT)
+    return is_held(path)
 
 
 def _last_activity(path: Path, status: dict[str, Any]) -> datetime:
     try:
         stated = datetime.fromisoformat(str(status.get("updated")).replace("Z", "+00:00"))
         return (stated if stated.tzinfo else stated.replace(tzinfo=timezone.utc)).astimezone(timezone.utc)
-    except ValueError:
+    except (ValueError, OverflowError):  # not a time, or before the first year
         names = ("metrics.jsonl", "report.json", "environment.json", "status.json")
-        times = [(path / name).stat().st_mtime for name in names if (path / name).exists()]
+        times = [os.lstat(path / name).st_mtime for name in names if kind(path / name) == "file"]
+    try:
         return datetime.fromtimestamp(max(times, default=0.0), timezone.utc)
+    except (ValueError, OverflowError, OSError):
+        return datetime.fromtimestamp(0.0, timezone.utc)
 
 
 def _newest_checkpoint(path: Path) -> float | None:
-    steps = [re.fullmatch(r"step_(\d+)", entry.name) for entry in _entries(path / "checkpoints")]
+    steps = [re.fullmatch(r"step_(\d{1,15})", entry.name) for entry in _entries(path / "checkpoints")]
     return max((float(found[1]) for found in steps if found), default=None)
 
 
-# ── reading what may be damaged ─────────────────────────────────────────────────────────────────────────────────
+# ── reading what may be damaged, or a stranger's ────────────────────────────────────────────────────────────────
 
 
 def _entries(folder: Path) -> list[os.DirEntry[str]]:
@@ -206,27 +219,50 @@ def _entries(folder: Path) -> list[os.DirEntry[str]]:
         return []
 
 
-def _read_json(path: Path) -> dict[str, Any]:
-    try:
-        found = json.loads(path.read_bytes())
-    except (OSError, ValueError, RecursionError):
+def _read_json(path: Path, wanted: dict[str, type], problems: list[str]) -> dict[str, Any]:
+    """The wanted values of a file, those that are null left out; what is wrong with it is added to `problems`."""
+    if kind(path) is None:
         return {}
-    return found if isinstance(found, dict) else {}
-
-
-def _last_lines(metrics: Path) -> list[dict[str, Any]]:
-    """The last 10 lines that are whole, without reading those before."""
     try:
-        with metrics.open("rb") as stream:
+        found = parse_json(read_bytes(path, _MOST_BYTES))
+    except (LoraError, OSError, ValueError) as error:
+        problems.append(f"{path.name} cannot be read: {_reason(error)}")
+        return {}
+    if not isinstance(found, dict):
+        problems.append(f"{path.name} is not a JSON object")
+        return {}
+    values: dict[str, Any] = {}
+    for name, needed in wanted.items():
+        value = found.get(name)
+        if needed is float and value is not None:
+            value = _number(value)
+            right = value is not None and value >= 0
+        else:
+            right = value is None or type(value) is needed
+        if not right:
+            word = {float: "number", str: "text", bool: "yes or no"}[needed]
+            problems.append(f"{path.name}: {name} is not a {word}")
+        elif value is not None:
+            values[name] = value
+    return values
+
+
+def _last_lines(metrics: Path, problems: list[str]) -> list[dict[str, Any]]:
+    """The last 10 lines that are whole, without reading those before."""
+    if kind(metrics) is None:
+        return []
+    try:
+        with open_binary(metrics) as stream:
             stream.seek(max(0, stream.seek(0, os.SEEK_END) - _TAIL_BYTES))
-            lines = stream.read().splitlines()
-    except OSError:
+            lines = stream.read(_TAIL_BYTES).splitlines()
+    except (LoraError, OSError) as error:
+        problems.append(f"{metrics.name} cannot be read: {_reason(error)}")
         return []
     found = []
     for line in lines:  # the first may have lost its start, the last its end
         try:
-            each = json.loads(line)
-        except (ValueError, RecursionError):
+            each = parse_json(line)
+        except ValueError:
             continue
         found += [each] if isinstance(each, dict) else []
     return found[-MEAN_STEPS:]
@@ -234,28 +270,45 @@ def _last_lines(metrics: Path) -> list[dict[str, Any]]:
 
 def _add_up(metrics: Path) -> dict[str, float]:
     """step: the last; tokens, seconds: of all steps; validation_loss: the lowest. Found without parsing every line."""
-    found: dict[str, list[float]] = {}
+    found: dict[str, float] = {}
+    rules: dict[str, Any] = {"step": max, "tokens": operator.add, "seconds": operator.add, "validation_loss": min}
     try:
-        content = metrics.read_bytes()
-    except OSError:
+        with open_binary(metrics) as stream:
+            while content := stream.read(2**20) + stream.readline(_LONGEST_LINE):
+                for name, text in _VALUES.findall(content):
+                    key, value = name.decode(), _parsed(text)
+                    if value is not None:
+                        found[key] = rules[key](found[key], value) if key in found else value
+    except (LoraError, OSError):
         return {}
-    for name, value in _VALUES.findall(content):
-        try:
-            found.setdefault(name.decode(), []).append(float(value))
-        except ValueError:
-            continue
-    rules = {"step": max, "tokens": sum, "seconds": sum, "validation_loss": min}
-    return {name: rules[name](values) for name, values in found.items()}
+    return {name: value for name, value in found.items() if abs(value) <= _LARGEST}
 
 
-def _first_number(*values: Any) -> float | None:
-    return next((found for value in values if (found := _number(value)) is not None), None)
+def _parsed(text: bytes) -> float | None:
+    try:
+        return _number(float(text[:40]))
+    except ValueError:
+        return None
+
+
+def _reason(error: Exception) -> str:
+    text = error.what if isinstance(error, LoraError) else getattr(error, "strerror", None) or str(error)
+    return _text(text.splitlines()[0][:200]) if text else type(error).__name__
+
+
+def _text(name: str) -> str:
+    """A name of the file system, which may hold any bytes, as text that can be printed."""
+    return name.encode("utf-8", "backslashreplace").decode("utf-8")
+
+
+def _first(*values: float | None) -> float | None:
+    return next((value for value in values if value is not None), None)
 
 
 def _number(value: Any) -> float | None:
     if isinstance(value, bool) or not isinstance(value, int | float):
         return None
-    return value if math.isfinite(value) else None
+    return value if -_LARGEST <= value <= _LARGEST else None
 
 
 # ── numbers as a person reads them ──────────────────────────────────────────────────────────────────────────────

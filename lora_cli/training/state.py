@@ -2,14 +2,32 @@
 
 from __future__ import annotations
 
-from dataclasses import asdict, dataclass, field
-from typing import Any
+from typing import Annotated, Any
 
+from pydantic import AfterValidator, ConfigDict, Field
 from torch import Tensor
 
+from lora_cli.foreign import LARGEST
+from lora_cli.training.stored import Count, Line, Random, Seconds, Stored, Text
 
-@dataclass
-class State:
+_LOSS_SCALE = {"scale", "growth_factor", "backoff_factor", "growth_interval", "_growth_tracker"}
+_POSITION = {"pass", "rows", "unit", "step"}
+
+
+def _a_line(values: dict[str, Any] | None) -> dict[str, Any] | None:
+    return None if values is None else Line.model_validate(values).values()
+
+
+def _all_or_none(names: set[str]) -> AfterValidator:
+    def check(values: dict[str, Any]) -> dict[str, Any]:
+        if values and values.keys() != names:
+            raise ValueError(f"it has to have {', '.join(sorted(names))}")
+        return values
+
+    return AfterValidator(check)
+
+
+class State(Stored):
     """Plain values, which go into state.json, and `tensors`, which go into state.safetensors.
 
     pending: the line of metrics.jsonl of a step whose evaluation was interrupted; it comes first when the run goes on.
@@ -17,26 +35,44 @@ class State:
     tensors: nats of each held-out example, of the base and of the best adapter, and the target tokens of each.
     """
 
-    step: int = 0
+    model_config = ConfigDict(arbitrary_types_allowed=True)
+
+    step: Count = 0
     base_validation_loss: float | None = None
     best_validation_loss: float | None = None
-    best_step: int | None = None
+    best_step: Count | None = None
     last_validation_loss: float | None = None
     first_loss: float | None = None
     last_loss: float | None = None
-    tokens: int = 0
-    target_tokens: int = 0
-    seconds: float = 0.0
-    peak_memory_bytes: int = 0
-    reserved_memory_bytes: int = 0  # of a GPU
-    parts: int = 1  # pieces that each micro-batch of the recipe is cut into, because it did not fit whole
-    loss_scale: dict[str, Any] = field(default_factory=dict)
-    position: dict[str, int] = field(default_factory=dict)  # of the data, where the step does not say it
-    pending: dict[str, Any] | None = None
-    data_offset: int = 0
-    skipped: list[int] = field(default_factory=list)  # steps whose update was left out, see train.on_nan
-    rewound: list[tuple[int, str]] = field(default_factory=list)  # (step that went wrong, checkpoint gone back to)
-    tensors: dict[str, Tensor] = field(default_factory=dict)
+    tokens: Count = 0
+    target_tokens: Count = 0
+    seconds: Seconds = 0.0
+    peak_memory_bytes: Count = 0
+    reserved_memory_bytes: Count = 0  # of a GPU
+    # Pieces that each micro-batch of the recipe is cut into, because it did not fit whole.
+    parts: Annotated[int, Field(ge=1, le=LARGEST)] = 1
+    loss_scale: Annotated[dict[str, float | int], _all_or_none(_LOSS_SCALE)] = Field(default_factory=dict)
+    # Of the data, where the step does not say it.
+    position: Annotated[dict[str, Count], _all_or_none(_POSITION)] = Field(default_factory=dict)
+    pending: Annotated[dict[str, Any] | None, AfterValidator(_a_line)] = None
+    data_offset: Count = 0
+    skipped: list[Count] = Field(default_factory=list)  # steps whose update was left out, see train.on_nan
+    rewound: list[tuple[Count, Text]] = Field(default_factory=list)  # (step that went wrong, checkpoint gone back to)
+    tensors: Annotated[dict[str, Tensor], Field(exclude=True)] = Field(default_factory=dict)
 
     def values(self) -> dict[str, Any]:
-        return {name: value for name, value in asdict(self).items() if name != "tensors"}
+        return self.model_dump(include=set(State.model_fields), warnings=False)
+
+
+class StateFile(State):
+    """state.json: the values, and what the tensors of the random states and of the optimizer leave to be said."""
+
+    random: Random
+    optimizer: Any
+
+    def state(self, tensors: dict[str, Tensor]) -> State:
+        state = State()
+        for name in State.model_fields:
+            setattr(state, name, getattr(self, name))
+        state.tensors = tensors
+        return state

@@ -1,0 +1,95 @@
+"""Where prepared data are kept: what of that folder is ours, whether it was made here, and clearing it away."""
+
+from __future__ import annotations
+
+import os
+import re
+import time
+from contextlib import suppress
+from pathlib import Path
+
+from lora_cli.data.prepared import PARTS
+from lora_cli.errors import LoraError
+from lora_cli.foreign import NotOurs, Shape, kind, not_ours, parse_json, read_bytes, remove_ours
+from lora_cli.recipe import Recipe
+
+FILES: Shape = dict.fromkeys((*PARTS, "summary.json"))
+_KEY = re.compile(r"[0-9a-f]{20}")
+_HALF_DONE = re.compile(r"\.+[0-9a-f]{20}\.(?:building|damaged)-(\d+)(?:[.-].*)?", re.DOTALL)
+
+
+def cache_folder(recipe: Recipe) -> Path:
+    return Path(recipe.data.cache) if recipe.data.cache is not None else Path(recipe.output) / "prepared"
+
+
+def require_no_link(place: Path, own: bool) -> None:
+    """Raises NotOurs if a folder of prepared data is a link. own: whether the cache is that of the run folder."""
+    if own and kind(place.parent) == "link":
+        what = "this is a link, and links are not followed inside a run folder"
+        raise NotOurs(what, where=str(place.parent), fix="remove it, and name the other folder with data.cache")
+    if kind(place) == "link":
+        raise not_ours(place, "link", "folder")
+
+
+def stamps(folder: Path) -> dict[str, str]:
+    """What the file system says of the files alone: their numbers, and when they were last touched.
+
+    Both are new wherever they are copied or unpacked to, and nobody can choose them.
+    """
+    found = {name: os.lstat(folder / name) for name in PARTS}
+    return {name: f"{each.st_ino} {each.st_ctime_ns}" for name, each in found.items()}
+
+
+def made_here(folder: Path) -> bool:
+    """Whether prepared data were written where they are. If not they came from elsewhere, and may hold anything."""
+    try:
+        return stamps(folder) == parse_json(read_bytes(folder / "summary.json"))["stamps"]
+    except (OSError, ValueError, LookupError, TypeError, LoraError):
+        return False
+
+
+def remove_old(cache: Path, newest: Path) -> None:
+    """Remove all prepared data but the newest. What lora did not write stays, and nothing is said of it."""
+    for old in cache.iterdir():
+        if _KEY.fullmatch(old.name) and old != newest and _is_prepared(old):
+            with suppress(OSError):
+                remove_ours(old, FILES)
+
+
+def _is_prepared(folder: Path) -> bool:
+    if kind(folder) != "folder" or kind(folder / "summary.json") != "file":
+        return False
+    try:
+        return parse_json(read_bytes(folder / "summary.json")).keys() >= {"summary", "checksums"}
+    except (OSError, ValueError, AttributeError, LoraError):
+        return False
+
+
+def remove_damaged(place: Path) -> None:
+    """In one move, so that nobody finds it half removed; another run may be doing the same.
+
+    Raises NotOurs if it holds what lora did not write.
+    """
+    aside = place.with_name(f".{place.name}.damaged-{os.getpid()}-{time.time_ns()}")
+    try:
+        place.rename(aside)
+    except FileNotFoundError:
+        return
+    if kind(aside) == "file":
+        aside.unlink()
+    elif not remove_ours(aside, FILES):
+        aside.rename(place)
+        what = "this folder is for prepared data, and holds what lora did not write"
+        raise NotOurs(what, where=str(place), fix="move what it holds elsewhere, or name another folder as data.cache")
+
+
+def forget_killed(cache: Path) -> None:
+    """Remove what processes left half-done that are no more."""
+    for folder in cache.iterdir() if cache.is_dir() else ():
+        left = _HALF_DONE.fullmatch(folder.name)
+        if left is None:
+            continue
+        alive = Path(f"/proc/{left[1]}").exists() or not Path("/proc").exists()
+        if not alive or int(left[1]) == os.getpid():  # of this number in an earlier life
+            with suppress(OSError):
+                remove_ours(folder, FILES)

@@ -1,0 +1,109 @@
+"""What a run wrote of itself, as it is read back: each file has a schema, because the folder may be a stranger's."""
+
+from __future__ import annotations
+
+from typing import Annotated, Any
+
+from pydantic import BaseModel, ConfigDict, Field
+
+from lora_cli.foreign import LARGEST
+
+Count = Annotated[int, Field(ge=0, le=LARGEST)]
+Text = Annotated[str, Field(max_length=10_000)]
+Seconds = Annotated[float, Field(ge=0, le=1e12)]
+Names = Annotated[list[Text], Field(max_length=100_000)]
+
+
+class Stored(BaseModel):
+    """Values as JSON has them: no text in place of a number, no NaN. Keys that nobody reads are dropped."""
+
+    model_config = ConfigDict(strict=True, allow_inf_nan=False, extra="ignore")
+
+
+class Status(Stored):
+    """status.json, which `lora runs` shows."""
+
+    state: Text | None = None
+    why: Text | None = None
+    step: Count | None = None
+    total_steps: Count | None = None
+    wall_seconds: Seconds | None = None
+    processes: Count | None = None
+    pid: Count | None = None
+    host: Text | None = None
+    started: Text | None = None
+    updated: Text | None = None
+
+
+class Changed(Stored):
+    """What --allow let change, and after which step."""
+
+    after_step: Count
+    changes: Names
+
+
+class Environment(Stored):
+    """environment.json: what a run was begun with. Beside these, a version for each package by its name."""
+
+    model_config = ConfigDict(extra="allow")
+    __pydantic_extra__: dict[str, Text | Count | None] = Field(init=False)
+
+    lora: Text | None = None
+    device: Text | None = None
+    dtype: Text | None = None
+    processes: Count | None = None
+    base_revision: Text | None = None
+    base_fingerprint: Text | None = None
+    data_fingerprint: Text | None = None
+    data_files: dict[Text, Text] = {}
+    changed: Annotated[list[Changed], Field(max_length=100_000)] = []
+
+
+class Line(Stored):
+    """A line of metrics.jsonl, and whatever else is measured of a step."""
+
+    model_config = ConfigDict(extra="allow")
+    __pydantic_extra__: dict[str, Text | float | int | None] = Field(init=False)
+
+    step: Annotated[int, Field(ge=1, le=LARGEST)]
+    loss: float | None
+    learning_rate: float
+    grad_norm: float | None
+    target_tokens: Count
+    tokens: Count
+    seconds: Seconds
+    tokens_per_second: float
+    peak_memory_bytes: Count
+    validation_loss: float | None = None
+    skipped: Text | None = None
+
+    def values(self) -> dict[str, Any]:
+        return self.model_dump(exclude_unset=True)
+
+
+class StoredFile(Stored):
+    bytes: Count
+    sha256: Text
+
+
+class Manifest(Stored):
+    """manifest.json of a checkpoint: what its other files are, beside what run and versions it belongs to."""
+
+    format: int
+    checksum: Text
+    step: Count = 0
+    files: dict[Text, StoredFile] = {}
+
+
+class NumpyRandom(Stored):
+    bit_generator: Text
+    has_gauss: Annotated[int, Field(ge=0, le=1)]
+    gauss: float
+    pos: Annotated[int, Field(ge=0, le=624)]
+
+
+class Random(Stored):
+    """Random states, but for the tensors in state.safetensors. python: its version, and the normal number kept back."""
+
+    python: tuple[int, float | None]
+    numpy: NumpyRandom
