@@ -48,13 +48,10 @@ def written_whole(folder: Path, shown: Path | None = None, *, replaces: Shape | 
 
 def _give_usual_modes(folder: Path) -> None:
     """Files as the umask wants them: safetensors from 0.8.1 on makes files that only their owner can read."""
-    probe = folder / ".mode"
-    probe.touch()
-    mode = probe.stat().st_mode
-    probe.unlink()
+    mode = stat.S_IMODE(folder.stat().st_mode) & 0o666  # this process has just made the folder
     for path in folder.rglob("*"):
-        if path.is_file() and not path.is_symlink() and path.stat().st_mode != mode:
-            path.chmod(stat.S_IMODE(mode))
+        if kind(path) == "file" and stat.S_IMODE(path.stat().st_mode) != mode:
+            path.chmod(mode)
 
 
 def _take_place(new: Path, place: Path, replaces: Shape) -> None:

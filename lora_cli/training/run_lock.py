@@ -77,7 +77,10 @@ def _acquire(folder: Path) -> int:
     """The lock's file, opened and held. Its last holder removes it, so it may be gone from its place meanwhile."""
     while True:
         folder.mkdir(parents=True, exist_ok=True)
-        handle = open_descriptor(folder / LOCK, os.O_RDWR | os.O_CREAT)
+        try:
+            handle = open_descriptor(folder / LOCK, os.O_RDWR | os.O_CREAT)
+        except FileNotFoundError:  # its last holder has just removed the folder, too
+            continue
         try:
             holder = _holder(handle)
             if not _taken(handle, holder):
