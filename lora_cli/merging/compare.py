@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import re
+from collections import Counter
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -124,5 +125,13 @@ def dtype_of(source: BaseSource, stored: Mapping[str, StoredTensor]) -> torch.dt
     for each in named:
         if isinstance(each, str) and each in known:
             return known[each]
-    floats = [each.dtype for each in stored.values() if each.dtype in FLOATS]
-    return FLOATS[max(set(floats), key=floats.count)] if floats else torch.bfloat16
+    return commonest_dtype(stored)
+
+
+def commonest_dtype(stored: Mapping[str, StoredTensor]) -> torch.dtype:
+    """Of the checkpoint's floating-point tensors, by their size."""
+    sizes: Counter[str] = Counter()
+    for each in stored.values():
+        if each.dtype in FLOATS:
+            sizes[each.dtype] += each.size_bytes
+    return FLOATS[sizes.most_common(1)[0][0]] if sizes else torch.bfloat16

@@ -140,6 +140,7 @@ def add_stop_tokens(base: Path, place: Path, stops: Sequence[int]) -> list[int]:
     ends = own if isinstance(own, list) else [] if own is None else [own]
     added = [stop for stop in stops if stop not in ends]
     if added:
+        settings.pop("_from_model_config", None)  # transformers 4 may take the ends of config.json over these
         _write_json(
             place / path.name, settings | {"eos_token_id": [*ends, *added] if ends or len(added) > 1 else added[0]}
         )

@@ -31,6 +31,7 @@ from lora_cli.errors import CheckFailed, LoraError
 from lora_cli.files import human_bytes, require_space, written_whole
 from lora_cli.merging import files
 from lora_cli.merging.compare import (
+    commonest_dtype,
     comparison_tokens,
     divergence,
     dtype_of,
@@ -159,7 +160,8 @@ class _Merge:
             self._note(note)
         parameters = parameters_stored(self.stored)
         self.fp32 = fits_in_fp32(parameters, self._vocabulary(), held_besides=0 if self.quantization == "none" else 1.2)
-        self.written_dtype = next((name for name, each in DTYPES.items() if each == self.dense), "fp64")
+        kept = self.dense if self.held is not None else commonest_dtype(self.stored)
+        self.written_dtype = next((name for name, each in DTYPES.items() if each == (self.dtype or kept)), "fp64")
         self._require_room(parameters)
 
     def _note(self, text: str) -> None:
