@@ -12,7 +12,7 @@ import typer
 
 from lora_cli import __version__, boundary
 from lora_cli.ending import end_as_by_ctrl_c, let_go, require_temporary_folder
-from lora_cli.errors import LoraError, command
+from lora_cli.errors import LoraError, command, home_expanded
 from lora_cli.streams import finish_results, guard_streams, print_json, print_note, print_result
 
 app = typer.Typer(
@@ -40,6 +40,10 @@ def _version(show: bool) -> None:
         raise typer.Exit
 
 
+def _home(path: Path | None) -> Path | None:
+    return path and Path(home_expanded(str(path)))
+
+
 @app.callback()
 def _root(
     version: Annotated[
@@ -58,7 +62,9 @@ def init(
     gpu: Annotated[
         str | None, typer.Option("--gpu", help="Memory of the GPU to train on, such as 12GB. Default: what is here.")
     ] = None,
-    output: Annotated[Path, typer.Option("--output", help="The recipe to write.")] = Path("recipe.yaml"),
+    output: Annotated[Path, typer.Option("--output", callback=_home, help="The recipe to write.")] = Path(
+        "recipe.yaml"
+    ),
     schema: Annotated[bool, typer.Option("--schema", help="Print the JSON Schema of a recipe, for editors.")] = False,
     trust_remote_code: RemoteCode = False,
     as_json: Json = False,
@@ -139,7 +145,9 @@ def check(
         list[str] | None, typer.Option("--set", help="Override a setting: key.path=value. Repeatable.")
     ] = None,
     show: Annotated[int, typer.Option(min=0, help="How many examples to show, token by token.")] = 3,
-    html: Annotated[Path | None, typer.Option("--html", help="Write the preview to an HTML file too.")] = None,
+    html: Annotated[
+        Path | None, typer.Option("--html", callback=_home, help="Write the preview to an HTML file too.")
+    ] = None,
     prepare: Annotated[bool, typer.Option("--prepare", help="Keep the prepared tokens for `lora train`.")] = False,
     as_json: Json = False,
 ) -> None:
@@ -223,7 +231,9 @@ def merge(
     source: Annotated[
         Path, typer.Argument(help="A run folder or an adapter folder (ours or PEFT's).", show_default=False)
     ],
-    output: Annotated[Path, typer.Option("--output", help="Folder to write the merged model to.", show_default=False)],
+    output: Annotated[
+        Path, typer.Option("--output", callback=_home, help="Folder to write the merged model to.", show_default=False)
+    ],
     base: Annotated[str | None, typer.Option("--base", help="Base model. Default: the one the adapter names.")] = None,
     dtype: Annotated[
         Literal["keep", "bf16", "fp16", "fp32"],

@@ -144,6 +144,19 @@ def reason_of(error: BaseException) -> str:
     return said.splitlines()[0][:300].rstrip(": ")
 
 
+def home_expanded(path: str) -> str:
+    """A path with ~ or ~user at its start written out. Raises LoraError where that home folder is not known.
+
+    Left as it is, it would make a folder whose name begins with ~.
+    """
+    expanded = os.path.expanduser(path)
+    if not expanded.startswith("~"):
+        return expanded
+    user = path.partition("/")[0]
+    what = f"there is no user {user[1:]} here" if user != "~" else "the home folder is not known, as HOME is not set"
+    raise LoraError(what, where=path, fix=f"write the whole path; for a folder of that name write ./{user}")
+
+
 def command(*words: str | os.PathLike[str]) -> str:
     """A command line that can be pasted into a shell as it is, whatever the words hold."""
     return " ".join(_quoted(os.fspath(word)) for word in words)

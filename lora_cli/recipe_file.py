@@ -14,9 +14,9 @@ from typing import Any
 import yaml
 
 from lora_cli import limits
-from lora_cli.errors import LoraError, RecipeErrors
+from lora_cli.errors import LoraError, RecipeErrors, home_expanded
 from lora_cli.recipe import NUMBER, PATHS, Recipe
-from lora_cli.recipe_problems import describe, validate
+from lora_cli.recipe_problems import validate
 from lora_cli.recipe_yaml import NO_VALUE, KeyPath, Positions, parse_value, place_of, read_recipe_yaml, where_of
 
 _DEEPEST = 255  # parts of a path; the standard library makes missing folders by recursion
@@ -176,7 +176,12 @@ def _resolve_path(
         what = f"{'.'.join(key)}: the environment variable {unset[0]} is not set"
         fix = f"export {unset[0]}=…, or write $$ for a dollar sign"
         return [LoraError(what, where=where_of(key, positions, file), fix=fix)]
-    expanded = _VARIABLE.sub(lambda found: os.environ.get(found[1] or found[2] or "", "$"), os.path.expanduser(value))
+    expanded = _VARIABLE.sub(lambda found: os.environ.get(found[1] or found[2] or "", "$"), value)
+    try:
+        expanded = home_expanded(expanded)
+    except LoraError as problem:
+        what = f"{'.'.join(key)}: {problem.what}"
+        return [LoraError(what, where=where_of(key, positions, file), fix=problem.fix)]
     path = base / expanded
     try:
         if len(path.parts) > _DEEPEST:
@@ -186,8 +191,9 @@ def _resolve_path(
         pass
     except (OSError, ValueError) as error:  # too long for the file system, with a NUL character in it, …
         reason = (error.strerror if isinstance(error, OSError) else None) or str(error)
-        what = f"{'.'.join(key)} is no path: {reason}"
-        return [LoraError(what, where=where_of(key, positions, file), fix=describe(key))]
+        what = f"{'.'.join(key)} is not a path that can be used here: {reason}"
+        fix = "write a shorter path of plain characters"
+        return [LoraError(what, where=where_of(key, positions, file), fix=fix)]
     if key == ("base_model",) and not path.exists() and Path(expanded).is_dir():
         fix = f"write {os.path.relpath(expanded, base)}, or an absolute path"
         what = f"base_model: {value} is a folder seen from here, but relative paths start at the recipe's folder"

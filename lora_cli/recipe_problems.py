@@ -5,7 +5,7 @@ from __future__ import annotations
 import copy
 import difflib
 import json
-from typing import Any
+from typing import Any, get_args
 
 from pydantic import BaseModel, ValidationError
 
@@ -14,6 +14,14 @@ from lora_cli.contradictions import contradictions
 from lora_cli.errors import LoraError
 from lora_cli.recipe import Recipe, SourceRecipe, all_keys, section_of
 from lora_cli.recipe_yaml import KeyPath, Positions, where_of
+
+_EXAMPLES = {  # of settings that have no default
+    ("base_model",): "HuggingFaceTB/SmolLM2-135M-Instruct",
+    ("data",): "{train: data/train.jsonl}",
+    ("data", "train"): "data/train.jsonl",
+    ("data", "validation"): "0.05",
+    ("output",): "runs/my-run",
+}
 
 
 def validate(values: dict[str, Any], positions: Positions, file: str) -> tuple[Recipe | None, list[LoraError]]:
@@ -83,7 +91,8 @@ def _problem(
     if kind == "extra_forbidden":
         return LoraError(f"unknown key {name}", where=where, fix=_suggest(key) if suggest else None)
     if kind == "missing":
-        return LoraError(f"{name} is missing", where=where, fix=f"add it: {describe(key)}")
+        fix = _example(key).replace("write", "add", 1)
+        return LoraError(f"{name} is missing", where=where, details=_meaning(key), fix=fix)
     value = found[0]["input"]
     whole: Any = values
     for part in key if len(found) > 1 else ():  # several members of a union refused: show the whole value
@@ -91,7 +100,13 @@ def _problem(
             value = whole = whole[int(part)] if isinstance(whole, list) else whole.get(part)
     shown = _shown(value)
     wanted = " or ".join(dict.fromkeys(_wanted(error) for error in found))
-    return LoraError(f"{name} is {shown}, but must be {wanted}", where=where, fix=describe(key) or None)
+    what = f"{name} is {shown}, but must be {wanted}"
+    return LoraError(
+        what,
+        where=where,
+        details=_meaning(key),
+        fix=_example(key, value if isinstance(value, str) else "") or "remove it",
+    )
 
 
 def _shown(value: Any, longest: int = 200) -> str:
@@ -164,10 +179,36 @@ def _field(key: KeyPath) -> Any:
     return field
 
 
-def describe(key: KeyPath) -> str:
-    """A setting's name and what it means, for a fix; empty where there is no such setting."""
+def _meaning(key: KeyPath) -> list[str]:
+    """What the setting means, for the details of an error; nothing where there is no such setting."""
     field = _field(key) or _field(key[:-1])
-    return f"{key[-1]}: {field.description}" if field and field.description else ""
+    return [f"{key[-1]}: {field.description}"] if field and field.description else []
+
+
+def _example(key: KeyPath, found: str = "") -> str:
+    """What to write for a setting, for a fix; empty where there is no such setting. found: what was written there."""
+    field = _field(key)
+    if field is None:
+        return ""
+    name, section = key[-1], section_of(field.annotation)
+    if key in _EXAMPLES:
+        return f"write, for example, {name}: {_EXAMPLES[key]}"
+    if section is not None:
+        return f"write it with keys of its own, for example {name}: {{{_first_setting(section)}}}"
+    default = field.get_default(call_default_factory=True)
+    if field.is_required() or default is None:
+        return f"remove {name}, which may be left out"
+    options = [each for each in get_args(field.annotation) if isinstance(each, str)]
+    near = difflib.get_close_matches(found[:50], options, n=1)
+    return f"write, for example, {name}: {near[0] if near else _shown(default).strip(chr(34))}"
+
+
+def _first_setting(section: type[BaseModel]) -> str:
+    return next(
+        f"{name}: {json.dumps(field.default)}"
+        for name, field in section.model_fields.items()
+        if not field.is_required() and field.default is not None
+    )
 
 
 def _suggest(key: KeyPath) -> str:

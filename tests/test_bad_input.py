@@ -445,7 +445,7 @@ def test_the_output_is_taken(refused: Any, lora: Any, recipe_file: Any, tmp_path
     assert f"error: {run}: the output folder already holds other files\n" in refused()
     (run / "recipe.yaml").touch()
     message = refused()
-    assert f"error: {run}: the output folder already holds another run\n" in message
+    assert f"error: {run}: the output folder already holds a run\n" in message
     assert "--resume" in message
     assert (run / "mine.txt").read_text() == "keep me"
     assert f"error: {run}/mine.txt: the output is a file, not a folder\n" in refused(output=str(run / "mine.txt"))
@@ -611,7 +611,7 @@ def test_a_tracker_that_is_not_installed(refused: Any, monkeypatch: pytest.Monke
 
     monkeypatch.setattr(trackers.importlib.util, "find_spec", lambda name: None)
     assert refused(trackers=["wandb"]) == (
-        "error: trackers: wandb is not installed\n  fix: pip install 'lora-cli[wandb]', or remove it from trackers\n"
+        "error: trackers: wandb is not installed\n  fix: pip install wandb==0.31.0, or remove it from trackers\n"
     )
 
 

@@ -94,7 +94,7 @@ def test_smoke_run_is_the_golden_one(smoke_run):
 def test_second_run_into_the_same_folder_is_refused(smoke_run):
     done = lora("train", "configs/smoke-tiny-gpt2.yaml", cwd=smoke_run.parents[1])
     assert done.returncode == 2
-    assert "already holds another run" in done.stderr
+    assert "already holds a finished run" in done.stderr
     assert "--resume" in done.stderr
     assert "Traceback" not in done.stderr
 

@@ -123,8 +123,9 @@ def test_missing_keys_are_described(problem: Any):
     message = problem("output: run\ndata: {}\nbase_model: a/b\n")
     assert message == (
         "error: recipe.yaml:2:1: data.train is missing\n"
-        "  fix: add it: train: Training data: a file, a folder, a glob, `{hub: owner/name, split: train}`, or a list "
-        "of these, each with a `weight` if wanted."
+        "  train: Training data: a file, a folder, a glob, `{hub: owner/name, split: train}`, or a list "
+        "of these, each with a `weight` if wanted.\n"
+        "  fix: add, for example, train: data/train.jsonl"
     )
 
 
@@ -516,7 +517,7 @@ def test_what_is_no_path(problem: Any, path: str, says: str):
         section, _, name = key.rpartition(".")
         (values[section] if section else values)[name] = path.replace("\\0", "\0")
         message = problem(yaml.safe_dump(values))
-        assert f"{key} is no path: " in message
+        assert f"{key} is not a path that can be used here: " in message
         assert says in message
 
 

@@ -8,7 +8,6 @@ safetensors metadata also says which base weights the adapter belongs to, and ho
 from __future__ import annotations
 
 import json
-import shlex
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -28,7 +27,7 @@ from lora_cli.base.device import DTYPES
 from lora_cli.base.linear import features, is_linear, stored_transposed, unquantized_layers
 from lora_cli.base.source import BaseSource
 from lora_cli.base.tensor_files import write_tensors
-from lora_cli.errors import LoraError
+from lora_cli.errors import LoraError, command
 from lora_cli.foreign import Shape
 
 TENSORS = "adapter_model.safetensors"
@@ -206,7 +205,7 @@ def _no_tensors(folder: Path) -> LoraError:
         return LoraError(
             f"the adapter folder has no {TENSORS}: {_PICKLED} is pickled and is not opened (pickles can run code)",
             where=str(folder),
-            fix=f"if you trust it: python -c {shlex.quote(code)}",
+            fix=f"if you trust it: {command('python', '-c', code)}",
         )
     return LoraError(f"the adapter folder has no {TENSORS}", where=str(folder), fix="copy the adapter again")
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import shlex
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -16,7 +15,7 @@ from lora_cli.base.device import pick_device, pick_dtype
 from lora_cli.base.load import load_model, load_tokenizer
 from lora_cli.base.source import BaseSource, find_base, require_inside
 from lora_cli.base.stored import stored_quantization
-from lora_cli.errors import LoraError
+from lora_cli.errors import LoraError, command
 from lora_cli.foreign import read_text
 
 
@@ -41,7 +40,7 @@ def adapter_folder(path: Path) -> Path:
         raise LoraError(
             "this run has no adapter yet",
             where=str(path),
-            fix=f"finish it: lora train {shlex.quote(str(path / 'recipe.yaml'))} --resume",
+            fix=f"finish it: {command('lora', 'train', path / 'recipe.yaml', '--resume')}",
         )
     what = "there is no adapter in this folder" if path.is_dir() else "no such folder"
     raise LoraError(what, where=str(path), fix=f"name a run folder, or a folder with {CONFIG}")

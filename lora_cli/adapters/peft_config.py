@@ -4,16 +4,16 @@ from __future__ import annotations
 
 import json
 import math
-import shlex
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 from lora_cli.adapters.patterns import BadPattern, matching
-from lora_cli.errors import LoraError
+from lora_cli.errors import LoraError, command
 from lora_cli.foreign import MOST_JSON_BYTES, read_bytes
 
 CONFIG = "adapter_config.json"
+TESTED_PEFT = "peft==0.21.2"  # as in constraints.txt
 # What PEFT can store in a LoRA adapter and this program cannot compute; a value other than these would be lost.
 _PLAIN = {
     "use_dora": False,
@@ -89,7 +89,7 @@ def elsewhere(folder: Path, config: Mapping[str, Any]) -> str:
         f"P.from_pretrained({str(folder)!r}).merge_and_unload().save_pretrained('merged'); "
         f"T.from_pretrained({base!r}).save_pretrained('merged')"
     )
-    return f"merge it with PEFT (pip install peft), then use the folder `merged`: python -c {shlex.quote(code)}"
+    return f"merge it with PEFT ({command('pip', 'install', TESTED_PEFT)}), then use the folder `merged`: {command('python', '-c', code)}"
 
 
 def alphas(config: dict[str, Any], ranks: dict[str, int], folder: Path) -> dict[str, float]:

@@ -3,15 +3,13 @@
 from __future__ import annotations
 
 import json
-import shlex
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
-from shlex import quote
 from typing import Any
 
 from lora_cli.base.weight_files import fingerprint, stored_tensors
-from lora_cli.errors import LoraError
+from lora_cli.errors import LoraError, command
 from lora_cli.files import disk_errors, require_regular
 
 # Configuration, tokenizer and safetensors; no pickles, no copies in other formats. Code comes only when it may run.
@@ -81,7 +79,7 @@ def _require_model_folder(name: str, path: Path) -> None:
         kind = "an adapter" if adapter == path else "a run folder, whose result is an adapter"
         base = _json_object(adapter / _ADAPTER).get("base_model_name_or_path")
         named = f"name its base model: {base}" if isinstance(base, str) and base else "name its base model"
-        merged = f"merge it first: lora merge {quote(name)} --output FOLDER, and name that folder"
+        merged = f"merge it first: lora merge {command(name)} --output FOLDER, and name that folder"
         raise LoraError(f"{name} is {kind}, not a base model", fix=f"{named}; or {merged}")
     if any(path.glob("*.gguf")):
         raise LoraError(f"{name} holds GGUF files, which cannot be trained on yet", fix=_FROM_GGUF)
@@ -159,7 +157,7 @@ def require_inside(path: Path, folder: Path) -> None:
         raise LoraError(
             f"{path.relative_to(folder)} is a link that leads out of this folder, to {target}",
             where=str(folder),
-            fix=f"if its links are yours: cp -rL {shlex.quote(str(folder))} {shlex.quote(copied)}, and name the copy",
+            fix=f"if its links are yours: {command('cp', '-rL', folder, copied)}, and name the copy",
         )
     if not path.exists():
         raise LoraError(f"{path.relative_to(folder)} is a broken link", where=str(folder), fix="remove it")

@@ -8,6 +8,7 @@ from typing import Any
 
 import yaml
 
+from lora_cli.errors import command
 from lora_cli.files import human_bytes
 from lora_cli.planning import choices
 from lora_cli.planning.choices import Adapter, Device, Fit
@@ -105,8 +106,8 @@ def recipe_text(chosen: Chosen, names: Names, tried: Tried | None) -> str:
 
 def _head(text: _Yaml, chosen: Chosen, names: Names) -> None:
     text.say(f"A first recipe, by `lora init`, for {chosen.device.name}. What you know better, change.")
-    text.lines += ["#", f"#   lora check {names.recipe}     what is trained on, token by token"]
-    text.lines += [f"#   lora train {names.recipe}", "#"]
+    text.lines += ["#", f"#   {command('lora', 'check', names.recipe)}     what is trained on, token by token"]
+    text.lines += [f"#   {command('lora', 'train', names.recipe)}", "#"]
     parts = ", ".join(f"{name} {human_bytes(size)}" for name, size in vars(chosen.fit.memory).items())
     text.say(
         f"Memory, by an estimate that is not measured on a GPU: about {chosen.fit.memory.total / GIB:.1f} of "

@@ -173,12 +173,8 @@ class Keeper:
             problem.what,
             where=problem.where,
             details=[kept],
-            fix=f"{problem.fix}; then continue with: {resume_command(self.folder)}",
+            fix=f"{problem.fix}; then continue with: {self.folder.resume_command()}",
         )
-
-
-def resume_command(folder: RunFolder) -> str:
-    return f"lora train {folder.recipe} --resume"
 
 
 def _same_files(one: Path, other: Path) -> bool:

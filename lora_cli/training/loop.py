@@ -25,7 +25,7 @@ from lora_cli.evaluation.perplexity import EvaluationStopped
 from lora_cli.screen import say_on
 from lora_cli.training.divergence import what_is_wrong
 from lora_cli.training.judging import Judge
-from lora_cli.training.keeping import Keeper, resume_command
+from lora_cli.training.keeping import Keeper
 from lora_cli.training.micro_batches import DoesNotFit, MicroBatches, smaller_from_now_on
 from lora_cli.training.optimizer import averaged_weights, learning_rate, make_optimizer, set_learning_rate
 from lora_cli.training.processes import sum_over_processes, wait_for_everyone
@@ -91,8 +91,7 @@ class Run:
             raise LoraError(
                 "this run is finished",
                 where=str(self.folder.path),
-                fix="its adapter is in adapter/; to train more, raise train.epochs or train.max_steps and allow it: "
-                "--set train.epochs=2 --allow train.epochs",
+                fix=f"its adapter is in adapter/; to train it longer: {self.folder.longer_command()}",
             )
         self.say(f"resuming after step {self.state.step} of {self.session.total_steps}")
 
@@ -320,7 +319,7 @@ class Run:
             f"stopped {done if self.state.step else 'before step 1: nothing was trained yet'} ({self.stop.why})",
             exit_code=self.stop.exit_code,
             where=str(self.folder.path),
-            fix=f"continue with: {resume_command(self.folder)}",
+            fix=f"continue with: {self.folder.resume_command()}",
         )
 
     def _say_state(self, state: str, why: str | None = None) -> None:

@@ -6,6 +6,7 @@ import json
 import os
 import platform
 import re
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -13,7 +14,7 @@ from typing import Any
 from pydantic import ValidationError
 
 from lora_cli.adapters.file import FILES as ADAPTER_FILES
-from lora_cli.errors import DiskError, LoraError
+from lora_cli.errors import DiskError, LoraError, command
 from lora_cli.files import disk_errors, finish_moves, write_bytes, write_json
 from lora_cli.foreign import Shape, is_real_folder, kind, not_ours, open_binary, open_to_append, read_json
 from lora_cli.recipe import Recipe
@@ -83,12 +84,7 @@ class RunFolder:
         taken = any(not any(each.fullmatch(name) for each in ours) for name in names)
         taken = taken or (self.environment.name in names and not self._began_here())
         if taken and not resume:
-            what = "another run" if self.recipe.exists() else "other files"
-            raise LoraError(
-                f"the output folder already holds {what}",
-                where=str(self.path),
-                fix="continue that run with --resume, choose another output (--set output=…), or remove the folder",
-            )
+            raise self._taken()
         if resume and not self.recipe.exists():
             raise LoraError("there is no run to resume", where=str(self.path), fix="start it without --resume")
 
@@ -111,6 +107,29 @@ class RunFolder:
             return "lora" in self.stored_environment()
         except LoraError:
             return False
+
+    def _taken(self) -> LoraError:
+        other = "choose another output (--set output=…), or remove the folder"
+        if not self.recipe.exists():
+            return LoraError("the output folder already holds other files", where=str(self.path), fix=other)
+        if not self.report.exists():
+            fix = f"continue it with: {self.resume_command()}; or {other}"
+            return LoraError("the output folder already holds a run", where=str(self.path), fix=fix)
+        with suppress(LoraError):  # of its recipe, which is not what was asked
+            other = f"train it longer with: {self.longer_command()}; or {other}"
+        return LoraError("the output folder already holds a finished run", where=str(self.path), fix=other)
+
+    def resume_command(self) -> str:
+        return command("lora", "train", self.recipe, "--resume")
+
+    def longer_command(self) -> str:
+        """Trains a finished run on, for twice as long. Whichever of epochs and max_steps ends it, both are raised."""
+        train, words = self.stored_recipe().train, ["lora", "train", str(self.recipe), "--resume"]
+        values = {"train.epochs": None if self.stored_recipe().data.streaming else f"{2 * train.epochs:g}"}
+        values["train.max_steps"] = None if train.max_steps is None else str(2 * train.max_steps)
+        longer = {name: value for name, value in values.items() if value is not None}
+        words += [word for name, value in longer.items() for word in ("--set", f"{name}={value}", "--allow", name)]
+        return command(*words)
 
     def stored_recipe(self) -> Recipe:
         return load_recipe(self.recipe)

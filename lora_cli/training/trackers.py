@@ -12,10 +12,12 @@ from typing import Any
 
 from accelerate.tracking import LOGGER_TYPE_TO_CLASS
 
-from lora_cli.errors import LoraError
+from lora_cli.errors import LoraError, command
 from lora_cli.recipe import Recipe
 
 Track = Callable[[dict[str, Any], int], None]
+# By name and version, as in constraints.txt: this program's own name is not on the index, and anybody could take it.
+TESTED = {"tensorboard": "2.21.0", "wandb": "0.31.0", "mlflow": "3.17.2", "trackio": "0.43.0"}
 _LINES_WAITING = 10_000  # for a tracker that does not answer; metrics.jsonl has them all
 _LAST_WORDS_SECONDS = 30.0  # that the end of a run waits for a tracker to send what it has
 
@@ -26,9 +28,8 @@ def require_trackers(names: Sequence[str]) -> None:
         if importlib.util.find_spec(name) is None and not (
             name == "tensorboard" and importlib.util.find_spec("tensorboardX")
         ):
-            raise LoraError(
-                f"trackers: {name} is not installed", fix=f"pip install 'lora-cli[{name}]', or remove it from trackers"
-            )
+            install = command("pip", "install", f"{name}=={TESTED[name]}")
+            raise LoraError(f"trackers: {name} is not installed", fix=f"{install}, or remove it from trackers")
 
 
 @contextmanager

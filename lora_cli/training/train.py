@@ -14,7 +14,6 @@ from lora_cli.base.device import describe_device
 from lora_cli.errors import Interrupted
 from lora_cli.recipe import Recipe
 from lora_cli.screen import say_on
-from lora_cli.training.keeping import resume_command
 from lora_cli.training.loop import Run
 from lora_cli.training.processes import lost_process_is_told, start_accelerator, wait_for_everyone
 from lora_cli.training.resume import (
@@ -54,7 +53,7 @@ def train(
         console.show_cursor()  # a second signal ends the process before the live display can
 
     stop = Stop(say_it_aloud, max_seconds=max_hours and max_hours * 3600, processes=accelerator.num_processes)
-    with lost_process_is_told(resume_command(folder)), stop.listening(), ExitStack() as held:
+    with lost_process_is_told(folder.resume_command()), stop.listening(), ExitStack() as held:
         try:
             if accelerator.is_main_process:
                 folder.refuse_if_taken(resume)
