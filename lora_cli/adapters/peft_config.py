@@ -89,7 +89,8 @@ def elsewhere(folder: Path, config: Mapping[str, Any]) -> str:
         f"P.from_pretrained({str(folder)!r}).merge_and_unload().save_pretrained('merged'); "
         f"T.from_pretrained({base!r}).save_pretrained('merged')"
     )
-    return f"merge it with PEFT ({command('pip', 'install', TESTED_PEFT)}), then use the folder `merged`: {command('python', '-c', code)}"
+    install, run = command("pip", "install", TESTED_PEFT), command("python", "-c", code)
+    return f"merge it with PEFT ({install}), then use the folder `merged`: {run}"
 
 
 def alphas(config: dict[str, Any], ranks: dict[str, int], folder: Path) -> dict[str, float]:
