@@ -590,7 +590,7 @@ def test_a_quantized_checkpoint(refused_later: Any, model: Any):
     message = refused_later(
         base_model=str(model({}, quantization_config={"load_in_4bit": True, "quant_method": "bitsandbytes"}))
     )
-    assert "the checkpoint is already quantized (nf4), but the recipe says quantization: none" in message
+    assert "the checkpoint is already quantized (nf4), but was asked for with quantization: none" in message
     assert "fix: write quantization: nf4" in message
 
 

@@ -587,3 +587,39 @@ def test_what_training_recorded_of_its_prompts_is_in_merge_json(run_recipe, tmp_
     stored = json.loads((tmp_path / "merged" / "merge.json").read_text())
     assert (stored["prompting"], stored["quantization"], stored["method"]) == ("raw", "none", "lora")
     assert AutoConfig.from_pretrained(tmp_path / "merged").model_type == "llama"
+
+
+@pytest.mark.parametrize("targets", [["up_proj"], "all-linear"])
+@pytest.mark.parametrize("quantization", ["none", "nf4"])
+def test_layers_that_the_checkpoint_stores_as_one_are_stored_as_one_again(
+    quantization, targets, tiny_llama, tmp_path, monkeypatch
+):
+    """transformers splits the fused projections of some checkpoints on loading (Molmo2, for example)."""
+    from transformers import conversion_mapping
+    from transformers.core_model_loading import Chunk, WeightConverter, WeightRenaming
+
+    rules = [
+        WeightRenaming(r"\.attn_out\.", ".o_proj."),
+        WeightConverter(
+            source_patterns="mlp.gate_up.weight",
+            target_patterns=["mlp.gate_proj.weight", "mlp.up_proj.weight"],
+            operations=[Chunk(dim=0)],
+        ),
+    ]
+    own = conversion_mapping.get_checkpoint_conversion_mapping
+    monkeypatch.setattr(
+        conversion_mapping, "get_checkpoint_conversion_mapping", lambda kind: rules if kind == "llama" else own(kind)
+    )
+
+    def fused(tensors: dict[str, Tensor]) -> dict[str, Tensor]:
+        for block in (0, 1):
+            mlp = f"model.layers.{block}.mlp"
+            pair = [tensors.pop(f"{mlp}.{part}_proj.weight") for part in ("gate", "up")]
+            tensors[f"{mlp}.gate_up.weight"] = torch.cat(pair)
+        return {key.replace(".o_proj.", ".attn_out."): each for key, each in tensors.items()}
+
+    base = with_tensors(tiny_llama, tmp_path / "base", fused)
+    adapter = adapter_for(base, tmp_path / "adapter", quantization=quantization, target_modules=targets)
+    assert merge(adapter, tmp_path / "merged").kept > 0.99
+    assert dtypes(tmp_path / "merged") == dtypes(base)
+    assert_close(logits(reopened(tmp_path / "merged")), base_and_adapter(adapter), rtol=0, atol=1e-5)

@@ -14,6 +14,7 @@ from lora_cli.files import disk_errors, require_regular
 
 # Configuration, tokenizer and safetensors; no pickles, no copies in other formats. Code comes only when it may run.
 _WANTED = ["*.json", "*.safetensors", "*.txt", "*.model", "*.jinja", "tokenizer*"]
+_WANTED += ["LICENSE*", "NOTICE*", "README.md"]  # which a merged folder keeps
 _ADAPTER = "adapter_config.json"
 _FOLDER = "name the folder that holds config.json and the weights"
 _FROM_GGUF = "use the model that the file was made from: a folder or hub id with config.json and safetensors"

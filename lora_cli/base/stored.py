@@ -33,15 +33,15 @@ def stored_quantization(source: BaseSource) -> str | None:
 
 
 def require_quantization(source: BaseSource, quantization: str) -> None:
-    """Raises LoraError if the weights are stored in another way than the recipe's `quantization` says."""
+    """Raises LoraError if the weights are stored in another way than `quantization` asks for."""
     kind = stored_quantization(source)
     if kind in (None, quantization):
         return
     require_trainable(source)
     raise LoraError(
-        f"the checkpoint is already quantized ({kind}), but the recipe says quantization: {quantization}",
+        f"the checkpoint is already quantized ({kind}), but was asked for with quantization: {quantization}",
         where=str(source.folder),
-        fix=f"write quantization: {kind}",
+        fix=f"write quantization: {kind} (on the command line --quantization {kind})",
     )
 
 

@@ -151,6 +151,12 @@ class _Merge:
                 where=str(self.source.folder),
                 fix="leave out --onto, or name the unquantized model with --base",
             )
+        if held is not None and self.quantization != held:
+            raise LoraError(
+                f"the adapter was trained on a base held in {self.quantization}, but this one is stored in {held}",
+                where=str(self.source.folder),
+                fix="name the base model of the training with --base",
+            )
         self.onto = onto if self.quantization != "none" else "original"
         self.dtype = None if dtype == "keep" else DTYPES[dtype]
         self.dense = self.dtype or dtype_of(self.source, self.stored)
