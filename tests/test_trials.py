@@ -147,3 +147,18 @@ def test_check_refuses_packing_where_training_does(kind, tmp_path: Path, recipe_
     recipe = load_recipe(recipe_file(**settings, data={"packing": False}, train={"max_steps": 2}))
     check(recipe)
     train(recipe, quiet_console())
+
+
+@pytest.mark.parametrize("kind", ["doge", "gemma4_unified", "deepseek_v32"])
+def test_a_mask_that_the_architecture_asks_for_is_not_taken_for_packing(kind, tmp_path: Path, tokenizer: Any):
+    """Doge adds to it, others read it: whoever gets none attends to what comes later, or fails."""
+    from lora_cli.base.load import load_model
+    from lora_cli.base.source import find_base
+
+    folder = save_tiny(tiny_config(kind), tmp_path / kind, tokenizer=tokenizer)
+    model = load_model(find_base(str(folder)), quantization="none", dtype=torch.float32, device=CPU)
+    ids = torch.arange(10, 50)[None]
+    theirs = hf.AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32, attn_implementation="eager").eval()
+    with torch.no_grad():
+        own, expected = model(input_ids=ids).logits, theirs(input_ids=ids).logits
+    torch.testing.assert_close(own, expected, rtol=0, atol=1e-5)

@@ -59,6 +59,8 @@ _DOTS3 = {
     "per_layer_config": {"1": {"num_attention_heads": 2, "num_key_value_heads": 2, "kv_lora_rank": 24}},
 }
 _ROPE = {"rope_type": "default", "rope_theta": 10000.0}
+_GEMMA4_PICTURES = {"model_type": "gemma4_vision", "hidden_size": 64, "intermediate_size": 64, "num_hidden_layers": 2}
+_GEMMA4_PICTURES |= {"num_attention_heads": 4, "num_key_value_heads": 4, "head_dim": 16, "position_embedding_size": 64}
 _PHI4_SOUND = {"nemo_conv_channels": 8, "ext_pw_out_channel": 64, "depthwise_separable_out_channel": 64}
 _OWN: dict[str, dict[str, Any]] = {
     "blt": {"encoder_hash_byte_group_vocab": 100},
@@ -74,10 +76,12 @@ _OWN: dict[str, dict[str, Any]] = {
         "intermediate_size": 4 * [64],
         "activation_sparsity_pattern": [0.95, 0.95, 0.0, 0.0],
     },
+    "gemma4": {"vision_config": _GEMMA4_PICTURES},
     "hunyuan_v1_dense": {"head_dim": 16},
     "hunyuan_v1_moe": {"head_dim": 16},
     "lfm2_moe": {"layer_types": ["conv", "full_attention"]},
     "mamba2": {"num_heads": 8, "head_dim": 16},
+    "minicpm3": {"dim_model_base": 64},
     "ministral": {"head_dim": 16},
     "nemotron": {"head_dim": 16, "num_key_value_heads": 2},
     "phi4_multimodal": {"audio_config": _PHI4_SOUND},

@@ -7,6 +7,7 @@ the lengths, not the square of the sum. Without it the call is plain SDPA.
 
 from __future__ import annotations
 
+from contextvars import ContextVar
 from inspect import signature
 from typing import Any
 
@@ -30,6 +31,7 @@ if varlen_attn is not None and not {"scale", "window_size", "enable_gqa"} <= {*s
     varlen_attn = None  # an earlier form, such as torch 2.10's, knows no windows and no shared keys and values
 
 PER_EXAMPLE = "sdpa_per_example"
+_row_is_packed: ContextVar[bool] = ContextVar("row_is_packed", default=False)
 
 
 def attention_implementation(config: Any) -> str:
@@ -169,12 +171,13 @@ def _mask(
 ) -> Tensor | None:
     """No mask for a packed row, whose block mask would be quadratic in all of its tokens; else the one of SDPA.
 
-    transformers marks packed rows by forbidding the causal shortcut without a mask overlay (which would set use_vmap).
-    Some architectures tell a sliding window (local_size) to the mask alone, such as Qwen2-MoE: the mask of a packed row
-    then is that number, expanded to the shape of a mask without its memory.
+    Whether the row is packed is known from the call of the model (`watch_rows`): architectures forbid the causal
+    shortcut for other reasons too, such as Doge, which adds to the mask. Some tell a sliding window (local_size) to the
+    mask alone, such as Qwen2-MoE: the mask of a packed row then is that number, expanded to the shape of a mask without
+    its memory.
     """
-    packed = attention_mask is None and q_length == kv_length and not allow_is_causal_skip and not use_vmap
-    if packed and _by_example(kwargs):
+    plain = attention_mask is None and q_length == kv_length and not allow_is_causal_skip and not use_vmap
+    if plain and _row_is_packed.get() and _by_example(kwargs):
         return None if local_size is None else torch.tensor(local_size).expand(1, 1, q_length, kv_length)
     return sdpa_mask(
         q_length=q_length,
@@ -185,6 +188,19 @@ def _mask(
         local_size=local_size,
         **kwargs,
     )
+
+
+def watch_rows(model: nn.Module) -> None:
+    """From now on masks know whether the model was called with packed rows."""
+
+    def before(_module: nn.Module, _inputs: Any, named: dict[str, Any]) -> None:
+        _row_is_packed.set(named.get("cu_seq_lens_q") is not None)
+
+    def after(*_: Any) -> None:
+        _row_is_packed.set(False)
+
+    model.register_forward_pre_hook(before, with_kwargs=True)
+    model.register_forward_hook(after, always_call=True)
 
 
 def _by_example(settings: dict[str, Any]) -> bool:

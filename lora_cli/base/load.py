@@ -11,7 +11,7 @@ from torch import nn
 from transformers import CONFIG_MAPPING, AutoConfig, AutoModelForCausalLM, AutoTokenizer, PreTrainedTokenizerBase
 from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING
 
-from lora_cli.base.attention import attention_implementation
+from lora_cli.base.attention import attention_implementation, watch_rows
 from lora_cli.base.linear import hold_nf4_values
 from lora_cli.base.source import BaseSource
 from lora_cli.base.stored import require_quantization, stored_quantization
@@ -68,6 +68,7 @@ def load_model(
 
         compute_exactly(model)
     model.unused_tensors = sorted(map(str, info["unexpected_keys"]))
+    watch_rows(model)
     model.config.use_cache = False
     return model.eval()
 

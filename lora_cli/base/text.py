@@ -1,11 +1,12 @@
 """The language model inside a model: of its configuration, and of its modules.
 
 Many checkpoints are composite: a configuration of text beside ones of pictures and sound, a decoder beside towers
-(Gemma 3 from 4B on, Gemma 4, Mistral 3, Qwen3.5). Whoever needs a number of the language model asks here.
+(Gemma 3 from 4B on, Gemma 4, Qwen3.5). Whoever needs a number of the language model asks here.
 """
 
 from __future__ import annotations
 
+import re
 from collections import Counter
 from collections.abc import Callable, Iterable
 from typing import Any
@@ -14,6 +15,8 @@ from torch import nn
 from transformers import PreTrainedModel
 
 from lora_cli.errors import LoraError
+
+_SENSES = re.compile("vision|image|video|audio|speech|sound")
 
 
 def text_config(config: Any) -> Any:
@@ -34,7 +37,8 @@ def vocabulary(config: Any) -> int:
 
 def positions(config: Any) -> int | None:
     """The longest example that the language model can see, in tokens; None where its configuration does not say."""
-    return largest(config, "max_position_embeddings")
+    seen = largest(config, "max_position_embeddings")
+    return seen if isinstance(seen, int) and seen > 0 else None  # XLNet says -1: any number
 
 
 def largest(config: Any, name: str) -> Any:
@@ -94,11 +98,18 @@ def _decoder(model: Any) -> str:
 
 
 def _towers(model: nn.Module) -> list[str]:
-    """Names of the models inside this one that take something else than token ids."""
-    embeddings = model.get_input_embeddings() if isinstance(model, PreTrainedModel) else None
-    found: list[str] = []
-    for name, module in model.named_modules():
-        takes = getattr(module, "main_input_name", "input_ids") if isinstance(module, PreTrainedModel) else "input_ids"
-        if name and takes != "input_ids" and not any(inner is embeddings for inner in module.modules()):
-            found.append(name)
-    return found
+    """Names of the models inside this one that take something else than token ids, by what they or their part of the
+    configuration say."""
+    if not isinstance(model, PreTrainedModel):
+        return []
+    embeddings = model.get_input_embeddings()
+    parts: dict[str, Any] = getattr(model.config, "sub_configs", None) or {}
+    senses = tuple(kind for name, kind in parts.items() if isinstance(kind, type) and _SENSES.search(name))
+    return [
+        name
+        for name, module in model.named_modules()
+        if name
+        and isinstance(module, PreTrainedModel)
+        and (module.main_input_name != "input_ids" or isinstance(module.config, senses))
+        and not any(inner is embeddings for inner in module.modules())
+    ]

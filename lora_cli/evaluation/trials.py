@@ -90,8 +90,8 @@ def _seen_from_before(model: Any, device: torch.device, name: str) -> tuple[Tens
     Three changes, each in a run of its own. A token that rounding sends to other experts moves in one of them, one that
     sees the last token in all: for each the smallest change counts.
     """
-    row = _tokens(model, min(_CAUSAL_TOKENS, positions(model.config) or _CAUSAL_TOKENS), 0)
-    others = [token for token in _tokens(model, 64, 1).unique() if token != row[-1]][:3]
+    row = ordinary_tokens(model, min(_CAUSAL_TOKENS, positions(model.config) or _CAUSAL_TOKENS), 0)
+    others = [token for token in ordinary_tokens(model, 64, 1).unique() if token != row[-1]][:3]
     rows = [torch.cat([row[:-1], last[None]]).to(device) for last in (row[-1], *others)]
     own, *changed = (_logits(model, each, f"{name} cannot compute a row of text") for each in rows)
     if own.isnan().any():
@@ -112,7 +112,7 @@ def _seen_from_beside(model: Any, device: torch.device, name: str) -> tuple[floa
     """
     examples = _examples(model, device)
     first = len(examples[0])
-    changed = [[_tokens(model, first, seed).to(device), *examples[1:]] for seed in (2, 3)]
+    changed = [[ordinary_tokens(model, first, seed).to(device), *examples[1:]] for seed in (2, 3)]
 
     def moved(compute: Any) -> float:
         own = compute(examples)[first:]
@@ -166,10 +166,10 @@ def _batch_decides(model: Any) -> bool:
 def _examples(model: Any, device: torch.device) -> list[Tensor]:
     seen = positions(model.config) or sum(_LENGTHS)
     lengths = [max(2, length * min(seen, sum(_LENGTHS)) // sum(_LENGTHS)) for length in _LENGTHS]
-    return list(_tokens(model, sum(lengths), 0).to(device).split(lengths))
+    return list(ordinary_tokens(model, sum(lengths), 0).to(device).split(lengths))
 
 
-def _tokens(model: Any, count: int, seed: int) -> Tensor:
+def ordinary_tokens(model: Any, count: int, seed: int) -> Tensor:
     """(count,) of random ordinary tokens: not those that stand for pictures, or for padding."""
     marks: set[Any] = set()
     for config in (model.config, text_config(model.config)):

@@ -14,6 +14,7 @@ from rich.table import Table
 from rich.text import Text
 from transformers import PreTrainedTokenizerBase
 
+from lora_cli.adapters.reach import kind_of, left_out_lines
 from lora_cli.adapters.targets import not_adapted, targets_of
 from lora_cli.base.linear import features
 from lora_cli.base.source import BaseSource, find_base
@@ -105,14 +106,18 @@ def check(recipe: Recipe, *, keep: bool = False) -> Checked:
     targets = targets_of(model, adapter)
     data = prepare(recipe, tokenizer, keep=keep, inspect=True)
     data.require_fit(config, source.name)
-    parameters = sum(target.rank * sum(features(model.get_submodule(target.name))) for target in targets)
+    kinds = base.unreached_kinds(recipe.adapter.target_modules)
     base.require_causal()
     if recipe.data.packing and base.packing_refused is not None:
         raise base.packing_refused
+    left_out = [target.name for target in targets if kind_of(target.name) in kinds]
+    notes = left_out_lines(recipe.adapter.target_modules, left_out, some=len(left_out) < len(targets))
+    targets = [target for target in targets if kind_of(target.name) not in kinds]
+    parameters = sum(target.rank * sum(features(model.get_submodule(target.name))) for target in targets)
     stream = StreamFeed(recipe, tokenizer) if recipe.data.streaming else None
     if stream is not None:
         stream.require_fit(config, source.name)
-    return Checked(recipe, source, tokenizer, data, stream, len(targets), parameters, not_adapted(model))
+    return Checked(recipe, source, tokenizer, data, stream, len(targets), parameters, [*not_adapted(model), *notes])
 
 
 def write_page(checked: Checked, path: Path, show: int) -> None:

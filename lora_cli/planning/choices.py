@@ -4,11 +4,13 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Iterator
+from contextlib import suppress
 from dataclasses import dataclass
 from functools import cache, partial
 
 import numpy as np
 
+from lora_cli.adapters.reach import kind_of
 from lora_cli.adapters.targets import find_targets
 from lora_cli.base.attention import attention_implementation
 from lora_cli.base.linear import features
@@ -76,12 +78,20 @@ def choose_adapter(base: BaseModel, target_tokens: float) -> Adapter:
 
     Attention alone where a linear layer is too narrow to have a rank, such as the gate of a shared expert.
     """
-    for modules in ("all-linear", "attention"):
-        layers = [target.name for target in find_targets(base.skeleton, modules, rank=1, alpha=1)]
-        sizes = [features(base.skeleton.get_submodule(name)) for name in layers]
-        narrowest = min(map(min, sizes))
-        if narrowest >= 8:
-            break
+
+    def look(modules: str) -> tuple[list[str], list[tuple[int, int]], int]:
+        unreached = base.unreached_kinds(modules)
+        names = [target.name for target in find_targets(base.skeleton, modules, rank=1, alpha=1)]
+        names = [name for name in names if kind_of(name) not in unreached]
+        sizes = [features(base.skeleton.get_submodule(name)) for name in names]
+        return names, sizes, min(map(min, sizes), default=0)
+
+    modules, (layers, sizes, narrowest) = "all-linear", look("all-linear")
+    if narrowest < 8:
+        with suppress(LoraError):  # a model without attention keeps all
+            attention = look("attention")
+            if attention[2] > narrowest:
+                modules, (layers, sizes, narrowest) = "attention", attention
     of_rank_1 = sum(map(sum, sizes))
     rank = 16
     while rank < 64 and rank * of_rank_1 < target_tokens / 2:

@@ -12,13 +12,16 @@ from typing import Any
 import torch
 from transformers import AutoModelForCausalLM, PreTrainedTokenizerBase
 
-from lora_cli.base.attention import attention_implementation
+from lora_cli.adapters.attach import attach
+from lora_cli.adapters.reach import kind_of, leave_out, unreached
+from lora_cli.adapters.targets import block_lists, find_targets
+from lora_cli.base.attention import attention_implementation, watch_rows
 from lora_cli.base.load import load_tokenizer, model_config, skeleton_of
 from lora_cli.base.source import BaseSource, find_base
 from lora_cli.base.stored import require_trainable, stored_quantization
 from lora_cli.base.text import positions, text_config
 from lora_cli.errors import LoraError
-from lora_cli.evaluation.trials import require_causal, require_no_leak
+from lora_cli.evaluation.trials import ordinary_tokens, require_causal, require_no_leak
 
 # Configuration and tokenizer. The weights of a hub model stay there until it is trained.
 _LIGHT = ["*.json", "*.txt", "*.model", "*.jinja", "tokenizer*"]
@@ -61,6 +64,30 @@ class BaseModel:
         if refused is not None:
             raise refused
 
+    def unreached_kinds(self, target_modules: str | list[str]) -> set[str]:
+        """Kinds of layers that no gradient of text reaches, by `adapters.reach`; none where it cannot be tried."""
+        model = self._sample
+        if model is None:
+            return set()
+        with torch.no_grad(), torch.random.fork_rng(devices=[]):
+            for parameter in model.parameters():  # what begins at zero would stop gradients that real weights let pass
+                if not parameter.any():
+                    parameter.normal_(0, 0.02)
+        ids = ordinary_tokens(model, min(64, self.positions or 64), 0)
+
+        def backward() -> None:
+            logits = model(input_ids=ids[None], use_cache=False).logits
+            torch.nn.functional.cross_entropy(logits[0, :-1], ids[1:]).backward()
+
+        try:
+            layers = attach(model, find_targets(model, target_modules, rank=1, alpha=1))
+        except LoraError:  # names of layers that the small model lacks
+            return set()
+        try:
+            return {kind_of(name) for name in unreached(model, layers, backward, name=type(self.skeleton).__name__)}
+        finally:
+            leave_out(model, layers)
+
     def _tried(self, trial: Callable[..., None]) -> LoraError | None:
         if self._sample is None:
             return None
@@ -84,6 +111,8 @@ class BaseModel:
                 with torch.random.fork_rng(devices=[]):
                     torch.manual_seed(0)
                     model = self._made_from(config).eval()
+                if not block_lists(model):
+                    continue
                 if not is_whole:
                     with torch.no_grad():
                         model(input_ids=torch.arange(8)[None], use_cache=False)
@@ -93,12 +122,14 @@ class BaseModel:
         return None
 
     def _made_from(self, config: Any) -> Any:
-        return AutoModelForCausalLM.from_config(
+        model = AutoModelForCausalLM.from_config(
             config,
             dtype=torch.float32,
             attn_implementation=attention_implementation(config),
             trust_remote_code=self.trust_remote_code,
         )
+        watch_rows(model)
+        return model
 
 
 def _cut(config: Any) -> Any:

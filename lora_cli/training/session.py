@@ -17,6 +17,7 @@ from transformers import PreTrainedTokenizerBase
 
 from lora_cli.adapters.attach import adapter_parameters, attach
 from lora_cli.adapters.layer import LoRALinear, cast_once, dropout_keys
+from lora_cli.adapters.reach import leave_out, left_out_lines, unreached
 from lora_cli.adapters.targets import block_lists, not_adapted, targets_of
 from lora_cli.base.activations import ActivationPlan, follow, measured, plan_activations, to_pinned_memory
 from lora_cli.base.attention import packed_attention_name
@@ -35,7 +36,7 @@ from lora_cli.base.recompute import keep_inputs_alone
 from lora_cli.base.sharding import frozen_bytes, require_shardable, shard_base
 from lora_cli.base.source import BaseSource, find_base
 from lora_cli.base.stored import require_quantization, stored_quantization
-from lora_cli.base.text import hidden_size, vocabulary
+from lora_cli.base.text import hidden_size, positions, vocabulary
 from lora_cli.data.batches import collate
 from lora_cli.data.example import Example
 from lora_cli.data.feed import IndexedFeed
@@ -47,7 +48,7 @@ from lora_cli.data.stream import StreamFeed
 from lora_cli.errors import LoraError
 from lora_cli.evaluation.forgetting import GeneralText, general_text
 from lora_cli.evaluation.loss import logit_rule, summed_loss
-from lora_cli.evaluation.trials import require_causal, require_no_leak
+from lora_cli.evaluation.trials import ordinary_tokens, require_causal, require_no_leak
 from lora_cli.files import human_bytes, require_space
 from lora_cli.recipe import Recipe
 from lora_cli.screen import say_on
@@ -157,12 +158,15 @@ def open_session(recipe: Recipe, console: Console) -> Session:
     blocks = [block for name in block_lists(model) for block in model.get_submodule(name)]
     if not recipe.train.compile:
         keep_inputs_alone(model)
+    layers, left_out = _those_that_learn(model, layers, recipe.adapter.target_modules)
     if recipe.train.shard_base:
         say(f"         {_spread(model, blocks, device)}")
     require_causal(model, device)
     side_by_side = _layout(model, recipe, device, say)
     trained = sum(parameter.numel() for parameter in adapter_parameters(model))
     say(f"adapter  {len(layers)} layers, {trained:,} trained parameters")
+    for line in left_out:
+        say(f"         {line}")
     sizes = [parameter.numel() for parameter in adapter_parameters(model)]
     if note := paging_note(recipe.train.optimizer, sizes, device.type):
         say(f"         {note}")
@@ -181,6 +185,23 @@ def open_session(recipe: Recipe, console: Console) -> Session:
     require_space(Path(recipe.output), needed, "the run (adapter and checkpoints)")
     say(f"disk     up to {human_bytes(needed)} in {recipe.output}")
     return session
+
+
+def _those_that_learn(
+    model: Any, layers: dict[str, LoRALinear], target_modules: Any
+) -> tuple[dict[str, LoRALinear], list[str]]:
+    """The adapters that text gives a gradient to, and what to say of the others. Raises LoraError as that does."""
+    ids = ordinary_tokens(model, min(_SAMPLE_TOKENS, positions(model.config) or _SAMPLE_TOKENS), 0).numpy()
+    sample = [Example(ids, [(1, len(ids), 1.0)])]
+    batch = collate(sample, packed=False, pad_id=0, device=model.device, dropout=(0, 0))
+
+    def backward() -> None:
+        with dropout_keys(layers, batch.dropout_keys):
+            summed_loss(model, batch).backward()
+
+    names = unreached(model, layers, backward)
+    lines = left_out_lines(target_modules, names, some=len(names) < len(layers))
+    return (leave_out(model, names) if names else layers), lines
 
 
 def _other_layers(model: Any, recipe: Recipe, source: BaseSource) -> Iterator[str]:
