@@ -22,6 +22,7 @@ from tiny_model import make_tokenizer
 from tokenizers import Tokenizer, normalizers
 from transformers import AutoTokenizer, PreTrainedTokenizerFast
 
+from lora_cli.data import identity
 from lora_cli.data import prepare as module
 from lora_cli.data.encode import Encoder
 from lora_cli.data.example import Example
@@ -251,7 +252,7 @@ def test_the_code_and_its_libraries_make_a_new_key(recipe, tokenizer, monkeypatc
     changed.clear()
     for library in ("tokenizers", "transformers", "jinja2"):
         with monkeypatch.context() as patch:
-            patch.setattr(module, "version", lambda name, own=library: "0" if name == own else real_version(name))
+            patch.setattr(identity, "version", lambda name, own=library: "0" if name == own else real_version(name))
             assert key(recipe, tokenizer) != before, library
 
 

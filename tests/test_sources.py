@@ -20,7 +20,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from pyarrow import parquet
 
-from lora_cli.data import sources
+from lora_cli.data import folders, sources
 from lora_cli.data.prepare import prepare
 from lora_cli.data.readers import Row, kind_of, read_file
 from lora_cli.data.sources import FileSource, open_source, read_rows
@@ -577,7 +577,7 @@ def test_sources_may_be_of_different_formats(tmp_path, tokenizer):
 
 @pytest.mark.parametrize("name", ["", "*", "**"])
 def test_a_folder_without_end_is_no_source(tmp_path, monkeypatch, name):
-    monkeypatch.setattr(sources, "_MOST_FILES", 3)
+    monkeypatch.setattr(folders, "_MOST_FILES", 3)
     for number in range(4):
         (tmp_path / f"{number}.jsonl").write_text('{"text": "a"}\n')
     with pytest.raises(LoraError, match="more than 3 files\n  fix: name a folder that holds data alone"):

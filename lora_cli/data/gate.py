@@ -224,7 +224,7 @@ class Weights:
 
 def weight_range(example: Example) -> tuple[float, float]:
     weights = [weight for _, _, weight in example.spans]
-    return min(weights), max(weights)
+    return min(weights, default=1.0), max(weights, default=1.0)
 
 
 def duplicates(hashes: np.ndarray) -> np.ndarray:

@@ -13,7 +13,6 @@ from array import array
 from contextlib import suppress
 from dataclasses import dataclass, field, replace
 from functools import cached_property
-from importlib.metadata import version
 from itertools import chain, islice
 from pathlib import Path
 from typing import Any
@@ -34,11 +33,12 @@ from lora_cli.data.cache import (
 )
 from lora_cli.data.chat import ChatTemplate, chat_template, generation_ends
 from lora_cli.data.gate import KINDS, TOO_LONG_SHARE, Findings, Lengths, Weights, duplicates
+from lora_cli.data.identity import code_hash, tokenizer_hash
 from lora_cli.data.packing import Groups, rows_to_shuffle
 from lora_cli.data.prepared import PARTS, PreparedData, Summary, open_prepared, summary_values
 from lora_cli.data.readers import Row
 from lora_cli.data.row_encoder import ROWS_TO_DETECT, RowEncoder, fit_length, require_arguments_used, require_columns
-from lora_cli.data.sources import Source, open_source
+from lora_cli.data.sources import FileSource, Source, open_source
 from lora_cli.data.split import hold_out, repeated
 from lora_cli.data.store import ExampleWriter, checksum, write_groups, write_indices
 from lora_cli.ending import make_temporary, remove_temporary
@@ -165,7 +165,8 @@ class Preparation:
     @cached_property
     def sources(self) -> list[tuple[SourceRecipe, Source]]:
         """Of the training data, then of the validation data."""
-        return [(each, open_source(each)) for each in (*self._training, *_held_out(self.recipe.data))]
+        held_out = [(each, open_source(each, held_out=True)) for each in _held_out(self.recipe.data)]
+        return [*((each, open_source(each)) for each in self._training), *held_out]
 
     @cached_property
     def _training(self) -> list[SourceRecipe]:
@@ -186,13 +187,13 @@ class Preparation:
             "data": [[each.weight, list(source.identity.items())] for each, source in self.sources],
             "training_sources": len(self._training),
             "fraction": data.validation if isinstance(data.validation, float) else None,
-            "tokenizer": _tokenizer_hash(self.tokenizer),
+            "tokenizer": tokenizer_hash(self.tokenizer),
             "template": template,
             "settings": settings,
             "micro_batch": None if data.packing else train.tokens_per_micro_batch,
             "seed": train.seed,
             "ends": sorted(generation_ends(self.tokenizer)),
-            "code": _code_hash(),
+            "code": code_hash(),
         }
         return hashlib.sha256(json.dumps(parts, sort_keys=True).encode()).hexdigest()[:20]
 
@@ -204,6 +205,7 @@ class Preparation:
         self._rows = 0
         self._template: ChatTemplate | None = None
         self._stops: set[int] = set()
+        self._listing: dict[str, dict[str, dict[str, Any]]] = {}
         with ExampleWriter(folder / "examples.arrow") as writer:
             train, validation = self._read_all(writer, names, formats)
         if not self.recipe.data.streaming:
@@ -231,6 +233,7 @@ class Preparation:
             self._template.text if self._template is not None and self._template.text != own else None,
             [str(self.tokenizer.convert_ids_to_tokens(id)) for id in sorted(self._stops)],
             Weights.of(writer.weights[train]),
+            self._listing,
         )
         values = summary_values(summary)
         checksums = {name: checksum(folder / name) for name in PARTS}
@@ -266,9 +269,11 @@ class Preparation:
         reader = RowEncoder(self.recipe.data, self.tokenizer, head, several=len(self.sources) > 1)
         self._template = reader.template or self._template
         number_of: dict[str, int] = {}
+        rows_of: dict[str, int] = {}  # file → its rows
         for encoded in reader.encode(chain(head, rows), self._findings):
             self._rows += 1
             row = encoded.row
+            rows_of[row.file] = rows_of.get(row.file, 0) + 1
             if row.file not in number_of:
                 number_of[row.file] = len(names)
                 names.append(row.file)
@@ -289,7 +294,10 @@ class Preparation:
             for piece in pieces:
                 writer.add(piece, ids if piece is encoded.example else np.array(piece.ids, np.int32), file)
             seen.pieces.append(len(pieces))
-        formats[source.name] = reader.said
+        shown = source.name if source.name not in formats else f"{source.name} (validation)"
+        formats[shown] = reader.said
+        if isinstance(source, FileSource) and not source.one:
+            self._listing[shown] = {"files": rows_of, "left": source.left}
 
     def _group(self, row: Row, name: str) -> int:
         if name not in row.values:
@@ -366,19 +374,3 @@ def _held_out(data: DataRecipe) -> list[SourceRecipe]:
 
 def _numbers(values: array, dtype: Any) -> np.ndarray:
     return np.frombuffer(values, dtype) if values else np.empty(0, dtype)
-
-
-def _tokenizer_hash(tokenizer: PreTrainedTokenizerBase) -> str:
-    backend: Any = tokenizer.backend_tokenizer
-    digest = hashlib.sha256(backend.to_str().encode())
-    digest.update(json.dumps([tokenizer.special_tokens_map, str(tokenizer.chat_template)], default=str).encode())
-    return digest.hexdigest()
-
-
-def _code_hash() -> str:
-    """Of everything in this room, so that no change of it is forgotten, and of the libraries that make tokens."""
-    digest = hashlib.sha256("/".join(version(name) for name in ("tokenizers", "transformers", "jinja2")).encode())
-    for path in sorted(Path(__file__).parent.rglob("*")):
-        if path.suffix in (".py", ".jinja"):
-            digest.update(path.name.encode() + path.read_bytes())
-    return digest.hexdigest()

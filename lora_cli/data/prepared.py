@@ -37,6 +37,8 @@ class Summary:
     own_template: str | None = None  # its text, where it is not the model's own
     stop_tokens: list[str] = field(default_factory=list)
     weights: Weights | None = None  # of the loss, of what is trained on; None: all are 1
+    # of a folder or a pattern → files: the rows of each; left: others, and why they are not read
+    listing: dict[str, dict[str, dict[str, Any]]] = field(default_factory=dict)
 
 
 @dataclass(frozen=True)

@@ -2,11 +2,15 @@
 
 from __future__ import annotations
 
+import os
+from typing import Any
+
 from lora_cli.data.gate import KINDS
 from lora_cli.data.prepared import PreparedData
 from lora_cli.data.stream import StreamFeed
 from lora_cli.recipe import Recipe
 
+_MOST_LISTED = 20
 _DONE = {"error": "left out", "drop": "left out", "truncate": "cut at the end", "split": "cut into pieces"}
 
 
@@ -20,7 +24,9 @@ def data_lines(data: PreparedData, recipe: Recipe) -> list[str]:
     """Formats and why, lengths, how much is trained, how full the rows are, and steps."""
     summary, settings = data.summary, recipe.data
     tokens, limit = summary.train.tokens, settings.max_seq_len
-    lines = [f"{source}: {form}" for source, form in summary.formats.items()]
+    lines = []
+    for source, form in summary.formats.items():
+        lines += [f"{source}: {form}", *listing_lines(source, summary.listing.get(source, {}))]
     if summary.template is not None:
         lines.append(f"chat template: {summary.template}")
     if summary.stop_tokens:
@@ -54,6 +60,25 @@ def data_lines(data: PreparedData, recipe: Recipe) -> list[str]:
     return lines
 
 
+def listing_lines(source: str, listing: dict[str, dict[str, Any]]) -> list[str]:
+    """The files of a folder or a pattern: what is read, with its rows, and what is not."""
+
+    folder = source.removesuffix(" (validation)")
+
+    def name(path: str) -> str:
+        return os.path.relpath(path, folder) if os.path.isdir(folder) else os.path.basename(path)
+
+    files = listing.get("files", {}).items()
+    read = [f"  {name(path)}" + ("" if rows is None else f": {counted(rows, 'row')}") for path, rows in files]
+    left = [f"  {name(path)}: not read, {why}" for path, why in listing.get("left", {}).items()]
+    return [*_first(read, "more files"), *_first(left, "more files that are not read")]
+
+
+def _first(lines: list[str], what: str) -> list[str]:
+    more = len(lines) - _MOST_LISTED
+    return [*lines[:_MOST_LISTED], *([f"  and {more:,} {what}"] if more > 0 else [])]
+
+
 def finding_lines(data: PreparedData) -> list[str]:
     """What the gate found that does not stop this run."""
     findings = data.findings
@@ -69,7 +94,11 @@ def stream_lines(feed: StreamFeed, data: PreparedData, recipe: Recipe) -> list[s
     window = feed.lengths
     lengths = ", ".join(f"{name} {value:,}" for name, value in window.percentiles.items())
     return [
-        *(f"{source}: {form}" for source, form in feed.formats.items()),
+        *(
+            line
+            for source, form in feed.formats.items()
+            for line in (f"{source}: {form}", *listing_lines(source, feed.listing.get(source, {})))
+        ),
         f"streaming; in the first window {window.examples:,} examples, {window.tokens:,} tokens, "
         f"{window.target_tokens:,} trained ({window.target_tokens / window.tokens:.0%})",
         *([] if feed.weights is None else [feed.weights.said()]),

@@ -2,29 +2,30 @@
 
 from __future__ import annotations
 
-import difflib
-import glob
 import hashlib
-import os
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import cached_property
 from pathlib import Path
 
+from lora_cli.data.folders import find_files
 from lora_cli.data.hub import HubSource
-from lora_cli.data.readers import Row, kind_of, read_file, require_kind
+from lora_cli.data.readers import Row, read_file, require_kind
 from lora_cli.errors import LoraError
 from lora_cli.recipe import SourceRecipe
-
-_MOST_FILES = 100_000  # that are looked at in a folder or for a pattern, data or not
 
 
 @dataclass(frozen=True)
 class FileSource:
-    """One or more files, read in the order of their names. name: as the recipe has it."""
+    """One or more files, read in the order of their names. name: as the recipe has it.
+
+    left: files beside them that are not read → why. one: the name is that of the one file.
+    """
 
     name: str
     paths: tuple[Path, ...]
+    left: dict[str, str] = field(default_factory=dict, kw_only=True)
+    one: bool = field(default=False, kw_only=True)
 
     def rows(self) -> Iterator[Row]:
         for path in self.paths:
@@ -57,20 +58,23 @@ def _stamp(path: Path) -> tuple[int, int]:
 Source = FileSource | HubSource
 
 
-def open_source(recipe: SourceRecipe, *, streaming: bool = False) -> Source:
-    """The source that a recipe names. Raises LoraError if nothing is there, or not of a kind that can be read."""
+def open_source(recipe: SourceRecipe, *, streaming: bool = False, held_out: bool = False) -> Source:
+    """The source that a recipe names. held_out: it is for validation, so of a folder's splits that one is taken.
+
+    Raises LoraError if nothing is there, or not of a kind that can be read.
+    """
     if recipe.hub is not None:
         return HubSource(recipe.hub, recipe.config, recipe.split, recipe.revision, streaming)
     assert recipe.path is not None
-    paths = tuple(_files(recipe.path))
-    for path in paths:
+    found = find_files(recipe.path, held_out=held_out)
+    for path in found.paths:
         require_kind(path)  # before its bytes are hashed
-    return FileSource(recipe.path, paths)
+    return FileSource(recipe.path, found.paths, left=found.left, one=found.one)
 
 
 def read_rows(path: Path) -> list[Row]:
     """All rows of a file, a folder or a glob. Raises LoraError for whatever is wrong with it."""
-    return list(FileSource(str(path), tuple(_files(str(path)))).rows())
+    return list(FileSource(str(path), find_files(str(path)).paths).rows())
 
 
 def file_hash(path: Path) -> str:
@@ -79,49 +83,3 @@ def file_hash(path: Path) -> str:
         while block := stream.read(1 << 20):
             digest.update(block)
     return digest.hexdigest()
-
-
-def _files(name: str) -> list[Path]:
-    path = Path(name)
-    if path.is_dir():
-        found = sorted(
-            each
-            for each in _few(map(Path, _inside(path)), name)
-            if kind_of(each) and each.is_file() and not _hidden(each, path)
-        )
-        if not found:
-            raise LoraError("no data files in this folder", where=name, fix="name a folder that holds some, or a file")
-        return found
-    if not path.exists() and glob.has_magic(name):
-        found = [each for each in sorted(_few(map(Path, glob.iglob(name, recursive=True)), name)) if each.is_file()]
-        if not found:
-            raise LoraError("no file matches this pattern", where=name, fix="check the pattern; ** goes into folders")
-        return found
-    if not path.exists():
-        raise LoraError("no such data file", where=name, fix=_nearby(path))
-    return [path]
-
-
-def _inside(folder: Path) -> Iterator[str]:
-    for place, _, names in os.walk(folder):
-        yield from (os.path.join(place, name) for name in names)
-
-
-def _few(paths: Iterator[Path], name: str) -> Iterator[Path]:
-    """Raises LoraError where there is no end of them, as in a home folder or a whole disk."""
-    for number, path in enumerate(paths):
-        if number == _MOST_FILES:
-            raise LoraError(f"more than {_MOST_FILES:,} files", where=name, fix="name a folder that holds data alone")
-        yield path
-
-
-def _hidden(path: Path, folder: Path) -> bool:
-    return any(part.startswith((".", "_")) for part in path.relative_to(folder).parts)
-
-
-def _nearby(path: Path) -> str:
-    names = [each.name for each in path.parent.iterdir()] if path.parent.is_dir() else []
-    near = difflib.get_close_matches(path.name, names, n=1)
-    if near:
-        return f"did you mean {path.parent / near[0]}?"
-    return "check the path (relative paths start at the recipe's folder); a data set of the hub is {hub: owner/name}"

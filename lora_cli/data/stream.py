@@ -84,6 +84,12 @@ class StreamFeed:
         return any(encoder.template is not None for encoder in self._encoders.values())
 
     @property
+    def listing(self) -> dict[str, dict[str, dict[str, Any]]]:
+        """As of prepared data, but the rows of files are not counted."""
+        several = [each for _, each in self._sources if isinstance(each, FileSource) and not each.one]
+        return {each.name: {"files": dict.fromkeys(map(str, each.paths)), "left": each.left} for each in several}
+
+    @property
     def own_template(self) -> str | None:
         """Text of the chat template, where it is not the model's own."""
         template = self._template

@@ -114,7 +114,7 @@ def _file_examples(
     """
     if stride is not None and not 0 < stride < max_seq_len:
         raise LoraError(f"--stride {stride} must be between 1 and {max_seq_len - 1}", fix="half of the window is usual")
-    rows = list(open_source(SourceRecipe.model_validate({"path": str(data)})).rows())
+    rows = list(open_source(SourceRecipe.model_validate({"path": str(data)}), held_out=True).rows())
     settings = _reading(own, data, rows)
     reader = RowEncoder(settings, opened.tokenizer, rows)
     findings = Findings()

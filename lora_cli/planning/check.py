@@ -61,6 +61,7 @@ class Checked:
             "target_tokens": train.target_tokens,
             "lengths": train.percentiles,
             "formats": self.data.summary.formats,
+            "listing": self.data.summary.listing if self.stream is None else self.stream.listing,
             "template": self.data.summary.template,
             "weights": weights and vars(weights),
             "layers": self.layers,

@@ -1,0 +1,210 @@
+"""Which files of a folder or a pattern are rows, and of which split they are by their names.
+
+Nothing is left out, or trained though its name says test, without a word: what is read and what is not is told.
+"""
+
+from __future__ import annotations
+
+import difflib
+import glob
+import json
+import os
+import re
+from collections.abc import Iterable, Iterator
+from dataclasses import dataclass
+from itertools import pairwise
+from pathlib import Path
+from typing import Any
+
+from lora_cli.data.readers import kind_of
+from lora_cli.errors import LoraError
+
+_MOST_FILES = 100_000  # that are looked at in a folder or for a pattern, data or not
+_SHOWN = 5
+_METADATA = ("dataset_info.json", "dataset_infos.json", "dataset_dict.json", "state.json")
+_LARGEST_METADATA = 16 * 2**20
+_ABOUT = ("readme", "license", "licence", "notice", "changelog", "citation", "contributing", "authors", "requirements")
+_SPLIT_OF = {
+    **dict.fromkeys(("train", "training"), "train"),
+    **dict.fromkeys(("validation", "valid", "val", "dev", "eval", "evaluation", "heldout", "holdout"), "validation"),
+    **dict.fromkeys(("test", "tests", "testing"), "test"),
+}
+_WORD = re.compile(r"[A-Z]?[a-z]+|[A-Z]+")
+
+
+@dataclass(frozen=True)
+class Files:
+    """paths: to read, by their names. left: others that look like data → why they are not read. one: named itself."""
+
+    paths: tuple[Path, ...]
+    left: dict[str, str]
+    one: bool = False
+
+
+def find_files(name: str, *, held_out: bool = False) -> Files:
+    """The files of a path, a folder or a pattern.
+
+    Of a folder with splits in its names, training takes train, and held-out data validation, else test. held_out:
+    these are to be held out. Raises LoraError if nothing is there, or if names leave open what to train on.
+    """
+    path = Path(name)
+    if path.is_dir():
+        return _of_folder(path, name, held_out)
+    if not path.exists() and glob.has_magic(name):
+        found = [each for each in sorted(_few(map(Path, glob.iglob(name, recursive=True)), name)) if each.is_file()]
+        if not found:
+            raise LoraError("no file matches this pattern", where=name, fix="check the pattern; ** goes into folders")
+        left = {str(each): "describes data, holds no rows" for each in found if _is_metadata(each)}
+        return Files(tuple(each for each in found if str(each) not in left), left)
+    if not path.exists():
+        raise LoraError("no such data file", where=name, fix=_nearby(path))
+    if _is_metadata(path):
+        raise LoraError(
+            "this file describes data, and holds no rows", where=name, fix=f"name the data files, or {path.parent}"
+        )
+    return Files((path,), {}, one=True)
+
+
+def split_of(path: Path) -> str | None:
+    """train, validation or test, if the name of a file or of a folder above it says one of them; path: relative."""
+    for part in (*path.parts[:-1], path.name.split(".")[0]):
+        words = [word.lower() for word in _WORD.findall(part)]
+        words += [f"{one}{other}" for one, other in pairwise(words)]  # held-out, hold_out
+        splits = {_SPLIT_OF[word] for word in words if word in _SPLIT_OF}
+        if len(splits) == 1:
+            return splits.pop()
+    return None
+
+
+def _of_folder(folder: Path, name: str, held_out: bool) -> Files:
+    looked_at = sorted(
+        each
+        for each in _few(map(Path, _inside(folder)), name)
+        if kind_of(each) and each.is_file() and not _hidden(each, folder)
+    )
+    left = _no_rows(looked_at)
+    found = [each for each in looked_at if each not in left]
+    if not found:
+        there = (each for each in _few(map(Path, _inside(folder)), name) if not _hidden(each, folder))
+        others = sorted({each.suffix for each in there if each.suffix})[:_SHOWN]
+        ends = f"; what lies there ends in {', '.join(others)}" if others and not left else ""
+        fix = "name a folder that holds some, or a file (.jsonl, .csv, .parquet, .txt, …)"
+        raise LoraError(f"no data files in this folder{ends}", where=name, fix=fix)
+    splits: dict[str | None, list[Path]] = {}
+    for each in found:
+        splits.setdefault(split_of(each.relative_to(folder)), []).append(each)
+    wanted = _wanted(splits, name, held_out)
+    left |= {each: f"its name says {split}" for split in splits if split not in wanted for each in splits[split]}
+    paths = sorted(each for split in wanted for each in splits[split])
+    return Files(tuple(paths), {str(each): why for each, why in sorted(left.items())})
+
+
+def _wanted(splits: dict[str | None, list[Path]], name: str, held_out: bool) -> list[str | None]:
+    """The splits to read. Raises LoraError where names of files leave it open."""
+    others = [split for split in ("validation", "test") if split in splits]
+    if held_out:
+        return list(others[:1] or splits)
+    if not others:
+        return list(splits)
+    if "train" in splits and None not in splits:
+        return ["train"]
+    held = [each for split in others for each in splits[split]]
+    if "train" not in splits and None not in splits:
+        raise LoraError(
+            f"by their names all files of this folder are for {' or '.join(others)}, none to train on: {_shown(held)}",
+            where=name,
+            fix=f"if they are meant, name them: data.train: {_as_list(held)}",
+        )
+    rest = sorted([*splits.get("train", []), *splits[None]])
+    raise LoraError(
+        f"some files of this folder are for {' or '.join(others)} by their names, and others name no split: "
+        f"{_shown(held)} beside {_shown(splits[None])}",
+        where=name,
+        fix=f"name the files to train on: data.train: {_as_list(rest)}",
+    )
+
+
+def _shown(paths: list[Path]) -> str:
+    more = len(paths) - _SHOWN
+    return ", ".join(each.name for each in paths[:_SHOWN]) + (f" and {more:,} more" if more > 0 else "")
+
+
+def _as_list(paths: list[Path]) -> str:
+    """As a recipe has them: one by one, or where they are many as patterns of the folders they lie in."""
+    names = [glob.escape(str(each)) for each in paths]
+    if len(names) > 2 * _SHOWN:
+        names = sorted({f"{glob.escape(str(each.parent))}/{each.name[:1]}*{each.suffix}" for each in paths})
+    else:
+        names = list(map(str, paths))
+    return f"[{', '.join(json.dumps(each, ensure_ascii=False) for each in names)}]"
+
+
+# ── files without rows ──────────────────────────────────────────────────────────────────────────────────────────
+
+
+def _no_rows(paths: Iterable[Path]) -> dict[Path, str]:
+    """Data files by their endings that hold no rows → why."""
+    left: dict[Path, str] = {}
+    saved: dict[Path, Any] = {}  # folder → the names of its data files, where `datasets` wrote them down
+    for path in paths:
+        if _is_metadata(path):
+            left[path] = "describes data, holds no rows"
+            if path.name == "state.json":
+                files = _object(path).get("_data_files")
+                saved[path.parent] = {each.get("filename") for each in files or [] if isinstance(each, dict)}
+            elif path.name == "dataset_info.json":
+                saved.setdefault(path.parent, None)
+        elif path.suffix.lower() == ".txt" and path.stem.lower() in _ABOUT:
+            left[path] = "is about the data, by its name"
+    for path in paths:
+        if path.suffix.lower() == ".arrow" and path.parent in saved:
+            own = saved[path.parent]
+            if path.name not in own if own else path.name.startswith("cache-"):
+                left[path] = "a cache of `datasets`"
+    return left
+
+
+def _is_metadata(path: Path) -> bool:
+    """Whether `datasets` or LLaMA-Factory describe data in this file: by its name, and because it is one object."""
+    if path.name not in _METADATA:
+        return False
+    stored = _object(path)
+    return bool(stored) and (path.name != "state.json" or any(key.startswith("_") for key in stored))
+
+
+def _object(path: Path) -> dict[str, Any]:
+    try:
+        if not path.is_file() or path.stat().st_size > _LARGEST_METADATA:
+            return {}
+        stored = json.loads(path.read_bytes())
+    except (OSError, ValueError, RecursionError):
+        return {}  # whatever it is, reading it as rows says so
+    return stored if isinstance(stored, dict) else {}
+
+
+# ── the disk ────────────────────────────────────────────────────────────────────────────────────────────────────
+
+
+def _inside(folder: Path) -> Iterator[str]:
+    for place, _, names in os.walk(folder):
+        yield from (os.path.join(place, name) for name in names)
+
+
+def _few(paths: Iterator[Path], name: str) -> Iterator[Path]:
+    """Raises LoraError where there is no end of them, as in a home folder or a whole disk."""
+    for number, path in enumerate(paths):
+        if number == _MOST_FILES:
+            raise LoraError(f"more than {_MOST_FILES:,} files", where=name, fix="name a folder that holds data alone")
+        yield path
+
+
+def _hidden(path: Path, folder: Path) -> bool:
+    return any(part.startswith((".", "_")) for part in path.relative_to(folder).parts)
+
+
+def _nearby(path: Path) -> str:
+    names = [each.name for each in path.parent.iterdir()] if path.parent.is_dir() else []
+    near = difflib.get_close_matches(path.name, names, n=1)
+    if near:
+        return f"did you mean {path.parent / near[0]}?"
+    return "check the path (relative paths start at the recipe's folder); a data set of the hub is {hub: owner/name}"
