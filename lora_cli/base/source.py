@@ -80,7 +80,8 @@ def _require_model_folder(name: str, path: Path) -> None:
         kind = "an adapter" if adapter == path else "a run folder, whose result is an adapter"
         base = _json_object(adapter / _ADAPTER).get("base_model_name_or_path")
         named = f"name its base model: {base}" if isinstance(base, str) and base else "name its base model"
-        merged = f"merge it first: lora merge {command(name)} --output FOLDER, and name that folder"
+        merging = command("lora", "merge", name, "--output", "FOLDER")
+        merged = f"merge it first: {merging}, and name that folder"
         raise LoraError(f"{name} is {kind}, not a base model", fix=f"{named}; or {merged}")
     if any(path.glob("*.gguf")):
         raise LoraError(f"{name} holds GGUF files, which cannot be trained on yet", fix=_FROM_GGUF)

@@ -91,7 +91,7 @@ class Places:
         if lost:
             raise LoraError(
                 f"{len(lost)} merged layers have no place in the base's weight files, the first is {lost[0]}",
-                fix="use base and adapter together instead: lora generate --adapter",
+                fix="use base and adapter together instead: lora generate --adapter ADAPTER",
             )
         return found
 
@@ -123,7 +123,7 @@ class Places:
         if found.keys() != names:
             raise LoraError(
                 f"{min(names - found.keys())} of the base's weight files cannot be made of the merged layers",
-                fix="use base and adapter together instead: lora generate --adapter",
+                fix="use base and adapter together instead: lora generate --adapter ADAPTER",
             )
         return found
 
