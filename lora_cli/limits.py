@@ -33,6 +33,19 @@ PATTERN_REPEATS = 1_000  # all counts such as {1,3} multiplied: they are written
 PATTERN_SECONDS = 2.0  # for one pattern on all names together; an honest one takes microseconds
 PATTERNS_SECONDS = 6.0  # for all patterns of one file
 
+# ── models (base/bounds.py, base/weight_files.py) ───────────────────────────────────────────────────────────────
+HEADER_BYTES = 16 << 20  # of a safetensors file or its index: a model of 92,000 tensors has 8 MB; takes 0.5 GB to read
+MODEL_JSON_BYTES = 8 << 20  # config.json and generation_config.json: names of 20,000 classes are 1 MB
+MODEL_NUMBER = 2**31  # in config.json: 10 million positions are the most known
+MODEL_LAYERS = 300  # 126 are the most known; where the checkpoint has more of them, as many as it has …
+MODEL_MOST_LAYERS = 1_000  # … but never more: a skeleton of so many takes 10 s
+MODEL_PARTS = 100_000  # heads, labels, experts of all layers: 23,000 experts are the most known
+TOKENIZER_BYTES = 64 << 20  # a file of it; tokenizer.json of Gemma 3 has 33 MB
+TOKEN_IDS = 10_000_000  # the highest number of a token: a table has a place for each. 262,000 is the most known
+TOKEN_CHARACTERS = 4_096  # of one token: runs of 128 blanks are the longest known
+TOKENIZER_GROWTH = 64  # how many times as long a normalizer may make a text: 1 is usual
+TOKENS_OF_A_SENTENCE = 200  # with what is put before and behind it
+
 
 class LimitReached(LoraError):
     """Foreign input asked for more than a limit allows. It stops a run, also where other faults of a row are findings:

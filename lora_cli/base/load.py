@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import logging
 import warnings
 from typing import Any
@@ -12,9 +13,11 @@ from transformers import CONFIG_MAPPING, AutoConfig, AutoModelForCausalLM, AutoT
 from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING
 
 from lora_cli.base.attention import attention_implementation, watch_rows
+from lora_cli.base.bounds import require_modest_tokenizer, require_modest_tokenizer_files, require_own_tokens
 from lora_cli.base.linear import hold_nf4_values
 from lora_cli.base.source import BaseSource
 from lora_cli.base.stored import require_quantization, stored_quantization
+from lora_cli.base.weight_files import stored_tensors
 from lora_cli.errors import LoraError, reading
 
 _CHECK_CONFIG = "check config.json, or download it again"
@@ -84,14 +87,41 @@ def skeleton_of(source: BaseSource, config: Any, trust_remote_code: bool) -> Any
         )
 
 
+def require_weights_fit(source: BaseSource, config: Any, skeleton: Any) -> None:
+    """Raises LoraError, as loading them would, if the weights do not fill the model; from their headers alone.
+
+    Of weights that are stored quantized, the headers do not show the shapes.
+    """
+    if stored_quantization(source) is not None:
+        return
+    names = stored_tensors(source.folder)
+    stand_ins = {name: torch.empty(each.shape, dtype=torch.float16, device="meta") for name, each in names.items()}
+    with reading("the weights do not fit the configuration", source.folder, "download the model again"):
+        _, info = type(skeleton).from_pretrained(
+            None,
+            config=copy.deepcopy(config),
+            state_dict=stand_ins,
+            device_map={"": "meta"},
+            attn_implementation=attention_implementation(config),
+            output_loading_info=True,
+            ignore_mismatched_sizes=True,
+        )
+    _require_all_weights(source, info)
+
+
 def load_tokenizer(source: BaseSource, *, trust_remote_code: bool = False) -> PreTrainedTokenizerBase:
     """The model's tokenizer. Raises LoraError if it has none, is no fast tokenizer, or has no end token."""
     fix = "the folder needs the model's own tokenizer.json and tokenizer_config.json; download them again"
     with reading("the tokenizer cannot be loaded", source.folder, fix):
+        require_modest_tokenizer_files(source.folder)
         tokenizer = AutoTokenizer.from_pretrained(
             source.folder, trust_remote_code=trust_remote_code, local_files_only=True
         )
-        tokenizer("tried once: a damaged setting can fail as late as this")
+        if tokenizer.is_fast:
+            require_modest_tokenizer(tokenizer, source.folder)
+        tried: Any = tokenizer("tried once: a damaged setting can fail as late as this")
+        if tokenizer.is_fast:
+            require_own_tokens(tokenizer, tried["input_ids"], source.folder)
     if not tokenizer.is_fast:
         raise LoraError(
             "the tokenizer gives no character offsets (it is not a fast tokenizer)", where=str(source.folder)

@@ -2,18 +2,18 @@
 
 from __future__ import annotations
 
-import json
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
 from typing import Any
 
-from lora_cli.base.weight_files import fingerprint, stored_tensors
+from lora_cli.base.bounds import read_object, require_modest_config
+from lora_cli.base.weight_files import fingerprint, stored_tensors, weight_files
 from lora_cli.errors import LoraError, command
 from lora_cli.files import disk_errors, require_regular
 
 # Configuration, tokenizer and safetensors; no pickles, no copies in other formats. Code comes only when it may run.
-_WANTED = ["*.json", "*.safetensors", "*.txt", "*.model", "*.jinja", "tokenizer*"]
+_WANTED = ["*.json", "*.safetensors", "*.txt", "*.model", "*.jinja", "*.tiktoken"]
 _WANTED += ["LICENSE*", "NOTICE*", "README.md"]  # which a merged folder keeps
 _ADAPTER = "adapter_config.json"
 _FOLDER = "name the folder that holds config.json and the weights"
@@ -36,7 +36,7 @@ class BaseSource:
 
     @cached_property
     def config(self) -> dict[str, Any]:
-        return json.loads((self.folder / "config.json").read_text(encoding="utf-8"))
+        return read_object(self.folder / "config.json")
 
 
 def find_base(name: str, revision: str | None = None, *, trust_remote_code: bool = False) -> BaseSource:
@@ -78,7 +78,7 @@ def _require_model_folder(name: str, path: Path) -> None:
     adapter = path if (path / _ADAPTER).is_file() else path / "adapter"
     if (adapter / _ADAPTER).is_file():
         kind = "an adapter" if adapter == path else "a run folder, whose result is an adapter"
-        base = _json_object(adapter / _ADAPTER).get("base_model_name_or_path")
+        base = read_object(adapter / _ADAPTER).get("base_model_name_or_path")
         named = f"name its base model: {base}" if isinstance(base, str) and base else "name its base model"
         merging = command("lora", "merge", name, "--output", "FOLDER")
         merged = f"merge it first: {merging}, and name that folder"
@@ -93,22 +93,15 @@ def _check_folder(source: BaseSource) -> None:
         raise LoraError("the model folder has no config.json", where=str(source.folder), fix=_FOLDER)
     for file in source.folder.iterdir():
         require_regular(file)
-    _json_object(config)
+    for file in weight_files(source.folder):
+        require_inside(file, source.folder)
+    require_modest_config(read_object(config), config, stored_tensors(source.folder))
     generation = source.folder / "generation_config.json"
-    ends = _json_object(generation).get("eos_token_id") if generation.is_file() else None
-    if ends is not None and not all(type(end) is int for end in (ends if isinstance(ends, list) else [ends])):
+    ends = read_object(generation).get("eos_token_id") if generation.is_file() else None
+    if ends is not None and not all(
+        type(end) is int and 0 <= end < 2**31 for end in (ends if isinstance(ends, list) else [ends])
+    ):
         raise LoraError("eos_token_id is no token's number", where=str(generation), fix="download the file again")
-    stored_tensors(source.folder)
-
-
-def _json_object(file: Path) -> dict[str, Any]:
-    try:
-        value = json.loads(file.read_text(encoding="utf-8"))
-    except (ValueError, RecursionError):
-        value = None
-    if not isinstance(value, dict):
-        raise LoraError(f"{file.name} is not valid JSON", where=str(file), fix="download it again")
-    return value
 
 
 def _download(name: str, revision: str | None, trust_remote_code: bool) -> BaseSource:

@@ -16,15 +16,17 @@ from lora_cli.adapters.attach import attach
 from lora_cli.adapters.reach import kind_of, leave_out, unreached
 from lora_cli.adapters.targets import block_lists, find_targets
 from lora_cli.base.attention import attention_implementation, watch_rows
-from lora_cli.base.load import load_tokenizer, model_config, skeleton_of
+from lora_cli.base.bounds import require_modest_config
+from lora_cli.base.load import load_tokenizer, model_config, require_weights_fit, skeleton_of
 from lora_cli.base.source import BaseSource, find_base
 from lora_cli.base.stored import require_trainable, stored_quantization
 from lora_cli.base.text import positions, text_config
 from lora_cli.errors import LoraError
 from lora_cli.evaluation.trials import ordinary_tokens, require_causal, require_no_leak
+from lora_cli.limits import LimitReached
 
 # Configuration and tokenizer. The weights of a hub model stay there until it is trained.
-_LIGHT = ["*.json", "*.txt", "*.model", "*.jinja", "tokenizer*"]
+_LIGHT = ["*.json", "*.txt", "*.model", "*.jinja", "*.tiktoken"]
 _HEAVY = ["*.safetensors", "original/*", "onnx/*", "openvino/*", "*.bin", "*.pth", "*.gguf"]
 _TRIED_PARAMETERS = 300_000_000  # of the largest model of one block of each kind that is made to be tried
 
@@ -105,7 +107,8 @@ class BaseModel:
             is_whole = config is text
             try:
                 with torch.device("meta"):
-                    parameters = sum(p.numel() for p in self._made_from(config).parameters())
+                    made = self._made_from(config)
+                    parameters = sum(each.numel() for each in (*made.parameters(), *made.buffers()))
                 if parameters > _TRIED_PARAMETERS:
                     continue
                 with torch.random.fork_rng(devices=[]):
@@ -164,6 +167,8 @@ def base_model(source: BaseSource, *, trust_remote_code: bool = False) -> BaseMo
     tokenizer = load_tokenizer(source, trust_remote_code=trust_remote_code)
     config = model_config(source, trust_remote_code)
     skeleton = skeleton_of(source, config, trust_remote_code)
+    if any(source.folder.glob("*.safetensors")):  # of a model that is on the hub, its weights may still be there
+        require_weights_fit(source, config, skeleton)
     return BaseModel(source, tokenizer, config, skeleton, stored_quantization(source), trust_remote_code)
 
 
@@ -176,12 +181,15 @@ def _without_weights(name: str, trust_remote_code: bool) -> BaseSource:
         try:
             folder = Path(snapshot_download(name, allow_patterns=wanted, ignore_patterns=_HEAVY))
             source = BaseSource(name, folder, revision=folder.name)
+            require_modest_config(source.config, folder / "config.json")
             weights = ("model.safetensors", "model.safetensors.index.json")
             if isinstance(source.config, dict) and (
                 any((folder / file).exists() for file in weights)
                 or HfApi().file_exists(name, weights[0], revision=source.revision)
             ):
                 return source
+        except LimitReached:
+            raise
         except Exception:  # find_base finds it in the cache, or says what is wrong
             pass
     return find_base(name, trust_remote_code=trust_remote_code)
