@@ -240,6 +240,29 @@ def test_a_template_where_the_model_has_none(
     assert "the model has no chat template" in (tmp_path / "r.yaml").read_text()
 
 
+def test_only_last_answers_where_the_template_renders_earlier_ones_otherwise(tiny_llama: Path, tmp_path: Path):
+    model = tmp_path / "model"
+    shutil.copytree(tiny_llama, model)
+    (model / "chat_template.jinja").write_text(
+        "{% for m in messages %}<|im_start|>{{ m.role }}\n"
+        "{{ '<think>\n\n</think>\n\n' if loop.last and m.role == 'assistant' }}{{ m.content }}<|im_end|>\n{% endfor %}"
+        "{{ '<|im_start|>assistant\n' if add_generation_prompt }}"
+    )
+    data = write_rows(
+        tmp_path / "rows.jsonl",
+        [
+            {"messages": [{"role": role, "content": f"{role} {at}."} for role in ("user", "assistant") * turns]}
+            for at, turns in enumerate([1, 2] * 100)
+        ],
+    )
+    recipe = written(tmp_path, model, data)
+    assert recipe.data.train_on == "last_assistant"
+    assert "renders earlier answers in another way" in (tmp_path / "r.yaml").read_text()
+    single = write_rows(tmp_path / "single.jsonl", [json.loads(line) for line in data.read_text().splitlines()[::2]])
+    (tmp_path / "r.yaml").unlink()
+    assert written(tmp_path, model, single).data.train_on is None
+
+
 def test_no_template_where_none_is_needed(bare_model: Callable[[bool], Path], tmp_path: Path):
     assert written(tmp_path, bare_model(True), prompts(tmp_path)).data.template is None
 

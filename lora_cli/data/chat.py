@@ -25,6 +25,7 @@ from lora_cli.recipe import TEMPLATES
 
 Turns = list[dict[str, Any]]
 
+THOUGHTS = ("reasoning_content", "thinking", "reasoning")  # what templates call thoughts beside the content
 _OURS = ("messages", "tools", "documents", "add_generation_prompt", "bos_token", "eos_token", "pad_token", "unk_token")
 
 
@@ -55,6 +56,7 @@ class ChatTemplate:
     def render(self, turns: Turns, where: str, tools: Any = None, *, generation_prompt: bool = False) -> str:
         """The conversation as text. Raises CannotRender, with the template's own words, if it refuses it."""
         variables = {"tools": tools, "documents": None, "add_generation_prompt": generation_prompt, **self._variables}
+        turns = [_with_every_name(turn) if len(turn) > 2 else turn for turn in turns]
         try:
             try:
                 return self._compiled.render(messages=turns, **variables)
@@ -247,6 +249,12 @@ def generation_ends(tokenizer: PreTrainedTokenizerBase) -> set[int]:
         return {end}
     stored = json.loads(settings.read_text(encoding="utf-8")).get("eos_token_id")  # checked by find_base
     return {end} if stored is None else {end, *(stored if isinstance(stored, list) else [stored])}
+
+
+def _with_every_name(turn: dict[str, Any]) -> dict[str, Any]:
+    """Thoughts under each name that templates read, as transformers passes them (chat_template_utils.py)."""
+    thoughts = next((turn[key] for key in THOUGHTS if turn.get(key) is not None), None)
+    return turn if thoughts is None else {"thinking": thoughts, **turn, "reasoning_content": thoughts}
 
 
 def _with_text_arguments(turns: Turns) -> Turns:

@@ -5,10 +5,12 @@ from __future__ import annotations
 import html
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
+from itertools import pairwise
 from typing import Any
 
 from rich.style import Style
 from rich.text import Text
+from tokenizers import decoders
 from transformers import PreTrainedTokenizerBase
 
 from lora_cli.data.example import Example
@@ -36,11 +38,24 @@ def tokens_of(example: Example, tokenizer: PreTrainedTokenizerBase) -> list[Toke
     special = set(tokenizer.all_special_ids)
     special |= {id for id, token in tokenizer.added_tokens_decoder.items() if token.special}
     ids = [int(id) for id in example.ids]
-    backend: Any = tokenizer.backend_tokenizer
-    texts = backend.decode_batch([[id] for id in ids], skip_special_tokens=False)
+    texts = _texts_of(ids, tokenizer)
     trained = example.trained.tolist()
     trained[0] = False
     return [Token(id, text, on, id in special) for id, text, on in zip(ids, texts, trained, strict=True)]
+
+
+def _texts_of(ids: Sequence[int], tokenizer: PreTrainedTokenizerBase) -> list[str]:
+    """What each token adds behind the one before it: alone, tokenizers of pieces give no blank at its beginning."""
+    backend: Any = tokenizer.backend_tokenizer
+    alone = backend.decode_batch([[id] for id in ids], skip_special_tokens=False)
+    if isinstance(backend.decoder, decoders.ByteLevel):
+        return alone
+    both = backend.decode_batch([list(pair) for pair in pairwise(ids)], skip_special_tokens=False)
+    behind = [
+        text.removeprefix(before) if text.startswith(before) else own
+        for text, before, own in zip(both, alone, alone[1:], strict=False)
+    ]
+    return [*alone[:1], *behind]
 
 
 def pieces(tokens: Sequence[Token], tokenizer: PreTrainedTokenizerBase) -> Iterator[tuple[str, Token, int]]:

@@ -13,11 +13,10 @@ from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
-from lora_cli.data.chat import CannotRender, ChatTemplate, Turns
+from lora_cli.data.chat import THOUGHTS, CannotRender, ChatTemplate, Turns
 from lora_cli.errors import LoraError
 from lora_cli.limits import LimitReached
 
-THOUGHTS = ("reasoning_content", "reasoning", "thinking")  # what templates call thoughts beside the content
 _IN_CONTENT = re.compile(r"<think>(.*?)</think>", re.DOTALL)
 _EMPTY_THOUGHTS = re.compile(r"<think>\s*</think>")
 _PRIVATE = [(0xE000, 0xF8FF), (0xF0000, 0xFFFFD), (0x100000, 0x10FFFD)]
