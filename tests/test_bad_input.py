@@ -228,7 +228,7 @@ def test_columns_that_fit_no_format_or_several(refused: Any, rows: Any):
     assert (
         "rows.jsonl: row 1: the columns answer, question fit no format\n  formats and their columns: chat: " in message
     )
-    assert "\n  fix: write data.columns: {completion: answer, prompt: question}\n" in message
+    assert "\n  fix: write data.columns: {prompt: question, completion: answer}\n" in message
     message = refused(data=rows(SHORT | {"text": "a"}))
     assert "the columns completion, prompt, text fit more than one format" in message
     assert "fix: write data.format: completion, or remove a column" in message
@@ -328,7 +328,10 @@ def test_a_held_out_fraction_of_no_rows(refused: Any, rows: Any):
         ([{"role": "user"}], "turn 1 of messages has no content\n"),
         ([CHAT[0], {"role": "assistant", "content": None}], "turn 2 of messages has no content\n"),
         ([{"role": "user", "content": ["hello"]}], "turn 1 of messages has a part that is not text\n"),
-        ([{"role": "narrator", "content": "hello"}, CHAT[1]], "turn 1 of messages is by 'narrator', which is no known"),
+        (
+            [{"role": "narrator", "content": "hello"}, CHAT[1]],
+            "turn 1 of messages is by 'narrator', which is not a known role",
+        ),
         ([CHAT[0], CHAT[1] | {"train": "maybe"}], "train is 'maybe', neither true nor false\n"),
         ([CHAT[0], CHAT[1] | {"weight": -1}], "weight is -1, which is no weight\n"),
         ([CHAT[0], CHAT[1] | {"tool_calls": [{"name": 3}]}], "turn 2 of messages has a malformed tool call\n"),

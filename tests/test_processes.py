@@ -313,7 +313,9 @@ def test_a_pass_that_keeps_company_changes_no_gradient(recipe_file, monkeypatch)
     """Bit for bit, also where the pass itself would give something that is no number."""
     session = open_session(load_recipe(recipe_file(adapter={"dropout": 0.2})), quiet_console())
     randomize_adapter(session.model)
-    runner = MicroBatches(session, Accelerator(cpu=True), adapter_parameters(session.model))
+    runner = MicroBatches(
+        session, Accelerator(cpu=True), adapter_parameters(session.model), torch.amp.GradScaler("cpu", enabled=False)
+    )
     batches = session.feed.step(1)
     alone = runner.run(1, batches, 10.0, 1)
     expected = [parameter.grad.clone() for parameter in runner.parameters if parameter.grad is not None]
@@ -339,7 +341,9 @@ def with_loss_of(factor: float) -> Callable[..., tuple[torch.Tensor, torch.Tenso
 
 def test_out_of_memory_with_shares_is_an_error_and_not_another_split(recipe_file, monkeypatch):
     session = open_session(load_recipe(recipe_file()), quiet_console())
-    runner = MicroBatches(session, Accelerator(cpu=True), adapter_parameters(session.model))
+    runner = MicroBatches(
+        session, Accelerator(cpu=True), adapter_parameters(session.model), torch.amp.GradScaler("cpu", enabled=False)
+    )
     runner.recipe = runner.recipe.model_copy(update={"shard_base": True})
 
     def full(*_: Any, **__: Any) -> Any:
