@@ -7,10 +7,12 @@ Arrow have types of their own: see tables.py.
 
 from __future__ import annotations
 
-import csv
+import codecs
 import gzip
 import io
 import json
+import re
+import shlex
 import zlib
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -19,12 +21,14 @@ from functools import partial
 from pathlib import Path
 from typing import IO, Any
 
+from lora_cli.data.separated import separated
 from lora_cli.data.tables import TABLE_KINDS
 from lora_cli.errors import LoraError
 from lora_cli.files import require_regular
 
 PACKED = (".gz", ".zst")  # what text kinds may be compressed with
-_LONGEST_FIELD = 2**31 - 1  # characters of a CSV field; the csv module stops at 131,072 on its own
+
+_QUOTED = re.compile(rb'"[^"]*"')
 
 Values = dict[str, Any]
 
@@ -63,7 +67,9 @@ def require_kind(path: Path) -> str:
         raise LoraError(
             f"unknown kind of data file {''.join(path.suffixes[-2:]) or '(no ending)'}",
             where=str(path),
-            fix=f"use {known}; all but the last two also with .gz or .zst",
+            fix="save the sheet as CSV in UTF-8, and name that file"
+            if path.suffix.lower() in (".xlsx", ".xls", ".ods")
+            else f"use {known}; all but the last two also with .gz or .zst",
         )
     require_regular(path)
     return kind
@@ -118,22 +124,47 @@ def _text_of(path: Path) -> str:
     try:
         return data.decode("utf-8-sig")
     except UnicodeDecodeError as error:
-        raise _not_utf8(path, data.count(b"\n", 0, error.start) + 1, data[error.start]) from None
+        line = data.count(b"\n", 0, error.start) + 1
+        raise _not_utf8(path, line, data[error.start], data[:2]) from None
 
 
-def _not_utf8(path: Path, line: int, byte: int) -> LoraError:
+def _not_utf8(path: Path, line: int, byte: int, start: bytes) -> LoraError:
+    """start: the first two bytes, which say it if the text is UTF-16."""
+    kind = kind_of(path) or ""
+    converted = path.with_name(f"{path.name[: path.name.lower().index(kind)]}-utf8{kind}")
+    wide = start in (codecs.BOM_UTF16_LE, codecs.BOM_UTF16_BE)
+    source = f"-f {'UTF-16' if wide else 'WINDOWS-1252'} -t UTF-8"
+    unpack = {".gz": "gzip -dc", ".zst": "zstd -dc"}.get(path.suffix.lower())
+    given, written = shlex.quote(str(path)), shlex.quote(str(converted))
+    command = f"{unpack} {given} | iconv {source} > {written}" if unpack else f"iconv {source} {given} > {written}"
+    guess = "" if wide else " (Western texts of Windows; another -f if it is something else)"
     return LoraError(
-        f"not UTF-8 text: byte {byte:#04x}", where=f"{path}:{line}", fix="convert it, for example with iconv -t UTF-8"
+        f"{'UTF-16' if wide else 'not UTF-8'} text: byte {byte:#04x}",
+        where=f"{path}:{line}",
+        fix=f"convert it with `{command}`{guess}, and name {converted}",
     )
 
 
 def _lines(stream: IO[bytes], path: Path) -> Iterator[str]:
-    """As bytes, which are split at line feeds alone: JSON and CSV may hold U+2028."""
-    for number, line in enumerate(stream, 1):
-        try:
-            yield line.decode("utf-8-sig" if number == 1 else "utf-8")
-        except UnicodeDecodeError as error:
-            raise _not_utf8(path, number, line[error.start]) from None
+    """As bytes, which are split at line feeds alone: JSON and CSV may hold U+2028.
+
+    Where the first line shows it, they are split at CR too. A mark of the byte order may begin any line, since files
+    are put together of several.
+    """
+    start = b""
+    mac = False
+    number = 0
+    for at, whole in enumerate(stream):
+        if at == 0:
+            start = whole[:2]
+            mac = b"\r" in _QUOTED.sub(b"", whole.rstrip(b"\r\n"))
+        for line in whole.splitlines(keepends=True) if mac else (whole,):
+            number += 1
+            try:
+                text = line.decode()
+            except UnicodeDecodeError as error:
+                raise _not_utf8(path, number, line[error.start], start) from None
+            yield text.removeprefix("\ufeff")
 
 
 # ── JSON ────────────────────────────────────────────────────────────────────────────────────────────────────────
@@ -204,28 +235,9 @@ def _checked_row(row: Any, where: str) -> Values:
 # ── CSV and text ─────────────────────────────────────────────────────────────────────────────────────────────
 
 
-def _separated(path: Path, delimiter: str) -> Iterator[Values]:
-    """CSV and TSV. Every value is text, also one that looks like a number; an empty one is empty text."""
-    csv.field_size_limit(_LONGEST_FIELD)  # of the whole process; others may be reading too, so it stays
-    begin = 1
-    try:
-        with _opened(path) as stream:
-            reader = csv.reader(_lines(stream, path), delimiter=delimiter, strict=True)
-            header = next(reader, [])
-            if len(set(header)) < len(header):
-                raise csv.Error("two columns have the same name")
-            begin = reader.line_num + 1
-            for values in reader:
-                if len(values) not in (0, len(header)):  # an empty line has none
-                    raise csv.Error(f"{len(values)} values, but the header has {len(header)} columns")
-                if values:
-                    yield dict(zip(header, values, strict=True))
-                begin = reader.line_num + 1
-    except csv.Error as error:
-        name = {",": "commas", "\t": "tabs"}[delimiter]
-        fix = f'put values that hold {name}, quotes or line ends into quotes, and double the quotes inside: "a ""b"""'
-        kind = {",": "CSV", "\t": "TSV"}[delimiter]
-        raise LoraError(f"broken {kind}: {error}", where=f"{path}:{begin}", fix=fix) from None
+def _separated(path: Path, *, tabs: bool) -> Iterator[Values]:
+    with _opened(path) as stream:
+        yield from separated(_lines(stream, path), path, tabs=tabs)
 
 
 def _text(path: Path) -> Iterator[Values]:
@@ -235,7 +247,7 @@ def _text(path: Path) -> Iterator[Values]:
 _TEXT_KINDS: dict[str, Callable[[Path], Iterator[Values]]] = {
     ".jsonl": _json_lines,
     ".json": _json,
-    ".csv": partial(_separated, delimiter=","),
-    ".tsv": partial(_separated, delimiter="\t"),
+    ".csv": partial(_separated, tabs=False),
+    ".tsv": partial(_separated, tabs=True),
     ".txt": _text,
 }
