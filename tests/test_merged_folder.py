@@ -540,6 +540,27 @@ def test_outputs_that_cannot_take_place_are_refused_before_the_work(tiny_llama, 
     assert not list((tmp_path / "empty").iterdir())
 
 
+def test_an_output_inside_the_base_is_refused(tiny_llama, tmp_path):
+    base = shutil.copytree(tiny_llama, tmp_path / "base")
+    adapter = adapter_for(base, tmp_path / "adapter")
+    with pytest.raises(LoraError, match="inside the base model's folder"):
+        merge(adapter, base / "merged")
+    assert not (base / "merged").exists()
+
+
+def test_a_merge_onto_a_base_that_the_adapter_does_not_name_says_both_names(tiny_llama, tmp_path):
+    import peft
+
+    plain = AutoModelForCausalLM.from_pretrained(tiny_llama, dtype=torch.float32)
+    config = peft.LoraConfig(r=2, target_modules=["q_proj"], task_type="CAUSAL_LM", init_lora_weights=False)
+    peft.get_peft_model(plain, config).save_pretrained(tmp_path / "theirs")
+    settings = json.loads((tmp_path / "theirs" / "adapter_config.json").read_text())
+    settings["base_model_name_or_path"] = "someone/else-7b"
+    (tmp_path / "theirs" / "adapter_config.json").write_text(json.dumps(settings))
+    report = merge(tmp_path / "theirs", tmp_path / "merged", base=str(tiny_llama))
+    assert f"the adapter names someone/else-7b as its base, and is used on {tiny_llama}, as asked" in report.notes
+
+
 def test_an_empty_folder_and_a_new_one_below_it_are_fine(tiny_llama, tmp_path, monkeypatch):
     adapter = adapter_for(tiny_llama, tmp_path / "adapter")
     monkeypatch.chdir(tmp_path)
@@ -623,3 +644,15 @@ def test_layers_that_the_checkpoint_stores_as_one_are_stored_as_one_again(
     assert merge(adapter, tmp_path / "merged").kept > 0.99
     assert dtypes(tmp_path / "merged") == dtypes(base)
     assert_close(logits(reopened(tmp_path / "merged")), base_and_adapter(adapter), rtol=0, atol=1e-5)
+
+
+def test_every_file_of_a_run_follows_the_umask(run_recipe):
+    """safetensors from 0.8.1 on makes files that only their owner can read."""
+    before = os.umask(0o022)
+    try:
+        run, _ = run_recipe(data={"validation": 0.25}, train={"max_steps": 2, "checkpoint_every": 1})
+    finally:
+        os.umask(before)
+    written = [path for path in run.rglob("*") if path.is_file()]
+    assert any(path.name == "optimizer.safetensors" for path in written)
+    assert {path.name: stat.S_IMODE(path.stat().st_mode) for path in written} == {p.name: 0o644 for p in written}

@@ -12,7 +12,7 @@ from transformers import PreTrainedTokenizerBase
 from lora_cli.adapters.file import CHAT_TEMPLATE, AdapterFile, attach_adapter, read_adapter
 from lora_cli.adapters.peft_config import CONFIG
 from lora_cli.base.device import pick_device, pick_dtype
-from lora_cli.base.load import load_model, load_tokenizer
+from lora_cli.base.load import load_model, load_tokenizer, unused_tensors
 from lora_cli.base.source import BaseSource, find_base, require_inside
 from lora_cli.base.stored import stored_quantization
 from lora_cli.errors import LoraError, command
@@ -82,13 +82,13 @@ def open_model(
         double_quantization=stored.double_quantization if stored else True,
         trust_remote_code=trust_remote_code,
     )
-    notes = _unused(model)
+    notes = unused_tensors(model)
     if adapter is not None and stored is not None:
         attach_adapter(model, stored, source)
         template = adapter_template(stored.folder)
         if template is not None:  # the one it was trained with, where that is not the base model's own
             tokenizer.chat_template = template
-        notes += _other_base(stored, named)
+        notes += other_base(stored, named)
     return Opened(model, tokenizer, source, stored, how, at, notes)
 
 
@@ -110,18 +110,7 @@ def _stored_as(source: BaseSource) -> str:
     return kind if kind in ("nf4", "int8") else "none"
 
 
-def _unused(model: Any) -> list[str]:
-    unused = getattr(model, "unused_tensors", ())
-    if not unused:
-        return []
-    return [
-        f"{len(unused)} tensors of the checkpoint are not used, because the model's class has no place for them: "
-        + ", ".join(unused[:3])
-        + (" …" if len(unused) > 3 else "")
-    ]
-
-
-def _other_base(adapter: AdapterFile, named: str | None) -> list[str]:
+def other_base(adapter: AdapterFile, named: str | None) -> list[str]:
     """Without a fingerprint only names and shapes are compared, which other models have too."""
     if named is None or adapter.base_fingerprint is not None:
         return []

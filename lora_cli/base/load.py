@@ -208,6 +208,17 @@ def _require_all_weights(source: BaseSource, info: Any) -> None:
         )
 
 
+def unused_tensors(model: Any) -> list[str]:
+    """A sentence on what the checkpoint holds and the model's class has no place for, if anything."""
+    unused = getattr(model, "unused_tensors", ())
+    if not unused:
+        return []
+    shown = ", ".join(unused[:3]) + (" …" if len(unused) > 3 else "")
+    return [
+        f"{len(unused)} tensors of the checkpoint are not used, for the model's class has no place for them: {shown}"
+    ]
+
+
 def _keep_trainable_on_cpu(model: nn.Module) -> None:
     """Stop bitsandbytes 0.50 from repacking 4-bit weights for CPU inference.
 

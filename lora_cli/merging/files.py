@@ -51,6 +51,14 @@ def require_place(output: Path) -> Path:
     return place
 
 
+def require_outside(place: Path, base: Path) -> None:
+    """Raises LoraError for an output inside the base's folder, which would be part of the base from then on."""
+    if place.resolve().is_relative_to(base.resolve()):
+        raise LoraError(
+            "the output is inside the base model's folder", where=str(place), fix="choose another --output beside it"
+        )
+
+
 def base_files(base: Path, *, code: bool) -> tuple[list[Path], list[str]]:
     """The files that go along with the weights, relative to the base's folder, and what is left out, in words.
 
@@ -135,6 +143,8 @@ def add_stop_tokens(base: Path, place: Path, stops: Sequence[int]) -> list[int]:
     if path.is_file():
         settings = json.loads(path.read_text(encoding="utf-8"))
     else:  # transformers then takes these from config.json
+        inner = config.get("text_config")
+        config = (inner if isinstance(inner, dict) else {}) | config
         settings = {key: config[key] for key in ("bos_token_id", "eos_token_id", "pad_token_id") if key in config}
     own = settings.get("eos_token_id")
     ends = own if isinstance(own, list) else [] if own is None else [own]

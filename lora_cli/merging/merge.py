@@ -20,7 +20,7 @@ from torch import Tensor
 
 from lora_cli.adapters.file import AdapterFile, read_adapter
 from lora_cli.adapters.layer import LoRALinear, adapters_disabled, lora_layers
-from lora_cli.adapters.opened import Opened, adapter_folder, adapter_template, open_model
+from lora_cli.adapters.opened import Opened, adapter_folder, adapter_template, open_model, other_base
 from lora_cli.base.device import DTYPES
 from lora_cli.base.linear import dense_weight, features, is_quantized, stored_transposed, unquantized_layers
 from lora_cli.base.source import BaseSource, find_base
@@ -97,7 +97,7 @@ def merge(
     compute what base + adapter compute.
     """
     place = files.require_place(output)
-    job = _Merge(source, base, dtype, onto, trust_remote_code, say)
+    job = _Merge(source, place, base, dtype, onto, trust_remote_code, say)
     opened = job.open_trained()
     tokens, origin = comparison_tokens(source, opened.model)
     reference = log_probabilities(opened.model, tokens)
@@ -134,7 +134,14 @@ class _Merge:
     """One merge on its way: what was read of adapter and base before any weight is."""
 
     def __init__(
-        self, source: Path, base: str | None, dtype: str, onto: str, remote_code: bool, say: Callable[[str], None]
+        self,
+        source: Path,
+        place: Path,
+        base: str | None,
+        dtype: str,
+        onto: str,
+        remote_code: bool,
+        say: Callable[[str], None],
     ):
         self.folder = adapter_folder(source)
         self.path, self.base, self.remote_code, self.say = source, base, remote_code, say
@@ -158,6 +165,9 @@ class _Merge:
                 fix="name the base model of the training with --base",
             )
         self.onto = onto if self.quantization != "none" else "original"
+        files.require_outside(place, self.source.folder)
+        for note in other_base(self.adapter, base):
+            self._note(note)
         self.dtype = None if dtype == "keep" else DTYPES[dtype]
         self.dense = self.dtype or dtype_of(self.source, self.stored)
         self.template = adapter_template(self.folder)

@@ -31,7 +31,7 @@ from lora_cli.base.device import (
     share_one_heap,
 )
 from lora_cli.base.linear import holds_nf4_values, quantized_bytes, unquantized_layers
-from lora_cli.base.load import load_model, load_tokenizer
+from lora_cli.base.load import load_model, load_tokenizer, unused_tensors
 from lora_cli.base.recompute import keep_inputs_alone
 from lora_cli.base.sharding import frozen_bytes, require_shardable, shard_base
 from lora_cli.base.source import BaseSource, find_base
@@ -213,6 +213,7 @@ def _other_layers(model: Any, recipe: Recipe, source: BaseSource) -> Iterator[st
     if recipe.quantization != "none" and (plain := unquantized_layers(model)):
         kept = "the checkpoint stores" if stored_quantization(source) else "transformers keeps"
         yield f"{len(plain)} layers stay unquantized, as {kept} them"
+    yield from unused_tensors(model)
     yield from not_adapted(model)
 
 
