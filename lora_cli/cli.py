@@ -11,9 +11,10 @@ from typing import Annotated, Any, Literal
 import typer
 
 from lora_cli import __version__, boundary
-from lora_cli.ending import end_as_by_ctrl_c, let_go, require_temporary_folder
+from lora_cli.ending import end_as_by_ctrl_c, let_go
 from lora_cli.errors import LoraError, command, home_expanded
 from lora_cli.streams import finish_results, guard_streams, print_json, print_note, print_result
+from lora_cli.surroundings import settle
 
 app = typer.Typer(
     help="Fine-tune a causal language model with LoRA or QLoRA from one YAML recipe.",
@@ -127,7 +128,7 @@ def train(
     if max_hours is not None and not 0 < max_hours < 1e6:
         raise LoraError(f"--max-hours is {max_hours}, but must be above 0", fix="for example --max-hours 7.5")
     console = _console()
-    require_temporary_folder(Path(loaded.output))
+    settle(Path(loaded.output))
     with _status("loading libraries"):
         from lora_cli.base.load import quiet_libraries
         from lora_cli.training.train import train as run
@@ -352,12 +353,14 @@ def main() -> None:
     if sys.platform == "linux" and "PYTORCH_CUDA_ALLOC_CONF" not in os.environ:
         # Micro-batches differ in length: without this, pieces of a GPU's memory are left over that fit none of them.
         os.environ.setdefault("PYTORCH_ALLOC_CONF", "expandable_segments:True")
+    code = 1
     try:
-        sys.exit(boundary.run(app, sys.argv[1:]))
+        code = boundary.run(app, sys.argv[1:])
+        sys.exit(code)
     finally:
         with suppress(Exception):  # of a command that failed; what it had printed matters no more
             finish_results()
-        let_go()  # all is said: Ctrl+C in what libraries do at exit ends them
+        let_go(code)  # all is said: Ctrl+C in what libraries do at exit ends them
 
 
 def _console(*, stderr: bool = True) -> Any:
@@ -376,7 +379,7 @@ def _heavy(module: str, *outputs: Path) -> Any:
     """Import a module that imports torch, saying so meanwhile. outputs: where a temporary file may be, too."""
     import importlib
 
-    require_temporary_folder(*outputs)
+    settle(*outputs)
     with _status("loading libraries"):
         loaded = importlib.import_module(module)
         importlib.import_module("lora_cli.base.load").quiet_libraries()

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import atexit
+import os
 import shutil
 import signal
 import sys
@@ -18,6 +20,7 @@ _ENDINGS = tuple(each for each in (signal.SIGTERM, SIGHUP) if each is not None)
 
 _received: list[int] = []
 _temporary: set[Path] = set()
+_exit_code = 0
 
 
 def end_as_by_ctrl_c() -> None:
@@ -39,8 +42,23 @@ def signal_received() -> int:
     return _received[0] if _received else signal.SIGINT
 
 
-def let_go() -> None:
+def exit_within(seconds: float) -> None:
+    """What libraries do when the program ends, such as waiting for their threads, may take so long and no longer."""
+
+    def begin() -> None:
+        last = threading.Timer(seconds, lambda: os._exit(_exit_code))
+        last.daemon = True
+        with suppress(RuntimeError):  # no further thread can be started
+            last.start()
+
+    # Before Python waits for threads, which atexit is not.
+    getattr(threading, "_register_atexit", atexit.register)(begin)
+
+
+def let_go(exit_code: int) -> None:
     """At the very end: remove what is temporary. After it signals end the program at once."""
+    global _exit_code  # noqa: PLW0603 - for the end of the interpreter
+    _exit_code = exit_code
     for folder in list(_temporary):
         remove_temporary(folder)
     for each in (signal.SIGINT, *_ENDINGS):

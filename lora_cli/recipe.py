@@ -318,7 +318,14 @@ class TrainRecipe(Section):
         None,
         ge=1,
         le=_MOST,
-        description="Steps between resumable checkpoints. Nothing: only at the end or when interrupted.",
+        description="Steps between resumable checkpoints. Nothing: those of checkpoint_minutes, at the end, and when "
+        "interrupted.",
+    )
+    checkpoint_minutes: Number | None = Field(
+        15.0,
+        gt=0,
+        description="Minutes after which a checkpoint is written that is for resuming alone; the newest of them is "
+        "kept, beside the others. Nothing: never by the clock.",
     )
     keep_checkpoints: int = Field(
         2, ge=1, le=_MOST, description="How many of the newest checkpoints to keep, beside that of the best step."

@@ -30,7 +30,11 @@ ENDINGS = [signal.SIGINT, signal.SIGTERM, signal.SIGHUP]
 
 @pytest.fixture(autouse=True)
 def handlers():
+    """As a process begins, whatever tests before have left."""
     before = {each: signal.getsignal(each) for each in ENDINGS}
+    signal.signal(signal.SIGINT, signal.default_int_handler)
+    for each in (signal.SIGTERM, signal.SIGHUP):
+        signal.signal(each, signal.SIG_DFL)
     hook = sys.unraisablehook
     yield
     sys.unraisablehook = hook
@@ -181,7 +185,7 @@ def test_what_is_ignored_at_the_start_stays_ignored():
     ending.end_as_by_ctrl_c()
     assert signal.getsignal(signal.SIGHUP) == signal.SIG_IGN
     assert signal.getsignal(signal.SIGTERM) == ending._on_signal
-    ending.let_go()
+    ending.let_go(0)
     assert signal.getsignal(signal.SIGHUP) == signal.SIG_IGN
 
 

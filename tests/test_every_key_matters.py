@@ -231,6 +231,7 @@ TESTED_BELOW = {
     "train.activation_memory": "test_activation_memory",
     "train.offload_activations": "test_offload_activations",
     "train.compile": "test_compile",
+    "train.checkpoint_minutes": "test_checkpoint_minutes",
     "train.on_nan": "test_on_nan",
     "train.on_write_error": "test_on_write_error",
     "train.shard_base": "test_shard_base",
@@ -637,6 +638,26 @@ def test_compile(runs: Runs, monkeypatch: pytest.MonkeyPatch, tmp_path: Path):
     assert [path for path in (tmp_path / "cache" / "lora" / "compiled").rglob("*.so")] != []
     assert {path.name for path in plain.iterdir()} == {path.name for path in compiled.iterdir()}
     assert losses(compiled) == pytest.approx(losses(plain), rel=1e-4)  # fused kernels sum in another order
+
+
+def test_checkpoint_minutes(runs: Runs, monkeypatch: pytest.MonkeyPatch):
+    """Of three steps, those after which one is written; the last has its own anyway."""
+    from lora_cli.training import keeping
+
+    own, after = keeping.save_checkpoint, []
+
+    def save(folder: Path, *arguments: Any, **settings: Any) -> None:
+        after.append(folder.name)
+        own(folder, *arguments, **settings)
+
+    monkeypatch.setattr(keeping, "save_checkpoint", save)
+    seen = {}
+    for minutes in (1e-9, 15, None):
+        after.clear()
+        runs({"train.checkpoint_minutes": minutes})
+        seen[minutes] = list(after)
+    last = ["step_000003"]
+    assert seen == {1e-9: ["step_000001", "step_000002", *last], 15: last, None: last}
 
 
 def test_on_nan(runs: Runs, monkeypatch: pytest.MonkeyPatch):

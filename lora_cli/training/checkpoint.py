@@ -32,7 +32,7 @@ from torch import Tensor, nn
 from lora_cli.adapters.file import FILES as ADAPTER_FILES
 from lora_cli.adapters.layer import lora_layers
 from lora_cli.errors import LoraError
-from lora_cli.files import remove_folder, write_json, written_whole
+from lora_cli.files import write_json, written_whole
 from lora_cli.foreign import (
     NotOurs,
     Shape,
@@ -253,13 +253,6 @@ def _misfit(found: dict[str, Tensor], wanted: dict[str, Tensor]) -> str | None:
     for name in sorted(found.keys() ^ wanted.keys()):
         return f"{name} is {'missing' if name in wanted else 'not in the model'}"
     return next((p for name in sorted(wanted) if (p := _unlike(found[name], wanted[name], name))), None)
-
-
-def prune_checkpoints(checkpoints: list[Path], keep: int, best: Path | None) -> None:
-    """Remove all but the newest `keep` and the one of the best step, if there is one. checkpoints: oldest first."""
-    for old in checkpoints[:-keep]:
-        if old != best:
-            remove_folder(old, FILES)
 
 
 def _damaged(folder: Path, how: str) -> Damaged:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import time
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any, TypeVar
@@ -15,7 +16,7 @@ from lora_cli.adapters.file import save_adapter
 from lora_cli.errors import DiskError, Interrupted
 from lora_cli.files import disk_errors, free_name, remove_folder, replacing, written_whole
 from lora_cli.foreign import NotOurs, copy_files, copy_over, files_of, is_real_folder, open_binary
-from lora_cli.training.checkpoint import BEST, Damaged, load_checkpoint, prune_checkpoints, save_checkpoint, verify
+from lora_cli.training.checkpoint import BEST, FILES, Damaged, load_checkpoint, save_checkpoint, verify
 from lora_cli.training.optimizer import learning_rate
 from lora_cli.training.processes import wait_for_everyone
 from lora_cli.training.run_folder import RunFolder
@@ -47,6 +48,8 @@ class Keeper:
         self.session, self.folder, self.accelerator, self.optimizer = session, folder, accelerator, optimizer
         self.scaler, self.stop, self.belongs_to, self.say = scaler, stop, belongs_to, say
         self.recipe = session.recipe.train
+        self.start_clock()
+        self.planned_too: int | None = None  # a step that a run can go back to, where none was planned so far
 
     def metrics(self, line: dict[str, Any]) -> None:
         if self.accelerator.is_main_process:
@@ -61,17 +64,41 @@ class Keeper:
         if self.accelerator.is_main_process:
             state.loss_scale = self.scaler.state_dict()
             self.written(lambda: self._write_checkpoint(state))
+        self.start_clock()
         wait_for_everyone(self.accelerator)
 
-    def restore(self) -> State | None:
+    def start_clock(self) -> None:
+        self.written_at = time.monotonic()
+
+    def is_due(self) -> bool:
+        """Whether so much time has passed that a checkpoint is to be written for resuming alone."""
+        minutes = self.recipe.checkpoint_minutes
+        return minutes is not None and time.monotonic() - self.written_at >= 60 * minutes
+
+    def planned(self) -> list[Path]:
+        """The checkpoints that every run of this recipe has, whenever it was interrupted and how fast it is.
+
+        The others are for resuming alone: a run that went back to one of them would differ from a run without it.
+        """
+        every = self.recipe.checkpoint_every
+        steps = {0, self.session.total_steps, self.planned_too}
+        return [
+            each
+            for each in self.folder.list_checkpoints()
+            if _step(each) in steps or (every and _step(each) % every == 0)
+        ]
+
+    def restore(self, *, planned: bool = False) -> State | None:
         """Go back to the newest intact checkpoint: model, optimizer, random states, metrics.jsonl and adapter/.
 
-        A damaged one is told, set aside, and the one before it used. None if there is none: the run has not begun.
+        planned: to one of those alone. A damaged one is told, set aside, and the one
+        before it used. None if there is none: the run has not begun.
         """
+        candidates = self.planned if planned else self.folder.list_checkpoints
         if self.accelerator.is_main_process:
-            self._set_damaged_aside()
+            self._set_damaged_aside(candidates())
         wait_for_everyone(self.accelerator)
-        checkpoints = self.folder.list_checkpoints()
+        checkpoints = candidates()
         state = load_checkpoint(checkpoints[-1], self.session.model, self.optimizer) if checkpoints else None
         if state is not None and state.loss_scale:
             self.scaler.load_state_dict(state.loss_scale)
@@ -131,15 +158,15 @@ class Keeper:
             metrics=self.folder.metrics,
             best=self.folder.adapter if has_best else None,
         )
+        best = None if state.best_step is None else self.folder.checkpoint(state.best_step)
+        kept = {self.folder.checkpoint(state.step), best, *self.planned()[-self.recipe.keep_checkpoints :]}
         with disk_errors(self.folder.checkpoints):
-            prune_checkpoints(
-                self.folder.list_checkpoints(),
-                self.recipe.keep_checkpoints,
-                None if state.best_step is None else self.folder.checkpoint(state.best_step),
-            )
+            for old in self.folder.list_checkpoints():
+                if old not in kept:
+                    remove_folder(old, FILES)
 
-    def _set_damaged_aside(self) -> None:
-        for checkpoint in reversed(self.folder.list_checkpoints()):
+    def _set_damaged_aside(self, checkpoints: list[Path]) -> None:
+        for checkpoint in reversed(checkpoints):
             try:
                 verify(checkpoint)
                 return
@@ -175,6 +202,10 @@ class Keeper:
             details=[kept],
             fix=f"{problem.fix}; then continue with: {self.folder.resume_command()}",
         )
+
+
+def _step(checkpoint: Path) -> int:
+    return int(checkpoint.name.removeprefix("step_"))
 
 
 def _same_files(one: Path, other: Path) -> bool:

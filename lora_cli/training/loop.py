@@ -28,7 +28,7 @@ from lora_cli.training.judging import Judge
 from lora_cli.training.keeping import Keeper
 from lora_cli.training.micro_batches import DoesNotFit, MicroBatches, smaller_from_now_on
 from lora_cli.training.optimizer import averaged_weights, learning_rate, make_optimizer, set_learning_rate
-from lora_cli.training.processes import sum_over_processes, wait_for_everyone
+from lora_cli.training.processes import agree, sum_over_processes, wait_for_everyone
 from lora_cli.training.progress import Progress
 from lora_cli.training.report import make_report, require_learned, say_result, write_report
 from lora_cli.training.resume import Change
@@ -116,14 +116,21 @@ class Run:
         self._score_base(progress)
         if self.state.pending is not None:
             self._complete(self.state.pending, progress, track)
-        if self.recipe.on_nan == "rewind" and not self.folder.list_checkpoints():
-            self.keep.checkpoint(self.state)  # there must be something to go back to
+        first = self.accelerator.is_main_process
+        if self.recipe.on_nan == "rewind" and agree(self.accelerator, first and not self.keep.planned()):
+            # There must be something to go back to.
+            self.keep.planned_too = self.state.step
+            self.keep.checkpoint(self.state)
         reset_peak_memory(self.session.device)
         if not self.tried:
             self.state.parts = self.micro_batches.rehearse(self.state.step + 1, self.state.parts, progress.say)
+        self.keep.start_clock()
         while self.state.step < self.session.total_steps:
-            if self._asked_to_stop():
+            stop, due = self._asked()
+            if stop or (due and self.state.step):
                 self.keep.checkpoint(self.state)
+                self._say_state("running")
+            if stop:
                 raise self._interrupted()
             began = time.monotonic()
             self._one_step(self.state.step + 1, progress, track)
@@ -268,7 +275,7 @@ class Run:
                 return False
             wrong = f"{wrong}, as in each of the last {_SKIPPED_IN_A_ROW} steps,"
         if self.recipe.on_nan == "rewind":
-            back_to = self.folder.list_checkpoints()[-1:]
+            back_to = self.keep.planned()[-1:]
             if back_to and sum(to == back_to[0].name for _, to in state.rewound) < _REWINDS:
                 self._rewind(wrong, step)
                 return True
@@ -287,7 +294,7 @@ class Run:
     def _rewind(self, wrong: str, step: int) -> None:
         """Back to the last checkpoint, and on with the data that lie behind this step."""
         before = self.state
-        restored = self.keep.restore()
+        restored = self.keep.restore(planned=True)
         assert restored is not None
         self.state = restored
         left_out = step - restored.step
@@ -301,17 +308,20 @@ class Run:
 
     # ── how a run ends ──────────────────────────────────────────────────────────────────────────────────────────
 
-    def _asked_to_stop(self) -> bool:
-        """Of several processes, whether any was asked to."""
+    def _asked(self) -> tuple[bool, bool]:
+        """(whether to stop, as any process was asked to; whether the clock of the first wants a checkpoint)."""
+        due = self.accelerator.is_main_process and self.keep.is_due()
         if self.accelerator.num_processes > 1:
-            asked = torch.zeros(len(EXIT_CODES), dtype=torch.int64)
+            asked = torch.zeros(len(EXIT_CODES) + 1, dtype=torch.int64)
+            asked[-1] = due
             if self.stop.requested:
                 asked[EXIT_CODES.index(self.stop.exit_code)] = 1
-            by_code = sum_over_processes(self.accelerator, asked).tolist()
+            *by_code, clock = sum_over_processes(self.accelerator, asked).tolist()
+            due = bool(clock)
             if any(by_code):
                 code = next(code for code, count in zip(EXIT_CODES, by_code, strict=True) if count)
                 self.stop.ask("another of its processes was asked to", code)
-        return self.stop.requested
+        return self.stop.requested, due
 
     def _interrupted(self) -> Interrupted:
         done = f"after step {self.state.step} of {self.session.total_steps}; a checkpoint is written"

@@ -303,8 +303,9 @@ def disk_needed(recipe: Recipe, trained_parameters: int, steps: int) -> int:
     """Bytes a run writes at most.
 
     fp32 adapters: best, last, one being written. Checkpoints, each with A and B and two moments, and the metrics of all
-    steps: those kept, that of the best step, one being written; the best adapter in them costs nothing where links can.
+    steps: those kept, that of the best step, that of the clock, one being written; the best adapter in them costs
+    nothing where links can.
     """
     adapter, metrics = 4 * trained_parameters, _METRICS_BYTES * steps
-    checkpoints = (recipe.train.keep_checkpoints + 2) * (3 * adapter + metrics)
+    checkpoints = (recipe.train.keep_checkpoints + 3) * (3 * adapter + metrics)
     return 3 * adapter + checkpoints + metrics + 10_000_000
