@@ -10,12 +10,13 @@ import glob
 import json
 import os
 import re
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
-from itertools import pairwise
+from itertools import pairwise, takewhile
 from pathlib import Path
 from typing import Any
 
+from lora_cli.data.own_files import outside_runs
 from lora_cli.data.readers import kind_of
 from lora_cli.errors import LoraError
 
@@ -41,17 +42,20 @@ class Files:
     one: bool = False
 
 
-def find_files(name: str, *, held_out: bool = False) -> Files:
+def find_files(name: str, *, held_out: bool = False, written: Sequence[Path] = ()) -> Files:
     """The files of a path, a folder or a pattern.
 
     Of a folder with splits in its names, training takes train, and held-out data validation, else test. held_out:
-    these are to be held out. Raises LoraError if nothing is there, or if names leave open what to train on.
+    these are to be held out. written: folders that the run writes, which are not data.
+    Raises LoraError if nothing is there, or if names leave open what to train on.
     """
     path = Path(name)
     if path.is_dir():
-        return _of_folder(path, name, held_out)
+        return _of_folder(path, name, held_out, written)
     if not path.exists() and glob.has_magic(name):
-        found = [each for each in sorted(_few(map(Path, glob.iglob(name, recursive=True)), name)) if each.is_file()]
+        fixed = Path(*takewhile(lambda part: not glob.has_magic(part), path.parts))
+        matched = outside_runs(map(Path, glob.iglob(name, recursive=True)), fixed, written)
+        found = [each for each in sorted(_few(matched, name)) if each.is_file()]
         if not found:
             raise LoraError("no file matches this pattern", where=name, fix="check the pattern; ** goes into folders")
         left = {str(each): "describes data, holds no rows" for each in found if _is_metadata(each)}
@@ -76,16 +80,20 @@ def split_of(path: Path) -> str | None:
     return None
 
 
-def _of_folder(folder: Path, name: str, held_out: bool) -> Files:
+def _of_folder(folder: Path, name: str, held_out: bool, written: Sequence[Path]) -> Files:
     looked_at = sorted(
         each
-        for each in _few(map(Path, _inside(folder)), name)
+        for each in _few(outside_runs(map(Path, _inside(folder)), folder, written), name)
         if kind_of(each) and each.is_file() and not _hidden(each, folder)
     )
     left = _no_rows(looked_at)
     found = [each for each in looked_at if each not in left]
     if not found:
-        there = (each for each in _few(map(Path, _inside(folder)), name) if not _hidden(each, folder))
+        there = (
+            each
+            for each in _few(outside_runs(map(Path, _inside(folder)), folder, written), name)
+            if not _hidden(each, folder)
+        )
         others = sorted({each.suffix for each in there if each.suffix})[:_SHOWN]
         ends = f"; what lies there ends in {', '.join(others)}" if others and not left else ""
         fix = "name a folder that holds some, or a file (.jsonl, .csv, .parquet, .txt, …)"

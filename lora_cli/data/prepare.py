@@ -165,8 +165,10 @@ class Preparation:
     @cached_property
     def sources(self) -> list[tuple[SourceRecipe, Source]]:
         """Of the training data, then of the validation data."""
-        held_out = [(each, open_source(each, held_out=True)) for each in _held_out(self.recipe.data)]
-        return [*((each, open_source(each)) for each in self._training), *held_out]
+        written = (Path(self.recipe.output), cache_folder(self.recipe))
+        training = [(each, open_source(each, written=written)) for each in self._training]
+        held_out = _held_out(self.recipe.data)
+        return [*training, *((each, open_source(each, held_out=True, written=written)) for each in held_out)]
 
     @cached_property
     def _training(self) -> list[SourceRecipe]:

@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
 from pathlib import Path
 
 from lora_cli.data.folders import find_files
 from lora_cli.data.hub import HubSource
+from lora_cli.data.own_files import require_text
 from lora_cli.data.readers import Row, read_file, require_kind
 from lora_cli.errors import LoraError
 from lora_cli.recipe import SourceRecipe
@@ -58,16 +59,20 @@ def _stamp(path: Path) -> tuple[int, int]:
 Source = FileSource | HubSource
 
 
-def open_source(recipe: SourceRecipe, *, streaming: bool = False, held_out: bool = False) -> Source:
+def open_source(
+    recipe: SourceRecipe, *, streaming: bool = False, held_out: bool = False, written: Sequence[Path] = ()
+) -> Source:
     """The source that a recipe names. held_out: it is for validation, so of a folder's splits that one is taken.
 
+    written: folders that the run itself writes; where they lie among the data, they are not data.
     Raises LoraError if nothing is there, or not of a kind that can be read.
     """
     if recipe.hub is not None:
         return HubSource(recipe.hub, recipe.config, recipe.split, recipe.revision, streaming)
     assert recipe.path is not None
-    found = find_files(recipe.path, held_out=held_out)
+    found = find_files(recipe.path, held_out=held_out, written=written)
     for path in found.paths:
+        require_text(path)
         require_kind(path)  # before its bytes are hashed
     return FileSource(recipe.path, found.paths, left=found.left, one=found.one)
 

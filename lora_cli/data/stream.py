@@ -12,6 +12,7 @@ import json
 import os
 from collections.abc import Iterator
 from itertools import islice
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -42,7 +43,10 @@ class StreamFeed:
 
     def __init__(self, recipe: Recipe, tokenizer: PreTrainedTokenizerBase):
         self._recipe, self._tokenizer = recipe, tokenizer
-        self._sources = [(each.weight, open_source(each, streaming=True)) for each in recipe.data.train]
+        written = [Path(recipe.output)]
+        self._sources = [
+            (each.weight, open_source(each, streaming=True, written=written)) for each in recipe.data.train
+        ]
         self._several = len(self._sources) > 1
         if self._several:
             require_columns(recipe.data.columns, [source for _, source in self._sources])
@@ -144,7 +148,10 @@ class StreamFeed:
         return self._place | {"step": self._step}
 
     def seek(self, position: dict[str, int]) -> None:
-        """Go on where a checkpoint stopped."""
+        """Go on where a checkpoint stopped. Raises LoraError if it is not of a stream."""
+        if not position:
+            fix = "start a new run with another output"
+            raise LoraError("the checkpoint does not say where in the stream it stopped", fix=fix)
         self._next = {"pass": position["pass"], "rows": position["rows"], "unit": 0}
         self._rows = self._mixed()
         for _ in islice(self._rows, position["rows"]):

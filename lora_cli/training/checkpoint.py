@@ -212,7 +212,7 @@ def _optimizer_state(values: Any, tensors: dict[str, Tensor], optimizer: Any, fo
     try:
         described = _put_tensors(values, tensors)
         problem = _unlike(described["param_groups"], (own := state_after_a_step(optimizer))["param_groups"], "group")
-        if problem is None and described["state"]:  # before the first update there is none
+        if problem is None and any(described["state"].values()):  # before the first update there is none
             problem = _unlike(described["state"], own["state"], "parameter")
     except (KeyError, TypeError, ValueError, AttributeError, IndexError, RecursionError) as error:
         described, problem = {}, f"it cannot be read ({type(error).__name__})"

@@ -10,6 +10,7 @@ from torch import Tensor
 
 from lora_cli.adapters.layer import adapters_disabled, cast_once
 from lora_cli.data.prepared import rows_per_micro_batch
+from lora_cli.errors import LoraError
 from lora_cli.evaluation.perplexity import example_losses
 from lora_cli.training.processes import sum_over_processes
 from lora_cli.training.session import Session
@@ -46,6 +47,17 @@ class Judge:
             state.best_validation_loss, state.best_step = loss, state.step
             state.tensors["validation.best"] = losses
         return loss, best
+
+    def require_fit(self, state: State) -> None:
+        """Raises LoraError for losses that are not of this run's held-out examples, one each."""
+        counts = {len(each) for each in state.tensors.values()}
+        if counts - {len(self.session.data.validation)}:
+            raise LoraError(
+                f"the checkpoint has losses of {max(counts)} held-out examples, "
+                f"but the data have {len(self.session.data.validation)}",
+                where=self.session.recipe.output,
+                fix="remove its newest checkpoint, to go on from the one before it",
+            )
 
     def forget(self, state: State) -> None:
         """What was scored on other data or another base says nothing of these."""

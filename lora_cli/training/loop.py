@@ -31,7 +31,7 @@ from lora_cli.training.optimizer import averaged_weights, learning_rate, make_op
 from lora_cli.training.processes import agree, sum_over_processes, wait_for_everyone
 from lora_cli.training.progress import Progress
 from lora_cli.training.report import make_report, require_learned, say_result, write_report
-from lora_cli.training.resume import Change
+from lora_cli.training.resume import COMPUTING, Change
 from lora_cli.training.run_folder import RunFolder
 from lora_cli.training.session import Session
 from lora_cli.training.state import State
@@ -67,7 +67,7 @@ class Run:
         self.wall_seconds_before = folder.wall_seconds()
         self.micro_batches = MicroBatches(session, accelerator, self.parameters, self.scaler)
         self.judge = Judge(session, accelerator, lambda: stop.requested)
-        identity = ("lora", "torch", "transformers", "bitsandbytes", "accelerate", "device", "dtype", "processes")
+        identity = (*COMPUTING, "device", "dtype", "processes")
         belongs_to = {
             "recipe": session.recipe.model_dump(mode="json"),
             "data_fingerprint": session.data_fingerprint,
@@ -87,6 +87,7 @@ class Run:
             self.session.feed.seek(state.position)
         if any(each.allow.startswith(("data", "base_model", "quantization", "dtype")) for each in changes):
             self.judge.forget(self.state)
+        self.judge.require_fit(self.state)
         if self.state.step >= self.session.total_steps and self.state.pending is None and self.folder.report.exists():
             raise LoraError(
                 "this run is finished",

@@ -14,8 +14,9 @@ from lora_cli.errors import LoraError
 from lora_cli.recipe import Recipe, all_keys
 from lora_cli.recipe_file import differences
 
-_PACKAGES = ("torch", "transformers", "bitsandbytes", "accelerate", "datasets", "safetensors", "tokenizers")
-_COMPUTING = ("lora", "torch", "transformers", "bitsandbytes", "accelerate")  # what a step's numbers come from
+_PACKAGES = ("torch", "transformers", "bitsandbytes", "accelerate", "numpy", "datasets", "safetensors", "tokenizers")
+# What a step's numbers come from; NumPy draws the order of the data.
+COMPUTING = ("lora", "torch", "transformers", "bitsandbytes", "accelerate", "numpy")
 _ROUNDING = ("device", "processes")  # a change of these leaves all but rounding as it was
 
 
@@ -53,7 +54,7 @@ def changes_of_environment(began: dict[str, Any], now: dict[str, Any]) -> list[C
         found.append(Change("base_model", f"base weights: {began.get('base_fingerprint')} → {now['base_fingerprint']}"))
     if began.get("dtype") != now["dtype"]:
         found.append(Change("dtype", f"compute dtype: {began.get('dtype')} → {now['dtype']}"))
-    for name in _COMPUTING:
+    for name in COMPUTING:
         if began.get(name) != now[name]:
             found.append(Change("versions", f"version of {name}: {began.get(name)} → {now[name]}"))
     return found

@@ -27,6 +27,7 @@ from lora_cli.training.stored import Environment, Line, Status
 _FILES = ("recipe.yaml", "environment.json", "status.json", "metrics.jsonl", "report.json", "report.html", "loss.png")
 _LONGEST_LINE = 100_000  # bytes
 _FOLDERS = ("checkpoints", "adapter", "adapter_last", "prepared")
+_OF_TRACKERS = ("lora", "wandb", "mlflow", "trackio")
 _BEFORE_A_RUN = re.compile(r"prepared|\.lock")  # what one that did not begin may leave
 # And one that was killed just then, with its lock.
 _OF_A_KILLED = re.compile(r"environment\.json|\.(environment\.json|recipe\.yaml)\.tmp-[\d-]+")
@@ -96,7 +97,7 @@ class RunFolder:
         for name in _FILES:
             if (found := kind(self.path / name)) in ("link", "folder"):
                 raise not_ours(self.path / name, found, "file")
-        for name in _FOLDERS:
+        for name in (*_FOLDERS, *_OF_TRACKERS):
             is_real_folder(self.path / name)
         for name in os.listdir(self.checkpoints) if self.checkpoints.is_dir() else ():
             if CHECKPOINT_NAME.fullmatch(name):
