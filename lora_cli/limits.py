@@ -6,6 +6,8 @@ no refusal takes 10 s or 1 GB.
 
 from __future__ import annotations
 
+from pathlib import Path
+
 from lora_cli.errors import LoraError
 
 # ── chat templates (data/jinja.py) ──────────────────────────────────────────────────────────────────────────────
@@ -46,7 +48,33 @@ TOKEN_CHARACTERS = 4_096  # of one token: runs of 128 blanks are the longest kno
 TOKENIZER_GROWTH = 64  # how many times as long a normalizer may make a text: 1 is usual
 TOKENS_OF_A_SENTENCE = 200  # with what is put before and behind it
 
+# ── data files (data/readers.py, data/tables.py) ────────────────────────────────────────────────────────────────
+ROW_BYTES = 32 << 20  # one row, or one line: 8 million tokens; parsing JSON takes up to 20 times as much memory
+UNPACKED_BYTES = 16 << 20  # that any packed file may hold …
+UNPACKED_TIMES = 200  # … and this many times its own size: text is packed to a tenth, very regular text to a hundredth
+UNPACKED_FIRST = 16 << 20  # packed files up to this size are unpacked once before a row is read: 8 s at most
+UNPACKED_WHOLE = 256 << 20  # of a packed .json or .txt, which is read at once
+TABLE_ROWS = 100_000  # that any table may have, and 100 for each of its bytes: rows can be repeated for nothing
+
 
 class LimitReached(LoraError):
     """Foreign input asked for more than a limit allows. It stops a run, also where other faults of a row are findings:
     every further row might take as long."""
+
+
+class Unpacked:
+    """Counts what comes out of a packed file: a few bytes can hold any number of equal ones."""
+
+    def __init__(self, file: Path):
+        self._file = file
+        self._left = self.most = UNPACKED_BYTES + UNPACKED_TIMES * file.stat().st_size
+
+    def add(self, count: int) -> None:
+        """Raises LimitReached beyond what a file of this size may hold."""
+        self._left -= count
+        if self._left < 0:
+            raise LimitReached(
+                f"this file holds more than {self.most:,} bytes, {UNPACKED_TIMES} times its own size",
+                where=str(self._file),
+                fix="look at what wrote it; if the data are right, write them as .jsonl without packing",
+            )

@@ -17,14 +17,16 @@ import zlib
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
-from functools import partial
+from functools import lru_cache, partial
 from pathlib import Path
 from typing import IO, Any
 
+from lora_cli import limits
 from lora_cli.data.separated import separated
 from lora_cli.data.tables import TABLE_KINDS
 from lora_cli.errors import LoraError
 from lora_cli.files import require_regular
+from lora_cli.limits import LimitReached
 
 PACKED = (".gz", ".zst")  # what text kinds may be compressed with
 
@@ -83,11 +85,24 @@ def read_file(path: Path) -> Iterator[Row]:
     kind = require_kind(path)
     if path.stat().st_size == 0:
         raise LoraError("the data file is empty", where=str(path), fix="check what wrote it")
+    if path.suffix.lower() in PACKED:
+        entry = path.stat()
+        _require_modest(path, entry.st_size, entry.st_mtime_ns)
     number = 0
     for number, values in enumerate({**_TEXT_KINDS, **TABLE_KINDS}[kind](path), 1):
         yield Row(str(path), number, values, filled=kind in TABLE_KINDS)
     if number == 0:
         raise LoraError("the data file has no rows", where=str(path), fix="check what wrote it")
+
+
+@lru_cache(maxsize=64)
+def _require_modest(path: Path, size: int, _written: int) -> None:
+    """Raises LimitReached for a small packed file that holds far too much, before its rows take time one by one."""
+    if size <= limits.UNPACKED_FIRST:
+        counted = limits.Unpacked(path)
+        with _opened(path) as stream:
+            while piece := stream.read(1 << 20):
+                counted.add(len(piece))
 
 
 @contextmanager
@@ -120,7 +135,16 @@ def _damaged(path: Path, error: Exception) -> LoraError:
 
 def _text_of(path: Path) -> str:
     with _opened(path) as stream:
-        data = stream.read()
+        if path.suffix.lower() in PACKED:
+            counted = limits.Unpacked(path)
+            most = min(counted.most, limits.UNPACKED_WHOLE)
+            data = stream.read(most + 1)
+            if len(data) > most:
+                counted.add(len(data))
+                fix = "write it as .jsonl, which is read line by line"
+                raise LimitReached(f"unpacked, this file has more than {most:,} bytes", where=str(path), fix=fix)
+        else:
+            data = stream.read()
     try:
         return data.decode("utf-8-sig")
     except UnicodeDecodeError as error:
@@ -154,7 +178,13 @@ def _lines(stream: IO[bytes], path: Path) -> Iterator[str]:
     start = b""
     mac = False
     number = 0
-    for at, whole in enumerate(stream):
+    counted = limits.Unpacked(path) if path.suffix.lower() in PACKED else None
+    for at, whole in enumerate(iter(lambda: stream.readline(limits.ROW_BYTES + 1), b"")):
+        if counted is not None:
+            counted.add(len(whole))
+        if len(whole) > limits.ROW_BYTES:
+            what = f"this line is longer than {limits.ROW_BYTES:,} bytes"
+            raise LimitReached(what, where=f"{path}:{number + 1}", fix="write one row a line, and cut very long text")
         if at == 0:
             start = whole[:2]
             mac = b"\r" in _QUOTED.sub(b"", whole.rstrip(b"\r\n"))

@@ -8,9 +8,9 @@ from itertools import chain, islice
 from pathlib import Path
 from typing import Any
 
+from lora_cli import limits
 from lora_cli.errors import LoraError
 
-_LONGEST_FIELD = 2**31 - 1  # characters of a CSV field; the csv module stops at 131,072 on its own
 _LOOKED_AT = 50  # lines that show what values are separated by
 _NAMES = {",": "commas", ";": "semicolons", "\t": "tabs", "|": "bars"}
 
@@ -21,7 +21,7 @@ def separated(lines: Iterator[str], path: Path, *, tabs: bool) -> Iterator[dict[
     Names lose the blanks around them; a column without a name is called by its place. Values of a .csv may be separated
     by semicolons, tabs or bars, if the header and the first lines show it. Raises LoraError with the line.
     """
-    csv.field_size_limit(_LONGEST_FIELD)  # of the whole process; others may be reading too, so it stays
+    csv.field_size_limit(limits.ROW_BYTES)  # 131,072 on its own. Of the whole process; others may read too, so it stays
     before, head = _head(lines)
     delimiter = "\t" if tabs else _delimiter(head)
     begin = before + 1

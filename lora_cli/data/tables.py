@@ -12,7 +12,9 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from lora_cli import limits
 from lora_cli.errors import LoraError
+from lora_cli.limits import LimitReached, Unpacked
 
 if TYPE_CHECKING:
     import pyarrow
@@ -188,10 +190,17 @@ def _parquet(path: Path) -> Iterator[Values]:
     from pyarrow import parquet
 
     try:
-        with parquet.ParquetFile(path) as file:
-            require_distinct(file.schema_arrow, str(path))
+        with parquet.ParquetFile(path) as plain:
+            schema, columns = plain.schema_arrow, [plain.schema.column(at) for at in range(len(plain.schema))]
+            require_distinct(schema, str(path))
+            require_possible_rows(plain.metadata.num_rows, len(schema), path)
+        # Text is read as a dictionary: a long one that is repeated is in memory once, and can be measured there.
+        texts = [each.path for each in columns if each.physical_type == "BYTE_ARRAY"]
+        with parquet.ParquetFile(path, read_dictionary=texts) as file:
+            counted = Unpacked(path)
             for batch in file.iter_batches(_ROWS_AT_ONCE):
-                yield from rows_of(batch, str(path))
+                for part in small_parts(batch, path, counted):
+                    yield from rows_of(part.cast(schema), str(path))
     except (pyarrow.ArrowException, OSError, ValueError) as error:
         raise _unreadable(path, "Parquet", error) from None
 
@@ -201,6 +210,7 @@ def _arrow(path: Path) -> Iterator[Values]:
     import pyarrow
 
     try:
+        counted, read = Unpacked(path), 0
         with pyarrow.OSFile(str(path)) as file:
             if file.read(6) == b"ARROW1":
                 reader = pyarrow.ipc.open_file(file)
@@ -213,9 +223,60 @@ def _arrow(path: Path) -> Iterator[Values]:
                 batches = iter(pyarrow.ipc.open_stream(file))
             for batch in batches:
                 batch.validate(full=True)  # offsets that point outside would crash the interpreter
-                yield from rows_of(batch, str(path))
+                read += batch.num_rows
+                require_possible_rows(read, batch.num_columns, path)
+                for part in small_parts(batch, path, counted):
+                    yield from rows_of(part, str(path))
     except (pyarrow.ArrowException, OSError, ValueError) as error:
         raise _unreadable(path, "Arrow", error) from None
+
+
+def require_possible_rows(rows: int, columns: int, path: Path) -> None:
+    """Raises LoraError for a table without columns, LimitReached for more rows than so few bytes can mean."""
+    if columns == 0:
+        raise LoraError("the table has no columns", where=str(path), fix="check what wrote it")
+    most = limits.TABLE_ROWS + 100 * path.stat().st_size
+    if rows > most:
+        what = f"a file of {path.stat().st_size:,} bytes says that it has {rows:,} rows; {most:,} is the limit"
+        raise LimitReached(what, where=str(path), fix="check what wrote it")
+
+
+def small_parts(batch: Any, path: Path, counted: Unpacked) -> Iterator[Any]:
+    """A batch in parts that take little memory as Python's values. Raises LimitReached for a row that takes more."""
+    size = sum(_written_out(column) for column in batch.columns)
+    if batch.num_rows <= 1 or size <= limits.ROW_BYTES:
+        counted.add(size)
+        if size > limits.ROW_BYTES:
+            what = f"a row has {size:,} bytes; {limits.ROW_BYTES:,} is the limit"
+            raise LimitReached(what, where=str(path), fix="cut very long text")
+        yield batch
+        return
+    half = batch.num_rows // 2
+    yield from small_parts(batch.slice(0, half), path, counted)
+    yield from small_parts(batch.slice(half), path, counted)
+
+
+def _written_out(column: Any) -> int:
+    """About how many bytes the values of a column have, one that is repeated as often as it is there."""
+    from pyarrow import compute, types
+
+    kind = column.type
+    if types.is_run_end_encoded(kind):
+        return len(column) * max(1, _written_out(column.values))
+    if types.is_dictionary(kind):
+        values, count = column.dictionary, len(column)
+        if not len(values):
+            return count
+        some = (types.is_string, types.is_large_string, types.is_binary, types.is_large_binary)
+        if not any(is_one(kind.value_type) for is_one in some):
+            return count * max(1, _written_out(values))
+        lengths = compute.binary_length(values)  # type: ignore[attr-defined]
+        return count + int(compute.sum(compute.take(lengths, column.indices)).as_py() or 0)  # type: ignore[attr-defined]
+    if types.is_struct(kind):
+        return len(column) + sum(_written_out(each) for each in column.flatten())
+    if types.is_list(kind) or types.is_large_list(kind) or types.is_fixed_size_list(kind):
+        return len(column) + 8 * len(column) + _written_out(column.flatten())
+    return len(column) + column.nbytes
 
 
 def _unreadable(path: Path, kind: str, error: Exception) -> LoraError:
