@@ -5,12 +5,14 @@
 A run of a tiny GPT-2 with everything on that could make a resumed run another run: NF4, 8-bit optimizer, dropout,
 packing, accumulation, several epochs, evaluation, checkpoints. It is disturbed once to four times, resumed after each
 time, and must end with the same bytes as the straight run: adapters, optimizer and random states, and all of
-metrics.jsonl but what was measured with a clock. Every end but that by SIGKILL has to say what happened, and a damaged
-checkpoint has to be told. How a run is disturbed:
+metrics.jsonl but what was measured with a clock. The clock writes checkpoints, too. Every end but that by SIGKILL has
+to say what happened where it can be heard, and a damaged checkpoint has to be told. How a run is disturbed:
 
 SIGKILL          at a random moment of its life, from the start of the process on
 SIGKILL, write   at a random one of its writes: before it, after it, or with half of it on the disk
-SIGTERM, SIGINT  at a random moment
+SIGTERM, SIGINT, SIGHUP  at a random moment
+dead stderr      what it says goes into a pipe that nobody reads; SIGTERM at a random moment
+full log         what it says goes onto a full disk; SIGTERM at a random moment
 I/O error        a random one of its writes fails
 full disk        its file system (a small tmpfs; without the right to mount one, a limit on the size of files) fills up
 torn write       SIGKILL, and then the newest checkpoint has a file cut short or a bit flipped
@@ -45,7 +47,9 @@ os.environ["OMP_NUM_THREADS"] = "1"  # sums in one order, and no threads that a 
 
 ROOT = Path(__file__).resolve().parents[1]
 MEASURED = ("seconds", "tokens_per_second", "peak_memory_bytes")
-KINDS = ("SIGKILL", "SIGKILL, write", "SIGTERM", "SIGINT", "I/O error", "full disk", "torn write")
+KINDS = ("SIGKILL", "SIGKILL, write", "SIGTERM", "SIGINT", "SIGHUP", "dead stderr", "full log")
+KINDS += ("I/O error", "full disk", "torn write")
+SIGNALS = {"SIGTERM": signal.SIGTERM, "SIGINT": signal.SIGINT, "SIGHUP": signal.SIGHUP}
 DISK_BYTES = 24_000_000
 ENOUGH_LIVES = 60  # for one run; more means that it makes no progress
 LIFE_SECONDS = 120
@@ -65,6 +69,7 @@ RECIPE = {
         "lora_plus_ratio": 2,
         "eval_every": 4,
         "checkpoint_every": 3,
+        "checkpoint_minutes": 0.002,
     },
 }
 
@@ -207,13 +212,30 @@ def small_files(most: int) -> Callable[[], None]:
     return limit
 
 
+def unheard() -> None:
+    """Let stdout and stderr lead into a pipe whose reader has left."""
+    reader, writer = os.pipe()
+    os.close(reader)
+    for descriptor in (1, 2):
+        os.dup2(writer, descriptor)
+
+
+def on_a_full_disk() -> None:
+    full = os.open("/dev/full", os.O_WRONLY)
+    for descriptor in (1, 2):
+        os.dup2(full, descriptor)
+
+
 # ── one run ─────────────────────────────────────────────────────────────────────────────────────────────────────
 
 
 def disturb(kind: str, folder: Path, rng: random.Random, seconds: float, disk: SmallDisk, resumed: list[str]) -> Life:
     moment = rng.uniform(0, 1.05 * seconds)
-    if kind in ("SIGKILL", "SIGTERM", "SIGINT", "torn write"):
-        sent = {"SIGTERM": signal.SIGTERM, "SIGINT": signal.SIGINT}.get(kind, signal.SIGKILL)
+    if kind in ("dead stderr", "full log"):
+        child = live(folder, resumed, before=unheard if kind == "dead stderr" else on_a_full_disk)
+        return end_of(child, folder, after=moment, sent=signal.SIGTERM)
+    if kind in ("SIGKILL", *SIGNALS, "torn write"):
+        sent = SIGNALS.get(kind, signal.SIGKILL)
         life = end_of(live(folder, resumed), folder, after=moment, sent=sent)
         if kind == "torn write" and life.code == -signal.SIGKILL:
             tear(folder / "run", rng)
@@ -255,12 +277,15 @@ def silent(kind: str, life: Life) -> str | None:
     allowed = {
         "SIGTERM": {143: "SIGTERM", -signal.SIGTERM: ""},  # before the program listens, the system ends it
         "SIGINT": {130: "SIGINT"},
+        "SIGHUP": {129: "SIGHUP", -signal.SIGHUP: ""},
+        "dead stderr": {143: "", -signal.SIGTERM: ""},  # nobody hears it: that it ends so has to be enough
+        "full log": {143: "", -signal.SIGTERM: ""},
         "I/O error": {2: "the disk failed"},
         "full disk": {2: "no space left"},
     }.get(kind, {-signal.SIGKILL: ""})
     if life.code == 0 or (life.code in allowed and allowed[life.code] in life.said):
         return None
-    if kind == "SIGINT" and life.code == 130 and "stopped" in life.said:
+    if kind in SIGNALS and life.code == 128 + SIGNALS[kind] and "stopped" in life.said:
         return None
     if kind == "full disk" and life.code == 2 and "no disk space" in life.said:
         return None

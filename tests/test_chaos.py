@@ -19,5 +19,5 @@ def test_twenty_kills():
     assert "20 kills in" in done.stdout
     assert "all ended as the run that nobody disturbed, none in silence" in done.stdout
     landed = [int(count) for count in re.findall(r"^[A-Z/a-z, ]+? +(\d+)$", done.stdout, re.M)]
-    assert len(landed) == 7
+    assert len(landed) == 10
     assert sum(landed) == 20
