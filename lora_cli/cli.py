@@ -222,9 +222,9 @@ def evaluate(
             trust_remote_code=trust_remote_code,
         )
     if as_json:
-        print_json({name: score.as_dict() for name, score in scores.items()})
+        print_json(evaluation.as_dict(scores))
     else:
-        _print_scores(scores)
+        evaluation.print_scores(scores, _console(stderr=False))
 
 
 @app.command()
@@ -384,25 +384,3 @@ def _heavy(module: str, *outputs: Path) -> Any:
         loaded = importlib.import_module(module)
         importlib.import_module("lora_cli.base.load").quiet_libraries()
     return loaded
-
-
-def _print_scores(scores: dict[str, Any]) -> None:
-    from rich.table import Table
-
-    table = Table(
-        "", "loss", "perplexity", "bits per byte", "target tokens", box=None, pad_edge=False, header_style="bold"
-    )
-    for column in table.columns[1:]:
-        column.justify = "right"
-    for name, score in scores.items():
-        table.add_row(
-            name,
-            f"{score.loss:.4f}",
-            f"{score.perplexity:.3f}",
-            f"{score.bits_per_byte:.4f}",
-            f"{score.target_tokens:,}",
-        )
-    _console(stderr=False).print(table)
-    if "adapter" in scores:
-        change = 1 - scores["adapter"].perplexity / scores["base"].perplexity
-        print_result(f"perplexity {abs(change):.1%} {'lower' if change >= 0 else 'higher'} with the adapter")

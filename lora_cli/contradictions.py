@@ -123,7 +123,7 @@ def contradictions(recipe: Recipe) -> list[tuple[str, str, str]]:
         refuse(
             name not in FIELDS,
             "data.columns",
-            f"{name} is nothing that a row can mean",
+            f"{name} is not a field that rows can have",
             f"the left side is one of {', '.join(FIELDS)}; the right side is a column of yours",
         )
     refuse(

@@ -195,9 +195,9 @@ def _disk_error(code: int | None, path: Path) -> DiskError | None:
             "this place cannot be written", where=where, fix="choose another folder, or change its permissions"
         )
     if code in (errno.ENOTDIR, errno.EEXIST):
-        return DiskError("a file stands where a folder is needed", where=where, fix="choose another output")
+        return DiskError("there is a file where a folder is needed", where=where, fix="choose another output")
     if code == errno.EISDIR:
-        return DiskError("a folder stands where a file is needed", where=where, fix="move it elsewhere, or remove it")
+        return DiskError("there is a folder where a file is needed", where=where, fix="move it elsewhere, or remove it")
     if code in (errno.EIO, errno.ESTALE, errno.ENODEV, errno.ENXIO, errno.ETIMEDOUT):
         fix = "look at the disk or the network drive; what was written before is intact"
         return DiskError(f"the disk failed: {os.strerror(code)}", where=where, fix=fix)

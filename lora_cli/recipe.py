@@ -194,7 +194,7 @@ class DataRecipe(Section):
         description="What happens to an example above max_seq_len: `error` leaves them out up to 1 % of the rows and "
         "stops above; `split` is for text only.",
     )
-    allow: list[Allowed] = Field([], description="Findings of the data gate that shall not stop the run.")
+    allow: list[Allowed] = Field([], description="Problems of the data that do not stop the run.")
     streaming: bool = Field(
         False,
         description="Read rows as training needs them, and keep none: for data larger than the disk. Needs max_steps.",
@@ -332,8 +332,8 @@ class TrainRecipe(Section):
     )
     on_nan: Literal["stop", "skip", "rewind"] = Field(
         "stop",
-        description="When loss or gradient of a step is no number, or the loss is above twice that of guessing: stop; "
-        "leave its update out; or go back to the last checkpoint and on with the data behind the step.",
+        description="When the loss or gradient of a step is NaN or infinite, or the loss is above twice that of "
+        "guessing: stop; skip its update; or rewind to the last checkpoint and go on with the data after the step.",
     )
     on_write_error: Literal["stop", "pause"] = Field(
         "stop",

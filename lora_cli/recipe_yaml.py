@@ -46,7 +46,7 @@ class _Loader(yaml.SafeLoader):
             raise self._refused(what, "check the path; a recipe is a page of YAML", event.start_mark)
         if isinstance(event, yaml.AliasEvent):
             what = f"a recipe has no aliases (*{str(event.anchor)[:40]})"
-            raise self._refused(what, "write out the value that it stands for", event.start_mark)
+            raise self._refused(what, "write out the value itself", event.start_mark)
         if self._levels > limits.RECIPE_LEVELS:
             raise self._refused("this is nested too deeply", _FLAT, event.start_mark)
         self._levels += 1
@@ -150,7 +150,7 @@ def _locate(node: yaml.MappingNode, at: KeyPath, file: str, positions: Positions
         key = (*at, key_node.value)
         if key in positions:
             fix = f"remove one; the other is at {positions[key]}"
-            twice.append(LoraError(f"the key {'.'.join(key)} stands twice", where=where, fix=fix))
+            twice.append(LoraError(f"the key {'.'.join(key)} is set twice", where=where, fix=fix))
         positions.setdefault(key, where)
         if isinstance(value_node, yaml.MappingNode):
             twice += _locate(value_node, key, file, positions)

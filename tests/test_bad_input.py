@@ -118,7 +118,7 @@ BROKEN_FILES = {
     "two.jsonl": (b'{"text": "a"} {"text": "b"}\n', "two.jsonl:1:15: broken JSON: Extra data"),
     "list.jsonl": (b'{"text": "a"}\n[1]\n', "list.jsonl:2: a row must be a JSON object, this is [1]"),
     "null.jsonl": (b"null\n", "null.jsonl:1: a row must be a JSON object, this is null"),
-    "twice.jsonl": (b'{"text": "a", "text": "b"}\n', "twice.jsonl:1: broken JSON: the key 'text' stands twice"),
+    "twice.jsonl": (b'{"text": "a", "text": "b"}\n', "twice.jsonl:1: broken JSON: the key 'text' is set twice"),
     "half.jsonl": (b'{"text": "\\ud83d"}\n', "half.jsonl:1: broken JSON: 'utf-8' codec can't encode"),
     "deep.jsonl": (b"[" * 99999, "deep.jsonl:1: broken JSON: maximum recursion depth"),
     "comma.json": (b'[{"text": "a"},\n {"text": "b"]', "comma.json:2:14: broken JSON: Expecting ',' delimiter"),
@@ -333,7 +333,7 @@ def test_a_held_out_fraction_of_no_rows(refused: Any, rows: Any):
             "turn 1 of messages is by 'narrator', which is not a known role",
         ),
         ([CHAT[0], CHAT[1] | {"train": "maybe"}], "train is 'maybe', neither true nor false\n"),
-        ([CHAT[0], CHAT[1] | {"weight": -1}], "weight is -1, which is no weight\n"),
+        ([CHAT[0], CHAT[1] | {"weight": -1}], "weight is -1, which is not a weight\n"),
         ([CHAT[0], CHAT[1] | {"tool_calls": [{"name": 3}]}], "turn 2 of messages has a malformed tool call\n"),
     ],
 )
@@ -454,7 +454,7 @@ def test_the_output_is_taken(refused: Any, lora: Any, recipe_file: Any, tmp_path
     assert f"error: {run}/mine.txt: the output is a file, not a folder\n" in refused(output=str(run / "mine.txt"))
     said = lora("train", recipe_file(output=str(run / "mine.txt" / "deeper")))
     assert said.code == 2
-    assert f"error: {run}/mine.txt/deeper: a file stands where a folder is needed\n  fix: " in said.text
+    assert f"error: {run}/mine.txt/deeper: there is a file where a folder is needed\n  fix: " in said.text
     assert (run / "mine.txt").read_text() == "keep me"
     assert "there is no run to resume" in lora("train", recipe_file(output=str(tmp_path / "new")), "--resume").error
 
@@ -763,8 +763,8 @@ def test_pipes_and_devices_are_not_read(refused: Any, refused_later: Any, model:
         ("[", "generation_config.json is not valid JSON"),
         ("[" * 100_000, "generation_config.json is not valid JSON"),
         ("[1]", "generation_config.json is not valid JSON"),
-        ('{"eos_token_id": "end"}', "eos_token_id is no token's number"),
-        ('{"eos_token_id": [1, null]}', "eos_token_id is no token's number"),
+        ('{"eos_token_id": "end"}', "eos_token_id is not the number of a token"),
+        ('{"eos_token_id": [1, null]}', "eos_token_id is not the number of a token"),
     ],
 )
 def test_damaged_generation_settings(refused: Any, model: Any, content: str, says: str):

@@ -208,7 +208,7 @@ def test_page_never_replaces_something_else(recipe_file, tmp_path):
     checked = check(load_recipe(recipe_file()))
     mine = tmp_path / "mine.html"
     mine.write_text("<p>my own page")
-    with pytest.raises(LoraError, match="would be lost"):
+    with pytest.raises(LoraError, match="refusing to overwrite"):
         write_page(checked, mine, 1)
     assert mine.read_text() == "<p>my own page"
     write_page(checked, tmp_path / "page.html", 1)

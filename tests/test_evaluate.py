@@ -179,7 +179,7 @@ def test_json_has_the_documented_keys(run_recipe, tmp_path):
     command = [sys.executable, "-m", "lora_cli", "eval", str(run), "--json"]
     done = subprocess.run(command, capture_output=True, text=True, timeout=100, check=True)
     printed = json.loads(done.stdout)  # one document and nothing else
-    assert set(printed) == {"base", "adapter"}
+    assert set(printed) == {"base", "adapter", "gain", "low", "high"}
     assert set(printed["base"]) == {"loss", "perplexity", "bits_per_byte", "target_tokens"}
 
 

@@ -413,7 +413,7 @@ def test_the_system_column_opens_the_conversation():
         ({"from": "human", "content": "a"}, "turn 3 of messages has no value"),
         ({"from": "human", "value": 3}, "turn 3 of messages has no value"),
         ({"role": "user", "content": "a", "train": 3}, "train is 3, neither true nor false"),
-        ({"role": "user", "content": "a", "weight": -1}, "weight is -1, which is no weight"),
+        ({"role": "user", "content": "a", "weight": -1}, "weight is -1, which is not a weight"),
     ],
 )
 def test_malformed_turns_are_refused_by_their_number(turn, what):
@@ -566,8 +566,8 @@ NO_WEIGHTS = [-1, -1e-9, "-0.5", math.nan, math.inf, -math.inf, "nan", "inf", "h
 @pytest.mark.parametrize("value", NO_WEIGHTS, ids=lambda value: repr(value)[:9])
 def test_a_weight_is_a_number_from_0_on(shape, value):
     error = refusal(ROWS[shape] | {"weight": value})
-    assert f"weight is {value!r}, which is no weight" == error.what or len(repr(value)) > 60
-    assert error.what.endswith("which is no weight")
+    assert f"weight is {value!r}, which is not a weight" == error.what or len(repr(value)) > 60
+    assert error.what.endswith("which is not a weight")
     assert len(error.what) < 120
     assert "data.columns: {weight: null}" in str(error.fix)
 

@@ -771,7 +771,7 @@ def test_nonsense_is_no_size(text: str):
 
 @pytest.mark.parametrize("text", ["", "GB", "0", "0GB", "-8", "12 apples", "12GBs", "1e3", "nan", "8,5", "99999", "²"])
 def test_these_are_no_sizes(text: str):
-    with pytest.raises(LoraError, match="is no amount of memory") as error:
+    with pytest.raises(LoraError, match="is not an amount of memory") as error:
         parse_size(text)
     assert "fix: write what the GPU has, such as 12GB" in str(error.value)
 
@@ -805,7 +805,7 @@ def test_json_is_one_document(tiny_gpt2: Path, tmp_path: Path):
     [
         (["init", "model"], "which model, and which data?"),
         (["init", "model", "data", "--schema"], "--schema prints the schema and writes no recipe"),
-        (["init", "model", "data", "--gpu", "huge"], "--gpu huge is no amount of memory"),
+        (["init", "model", "data", "--gpu", "huge"], "--gpu huge is not an amount of memory"),
     ],
 )
 def test_mistakes_on_the_command_line(arguments: list[str], message: str, tmp_path: Path):

@@ -110,7 +110,7 @@ def test_all_problems_come_at_once_in_the_order_of_the_file(load: Any):
         "data.validation is 3",
         'data.max_seq_len is "one"',
         "double_quantization: double_quantization is for nf4",
-        "the key output stands twice",
+        "the key output is set twice",
         "unknown key learning_rate",
         "base_model is missing",
         "--set train.seed is not of the form key.path=value",
@@ -135,7 +135,7 @@ def test_missing_keys_are_described(problem: Any):
 def test_a_key_that_stands_twice_names_both_places(problem: Any, added: str, where: str, key: str):
     message = problem(GOOD + added)
     assert message.startswith(
-        f"error: recipe.yaml:{where}: the key {key} stands twice\n  fix: remove one; the other is at "
+        f"error: recipe.yaml:{where}: the key {key} is set twice\n  fix: remove one; the other is at "
     )
     assert message.endswith({"output": "recipe.yaml:3:1", "train.seed": "recipe.yaml:4:9"}[key])
 

@@ -176,7 +176,7 @@ def _require(pattern: str, names: list[str], key: str, linear: dict[str, nn.Modu
         raise LoraError(
             f"adapter.{key}: {pattern!r} {error}",
             details=[_listing(linear)],
-            fix="mend it, or name layers from that list",
+            fix="correct it, or name layers from that list",
         ) from None
     if not hit:
         near = difflib.get_close_matches(pattern, {name.rsplit(".", 1)[-1] for name in names}, n=1)

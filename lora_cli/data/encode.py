@@ -196,9 +196,7 @@ class Encoder:
         if isinstance(document, Conversation):
             ids, spans = self._with_bos(ids, spans)
         if self._bos is not None and ids[:2] == [self._bos] * 2:
-            error = LoraError(
-                "two BOS tokens at the start", where=document.row.where, fix="remove the one that stands in the text"
-            )
+            error = LoraError("two BOS tokens at the start", where=document.row.where, fix="remove the one in the text")
             found.append(Finding("double_bos", error))
         if isinstance(document, Conversation) and self.template is not None:
             special = special_in_text(document, self.template)

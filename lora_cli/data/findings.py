@@ -37,7 +37,7 @@ class Encoded:
 
 def unstopped(document: Conversation, template: ChatTemplate | None, turn: int, token: str | None = None) -> Finding:
     name = template.name if template is not None else ""
-    how = "without a special token" if token is None else f"in {token!r}, which is no special token of the tokenizer"
+    how = "without a special token" if token is None else f"in {token!r}, which is not a special token of the tokenizer"
     error = LoraError(
         f"the chat template ({name}) ends turn {turn + 1} {how}: the model would not learn to stop",
         where=document.row.where,

@@ -26,7 +26,7 @@ class Kind:
 
 
 KINDS = {
-    "malformed": Kind("rows that cannot be read", True, "mend or remove these rows"),
+    "malformed": Kind("rows that cannot be read", True, "correct or remove these rows"),
     "empty": Kind("empty rows", True, "remove these rows"),
     "no_target": Kind(
         "rows with no target token", True, "give them a completion or an assistant turn, or remove them (train: false)"
@@ -40,7 +40,7 @@ KINDS = {
     "special_in_text": Kind(
         "conversations with a special token in their text", True, "remove or rewrite it; it would not be read as text"
     ),
-    "double_bos": Kind("rows with two BOS tokens", True, "remove the BOS that stands in the text"),
+    "double_bos": Kind("rows with two BOS tokens", True, "remove the BOS from the text"),
     "not_round_trip": Kind(
         "rows with characters the tokenizer cannot give back", True, "replace these characters, or use another model"
     ),

@@ -213,9 +213,9 @@ def _json_row(text: str, path: Path, line: int) -> Values:
         row = _parsed(text)
     except json.JSONDecodeError as broken:
         place = f"{path}:{line}:{broken.pos + 1}"
-        raise LoraError(f"broken JSON: {broken.msg}", where=place, fix="mend or remove this line") from None
+        raise LoraError(f"broken JSON: {broken.msg}", where=place, fix="correct or remove this line") from None
     except (ValueError, RecursionError) as broken:
-        raise LoraError(f"broken JSON: {broken}", where=f"{path}:{line}", fix="mend or remove this line") from None
+        raise LoraError(f"broken JSON: {broken}", where=f"{path}:{line}", fix="correct or remove this line") from None
     return _checked_row(row, f"{path}:{line}")
 
 
@@ -229,9 +229,9 @@ def _json(path: Path) -> Iterator[Values]:
             yield from _json_lines(path)
             return
         place = f"{path}:{broken.lineno}:{broken.colno}"
-        raise LoraError(f"broken JSON: {broken.msg}", where=place, fix="mend the file") from None
+        raise LoraError(f"broken JSON: {broken.msg}", where=place, fix="correct the file") from None
     except (ValueError, RecursionError) as broken:
-        raise LoraError(f"broken JSON: {broken}", where=str(path), fix="mend the file") from None
+        raise LoraError(f"broken JSON: {broken}", where=str(path), fix="correct the file") from None
     for number, row in enumerate(parsed if isinstance(parsed, list) else [parsed], 1):
         yield _checked_row(row, f"{path}: row {number}")
 
@@ -248,7 +248,7 @@ def _without_repeats(pairs: list[tuple[str, Any]]) -> Values:
     found = dict(pairs)
     if len(found) < len(pairs):
         names = [name for name, _ in pairs]
-        raise ValueError(f"the key {next(name for name in names if names.count(name) > 1)!r} stands twice")
+        raise ValueError(f"the key {next(name for name in names if names.count(name) > 1)!r} is set twice")
     return found
 
 

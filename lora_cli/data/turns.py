@@ -215,7 +215,7 @@ def said_weight(
         other = other if inside else "for a column that means something else, write data.columns: {weight: null}"
         fix = f"write a number from 0 on; {other}"
         shown = _short(values[weight])  # type: ignore[index]
-        raise LoraError(f"{weight} is {shown}, which is no weight", where=where, fix=fix)
+        raise LoraError(f"{weight} is {shown}, which is not a weight", where=where, fix=fix)
     return bounded(number, where)
 
 

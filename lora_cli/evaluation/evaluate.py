@@ -7,6 +7,9 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
+from rich.console import Console
+from rich.table import Table
+
 from lora_cli.adapters.layer import adapters_disabled
 from lora_cli.adapters.opened import Opened, open_model
 from lora_cli.base.text import positions
@@ -20,6 +23,7 @@ from lora_cli.data.readers import Row
 from lora_cli.data.row_encoder import RowEncoder, fit_length
 from lora_cli.data.sources import open_source
 from lora_cli.errors import LoraError
+from lora_cli.evaluation.gain import Gain, paired_gain
 from lora_cli.evaluation.perplexity import Score, score
 from lora_cli.recipe import DataRecipe, Recipe, SourceRecipe
 from lora_cli.recipe_file import load_recipe
@@ -34,7 +38,7 @@ def evaluate_run(
     """Scores of a run's base model and adapter, on its validation data or on `data`."""
     if not (run / "recipe.yaml").is_file():
         raise LoraError(
-            "this is no run folder: recipe.yaml is missing",
+            "this is not a run folder: recipe.yaml is missing",
             where=str(run),
             fix="name a run folder, or use --model and --data",
         )
@@ -98,6 +102,38 @@ def compare(opened: Opened, examples: Sequence[Example], text_bytes: int) -> dic
     if opened.adapter is not None:
         scores["adapter"] = measure("base model with the adapter")
     return scores
+
+
+def as_dict(scores: dict[str, Score]) -> dict[str, Any]:
+    """For --json. With an adapter also its gain over the base in nats a token, and the 95 % interval of that."""
+    document: dict[str, Any] = {name: each.as_dict() for name, each in scores.items()}
+    if "adapter" in scores:
+        gain = gain_of(scores)
+        document |= {"gain": gain.gain, "low": gain.low, "high": gain.high}
+    return document
+
+
+def print_scores(scores: dict[str, Score], console: Console) -> None:
+    table = Table(
+        "", "loss", "perplexity", "bits per byte", "target tokens", box=None, pad_edge=False, header_style="bold"
+    )
+    for column in table.columns[1:]:
+        column.justify = "right"
+    for name, each in scores.items():
+        numbers = (f"{each.loss:.4f}", f"{each.perplexity:.3f}", f"{each.bits_per_byte:.4f}", f"{each.target_tokens:,}")
+        table.add_row(name, *numbers)
+    console.print(table)
+    if "adapter" in scores:
+        change, gain = 1 - scores["adapter"].perplexity / scores["base"].perplexity, gain_of(scores)
+        console.print(f"perplexity {abs(change):.1%} {'lower' if change >= 0 else 'higher'} with the adapter")
+        if gain.low is not None and gain.high is not None:
+            console.print(f"{gain.gain:.4f} nats a token better; 95 % interval {gain.low:.4f} to {gain.high:.4f}")
+
+
+def gain_of(scores: dict[str, Score]) -> Gain:
+    """Of the adapter over the base, compared example by example."""
+    (before, targets), (after, _) = scores["base"].examples, scores["adapter"].examples
+    return paired_gain(before, after, targets)
 
 
 def _own_validation(recipe: Recipe, opened: Opened) -> tuple[Sequence[Example], int]:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 import numpy as np
@@ -22,15 +22,19 @@ Collate = Callable[[list[Example]], MicroBatch]
 
 @dataclass(frozen=True)
 class Score:
-    """loss: nats per target token. perplexity: exp of it. bits_per_byte: bits over the UTF-8 bytes of the targets."""
+    """loss: nats per target token. perplexity: exp of it. bits_per_byte: bits over the UTF-8 bytes of the targets.
+
+    examples: losses and target counts of each example, as of `example_losses`.
+    """
 
     loss: float
     perplexity: float
     bits_per_byte: float
     target_tokens: int
+    examples: tuple[Tensor, Tensor] = field(repr=False, compare=False)
 
     def as_dict(self) -> dict[str, float | int]:
-        return asdict(self)
+        return {name: value for name, value in vars(self).items() if name != "examples"}
 
 
 class EvaluationStopped(Exception):
@@ -91,12 +95,16 @@ def mean_loss(model: Any, examples: Sequence[Example], collate: Collate, max_tok
 def score(
     name: str, model: Any, examples: Sequence[Example], collate: Collate, max_tokens: int, text_bytes: int
 ) -> Score:
-    """Raises CheckFailed where the loss is no number; name: of what is measured, for the message."""
-    loss, count = mean_loss(model, examples, collate, max_tokens)
+    """Raises CheckFailed where the loss is not a number; name: of what is measured, for the message."""
+    losses, targets = example_losses(model, examples, collate, max_tokens)
+    count = int(targets.sum())
+    loss = losses.sum().item() / count
     if not math.isfinite(loss):
         raise CheckFailed(
             f"the loss of the {name} is {loss}: its weights are damaged, or too large for its dtype",
             fix="try --dtype fp32; if that does not help, copy or download it again",
         )
     bits = loss * count / math.log(2)
-    return Score(loss, math.exp(min(loss, 700)), bits / text_bytes if text_bytes else math.inf, count)
+    return Score(
+        loss, math.exp(min(loss, 700)), bits / text_bytes if text_bytes else math.inf, count, (losses, targets)
+    )

@@ -124,7 +124,9 @@ def check(recipe: Recipe, *, keep: bool = False) -> Checked:
 def write_page(checked: Checked, path: Path, show: int) -> None:
     """The preview as an HTML file. Raises LoraError if the path holds something else."""
     if path.exists() and (path.is_dir() or not path.read_bytes().startswith(PAGE_START.encode())):
-        raise LoraError("this is no preview of mine, and would be lost", where=str(path), fix="choose another --html")
+        raise LoraError(
+            "refusing to overwrite a file that lora did not write", where=str(path), fix="choose another --html"
+        )
     lines = [f"{name}  {text}" for name, text in _lines(checked)]
     page = as_page(
         f"lora check: {checked.recipe.base_model}",

@@ -193,6 +193,6 @@ def parse_size(text: str) -> int:
     size = round(float(found[1]) * unit) if found and unit else 0
     if not 0 < size <= _MOST:
         raise LoraError(
-            f"--gpu {text} is no amount of memory", fix="write what the GPU has, such as 12GB, 24GB or 24564MiB"
+            f"--gpu {text} is not an amount of memory", fix="write what the GPU has, such as 12GB, 24GB or 24564MiB"
         )
     return size

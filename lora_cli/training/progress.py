@@ -73,7 +73,7 @@ class Progress:
         line = self.line
         parts = [
             f"step {line['step']}/{self.total}",
-            "loss is no number" if line["loss"] is None else f"loss {line['loss']:.4f}",
+            "loss is not a number" if line["loss"] is None else f"loss {line['loss']:.4f}",
             f"{line['tokens_per_second']:,.0f} tokens/s",
             human_bytes(line["peak_memory_bytes"]),
             f"{self._remaining()} left",

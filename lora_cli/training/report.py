@@ -121,7 +121,8 @@ def _warnings(report: dict[str, Any]) -> list[str]:
     told = []
     if report["skipped_steps"]:
         told.append(
-            f"updates left out, because their loss or gradient was no number: steps {_listed(report['skipped_steps'])}"
+            "updates left out, because their loss or gradient was NaN or infinite: "
+            f"steps {_listed(report['skipped_steps'])}"
         )
     if report["rewound_from_steps"]:
         told.append(f"went back to a checkpoint from steps {_listed(report['rewound_from_steps'])}, leaving out data")

@@ -86,7 +86,7 @@ def refuse_other_run(changes: Sequence[Change], allow: Sequence[str], where: Pat
         return
     names = list(dict.fromkeys(each.allow for each in refused))
     raise LoraError(
-        "this is no longer the run that was begun, so going on would make another one of it",
+        "this is not the run that was started any more: these have changed",
         where=str(where),
         details=[each.said for each in refused],
         fix=f"undo these changes; or, if they are meant, add {' '.join(f'--allow {name}' for name in names)}",

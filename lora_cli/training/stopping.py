@@ -98,7 +98,7 @@ class Stop:
             signal.raise_signal(number)
         self.first, self._first_at = number, time.monotonic()
         self.ask(f"it got {name}", 128 + number)
-        self.say(f"{name}: finishing this step, then writing a checkpoint; once more stops at once")
+        self.say(f"{name}: finishing this step, then writing a checkpoint; a second signal stops at once")
         if self.processes == 1 and number != SIGHUP:
             for each in (
                 signal.SIGINT,

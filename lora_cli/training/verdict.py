@@ -77,7 +77,7 @@ def judge(report: Mapping[str, Any]) -> Verdict:
         worse = f"loss {found['before']:.4f} → {found['after']:.4f}"
         return Verdict(
             "nothing learned",
-            "This run learned nothing that helps: on held-out data the adapter is no better than its base model.",
+            "This run learned nothing that helps: on held-out data the adapter is not better than its base model.",
             f"Validation {worse}, {signed(-found['gain'], half_width(found))} nats a token {_held_out(found)}.",
             "lower train.learning_rate or train.epochs, or hold out rows of the same kind as are trained on",
         )

@@ -1,0 +1,98 @@
+"""Keys of every --json document and of a run's files only grow: programs read them."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from lora_cli import boundary
+from lora_cli.cli import app
+
+SCORE = {"loss", "perplexity", "bits_per_byte", "target_tokens"}
+REPORT = {
+    *("steps", "first_loss", "last_loss", "base_validation_loss", "best_validation_loss", "best_step"),
+    *("last_validation_loss", "tokens", "target_tokens", "seconds", "tokens_per_second", "peak_memory_bytes"),
+    *("skipped_steps", "rewound_from_steps", "adapted_layers", "trained_parameters", "validation", "general_text"),
+    *("update_sizes", "learned", "adapter", "verdict"),
+}
+FROZEN = {
+    "train": REPORT,
+    "report.json": REPORT,
+    "report.json validation": {"before", "after", "gain", "low", "high", "examples", "targets"},
+    "report.json general_text": {"before", "after", "change", "low", "high", "tokens", "source"},
+    "report.json update_sizes": {"median", "largest", "largest_layer", "layers"},
+    "status.json": {"started", "pid", "host", "updated", "state", "why", "step", "total_steps", "wall_seconds"}
+    | {"processes"},
+    "metrics.jsonl": {
+        "step",
+        "loss",
+        "learning_rate",
+        "grad_norm",
+        "target_tokens",
+        "tokens",
+        "seconds",
+        "tokens_per_second",
+    }
+    | {"peak_memory_bytes"},
+    "check": {"ok", "examples", "validation_examples", "tokens", "target_tokens", "lengths", "formats", "template"}
+    | {"layers", "trained_parameters", "fingerprint", "findings", "rows"},
+    "check rows": {"source", "row", "tokens"},
+    "check rows tokens": {"id", "text", "trained"},
+    "check lengths": {"p50", "p90", "p95", "p99", "longest"},
+    "eval": {"base", "adapter", "gain", "low", "high"},
+    "eval base": SCORE,
+    "eval adapter": SCORE,
+    "merge": {"output", "onto", "dtype", "layers", "tokens_compared", "kl", "adapter_effect", "top1_agreement", "kept"},
+    "generate": {"prompt", "completion"},
+    "runs": {"name", "folder", "state", "step", "total_steps", "why", "loss", "validation_loss", "tokens", "hours"}
+    | {"cost", "last_activity"},
+    "init": {"recipe", "output", "memory", "notes"},
+}
+
+
+def lora(capsys: pytest.CaptureFixture[str], *arguments: str | Path) -> Any:
+    capsys.readouterr()
+    assert boundary.run(app, [*map(str, arguments), "--json"]) == 0
+    return json.loads(capsys.readouterr().out)
+
+
+def parts(documents: dict[str, Any]) -> dict[str, Any]:
+    """Documents and what lies inside them, by the names of FROZEN; of a list the first."""
+    found = {}
+    for name in FROZEN:
+        head = next(key for key in documents if name == key or name.startswith(f"{key} "))
+        value = documents[head]
+        for part in name.removeprefix(head).split():
+            value = value[0][part] if isinstance(value, list) else value[part]
+        found[name] = value[0] if isinstance(value, list) else value
+    return found
+
+
+def test_keys_of_documents_and_files_only_grow(recipe_file, tiny_llama, sums, tmp_path, capsys, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    recipe = recipe_file(data={"validation": 0.25}, train={"max_steps": 4, "eval_every": 2})
+    run = tmp_path / "run"
+    documents = {
+        "check": lora(capsys, "check", recipe),
+        "train": lora(capsys, "train", recipe),
+        "eval": lora(capsys, "eval", run),
+        "merge": lora(capsys, "merge", run, "--output", tmp_path / "merged"),
+        "generate": lora(capsys, "generate", "one", "--run", run, "--max-new-tokens", "2"),
+        "runs": lora(capsys, "runs", tmp_path),
+        "init": lora(capsys, "init", tiny_llama, sums, "--output", tmp_path / "new.yaml"),
+        "report.json": json.loads((run / "report.json").read_text()),
+        "status.json": json.loads((run / "status.json").read_text()),
+        "metrics.jsonl": json.loads((run / "metrics.jsonl").read_text().splitlines()[0]),
+    }
+    gone = {name: sorted(FROZEN[name] - set(value)) for name, value in parts(documents).items()}
+    assert not {name: keys for name, keys in gone.items() if keys}
+    evaluated = documents["eval"]
+    gain = evaluated["base"]["loss"] - evaluated["adapter"]["loss"]
+    assert evaluated["gain"] == pytest.approx(gain, abs=1e-9)
+    assert evaluated["low"] < evaluated["gain"] < evaluated["high"]
+    validation = documents["report.json"]["validation"]  # the same examples and the same adapter
+    assert evaluated["gain"] == pytest.approx(validation["gain"], abs=1e-5)
+    assert evaluated["low"] == pytest.approx(validation["low"], abs=1e-5)
