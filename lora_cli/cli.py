@@ -121,8 +121,10 @@ def train(
 ) -> None:
     """Train an adapter as a recipe says."""
     from lora_cli.recipe_file import load_recipe
+    from lora_cli.trust import require_trust
 
     loaded = load_recipe(recipe, overrides)
+    require_trust(loaded, recipe, overrides or [])
     if allow and not resume:
         raise LoraError("--allow is for --resume", fix="add --resume, or remove it")
     if max_hours is not None and not 0 < max_hours < 1e6:
@@ -157,8 +159,10 @@ def check(
     Everything short of training; no weight is read.
     """
     from lora_cli.recipe_file import load_recipe
+    from lora_cli.trust import require_trust
 
     loaded = load_recipe(recipe, overrides)
+    require_trust(loaded, recipe, overrides or [])
     checking = _heavy("lora_cli.planning.check", Path(loaded.output))
     with _status("preparing the data"):
         checked = checking.check(loaded, keep=prepare)
@@ -195,7 +199,7 @@ def evaluate(
 
     Prints loss, perplexity, bits per byte and the number of target tokens.
     """
-    own = (model, adapter, quantization, max_seq_len, None if dtype == "auto" else dtype, trust_remote_code or None)
+    own = (model, adapter, quantization, max_seq_len, None if dtype == "auto" else dtype)
     if run is not None and any(option is not None for option in own):
         raise LoraError(
             "a run folder brings its own model, adapter and settings", fix="give either RUN or --model and --adapter"
@@ -208,7 +212,8 @@ def evaluate(
         raise LoraError("--stride is for long text in --data", fix="remove it, or name a file with --data")
     evaluation = _heavy("lora_cli.evaluation.evaluate")
     if run is not None:
-        scores = evaluation.evaluate_run(run, data, stride=stride, device=None if device == "auto" else device)
+        chosen = None if device == "auto" else device
+        scores = evaluation.evaluate_run(run, data, stride=stride, device=chosen, trust_remote_code=trust_remote_code)
     else:
         scores = evaluation.evaluate_model(
             model,

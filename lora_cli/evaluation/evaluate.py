@@ -33,9 +33,17 @@ _DEFAULT_LENGTH = 1024  # tokens of context, where nothing says more
 
 
 def evaluate_run(
-    run: Path, data: Path | None, *, stride: int | None = None, device: str | None = None
+    run: Path,
+    data: Path | None,
+    *,
+    stride: int | None = None,
+    device: str | None = None,
+    trust_remote_code: bool = False,
 ) -> dict[str, Score]:
-    """Scores of a run's base model and adapter, on its validation data or on `data`."""
+    """Scores of a run's base model and adapter, on its validation data or on `data`.
+
+    trust_remote_code: said by the user; the run's own recipe may be a stranger's.
+    """
     if not (run / "recipe.yaml").is_file():
         raise LoraError(
             "this is not a run folder: recipe.yaml is missing",
@@ -43,6 +51,12 @@ def evaluate_run(
             fix="name a run folder, or use --model and --data",
         )
     recipe = load_recipe(run / "recipe.yaml")
+    if recipe.trust_remote_code and not trust_remote_code:
+        raise LoraError(
+            f"this run wants to run the Python code of {recipe.base_model}, and a run may be a stranger's",
+            where=str(run / "recipe.yaml"),
+            fix="read that code, then add --trust-remote-code",
+        )
     if data is None and recipe.data.validation is None:
         raise LoraError("this run has no validation data", where=str(run), fix="name a file with --data")
     opened = open_model(
@@ -51,7 +65,7 @@ def evaluate_run(
         quantization=recipe.quantization,
         dtype=recipe.dtype,
         device=device or recipe.device,
-        trust_remote_code=recipe.trust_remote_code,
+        trust_remote_code=trust_remote_code,
         revision=recipe.revision,
     )
     examples = (
