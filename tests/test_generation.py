@@ -9,10 +9,12 @@ from typing import Any
 
 import pytest
 import torch
+from conftest import write_rows
 from safetensors.torch import load_file, save_file
 
 from lora_cli.adapters.opened import open_model
 from lora_cli.errors import CheckFailed, LoraError
+from lora_cli.evaluation.evaluate import evaluate_model
 from lora_cli.evaluation.generation import complete, generation_config
 from lora_cli.evaluation.talk import talk
 
@@ -98,3 +100,28 @@ def test_an_empty_completion_is_said(tiny_llama, tmp_path, capsys):
         said = capsys.readouterr()
         assert "note: the completion is empty" in said.err
     assert json.loads(said.out)["completion"] == ""
+
+
+def test_a_tokenizer_with_more_tokens_than_the_model_is_refused_by_every_command_that_computes(tiny_gpt2, tmp_path):
+    """As eval and generate met it, the embedding raised an IndexError of its own."""
+    folder = tmp_path / "model"
+    shutil.copytree(tiny_gpt2, folder)
+    values = json.loads((folder / "tokenizer.json").read_text())
+    plain = dict.fromkeys(("single_word", "lstrip", "rstrip", "normalized", "special"), False)
+    values["added_tokens"].append({"id": 600, "content": "river", **plain})
+    (folder / "tokenizer.json").write_text(json.dumps(values))
+    data = write_rows(tmp_path / "rows.jsonl", [{"text": "the river is long"}])
+    for run in (
+        lambda: evaluate_model(str(folder), None, data, quantization="none"),
+        lambda: generated(folder, "the river"),
+    ):
+        with pytest.raises(LoraError, match="token"):
+            run()
+    shutil.copy(tiny_gpt2 / "tokenizer.json", folder)  # the fix
+    assert evaluate_model(str(folder), None, data, quantization="none")["base"].loss > 0
+
+
+def generated(folder, prompt):
+    opened = open_model(str(folder), None)
+    config = generation_config(opened.model, opened.tokenizer, max_new_tokens=2)
+    return complete(opened.model, opened.tokenizer, [prompt], config)

@@ -656,3 +656,21 @@ def test_every_file_of_a_run_follows_the_umask(run_recipe):
     written = [path for path in run.rglob("*") if path.is_file()]
     assert any(path.name == "optimizer.safetensors" for path in written)
     assert {path.name: stat.S_IMODE(path.stat().st_mode) for path in written} == {p.name: 0o644 for p in written}
+
+
+@pytest.mark.parametrize(
+    ("file", "settings"), [("generation_config.json", {"assistant_model": "x"}), ("config.json", {"embd_pdrop": 1e308})]
+)
+def test_settings_of_the_base_that_transformers_refuses_are_an_error_in_words(tiny_gpt2, tmp_path, file, settings):
+    """They are carried over as they are; that the result does not open was a traceback."""
+    base = tmp_path / "base"
+    shutil.copytree(tiny_gpt2, base)
+    adapter = adapter_for(base, tmp_path / "adapter")
+    own = (base / file).read_text()
+    (base / file).write_text(json.dumps(json.loads(own) | settings))
+    with pytest.raises(LoraError, match=r"does not open in transformers") as refused:
+        merge(adapter, tmp_path / "merged")
+    assert file in (refused.value.fix or "")
+    assert not (tmp_path / "merged").exists()
+    (base / file).write_text(own)  # the fix
+    merge(adapter, tmp_path / "merged")

@@ -98,6 +98,7 @@ def complete(
         batch = tokenizer(list(prompts), return_tensors="pt", padding=True, add_special_tokens=special_tokens)
     finally:
         tokenizer.padding_side, tokenizer.pad_token = before
+    require_token(int(batch["input_ids"].max()) if batch["input_ids"].numel() else 0, model)  # type: ignore[union-attr]
     inputs = {name: batch[name].to(model.device) for name in ("input_ids", "attention_mask")}  # type: ignore[union-attr]
     streamer = _Streamer(tokenizer, emit) if emit is not None else None
     with _no_other_settings(model):
@@ -106,6 +107,16 @@ def complete(
         )
     new = tokens[:, inputs["input_ids"].shape[1] :]
     return tokenizer.batch_decode(new, skip_special_tokens=True)
+
+
+def require_token(largest: int, model: Any) -> None:
+    """Raises LoraError for an id that the model has no embedding of: a tokenizer that is not the model's own."""
+    known = model.get_input_embeddings().weight.shape[0]
+    if largest >= known:
+        raise LoraError(
+            f"the tokenizer gives token {largest}, but the model has {known} tokens",
+            fix="use the model's own tokenizer: copy or download tokenizer.json again",
+        )
 
 
 @contextmanager

@@ -15,6 +15,7 @@ from lora_cli.data.batches import MicroBatch, similar_length_batches
 from lora_cli.data.example import Example
 from lora_cli.data.store import Examples
 from lora_cli.errors import CheckFailed
+from lora_cli.evaluation.generation import require_token
 from lora_cli.evaluation.loss import target_losses
 
 Collate = Callable[[list[Example]], MicroBatch]
@@ -63,6 +64,7 @@ def example_losses(
     losses = torch.zeros(len(examples), dtype=torch.float64)
     targets = torch.zeros(len(examples), dtype=torch.int64)
     process, processes = share
+    require_token(max((int(np.max(example.ids)) for example in examples), default=0), model)
     lengths = examples.lengths if isinstance(examples, Examples) else [len(e.ids) for e in examples]
     batches = similar_length_batches(lengths, max_tokens)
     training = model.training

@@ -19,6 +19,7 @@ from lora_cli.base.linear import dense_weight, is_quantized, stored_transposed
 from lora_cli.base.source import BaseSource
 from lora_cli.base.text import positions, vocabulary
 from lora_cli.base.weight_files import StoredTensor
+from lora_cli.errors import reading
 from lora_cli.merging.tensors import FLOATS
 
 _MOST_TOKENS = 512
@@ -67,10 +68,12 @@ def _plain_layer(frozen: nn.Module) -> nn.Module:
 
 
 def reopened(place: Path, *, fp32: bool, trust_remote_code: bool) -> Any:
-    """The written model, opened as a stranger would: by transformers alone."""
-    return AutoModelForCausalLM.from_pretrained(
-        place, dtype=torch.float32 if fp32 else "auto", trust_remote_code=trust_remote_code, local_files_only=True
-    ).eval()
+    """The written model, opened as a stranger would: by transformers alone. Raises LoraError if it does not open."""
+    what = "the merged model, with the settings of its base, does not open in transformers"
+    with reading(what, fix="correct config.json and generation_config.json of the base model, and merge again"):
+        return AutoModelForCausalLM.from_pretrained(
+            place, dtype=torch.float32 if fp32 else "auto", trust_remote_code=trust_remote_code, local_files_only=True
+        ).eval()
 
 
 def comparison_tokens(source: Path, model: Any) -> tuple[Tensor, str]:
