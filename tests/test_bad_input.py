@@ -765,8 +765,8 @@ def test_pipes_and_devices_are_not_read(refused: Any, refused_later: Any, model:
         ("[", "generation_config.json is not valid JSON"),
         ("[" * 100_000, "generation_config.json is not valid JSON"),
         ("[1]", "generation_config.json is not valid JSON"),
-        ('{"eos_token_id": "end"}', "eos_token_id is not the number of a token"),
-        ('{"eos_token_id": [1, null]}', "eos_token_id is not the number of a token"),
+        ('{"eos_token_id": "end"}', "eos_token_id is not a token's number"),
+        ('{"eos_token_id": [1, null]}', "eos_token_id is not a token's number"),
     ],
 )
 def test_damaged_generation_settings(refused: Any, model: Any, content: str, says: str):

@@ -23,7 +23,7 @@ COMMANDS = get_command(app).commands  # type: ignore[attr-defined]
 OPTIONS = {option for each in COMMANDS.values() for parameter in each.params for option in parameter.opts}
 SETTINGS = {".".join(key): key for key in all_keys()}
 LEAVES = {key[-1] for key in all_keys()} | set(Recipe.model_fields) | set(SourceRecipe.model_fields)
-OTHERS = {"--nproc-per-node"}  # torchrun's
+OTHERS = {"--nproc-per-node", "--standalone"}  # torchrun's
 NOT_OURS = {"eos_token", "lora_alpha"}  # settings of model files, that a fix may speak of
 
 

@@ -101,7 +101,7 @@ def _check_folder(source: BaseSource) -> None:
     if ends is not None and not all(
         type(end) is int and 0 <= end < 2**31 for end in (ends if isinstance(ends, list) else [ends])
     ):
-        raise LoraError("eos_token_id is no token's number", where=str(generation), fix="download the file again")
+        raise LoraError("eos_token_id is not a token's number", where=str(generation), fix="download the file again")
 
 
 def _download(name: str, revision: str | None, trust_remote_code: bool) -> BaseSource:

@@ -12,7 +12,6 @@ import gzip
 import io
 import json
 import re
-import shlex
 import zlib
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -24,7 +23,7 @@ from typing import IO, Any
 from lora_cli import limits
 from lora_cli.data.separated import separated
 from lora_cli.data.tables import TABLE_KINDS
-from lora_cli.errors import LoraError
+from lora_cli.errors import LoraError, command
 from lora_cli.files import require_regular
 from lora_cli.limits import LimitReached
 
@@ -159,13 +158,13 @@ def _not_utf8(path: Path, line: int, byte: int, start: bytes) -> LoraError:
     wide = start in (codecs.BOM_UTF16_LE, codecs.BOM_UTF16_BE)
     source = f"-f {'UTF-16' if wide else 'WINDOWS-1252'} -t UTF-8"
     unpack = {".gz": "gzip -dc", ".zst": "zstd -dc"}.get(path.suffix.lower())
-    given, written = shlex.quote(str(path)), shlex.quote(str(converted))
-    command = f"{unpack} {given} | iconv {source} > {written}" if unpack else f"iconv {source} {given} > {written}"
+    given, written = command(path), command(converted)
+    convert = f"{unpack} {given} | iconv {source} > {written}" if unpack else f"iconv {source} {given} > {written}"
     guess = "" if wide else " (Western texts of Windows; another -f if it is something else)"
     return LoraError(
         f"{'UTF-16' if wide else 'not UTF-8'} text: byte {byte:#04x}",
         where=f"{path}:{line}",
-        fix=f"convert it with `{command}`{guess}, and name {converted}",
+        fix=f"convert it with `{convert}`{guess}, and name {converted}",
     )
 
 
