@@ -109,3 +109,10 @@ def test_honest_tables_are_read_as_before(tmp_path: Path, write: Any) -> None:
     path = tmp_path / ("t.parquet" if write is parquet.write_table else "t.arrow")
     write(pa.Table.from_pylist(rows), path)
     assert [row.values for row in read_file(path)] == rows
+
+
+@pytest.mark.parametrize("name", ["json", "csv", "./rows", "/etc", "~/x", "a/b/c"])
+def test_what_reads_local_files_is_not_a_data_set_of_the_hub(
+    lora: Callable[..., Said], recipe_file: Callable[..., Path], name: str
+) -> None:
+    assert f"{name} is not a data set of the hub" in lora("check", recipe_file(data={"train": {"hub": name}})).error

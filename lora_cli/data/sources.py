@@ -68,6 +68,7 @@ def open_source(
     Raises LoraError if nothing is there, or not of a kind that can be read.
     """
     if recipe.hub is not None:
+        _require_hub_id(recipe.hub)
         return HubSource(recipe.hub, recipe.config, recipe.split, recipe.revision, streaming)
     assert recipe.path is not None
     found = find_files(recipe.path, held_out=held_out, written=written)
@@ -75,6 +76,38 @@ def open_source(
         require_text(path)
         require_kind(path)  # before its bytes are hashed
     return FileSource(recipe.path, found.paths, left=found.left, one=found.one)
+
+
+# What `datasets` reads files of this machine with, when it is given as the name of a data set
+_BUILDERS = [
+    "arrow",
+    "audiofolder",
+    "cache",
+    "csv",
+    "eval",
+    "hdf5",
+    "imagefolder",
+    "json",
+    "lance",
+    "nifti",
+    "pandas",
+    "parquet",
+    "pdffolder",
+    "sql",
+    "text",
+    "tsfile",
+    "videofolder",
+    "webdataset",
+    "xml",
+]
+
+
+def _require_hub_id(name: str) -> None:
+    """Raises LoraError for what `datasets` takes for files of this machine."""
+    if name in _BUILDERS or name.startswith((".", "/", "~")) or name.count("/") > 1 or Path(name).exists():
+        raise LoraError(
+            f"{name} is not a data set of the hub", where="data", fix="write {hub: owner/name}, or name local files"
+        )
 
 
 def read_rows(path: Path) -> list[Row]:
