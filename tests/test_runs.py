@@ -11,7 +11,7 @@ import socket
 import subprocess
 import sys
 import time
-from datetime import datetime, timedelta, timezone
+from datetime import UTC, datetime, timedelta
 from pathlib import Path
 from typing import Any
 
@@ -45,7 +45,7 @@ def make_run(path: Path, *, steps: int = 60, report: dict[str, Any] | None = Non
     (path / "metrics.jsonl").write_text("".join(lines))
     if report is not None:
         (path / "report.json").write_text(json.dumps(report))
-    now = datetime.now(timezone.utc)
+    now = datetime.now(UTC)
     full = {
         **{"state": "running", "step": steps, "total_steps": 114, "why": None, "pid": 1, "host": socket.gethostname()},
         **{"started": now.isoformat(), "updated": now.isoformat(), "wall_seconds": 7200.0, "processes": 1},
@@ -97,7 +97,7 @@ def test_looking_makes_no_lock_and_keeps_none(tmp_path):
 
 @pytest.mark.parametrize(("minutes", "state"), [(1, "running"), (60, "killed")])
 def test_a_run_of_another_machine_is_believed_for_a_while(tmp_path, minutes, state):
-    updated = datetime.now(timezone.utc) - timedelta(minutes=minutes)
+    updated = datetime.now(UTC) - timedelta(minutes=minutes)
     make_run(tmp_path / "run", host="elsewhere", updated=updated.isoformat())
     assert only(tmp_path).state == state
 
@@ -140,7 +140,7 @@ def test_figures_of_a_finished_run(tmp_path):
     assert run.loss == pytest.approx(sum(1 / n for n in range(51, 61)) / 10)
     assert (run.validation_loss, run.tokens, run.hours, run.cost) == (0.5, 30_000, 2.0, 3.0)
     assert (run.step, run.total_steps) == (60, 114)
-    assert datetime.now(timezone.utc) - datetime.fromisoformat(run.last_activity) < timedelta(minutes=1)
+    assert datetime.now(UTC) - datetime.fromisoformat(run.last_activity) < timedelta(minutes=1)
 
 
 def test_figures_of_an_unfinished_run_are_added_up(tmp_path):
@@ -152,7 +152,7 @@ def test_figures_of_an_unfinished_run_are_added_up(tmp_path):
 
 
 def test_newest_come_first_and_names_are_paths_below_the_folder(tmp_path):
-    now = datetime.now(timezone.utc)
+    now = datetime.now(UTC)
     for name, hours in [("old", 9), ("sweep/rank-8", 1), ("sweep/rank-16", 3), ("a/b/too-deep", 0)]:
         make_run(tmp_path / name, state="done", updated=(now - timedelta(hours=hours)).isoformat())
     (tmp_path / "notes.txt").write_text("x")

@@ -9,7 +9,7 @@ import socket
 import time
 from collections.abc import Iterator
 from dataclasses import asdict, dataclass
-from datetime import datetime, timezone
+from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
 
@@ -173,7 +173,7 @@ def _state(path: Path, status: dict[str, Any], report: dict[str, Any]) -> str:
     if state != "running" or locked:
         return state
     if status.get("host") not in (None, socket.gethostname()):  # not every file system shares locks between machines
-        silent = datetime.now(timezone.utc) - _last_activity(path, status)
+        silent = datetime.now(UTC) - _last_activity(path, status)
         return "running" if silent.total_seconds() < ELSEWHERE_SECONDS else "killed"
     return "killed"
 
@@ -192,14 +192,14 @@ def _is_locked(path: Path) -> bool:
 def _last_activity(path: Path, status: dict[str, Any]) -> datetime:
     try:
         stated = datetime.fromisoformat(str(status.get("updated")).replace("Z", "+00:00"))
-        return (stated if stated.tzinfo else stated.replace(tzinfo=timezone.utc)).astimezone(timezone.utc)
+        return (stated if stated.tzinfo else stated.replace(tzinfo=UTC)).astimezone(UTC)
     except (ValueError, OverflowError):  # not a time, or before the first year
         names = ("metrics.jsonl", "report.json", "environment.json", "status.json")
         times = [os.lstat(path / name).st_mtime for name in names if kind(path / name) == "file"]
     try:
-        return datetime.fromtimestamp(max(times, default=0.0), timezone.utc)
+        return datetime.fromtimestamp(max(times, default=0.0), UTC)
     except (ValueError, OverflowError, OSError):
-        return datetime.fromtimestamp(0.0, timezone.utc)
+        return datetime.fromtimestamp(0.0, UTC)
 
 
 def _newest_checkpoint(path: Path) -> float | None:
@@ -330,7 +330,7 @@ def _short(count: int | None) -> str:
 
 def _ago(moment: str) -> str:
     """`now`, `6 min`, `3 h`, `12 d`: how long it has been."""
-    seconds = (datetime.now(timezone.utc) - datetime.fromisoformat(moment)).total_seconds()
+    seconds = (datetime.now(UTC) - datetime.fromisoformat(moment)).total_seconds()
     for size, unit in ((86_400, "d"), (3_600, "h"), (60, "min")):
         if seconds >= size:
             return f"{int(seconds / size)} {unit}"
