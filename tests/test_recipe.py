@@ -359,6 +359,11 @@ def test_validation_is_a_fraction_or_a_file(load: Any, problem: Any, tmp_path: P
             "data.template",
             "choose one of chatml, llama-3, mistral, gemma, alpaca, ",
         ),
+        (
+            "data: {train: a, template_arguments: {enable thinking: true}}",
+            "data.template_arguments",
+            "write a name of letters, digits and _",
+        ),
         ("data: {train: a, columns: {promt: question}}", "data.columns", "the left side is one of text, prompt, "),
         ("train: {micro_batch_size: 2, tokens_per_micro_batch: 2048}", "train.micro_batch_size", "remove one of them"),
         (
@@ -694,6 +699,11 @@ VALUES: dict[str, st.SearchStrategy[Any]] = {
     "data.group_by": st.none() | _columns,
     "data.columns": st.dictionaries(st.sampled_from(FIELDS), st.none() | _columns, max_size=3),
     "data.template": st.none() | st.sampled_from(TEMPLATES) | _names.map(lambda name: f"./{name}.jinja"),
+    "data.template_arguments": st.dictionaries(
+        st.sampled_from(["enable_thinking", "reasoning_effort", "_x1"]),
+        st.booleans() | st.integers(-9, 9) | st.sampled_from(["low", "high"]),
+        max_size=2,
+    ),
     "data.max_seq_len": st.integers(2, 10**6),
     "data.general_text": st.none() | _names,
     "data.cache": st.none() | _names,
@@ -716,6 +726,7 @@ VALUES: dict[str, st.SearchStrategy[Any]] = {
     "train.seed": st.integers(0, 2**32 - 1),
     "train.eval_every": st.none() | _counts,
     "train.checkpoint_every": st.none() | _counts,
+    "train.checkpoint_minutes": st.none() | _positive,
     "output": _names,
 }
 SCHEMA: dict[str, Any] = json.loads(json_schema())
