@@ -91,7 +91,7 @@ def test_the_lines_say_what_was_measured():
         (report(learned=False), "nothing learned", "Every B of the adapter is still zero"),
         (validation(-0.2, -0.3, -0.1), "nothing learned", "+0.20 ± 0.10 nats a token"),
         (validation(0.0, 0.0, 0.0), "nothing learned", "2.5000 → 2.5000"),
-        (validation(-0.01, -0.1, 0.08), "nothing learned", "no better than its base model"),
+        (validation(-0.01, -0.1, 0.08), "nothing learned", "not better than its base model"),
         (validation(0.01, -0.1, 0.12), "not certain", "its interval includes 0"),
         (validation(0.01, None, None, 1), "not certain", "on 1 held-out example; a single example gives no interval"),
         (validation(0.2, 0.1, 0.3), "learned", "0.20 ± 0.10 nats a token better"),
@@ -271,8 +271,14 @@ def test_the_page_needs_nothing_else(tmp_path):
     assert sorted(path.name for path in tmp_path.iterdir()) == ["loss.png", "report.html"]
 
 
-def test_everything_is_escaped():
-    bad = "<script>alert('&')</script>"
+@pytest.mark.parametrize(
+    ("bad", "shown"),
+    [
+        ("<script>alert('&')</script>", "<script>alert('&')</script>"),
+        ("a\u202egnp.exe\x1b[31m", "a\\u202egnp.exe\\x1b[31m"),  # turned around, an .exe looks like a picture
+    ],
+)
+def test_everything_is_escaped(bad, shown):
     changed = report(
         adapter=bad,
         general_text=report()["general_text"] | {"source": bad},
@@ -280,7 +286,8 @@ def test_everything_is_escaped():
     )
     found = page(changed, title=bad, recipe=bad, environment={bad: bad}, warnings=[bad])
     assert "script" not in found.tags
-    assert found.words.count(bad) == 9
+    assert found.words.count(shown) == 9
+    assert "\u202e" not in found.words
 
 
 def test_many_layers_are_shown_when_asked_for():

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import html
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from itertools import pairwise
@@ -15,7 +14,7 @@ from transformers import PreTrainedTokenizerBase
 
 from lora_cli.data.example import Example
 from lora_cli.data.gate import KINDS, Findings
-from lora_cli.errors import UNSEEN, escaped
+from lora_cli.errors import UNSEEN, escaped, in_html
 
 _TRAINED, _CONTEXT = Style(color="black", bgcolor="green"), Style(dim=True)
 _SPECIAL = Style(color="magenta", bold=True)
@@ -150,8 +149,8 @@ def as_page(
 ) -> str:
     """One HTML file that needs no other: what is known of the data, what the gate found, and the tokens of examples."""
     return _PAGE.format(
-        title=html.escape(title),
-        lines="<br>".join(map(html.escape, lines)),
+        title=in_html(title),
+        lines="<br>".join(map(in_html, lines)),
         findings=_findings_table(findings, allowed),
         rows="\n".join(_row(example, tokenizer) for example in examples),
     )
@@ -163,8 +162,8 @@ def _findings_table(findings: Findings, allowed: Sequence[str]) -> str:
         return "<p>The gate found nothing.</p>"
     rows = "".join(
         f"<tr{' class=stop' if each['stops'] else ''}><td class=n>{each['count']:,}<td>"
-        f"{html.escape(KINDS[each['kind']].title)}<td>{html.escape(findings.rows(each['kind']))}"
-        f"<td>{html.escape(each['fix'])}"
+        f"{in_html(KINDS[each['kind']].title)}<td>{in_html(findings.rows(each['kind']))}"
+        f"<td>{in_html(each['fix'])}"
         for each in found
     )
     return f"<table><tr><th class=n>rows<th>what<th>where<th>fix{rows}</table>"
@@ -176,6 +175,6 @@ def _row(example: Example, tokenizer: PreTrainedTokenizerBase) -> str:
         kind = " ".join(name for name, on in (("t", token.trained), ("s", token.special)) if on)
         title = f"{token.id}" if size == 1 else f"{token.id} and {size - 1} more"
         kind = f' class="{kind}"' if kind else ""
-        shown.append(f'<span{kind} title="{title}">{html.escape(_visible(text))}</span>')
+        shown.append(f'<span{kind} title="{title}">{in_html(_visible(text))}</span>')
     head = f"{example.source}: {len(example.ids):,} tokens, {example.targets:,} trained"
-    return f"<h2>{html.escape(head)}</h2>\n<pre>{''.join(shown)}</pre>"
+    return f"<h2>{in_html(head)}</h2>\n<pre>{''.join(shown)}</pre>"

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import base64
-import html
 import os
 import sys
 import tempfile
@@ -12,6 +11,7 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
+from lora_cli.errors import in_html
 from lora_cli.files import disk_errors, human_bytes, write_bytes
 from lora_cli.training.loss_picture import DARK, LIGHT, loss_picture
 from lora_cli.training.verdict import (
@@ -133,10 +133,10 @@ def report_page(
         _general(report),
         _updates(report),
         _cost(report),
-        f"<h2>Recipe</h2>\n<pre>{html.escape(recipe.strip())}</pre>",
+        f"<h2>Recipe</h2>\n<pre>{in_html(recipe.strip())}</pre>",
         _environment(environment),
     ]
-    return _PAGE.format(title=html.escape(title), body="\n".join(part for part in parts if part))
+    return _PAGE.format(title=in_html(title), body="\n".join(part for part in parts if part))
 
 
 # ── the parts, top to bottom ────────────────────────────────────────────────────────────────────────────────────
@@ -144,11 +144,11 @@ def report_page(
 
 def _verdict(report: Mapping[str, Any]) -> str:
     verdict = judge(report)
-    fix = f"<p class=faint>To try: {html.escape(verdict.fix)}.</p>" if verdict.fix else ""
+    fix = f"<p class=faint>To try: {in_html(verdict.fix)}.</p>" if verdict.fix else ""
     kind = verdict.outcome.replace(" ", "-")
     return (
-        f'<div class="verdict {kind}"><p class=headline>{html.escape(verdict.headline)}</p>'
-        f"<p>{html.escape(verdict.why)}</p>{fix}</div>"
+        f'<div class="verdict {kind}"><p class=headline>{in_html(verdict.headline)}</p>'
+        f"<p>{in_html(verdict.why)}</p>{fix}</div>"
     )
 
 
@@ -170,7 +170,7 @@ def _tiles(report: Mapping[str, Any]) -> str:
     if is_number(report.get("peak_memory_bytes")):
         tiles.append(("peak memory", human_bytes(report["peak_memory_bytes"]), ""))
     cells = (
-        f"<div><dt>{html.escape(name)}</dt><dd>{html.escape(value)}<small>{html.escape(note)}</small></dd></div>"
+        f"<div><dt>{in_html(name)}</dt><dd>{in_html(value)}<small>{in_html(note)}</small></dd></div>"
         for name, value, note in tiles
     )
     return f"<dl class=tiles>{''.join(cells)}</dl>"
@@ -183,14 +183,14 @@ def _picture(light: bytes | None, dark: bytes | None, report: Mapping[str, Any])
     return (
         f'<picture><source media="(prefers-color-scheme: dark)" srcset="{_data_url(dark)}">'
         f'<img alt="training and validation loss by step" src="{_data_url(light)}"></picture>'
-        + (f"<p class=faint>{html.escape(best[0].upper() + best[1:])}.</p>" if best else "")
+        + (f"<p class=faint>{in_html(best[0].upper() + best[1:])}.</p>" if best else "")
     )
 
 
 def _warnings(warnings: Sequence[str]) -> str:
     if not warnings:
         return ""
-    return "<h2>Warnings</h2>\n<ul>" + "".join(f"<li>{html.escape(each)}</li>" for each in warnings) + "</ul>"
+    return "<h2>Warnings</h2>\n<ul>" + "".join(f"<li>{in_html(each)}</li>" for each in warnings) + "</ul>"
 
 
 def _held_out(report: Mapping[str, Any]) -> str:
@@ -206,9 +206,9 @@ def _general(report: Mapping[str, Any]) -> str:
     if not found or not words:
         return ""
     said = words.rpartition(": ")[2] if ": " in words else ""
-    said = f"<p>{html.escape(said[0].upper() + said[1:])}.</p>" if said else ""
+    said = f"<p>{in_html(said[0].upper() + said[1:])}.</p>" if said else ""
     note = (
-        f"{count(found.get('tokens'))} tokens of {html.escape(str(found.get('source')))}, which the run was not "
+        f"{count(found.get('tokens'))} tokens of {in_html(str(found.get('source')))}, which the run was not "
         f"trained on. {_interval(found)}"
     )
     table = _before_after(found, "change", found.get("change"))
@@ -237,7 +237,7 @@ def _updates(report: Mapping[str, Any]) -> str:
 
 def _layer_rows(layers: Iterable[tuple[str, float]], largest: float) -> str:
     rows = (
-        f"<tr><td>{html.escape(name)}<td class=n>{percent(ratio)}"
+        f"<tr><td>{in_html(name)}<td class=n>{percent(ratio)}"
         f'<td><span class=bar style="width: {100 * ratio / largest if largest else 0:.1f}%"></span>'
         for name, ratio in layers
     )
@@ -293,9 +293,7 @@ def _interval(found: Mapping[str, Any]) -> str:
 
 
 def _table(rows: Iterable[tuple[str, str]]) -> str:
-    return (
-        "<table>" + "".join(f"<tr><td class=faint>{html.escape(a)}<td>{html.escape(b)}" for a, b in rows) + "</table>"
-    )
+    return "<table>" + "".join(f"<tr><td class=faint>{in_html(a)}<td>{in_html(b)}" for a, b in rows) + "</table>"
 
 
 def _plain(value: Any) -> str:
