@@ -10,7 +10,8 @@ import pytest
 from conftest import ROOT
 
 
-@pytest.mark.timeout(600)
+@pytest.mark.slow
+@pytest.mark.timeout(1200)
 def test_twenty_kills():
     """A process of its own: every life is forked from it, which this one with its threads could not do."""
     command = [sys.executable, str(ROOT / "benchmarks" / "chaos.py"), "--kills", "20", "--workers", "2"]

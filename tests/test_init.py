@@ -676,6 +676,7 @@ def rows_of(lengths: list[int], name: str = "completion") -> DataSurvey:
     )  # fmt: skip
 
 
+@pytest.mark.slow
 @settings(deadline=None, max_examples=40)
 @given(
     lengths=st.lists(st.integers(2, 4096), min_size=1, max_size=100),

@@ -173,7 +173,7 @@ def test_a_damaged_or_deep_json_file_is_refused_in_words(
 @pytest.mark.parametrize("ends", [10**30, -1, [0, 10**12], "x", 1.5])
 def test_an_end_token_without_a_possible_number_is_refused(checked: Any, model: Callable[..., Path], ends: Any) -> None:
     folder = model({"generation_config.json": json.dumps({"eos_token_id": ends})})
-    assert "eos_token_id is no token's number" in checked(folder).error
+    assert "eos_token_id is not a token's number" in checked(folder).error
 
 
 # ── weights ─────────────────────────────────────────────────────────────────────────────────────────────────────
