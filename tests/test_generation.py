@@ -125,3 +125,14 @@ def generated(folder, prompt):
     opened = open_model(str(folder), None)
     config = generation_config(opened.model, opened.tokenizer, max_new_tokens=2)
     return complete(opened.model, opened.tokenizer, [prompt], config)
+
+
+def test_a_prompt_beyond_the_models_positions_is_refused_and_an_answer_ends_at_the_last(tiny_gpt2):
+    """GPT-2 has an embedding for each of 256 positions; the one behind them was an IndexError."""
+    opened = open_model(str(tiny_gpt2), None, device="cpu", dtype="fp32")
+    config = generation_config(opened.model, opened.tokenizer, max_new_tokens=400)
+    config.eos_token_id = None
+    (text,) = complete(opened.model, opened.tokenizer, [PROMPT], config)
+    assert text
+    with pytest.raises(LoraError, match=r"the prompt has .* tokens, but the model sees 256 at most"):
+        complete(opened.model, opened.tokenizer, [PROMPT * 200], config)

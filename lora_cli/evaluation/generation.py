@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
+from copy import deepcopy
 from typing import Any
 
 import torch
@@ -11,6 +12,7 @@ from torch import Tensor
 from transformers import GenerationConfig, LogitsProcessor, PreTrainedTokenizerBase
 from transformers.generation.streamers import TextStreamer
 
+from lora_cli.base.text import positions
 from lora_cli.errors import CheckFailed, LoraError
 
 
@@ -99,6 +101,7 @@ def complete(
     finally:
         tokenizer.padding_side, tokenizer.pad_token = before
     require_token(int(batch["input_ids"].max()) if batch["input_ids"].numel() else 0, model)  # type: ignore[union-attr]
+    config = _within_positions(config, batch["input_ids"].shape[1], model)  # type: ignore[union-attr]
     inputs = {name: batch[name].to(model.device) for name in ("input_ids", "attention_mask")}  # type: ignore[union-attr]
     streamer = _Streamer(tokenizer, emit) if emit is not None else None
     with _no_other_settings(model):
@@ -107,6 +110,24 @@ def complete(
         )
     new = tokens[:, inputs["input_ids"].shape[1] :]
     return tokenizer.batch_decode(new, skip_special_tokens=True)
+
+
+def _within_positions(config: GenerationConfig, prompt: int, model: Any) -> GenerationConfig:
+    """The settings with no more new tokens than the model has positions for behind a prompt of so many tokens.
+
+    Raises LoraError for a prompt that leaves none.
+    """
+    seen = positions(model.config)
+    if not seen or prompt + config.max_new_tokens <= seen:  # type: ignore[operator]
+        return config
+    if prompt >= seen:
+        raise LoraError(
+            f"the prompt has {prompt:,} tokens, but the model sees {seen:,} at most",
+            fix="shorten the prompt, or use a model with a longer context",
+        )
+    shorter = deepcopy(config)
+    shorter.max_new_tokens = seen - prompt
+    return shorter
 
 
 def require_token(largest: int, model: Any) -> None:
