@@ -629,10 +629,14 @@ def test_shard_base(runs: Runs):
 @pytest.mark.filterwarnings("ignore::DeprecationWarning", "ignore::UserWarning")  # of torch about its own tracing
 def test_compile(runs: Runs, monkeypatch: pytest.MonkeyPatch, tmp_path: Path):
     """The same but for rounding, from code that lies in the user's cache."""
+    from torch._inductor.utils import clear_caches
+
     for name in ("TORCHINDUCTOR_CACHE_DIR", "TRITON_CACHE_DIR"):  # which a run sets, and this gives back
         monkeypatch.setenv(name, "")
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
     monkeypatch.setitem(AttentionInterface._global_mapping, PER_EXAMPLE, per_example_attention)
+    torch.compiler.reset()
+    clear_caches()  # what another test has compiled in this process would not be compiled again
     plain, compiled = runs({}), runs({"train.compile": True})
     torch.compiler.reset()
     assert [path for path in (tmp_path / "cache" / "lora" / "compiled").rglob("*.so")] != []
