@@ -804,3 +804,26 @@ def test_a_tracker_that_fails_or_hangs_never_stops_a_run(
     never.set()
     assert heard.said.count("tracker tensorboard is lost") == 1
     assert metrics(Path(recipe.output)) == metrics(plain)
+
+
+def test_a_run_that_was_moved_goes_on_where_it_is_and_is_the_same(recipe_file, run_recipe, tmp_path, monkeypatch):
+    """Where a run lies is no part of what it is: --allow output was the advice, and was refused."""
+    whole, _ = run_recipe(train={"max_steps": 6}, output=str(tmp_path / "whole"))
+    path = recipe_file(train={"max_steps": 6, "checkpoint_every": 2}, output=str(tmp_path / "here"))
+    real = loop.Run._one_step
+
+    def dies(self, step, *rest):
+        if step == 4:
+            raise KeyError("killed")
+        return real(self, step, *rest)
+
+    monkeypatch.setattr(loop.Run, "_one_step", dies)
+    with pytest.raises(KeyError):
+        train(load_recipe(path), quiet_console())
+    monkeypatch.setattr(loop.Run, "_one_step", real)
+    (tmp_path / "here").rename(tmp_path / "there")
+    moved = tmp_path / "there"
+    train(load_recipe(moved / "recipe.yaml", [f"output={moved}"]), quiet_console(), resume=True)
+    assert losses(moved) == losses(whole)
+    assert not (tmp_path / "here").exists()
+    assert load_recipe(moved / "recipe.yaml").output == str(moved)

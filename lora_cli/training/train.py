@@ -82,8 +82,10 @@ def _open(
 ) -> Run:
     """A run that is ready for its next step, after all that could keep it from being the run that was asked for."""
     changes: list[Change] = []
+    moved = False
     if resume:
         stored = folder.stored_recipe()
+        moved = stored.output != recipe.output
         changes = changes_of_recipe(stored, recipe)
         refuse_other_run(changes, allow, folder.recipe)
         if recipe.revision is None and recipe.base_model == stored.base_model:
@@ -109,7 +111,7 @@ def _open(
     if resume:
         run.go_back(changes)
         run.tried = run.state.step > 0 and not changes and note is None
-    if accelerator.is_main_process and (changes or not resume):
+    if accelerator.is_main_process and (changes or moved or not resume):
         kept = recipe.model_copy(update={"revision": session.source.revision})
         history = began.get("changed", [])
         history += [{"after_step": run.state.step, "changes": [each.said for each in changes]}] if changes else []
