@@ -827,3 +827,19 @@ def test_a_run_that_was_moved_goes_on_where_it_is_and_is_the_same(recipe_file, r
     assert losses(moved) == losses(whole)
     assert not (tmp_path / "here").exists()
     assert load_recipe(moved / "recipe.yaml").output == str(moved)
+
+
+@pytest.mark.parametrize("setting", ["weight_decay=0.5", "beta1=0.1", "lora_plus_ratio=8"])
+def test_a_setting_of_the_optimizer_that_was_allowed_to_change_takes_effect(recipe_file, tmp_path, setting):
+    """The stored optimizer brought its old settings back, and --allow was for nothing."""
+
+    def goes_on(name: str, *changes: str, allow: tuple[str, ...] = ()) -> list[float]:
+        path = recipe_file(train={"max_steps": 2}, output=str(tmp_path / name))
+        train(load_recipe(path), quiet_console())
+        more = ["train.max_steps=5", *changes]
+        train(load_recipe(path, more), quiet_console(), resume=True, allow=["train.max_steps", *allow])
+        return losses(tmp_path / name)
+
+    plain, changed = goes_on("plain"), goes_on("changed", f"train.{setting}", allow=(f"train.{setting.split('=')[0]}",))
+    assert changed[:3] == plain[:3]  # the third loss is still that of the weights of step 2
+    assert changed[3:] != plain[3:]

@@ -17,7 +17,7 @@ from lora_cli.errors import DiskError, Interrupted
 from lora_cli.files import disk_errors, free_name, remove_folder, replacing, written_whole
 from lora_cli.foreign import NotOurs, copy_files, copy_over, files_of, is_real_folder, open_binary
 from lora_cli.training.checkpoint import BEST, FILES, Damaged, load_checkpoint, save_checkpoint, verify
-from lora_cli.training.optimizer import learning_rate
+from lora_cli.training.optimizer import follow_recipe, learning_rate
 from lora_cli.training.processes import wait_for_everyone
 from lora_cli.training.run_folder import RunFolder
 from lora_cli.training.session import Session
@@ -100,6 +100,8 @@ class Keeper:
         wait_for_everyone(self.accelerator)
         checkpoints = candidates()
         state = load_checkpoint(checkpoints[-1], self.session.model, self.optimizer) if checkpoints else None
+        if state is not None:
+            follow_recipe(self.optimizer, self.recipe)
         if state is not None and state.loss_scale:
             self.scaler.load_state_dict(state.loss_scale)
         if self.accelerator.is_main_process:

@@ -27,11 +27,13 @@ def make_optimizer(recipe: TrainRecipe, model: nn.Module) -> Any:
     """
     parameters = adapter_parameters(model)
     of_B = {id(layer.lora_B) for layer in lora_layers(model).values()}
-    groups = [
-        {"params": [each for each in parameters if id(each) not in of_B], "rate_ratio": 1.0},
-        {"params": [each for each in parameters if id(each) in of_B], "rate_ratio": recipe.lora_plus_ratio},
+    groups: list[dict[str, Any]] = [
+        {"params": [each for each in parameters if id(each) not in of_B]},
+        {"params": [each for each in parameters if id(each) in of_B]},
     ]
-    options = {"lr": recipe.learning_rate, "betas": (recipe.beta1, recipe.beta2), "weight_decay": recipe.weight_decay}
+    for group, own in zip(groups, _settings(recipe), strict=True):
+        group.update(own)
+    options = {"lr": recipe.learning_rate}
     device = parameters[0].device.type
     if recipe.optimizer == "adamw":
         # An adapter is hundreds of small tensors, and a loop over them costs more than the arithmetic.
@@ -50,6 +52,18 @@ def make_optimizer(recipe: TrainRecipe, model: nn.Module) -> Any:
     if recipe.optimizer.endswith("8bit"):
         return (bnb.optim.PagedAdamW8bit if paged else bnb.optim.AdamW8bit)(groups, **options)
     return (bnb.optim.PagedAdamW32bit if paged else bnb.optim.AdamW32bit)(groups, **options)
+
+
+def _settings(recipe: TrainRecipe) -> list[dict[str, Any]]:
+    """What the recipe says of each group of parameters: A's, then B's."""
+    common = {"betas": (recipe.beta1, recipe.beta2), "weight_decay": recipe.weight_decay}
+    return [{**common, "rate_ratio": 1.0}, {**common, "rate_ratio": recipe.lora_plus_ratio}]
+
+
+def follow_recipe(optimizer: Any, recipe: TrainRecipe) -> None:
+    """Give an optimizer that was read from a checkpoint the recipe's settings, where these were changed on purpose."""
+    for group, own in zip(optimizer.param_groups, _settings(recipe), strict=True):
+        group.update(own)
 
 
 def paging_note(name: str, sizes: Sequence[int], device: str) -> str | None:
