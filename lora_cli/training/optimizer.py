@@ -33,7 +33,7 @@ def make_optimizer(recipe: TrainRecipe, model: nn.Module) -> Any:
     ]
     for group, own in zip(groups, _settings(recipe), strict=True):
         group.update(own)
-    options = {"lr": recipe.learning_rate}
+    options: dict[str, Any] = {"lr": recipe.learning_rate}
     device = parameters[0].device.type
     if recipe.optimizer == "adamw":
         # An adapter is hundreds of small tensors, and a loop over them costs more than the arithmetic.
