@@ -81,7 +81,10 @@ def test_without_a_home_it_is_temporary(monkeypatch):
         raise RuntimeError("Could not determine home directory.")
 
     monkeypatch.setattr(Path, "home", none)
-    compiled.cache_folder().rmdir()
+    found = compiled.cache_folder()
+    assert found.is_dir()
+    assert found.stat().st_mode & 0o077 == 0
+    assert found != compiled.cache_folder(), "made anew, so nobody has filled it"
 
 
 def test_a_new_run_takes_no_folder_that_holds_compiled_code(run_recipe, tmp_path):
