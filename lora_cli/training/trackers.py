@@ -1,12 +1,10 @@
-"""Experiment trackers, through accelerate. What becomes of them never stops a run or makes it wait."""
+"""Experiment trackers, through accelerate. One that fails or does not answer is dropped, and the run goes on."""
 
 from __future__ import annotations
 
 import importlib.util
 import os
-import queue
-import threading
-import time
+import signal
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, suppress
 from pathlib import Path
@@ -23,8 +21,7 @@ Track = Callable[[dict[str, Any], int], None]
 # By name and version, as in constraints.txt: this program's own name is not on the index, and anybody could take it.
 TESTED = {"tensorboard": "2.21.0", "wandb": "0.31.0", "mlflow": "3.17.2", "trackio": "0.43.0"}
 _FOLDERS = {"tensorboard": "lora", "wandb": "wandb", "mlflow": "mlflow", "trackio": "trackio"}
-_LINES_WAITING = 10_000  # for a tracker that does not answer; metrics.jsonl has them all
-_LAST_WORDS_SECONDS = 30.0  # that the end of a run waits for a tracker to send what it has
+_CALL_SECONDS = 30.0  # the longest that one call to a tracker may hold up the run
 
 
 def require_trackers(names: Sequence[str]) -> None:
@@ -37,39 +34,45 @@ def require_trackers(names: Sequence[str]) -> None:
             raise LoraError(f"trackers: {name} is not installed", fix=f"{install}, or remove it from trackers")
 
 
+class _NoAnswer(BaseException):
+    """Not an Exception, so that no library takes it for one of its own."""
+
+
 @contextmanager
 def open_trackers(recipe: Recipe, say: Callable[[str], None], *, active: bool) -> Iterator[Track]:
-    """Yields a function that hands one line of metrics to every tracker of the recipe, without waiting for any.
+    """Yields a function that hands one line of metrics to every tracker of the recipe.
 
     active: whether this process reports; of several, one does.
     """
     names = recipe.trackers if active else []
+    output = Path(recipe.output).absolute()
     config = _flat(_without_places(recipe.model_dump(mode="json")))
     for name in names:
-        is_real_folder(Path(recipe.output) / _FOLDERS[name])  # a link would lead them elsewhere
-    before = _keep_it_here(Path(recipe.output), names) if names else {}
-    trackers = [_Background(name, recipe.output, config, say) for name in names]
+        is_real_folder(output / _FOLDERS[name])  # a link would lead them elsewhere
+    before = _keep_it_here(output, names) if names else {}
+    trackers = [_Tracker(name, say) for name in names]
 
     def track(line: dict[str, Any], step: int) -> None:
         values = {key: value for key, value in line.items() if key != "step" and isinstance(value, int | float)}
         for tracker in trackers:
-            tracker.put(values, step)
+            tracker.call(tracker.log, values, step)
 
     try:
+        for tracker in trackers:
+            tracker.call(tracker.start, output, config)
         yield track
     finally:
         for tracker in trackers:
-            tracker.finish()
+            tracker.call(tracker.finish)
         for name in before:
             os.environ.pop(name, None)
 
 
-def _keep_it_here(output: Path, names: Sequence[str]) -> dict[str, str]:
-    """Tell the trackers' libraries, by variables that the user did not set, to write into the run and tell nobody else.
+def _keep_it_here(here: Path, names: Sequence[str]) -> dict[str, str]:
+    """Set the variables that make the trackers' libraries write into the run and report to nobody else.
 
-    Returns what was set.
+    Those that the user has set stay as they are. Returns what was set.
     """
-    here = output.absolute()
     ours = {
         "DO_NOT_TRACK": "true",
         "MLFLOW_DISABLE_TELEMETRY": "true",
@@ -101,62 +104,64 @@ def _has_wandb_settings() -> bool:
         return False
 
 
-class _Background:
-    """A tracker in a thread of its own: one that fails or hangs loses its lines and nothing else."""
+class _Tracker:
+    """A tracker of one of accelerate's kinds. It is dropped, once and for all, when a call to it fails or hangs."""
 
-    def __init__(self, name: str, folder: str, config: dict[str, Any], say: Callable[[str], None]):
-        self.name, self.folder, self.config, self.say = name, folder, config, say
-        self.lines: queue.Queue[tuple[dict[str, Any], int] | None] = queue.Queue(_LINES_WAITING)
-        self.lost = False
-        self.thread = threading.Thread(target=self._work, name=f"tracker {name}", daemon=True)
-        try:
-            self.thread.start()
-        except RuntimeError as error:
-            self._give_up(str(error))
+    def __init__(self, name: str, say: Callable[[str], None]):
+        self.name, self.say, self.dropped = name, say, False
+        self.own: Any = None  # accelerate's tracker, from `start` on
 
-    def put(self, values: dict[str, Any], step: int) -> None:
-        try:
-            self.lines.put_nowait((values, step))
-        except queue.Full:
-            self._give_up("it does not answer")
+    def start(self, output: Path, config: dict[str, Any]) -> None:
+        kind, options = LOGGER_TYPE_TO_CLASS[self.name], {}
+        if kind.requires_logging_directory:
+            options = {"logging_dir": str(output)}
+        elif self.name == "mlflow" and str(output / "mlflow") in os.environ.get("MLFLOW_TRACKING_URI", ""):
+            options = {"logging_dir": (output / "mlflow" / "artifacts").as_uri()}  # else the server's own place
+        self.own = kind("lora", **options)
+        self.own.start()
+        self.own.store_init_configuration(config)
+
+    def log(self, values: dict[str, Any], step: int) -> None:
+        self.own.log(values, step=step)
 
     def finish(self) -> None:
+        self.own.finish()
+
+    def call(self, function: Callable[..., None], *arguments: Any) -> None:
+        if self.dropped:
+            return
         try:
-            self.lines.put_nowait(None)
-        except queue.Full:
-            self._give_up("it does not answer")
-        deadline = time.monotonic() + (0 if self.lost else _LAST_WORDS_SECONDS)
-        while self.thread.is_alive() and time.monotonic() < deadline:
-            self.thread.join(0.2)  # in short turns: a signal is heard in between
-        if self.thread.is_alive():
-            self._give_up(f"it did not end within {_LAST_WORDS_SECONDS:.0f} s")
+            with _answer_within(_CALL_SECONDS):
+                function(*arguments)
+        except KeyboardInterrupt:
+            raise
+        except BaseException as error:  # whatever a tracker's library raises, SystemExit too
+            self.dropped = True
+            exit_within(_CALL_SECONDS)  # what the library left running may hang at the end of the program, too
+            why = (str(error).strip() or type(error).__name__).splitlines()[0][:200]
+            self.say(f"tracker {self.name} was dropped: {why}; the run goes on, and metrics.jsonl has every line")
 
-    def _work(self) -> None:
+
+@contextmanager
+def _answer_within(seconds: float) -> Iterator[None]:
+    """Raises _NoAnswer inside the block when the time is up. Without SIGALRM (Windows) it waits as long as it takes."""
+    if not hasattr(signal, "SIGALRM"):
+        yield
+        return
+
+    def give_up(*_: Any) -> None:
+        raise _NoAnswer(f"it did not answer within {seconds:g} s")
+
+    handler = signal.signal(signal.SIGALRM, give_up)
+    timer = signal.setitimer(signal.ITIMER_REAL, seconds, 1.0)  # again each second, in case a library catches it
+    try:
         try:
-            kind = LOGGER_TYPE_TO_CLASS[self.name]
-            tracker = kind("lora", **self._place(kind))
-            tracker.start()
-            tracker.store_init_configuration(self.config)
-            while (line := self.lines.get()) is not None:
-                tracker.log(line[0], step=line[1])
-            tracker.finish()
-        except BaseException as error:  # whatever a tracker's library thinks of, also SystemExit
-            self._give_up((str(error).strip() or type(error).__name__).splitlines()[0][:200])
-
-    def _place(self, kind: Any) -> dict[str, str]:
-        """Where a tracker is to write, for those that ask; the others have their variables."""
-        if kind.requires_logging_directory:
-            return {"logging_dir": self.folder}
-        here = Path(self.folder).absolute() / "mlflow"
-        if self.name == "mlflow" and str(here) in os.environ.get("MLFLOW_TRACKING_URI", ""):
-            return {"logging_dir": (here / "artifacts").as_uri()}
-        return {}
-
-    def _give_up(self, why: str) -> None:
-        if not self.lost:
-            self.lost = True
-            exit_within(_LAST_WORDS_SECONDS)  # what its library left running may hang there, too
-            self.say(f"tracker {self.name} is lost: {why}; the run goes on, and metrics.jsonl has every line")
+            yield
+        finally:
+            signal.setitimer(signal.ITIMER_REAL, 0)  # the alarm may go off just here; then the next line resets it
+    finally:
+        signal.setitimer(signal.ITIMER_REAL, *timer)
+        signal.signal(signal.SIGALRM, handler)
 
 
 def _without_places(value: Any) -> Any:
