@@ -51,7 +51,7 @@ class Step:
         from lora_cli.adapters.targets import block_lists, find_targets
         from lora_cli.base.compiled import compile_blocks
         from lora_cli.base.load import load_model, quiet_libraries
-        from lora_cli.base.recompute import keep_inputs_alone
+        from lora_cli.base.recompute import save_only_inputs
         from lora_cli.base.source import find_base
         from lora_cli.data.example import Example
 
@@ -68,7 +68,7 @@ class Step:
             blocks = [block for name in block_lists(self.model) for block in self.model.get_submodule(name)]
             compile_blocks(blocks, print)
         else:
-            keep_inputs_alone(self.model)
+            save_only_inputs(self.model)
         drawn = np.random.default_rng(0)
         self.examples = [Example(drawn.integers(0, 49152, n), [(min(PROMPT, n - 1), n, 1.0)]) for n in lengths]
         self.parameters = adapter_parameters(self.model)

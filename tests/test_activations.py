@@ -15,7 +15,7 @@ from torch import Tensor, nn
 
 from lora_cli.adapters.attach import adapter_parameters, attach
 from lora_cli.adapters.targets import block_lists, find_targets
-from lora_cli.base.activations import ActivationPlan, follow, measured, plan_activations
+from lora_cli.base.activations import ActivationPlan, measured, plan_activations
 from lora_cli.recipe_file import load_recipe
 from lora_cli.training.session import open_session
 
@@ -70,12 +70,6 @@ def test_bytes_grow_with_the_tokens(kept: list[int], inputs: int, mode: str, sha
     assert chosen.kept_bytes(7) == 7 * chosen.kept_bytes(1)
 
 
-def test_a_plan_remembers_offloading():
-    for mode in ("none", "selective", "full"):
-        chosen = plan_activations(mode, [5.0], 1.0, tokens=1, budget_bytes=9.0, offloaded=True)
-        assert chosen.offloaded
-
-
 # ── measuring ───────────────────────────────────────────────────────────────────────────────────────────────────
 
 
@@ -120,7 +114,7 @@ def test_a_and_b_in_the_compute_dtype_are_weights_and_no_activations(recipe_file
     assert [more - less for less, more in zip(small, large, strict=True)] == [7 * 28 * size] * len(small)
 
 
-# ── following a plan ────────────────────────────────────────────────────────────────────────────────────────────
+# ── applying a plan ────────────────────────────────────────────────────────────────────────────────────────────
 
 
 def tiny(**where: Any) -> Any:
@@ -140,7 +134,7 @@ def blocks_of(model: Any) -> list[nn.Module]:
 
 
 def run(model: Any) -> tuple[Tensor, tuple[Tensor, ...]]:
-    """Logits and the adapter's gradients for rows of 300 tokens: their activations are large enough to be moved."""
+    """Logits and the adapter's gradients for two rows of 300 tokens."""
     ids = torch.arange(600).view(2, 300) * 7 % 97
     logits = model(input_ids=ids, use_cache=False).logits
     upstream = torch.randn(logits.shape, generator=torch.Generator().manual_seed(1))
@@ -162,78 +156,21 @@ def forwards(blocks: Sequence[nn.Module]) -> list[int]:
     return counts
 
 
-@pytest.mark.parametrize("offloaded", [False, True])
 @pytest.mark.parametrize("recomputed", [(False, False, False), (True, False, True), (True, True, True)], ids=str)
-def test_no_gradient_changes_by_a_bit(recomputed, offloaded):
+def test_no_gradient_changes_by_a_bit(recomputed):
     model = tiny(target_modules="all-linear")
     logits, gradients = run(model)
-    blocks, copied = blocks_of(model), []
-
-    def to_host(tensor: Tensor) -> Tensor:
-        copied.append(tensor.nbytes)
-        return tensor.clone()
-
-    follow(ActivationPlan(recomputed, (1.0,) * 3, 1.0, offloaded), blocks, to_host=to_host)
+    blocks = blocks_of(model)
+    ActivationPlan(recomputed, (1.0,) * 3, 1.0).apply(blocks)
     counts = forwards(blocks)
     after, again = run(model)
     assert torch.equal(after, logits)
     assert all(torch.equal(one, other) for one, other in zip(again, gradients, strict=True))
     assert all(gradient.any() for gradient in gradients), "or nothing was compared"
     assert counts == [1 + each for each in recomputed]
-    assert bool(copied) == offloaded
     with torch.no_grad():
         model(input_ids=torch.arange(9)[None])
     assert counts == [2 + each for each in recomputed]  # in evaluation nothing is computed twice
-
-
-def kept_and_copied(model: Any, recomputed: tuple[bool, ...]) -> tuple[int, list[tuple[Any, ...]]]:
-    """Bytes that stay where they were, and what is copied to the host: block by block, storage, place and size."""
-    copied: list[tuple[Any, ...]] = []
-    blocks = blocks_of(model)
-    at: list[int] = []
-    for number, block in enumerate(blocks):
-        block.register_forward_pre_hook(lambda *_, number=number: at.append(number))
-
-    def to_host(tensor: Tensor) -> Tensor:
-        copied.append((at[-1], tensor.data_ptr(), tensor.shape, tensor.nbytes))
-        return tensor.clone()
-
-    follow(ActivationPlan(recomputed, (1.0,) * 3, 1.0, offloaded=True), blocks, to_host=to_host)
-    with measured(blocks) as kept:
-        run(model)
-    return sum(kept), copied
-
-
-def test_what_blocks_keep_goes_to_the_host_once_and_weights_stay(monkeypatch: pytest.MonkeyPatch):
-    monkeypatch.setattr("lora_cli.base.activations._SMALL", 0)  # or the weights of this model are too small to move
-    model = tiny(projections=["q", "k", "v"])
-    with measured(blocks_of(model)) as kept:
-        run(model)
-    weights = {tensor.untyped_storage().data_ptr() for tensor in (*model.parameters(), *model.buffers())}
-    left, copied = kept_and_copied(model, (False,) * 3)
-    assert copied
-    assert len(copied) == len(set(copied)), "q, k and v keep one input: it is copied once"
-    assert not {place for _, place, *_ in copied} & weights
-    assert sum(size for *_, size in copied) > 0.9 * sum(kept)
-    assert left < 0.1 * sum(kept)
-
-
-def test_of_recomputed_blocks_the_input_alone_goes_to_the_host():
-    _, copied = kept_and_copied(tiny(projections=["q", "k", "v"]), (True,) * 3)
-    assert [(at, tuple(shape)) for at, _, shape, _ in copied] == [(at, (2, 300, 64)) for at in range(3)]
-
-
-def test_small_tensors_stay():
-    model = tiny(target_modules="all-linear")
-    copied: list[int] = []
-
-    def to_host(tensor: Tensor) -> Tensor:
-        copied.append(tensor.nbytes)
-        return tensor.clone()
-
-    follow(ActivationPlan((False,) * 3, (1.0,) * 3, 1.0, offloaded=True), blocks_of(model), to_host=to_host)
-    model(input_ids=torch.arange(20)[None], use_cache=False).logits.sum().backward()
-    assert copied == []
 
 
 def test_what_has_no_adapter_in_or_below_keeps_nothing_and_is_not_recomputed():
@@ -245,7 +182,7 @@ def test_what_has_no_adapter_in_or_below_keeps_nothing_and_is_not_recomputed():
     assert kept[2] > 0
     chosen = plan("full", [each / 600 for each in kept], 64 * 4, 600)
     assert chosen.recomputed == (False, False, True)
-    follow(chosen, blocks, to_host=Tensor.clone)
+    chosen.apply(blocks)
     counts = forwards(blocks)
     _, again = run(model)
     assert counts == [1, 1, 2]
@@ -260,7 +197,7 @@ def test_the_plan_foretells_what_is_kept(recomputed):
     with measured(blocks) as kept:
         run(model)
     foretold = ActivationPlan(recomputed, tuple(each / 600 for each in kept), 64 * 4)
-    follow(foretold, blocks, to_host=Tensor.clone)
+    foretold.apply(blocks)
     with measured(blocks) as again:
         ids = torch.arange(600).view(2, 300) * 7 % 97
         model(input_ids=ids, use_cache=False)

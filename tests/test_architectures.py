@@ -22,7 +22,7 @@ from lora_cli.adapters.attach import adapter_parameters, attach
 from lora_cli.adapters.layer import LoRALinear, lora_layers
 from lora_cli.adapters.projections import output_parts
 from lora_cli.adapters.targets import block_lists, find_targets
-from lora_cli.base.activations import ActivationPlan, follow
+from lora_cli.base.activations import ActivationPlan
 from lora_cli.base.load import load_model
 from lora_cli.base.source import find_base
 from lora_cli.data.batches import MicroBatch, collate
@@ -547,7 +547,7 @@ def test_gradient_checkpointing_changes_no_gradient(name, quantization, packed, 
     plain.backward()
     expected, forwards = gradients(model), calls["count"]
     blocks = [block for outer in block_lists(model) for block in model.get_submodule(outer)]
-    follow(ActivationPlan((True,) * len(blocks), (1.0,) * len(blocks), 1.0), blocks, to_host=Tensor.clone)
+    ActivationPlan((True,) * len(blocks), (1.0,) * len(blocks), 1.0).apply(blocks)
     checkpointed = summed_loss(model, batch)
     checkpointed.backward()
     torch.testing.assert_close(checkpointed, plain, rtol=1e-5, atol=0)

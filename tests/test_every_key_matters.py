@@ -590,11 +590,11 @@ def test_gradient_checkpointing(runs: Runs, computed: list[int]):
 
 def test_activation_memory(runs: Runs, computed: list[int], monkeypatch: pytest.MonkeyPatch):
     """Of two blocks none, one or both are computed again, as its GiB allow."""
-    from lora_cli.training import session
+    from lora_cli.base.activations import ActivationPlan
 
-    plans: list[Any] = []
-    own = session.follow
-    monkeypatch.setattr(session, "follow", lambda plan, *rest, **more: (plans.append(plan), own(plan, *rest, **more)))
+    plans: list[ActivationPlan] = []
+    own = ActivationPlan.apply
+    monkeypatch.setattr(ActivationPlan, "apply", lambda plan, blocks: (plans.append(plan), own(plan, blocks)))
     settings = {"train.gradient_checkpointing": "selective", "train.seed": 6}
     plain = runs(settings)
     once, each = len(computed), plans[0].bytes_per_token
@@ -610,11 +610,11 @@ def test_activation_memory(runs: Runs, computed: list[int], monkeypatch: pytest.
 
 
 def test_offload_activations(runs: Runs, monkeypatch: pytest.MonkeyPatch):
-    """Here there is nowhere else to keep them, which is said, not passed over; also where device: auto finds a CPU."""
+    """Retired: refused, not passed over."""
     with pytest.raises(LoraError, match=r"train\.offload_activations: on a CPU activations are in host memory already"):
         runs({"train.offload_activations": True, "device": "cpu"})
     monkeypatch.setattr("torch.cuda.is_available", lambda: False)
-    with pytest.raises(LoraError, match=r"train\.offload_activations: on a CPU activations are in host memory already"):
+    with pytest.raises(LoraError, match=r"train\.offload_activations is retired"):
         runs({"train.offload_activations": True})
 
 

@@ -28,7 +28,7 @@ from lora_cli.adapters.targets import find_targets
 from lora_cli.base.attention import attention_implementation
 from lora_cli.base.linear import quantized_bytes
 from lora_cli.base.load import load_model, load_tokenizer
-from lora_cli.base.recompute import keep_inputs_alone
+from lora_cli.base.recompute import save_only_inputs
 from lora_cli.base.source import find_base
 from lora_cli.data.batches import collate
 from lora_cli.data.example import Example
@@ -535,7 +535,7 @@ def test_activations_are_what_torch_keeps(name: str):
             setattr(config, key, 0.0)
         model, ranks = adapted(config, "cpu")
         attach(model, find_targets(model, list(ranks), rank=1, alpha=1))
-        keep_inputs_alone(model)
+        save_only_inputs(model)
         model.train()
         own = {p.untyped_storage().data_ptr() for p in [*model.parameters(), *model.buffers()]}
         saved: dict[int, int] = {}

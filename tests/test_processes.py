@@ -245,9 +245,9 @@ from test_architectures import ARCHITECTURES, CPU, adapted, batch_of, examples, 
 from tiny_model import make_tokenizer, save_tiny
 from lora_cli.adapters.attach import adapter_parameters
 from lora_cli.adapters.targets import block_lists
-from lora_cli.base.activations import ActivationPlan, follow
+from lora_cli.base.activations import ActivationPlan
 from lora_cli.base.load import load_model, quiet_libraries
-from lora_cli.base.recompute import keep_inputs_alone
+from lora_cli.base.recompute import save_only_inputs
 from lora_cli.base.sharding import shard_base
 from lora_cli.base.source import find_base
 from lora_cli.evaluation.loss import summed_loss
@@ -271,9 +271,9 @@ for name, architecture in ARCHITECTURES.items():
     for quantization in ("none", "nf4"):
         model = adapted(load_model(find_base(str(place)), quantization=quantization, dtype=torch.float32, device=CPU))
         blocks = [block for each in block_lists(model) for block in model.get_submodule(each)]
-        keep_inputs_alone(model)
+        save_only_inputs(model)
         first = tuple(at == 0 for at in range(len(blocks)))
-        follow(ActivationPlan(first, (1.0,) * len(blocks), 1.0), blocks, to_host=torch.clone)
+        ActivationPlan(first, (1.0,) * len(blocks), 1.0).apply(blocks)
         batch = batch_of(examples(9, 12, 5), packed=architecture.packs)
         torch.manual_seed(0)
         expected = passes(model, batch)

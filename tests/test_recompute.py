@@ -17,7 +17,7 @@ from lora_cli.adapters.attach import adapter_parameters, attach
 from lora_cli.adapters.layer import LoRALinear
 from lora_cli.adapters.targets import block_lists, find_targets
 from lora_cli.base.activations import measured
-from lora_cli.base.recompute import keep_inputs_alone
+from lora_cli.base.recompute import save_only_inputs
 
 TINY: dict[str, Any] = {"vocab_size": 97, "hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 2}
 TINY |= {"num_attention_heads": 4, "num_key_value_heads": 2, "max_position_embeddings": 64, "initializer_range": 0.2}
@@ -68,7 +68,7 @@ def test_same_values_same_gradients_less_kept(name, target_modules):
     config, replaced = MODELS[name]
     model = tiny(config(), target_modules=target_modules)
     logits, gradients, kept = run(model)
-    assert keep_inputs_alone(model) == replaced
+    assert save_only_inputs(model) == replaced
     after, again, less = run(model)
     assert torch.equal(after, logits)
     assert_close(again, gradients)
@@ -82,7 +82,7 @@ def test_without_gradients_and_in_evaluation_values_stay(name):
     ids = torch.arange(20)[None]
     with torch.no_grad():
         before = model(input_ids=ids).logits
-    keep_inputs_alone(model)
+    save_only_inputs(model)
     with torch.no_grad():
         assert torch.equal(model(input_ids=ids).logits, before)
     assert torch.equal(model(input_ids=ids).logits, before)
@@ -93,7 +93,7 @@ def test_a_norm_keeps_its_input_alone_and_has_its_gradient(kind):
     norm = with_random_weight(kind(16))
     x, upstream = torch.randn(5, 16, requires_grad=True), torch.randn(5, 16)
     (expected,) = torch.autograd.grad(norm(x), x, upstream)
-    assert keep_inputs_alone(norm) == 1
+    assert save_only_inputs(norm) == 1
     kept: list[Tensor] = []
 
     def keep(tensor: Tensor) -> Tensor:
@@ -116,7 +116,7 @@ def test_a_norm_in_bf16_has_the_gradient_of_fp32_as_near_as_bf16_is(kind):
     x_wide, x = x.float().requires_grad_(), x.requires_grad_()
     (expected,) = torch.autograd.grad(wide.requires_grad_(False)(x_wide), x_wide, upstream.float())
     before = norm(x).detach()
-    assert keep_inputs_alone(norm) == 1
+    assert save_only_inputs(norm) == 1
     out = norm(x)
     assert torch.equal(out.detach(), before)
     (actual,) = torch.autograd.grad(out, x, upstream)
@@ -187,7 +187,7 @@ def gradient(module: nn.Module, width: int) -> tuple[Tensor, Tensor]:
 
 def assert_left_alone(module: Any, width: int) -> None:
     before = gradient(module, width)
-    assert keep_inputs_alone(module) == 0
+    assert save_only_inputs(module) == 0
     assert all(torch.equal(one, other) for one, other in zip(gradient(module, width), before, strict=True))
 
 
@@ -214,7 +214,7 @@ def test_an_mlp_that_drops_in_training_is_left_alone(drop, adapted):
         mlp.gate_proj = layer
     mlp.eval()
     state = torch.get_rng_state()
-    assert keep_inputs_alone(mlp) == 0
+    assert save_only_inputs(mlp) == 0
     assert torch.equal(torch.get_rng_state(), state)
     assert not any(module.training for module in mlp.modules())
 
@@ -225,7 +225,7 @@ def test_of_one_class_each_way_to_compute_is_tried(sparse_first):
     mlps = nn.ModuleList([SparseMLP(hf.LlamaConfig(**TINY)) for _ in range(2)])
     mlps[not sparse_first].sparsity = 0.5  # type: ignore[assignment]
     before = [gradient(mlp, 32) for mlp in mlps]
-    assert keep_inputs_alone(mlps) == 1
+    assert save_only_inputs(mlps) == 1
     after = [gradient(mlp, 32) for mlp in mlps]
     for (out, of_x), (out_before, of_x_before) in zip(after, before, strict=True):
         assert torch.equal(out, out_before)

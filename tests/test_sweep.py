@@ -24,7 +24,7 @@ from lora_cli.adapters.layer import dropout_keys
 from lora_cli.adapters.reach import leave_out, unreached
 from lora_cli.adapters.targets import find_targets
 from lora_cli.base.load import load_model
-from lora_cli.base.recompute import keep_inputs_alone
+from lora_cli.base.recompute import save_only_inputs
 from lora_cli.base.source import find_base
 from lora_cli.data.batches import MicroBatch, collate
 from lora_cli.data.example import Example
@@ -69,7 +69,7 @@ def outcome(kind: str, folder: Path, tokenizer: Any) -> Outcome:
     try:
         model = load_model(find_base(str(folder)), quantization="none", dtype=torch.float32, device=CPU)
         layers = attach(model, find_targets(model, "all-linear", rank=1, alpha=1))
-        keep_inputs_alone(model)
+        save_only_inputs(model)
         ids = ordinary_tokens(model, 48, 0).numpy()
         lay_out = partial(collate, pad_id=0, device=CPU, dropout=(0, 0))
         padded = lay_out([Example(ids, [(1, 48, 1.0)])], packed=False)

@@ -1,4 +1,4 @@
-"""Compiling a model's blocks with torch.compile: norms, activation functions and the like become few kernels."""
+"""Compiling transformer blocks with torch.compile, which fuses norms, activation functions and the like."""
 
 from __future__ import annotations
 
@@ -7,6 +7,7 @@ import os
 import stat
 from collections.abc import Callable, Sequence
 from contextlib import suppress
+from functools import partial
 from pathlib import Path
 
 import torch
@@ -14,15 +15,15 @@ from torch import nn
 from transformers import AttentionInterface
 
 from lora_cli.base.attention import PER_EXAMPLE, per_example_attention
+from lora_cli.base.surgery import replace_forward
 from lora_cli.ending import make_temporary
 
-_VERSIONS = (
-    64  # of one block: adapters on or off, training or not, gradients or not, A and B cast or not; dynamo allows 8
-)
+# Versions of one block: adapters on or off, training or not, gradients or not, A and B cast or not. dynamo allows 8.
+_VERSIONS = 64
 
 
-class _Told(logging.Handler):
-    """Says once what dynamo logs when it gives up on a function, which then runs uncompiled."""
+class _SayOnce(logging.Handler):
+    """Say once that dynamo gave up on a function, which then runs uncompiled."""
 
     def __init__(self, say: Callable[[str], None]):
         super().__init__(logging.WARNING)
@@ -38,14 +39,14 @@ def say_when_dynamo_gives_up(say: Callable[[str], None]) -> None:
     dynamo = logging.getLogger("torch._dynamo.convert_frame")
     dynamo.setLevel(logging.WARNING)
     dynamo.propagate = False
-    dynamo.handlers = [_Told(say)]
+    dynamo.handlers = [_SayOnce(say)]
 
 
 def compile_blocks(blocks: Sequence[nn.Module], say: Callable[[str], None]) -> None:
-    """Compile each block's forward; what is compiled is kept in `cache_folder()`, so that the next run need not wait.
+    """Compile each block's forward at its first use, with a cache in `cache_folder()` for the next run.
 
-    Lengths are dynamic from the start, and attention stays as it is, because it depends on the lengths of the examples:
-    new lengths compile nothing new. Blocks of the same kind share what is compiled.
+    Lengths are dynamic from the start, and attention, which depends on the lengths of the examples, is not compiled:
+    new lengths compile nothing new. Blocks of one kind share the compiled code.
     """
     cache = cache_folder()
     os.environ["TORCHINDUCTOR_CACHE_DIR"] = str(cache)
@@ -54,14 +55,14 @@ def compile_blocks(blocks: Sequence[nn.Module], say: Callable[[str], None]) -> N
     say_when_dynamo_gives_up(say)
     AttentionInterface.register(PER_EXAMPLE, torch.compiler.disable(per_example_attention))
     for block in blocks:
-        block.forward = torch.compile(block.forward, dynamic=True)
+        replace_forward(block, "compilation", partial(torch.compile, dynamic=True))
 
 
 def cache_folder() -> Path:
-    """Where torch keeps what it compiled: its own setting, else a folder of the user's cache that is theirs alone.
+    """Where torch keeps what it compiled: its own setting, else a private folder in the user's cache.
 
-    torch loads what lies there as code, so it is never in a run, which may come from a stranger. Where the user's cache
-    cannot be written, or is open to others, it is a temporary folder.
+    torch loads these files as code, so they are never in a run folder, which may come from a stranger. Where the user's
+    cache cannot be written, or others can write to it, a temporary folder is used.
     """
     if named := os.environ.get("TORCHINDUCTOR_CACHE_DIR"):
         return Path(named)

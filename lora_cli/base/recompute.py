@@ -7,6 +7,7 @@ modules whose shape is known here, after a trial on the loaded module.
 from __future__ import annotations
 
 from collections.abc import Callable
+from functools import partial
 from typing import Any
 
 import torch
@@ -14,43 +15,47 @@ from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 
 from lora_cli.base.linear import features
+from lora_cli.base.surgery import Forward, forward_layers, replace_forward
 
 
-def keep_inputs_alone(model: nn.Module) -> int:
-    """Replace the backward pass of norms and gated products that are known here; returns how many. Values stay.
+def save_only_inputs(model: nn.Module) -> int:
+    """Replace the backward pass of every RMSNorm and gated MLP that passes its trial; returns how many.
 
-    Only for frozen norms: their weights get no gradient.
+    Forward values do not change. Only for frozen norms: their weights get no gradient. A module whose forward was
+    replaced before, as by a fused kernel, is left alone.
     """
     known: dict[tuple[Any, ...], bool] = {}
     replaced = 0
     for module in model.modules():
+        if forward_layers(module):
+            continue
         if is_rms_norm(module):
             if (offset := _offset(module)) is not None:
-                module.forward = _norm_forward(module, offset)
+                replace_forward(module, "recomputation", partial(_norm_forward, module, offset))
                 replaced += 1
         elif is_gated(module):
             kind = (type(module), _settings(module), *(type(getattr(module, name)) for name in _GATED))
             if kind not in known:
                 known[kind] = _is_gated_product(module)
             if known[kind]:
-                module.forward = _gated_forward(module)
+                replace_forward(module, "recomputation", partial(_gated_forward, module))
                 replaced += 1
     return replaced
 
 
 def is_rms_norm(module: nn.Module) -> bool:
-    """Whether this is a norm of that kind by its name; a trial decides."""
+    """Whether this looks like an RMSNorm, by its name and weight; a trial decides."""
     weight = getattr(module, "weight", None)
     return "RMSNorm" in type(module).__name__ and isinstance(weight, Tensor) and not [*module.children()]
 
 
 def is_gated(module: nn.Module) -> bool:
-    """Whether this is a gated product by its parts; a trial decides."""
+    """Whether this looks like a gated MLP, by its parts; a trial decides."""
     return all(isinstance(getattr(module, name, None), nn.Module) for name in _GATED)
 
 
 def _settings(module: nn.Module) -> tuple[tuple[str, Any], ...]:
-    """What makes modules of one class compute differently, as layers of Gemma 3n do."""
+    """Plain settings by which modules of one class may compute differently, as layers of Gemma 3n do."""
     return tuple(sorted((name, value) for name, value in vars(module).items() if isinstance(value, int | float | str)))
 
 
@@ -71,31 +76,33 @@ class _RMSNorm(torch.autograd.Function):
 
     @staticmethod
     @once_differentiable
-    def backward(ctx: Any, upstream: Tensor) -> tuple[Tensor | None, ...]:  # type: ignore[override]
+    def backward(ctx: Any, grad_output: Tensor) -> tuple[Tensor | None, ...]:  # type: ignore[override]
         (x,) = ctx.saved_tensors
-        wide = x.to(ctx.scale.dtype)
-        above = upstream * ctx.scale
-        r = torch.rsqrt((wide * wide).mean(-1, keepdim=True) + ctx.eps)
-        along = (above * wide).mean(-1, keepdim=True)
-        return above.mul_(r).addcmul_(wide, r**3 * along, value=-1).to(x.dtype), None, None, None
+        x_fp32 = x.to(ctx.scale.dtype)
+        scaled = grad_output * ctx.scale  # G
+        r = torch.rsqrt((x_fp32 * x_fp32).mean(-1, keepdim=True) + ctx.eps)
+        mean = (scaled * x_fp32).mean(-1, keepdim=True)
+        return scaled.mul_(r).addcmul_(x_fp32, r**3 * mean, value=-1).to(x.dtype), None, None, None
 
 
-def _norm_forward(norm: nn.Module, offset: float) -> Callable[..., Tensor]:
-    """A gate or another width is the module's own affair: what was not tried goes through as it came."""
-    own, eps = norm.forward, _eps(norm)
+def _norm_forward(norm: nn.Module, offset: float, own: Forward) -> Forward:
+    """A call that the trial did not cover, such as one with a gate or another width, goes to the module's own code."""
+    eps = _eps(norm)
 
     def forward(*inputs: Any, **named: Any) -> Tensor:
         weight: Any = norm.weight
         x = inputs[0] if len(inputs) == 1 and not named else None
         if x is None or not (x.requires_grad and torch.is_grad_enabled()) or x.shape[-1] != weight.shape[-1]:
             return own(*inputs, **named)
-        return _RMSNorm.apply(x, own, weight.detach().to(_wide(weight.dtype)) + offset, eps)  # type: ignore[return-value]
+        return _RMSNorm.apply(
+            x, own, weight.detach().to(torch.promote_types(weight.dtype, torch.float32)) + offset, eps
+        )  # type: ignore[return-value]
 
     return forward
 
 
 def _offset(norm: nn.Module) -> float | None:
-    """What is added to the norm's weight: 0, or 1 as in Gemma. None if its gradient is neither's, or it takes more."""
+    """What the norm adds to its weight: 0, or 1 as in Gemma. None if neither gives its gradient."""
     weight: Any = norm.weight
     if _eps(norm) is None or weight.dim() != 1:
         return None
@@ -105,7 +112,7 @@ def _offset(norm: nn.Module) -> float | None:
     try:
         (expected,) = torch.autograd.grad(norm(x), x, upstream.to(norm(x).dtype))
         for offset in (0.0, 1.0):
-            (actual,) = torch.autograd.grad(_norm_forward(norm, offset)(x), x, upstream.to(norm(x).dtype))
+            (actual,) = torch.autograd.grad(_norm_forward(norm, offset, norm.forward)(x), x, upstream.to(norm(x).dtype))
             if _same(actual, expected):
                 return offset
     except Exception:  # any architecture's own code, such as a norm that wants a gate: left as it is
@@ -133,18 +140,16 @@ class _GatedProduct(torch.autograd.Function):
 
     @staticmethod
     @once_differentiable
-    def backward(ctx: Any, upstream: Tensor) -> tuple[Tensor | None, ...]:  # type: ignore[override]
+    def backward(ctx: Any, grad_output: Tensor) -> tuple[Tensor | None, ...]:  # type: ignore[override]
         gate, up = ctx.saved_tensors
         with torch.enable_grad():
             leaf = gate.detach().requires_grad_()
             activated = ctx.activation(leaf)
-        (of_gate,) = torch.autograd.grad(activated, leaf, upstream * up)
-        return of_gate, upstream * activated.detach(), None
+        (grad_gate,) = torch.autograd.grad(activated, leaf, grad_output * up)
+        return grad_gate, grad_output * activated.detach(), None
 
 
-def _gated_forward(mlp: Any) -> Callable[..., Tensor]:
-    own = mlp.forward
-
+def _gated_forward(mlp: Any, own: Forward) -> Forward:
     def forward(*inputs: Any, **named: Any) -> Tensor:
         if len(inputs) != 1 or named or not torch.is_grad_enabled():
             return own(*inputs, **named)
@@ -156,7 +161,7 @@ def _gated_forward(mlp: Any) -> Callable[..., Tensor]:
 
 def _is_gated_product(mlp: Any) -> bool:
     """Whether the module computes down(activation(gate(x)) ∘ up(x)) and nothing else, in training as well."""
-    drops = [mlp, *(module for module in mlp.modules() if isinstance(module, nn.Dropout))]  # its adapters stay as is
+    drops = [mlp, *(module for module in mlp.modules() if isinstance(module, nn.Dropout))]  # adapters keep their mode
     modes = [module.training for module in drops]
     try:
         for module in drops:
@@ -167,17 +172,13 @@ def _is_gated_product(mlp: Any) -> bool:
         x = torch.randn(1, 3, width, generator=torch.Generator().manual_seed(0)).to(weight.device, dtype)
         with torch.random.fork_rng([weight.device] if weight.is_cuda else []):
             expected = mlp(x)
-            actual = _gated_forward(mlp)(x)
+            actual = _gated_forward(mlp, mlp.forward)(x)
     except Exception:  # any architecture's own code: left as it is
         return False
     finally:
         for module, mode in zip(drops, modes, strict=True):
             module.training = mode
     return isinstance(expected, Tensor) and torch.equal(actual, expected)
-
-
-def _wide(dtype: torch.dtype) -> torch.dtype:
-    return torch.promote_types(dtype, torch.float32)
 
 
 def _same(one: Tensor, other: Tensor) -> bool:

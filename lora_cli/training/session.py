@@ -19,7 +19,7 @@ from lora_cli.adapters.attach import adapter_parameters, attach
 from lora_cli.adapters.layer import LoRALinear, cast_once, dropout_keys
 from lora_cli.adapters.reach import leave_out, left_out_lines, unreached
 from lora_cli.adapters.targets import block_lists, not_adapted, targets_of
-from lora_cli.base.activations import ActivationPlan, follow, measured, plan_activations, to_pinned_memory
+from lora_cli.base.activations import ActivationPlan, measured, plan_activations
 from lora_cli.base.attention import packed_attention_name
 from lora_cli.base.compiled import compile_blocks
 from lora_cli.base.device import (
@@ -32,7 +32,7 @@ from lora_cli.base.device import (
 )
 from lora_cli.base.linear import holds_nf4_values, quantized_bytes, unquantized_layers
 from lora_cli.base.load import load_model, load_tokenizer, unused_tensors
-from lora_cli.base.recompute import keep_inputs_alone
+from lora_cli.base.recompute import save_only_inputs
 from lora_cli.base.sharding import frozen_bytes, require_shardable, shard_base
 from lora_cli.base.source import BaseSource, find_base
 from lora_cli.base.stored import require_quantization, stored_quantization
@@ -157,7 +157,7 @@ def open_session(recipe: Recipe, console: Console) -> Session:
         say(f"         {line}")
     blocks = [block for name in block_lists(model) for block in model.get_submodule(name)]
     if not recipe.train.compile:
-        keep_inputs_alone(model)
+        save_only_inputs(model)
     layers, left_out = _those_that_learn(model, layers, recipe.adapter.target_modules)
     if recipe.train.shard_base:
         say(f"         {_spread(model, blocks, device)}")
@@ -250,10 +250,9 @@ def _plan_activations(
 ) -> ActivationPlan:
     """Measure what autograd keeps of each block, plan with it for micro-batches of `tokens`, make the blocks obey."""
     train = recipe.train
-    if train.offload_activations and device.type == "cpu":
+    if train.offload_activations:
         raise LoraError(
-            "train.offload_activations: on a CPU activations are in host memory already",
-            fix="remove it, or use gradient_checkpointing: full",
+            "train.offload_activations is retired", fix="remove it, or use train.gradient_checkpointing: full"
         )
     ids = np.arange(_SAMPLE_TOKENS) % vocabulary(model.config)
     sample = [Example(ids, [(1, _SAMPLE_TOKENS, 1.0)])]
@@ -279,16 +278,14 @@ def _plan_activations(
         hidden,
         tokens=tokens,
         budget_bytes=budget or _FREE_SHARE * free_memory_bytes(device),
-        offloaded=train.offload_activations,
     )
-    follow(plan, blocks, to_host=to_pinned_memory)
+    plan.apply(blocks)
     return plan
 
 
 def _describe_plan(plan: ActivationPlan, tokens: int) -> str:
     kept = human_bytes(plan.kept_bytes(tokens))
-    where = "in host memory" if plan.offloaded else "kept"
-    text = f"activations of up to {tokens:,} tokens at once: {kept} {where}"
+    text = f"activations of up to {tokens:,} tokens at once: {kept} kept"
     again = sum(plan.recomputed)
     return f"{text}, {again} of {len(plan.recomputed)} blocks recomputed" if again else text
 
