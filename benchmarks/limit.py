@@ -255,7 +255,7 @@ IMPORTS = (
 def section_cold(steps: int) -> dict[str, Any]:
     from train_rows import Work, prepare_work, recipe_of
 
-    from lora_cli.recipe_file import dump_recipe
+    from lora_cli.recipe import dump_recipe
 
     with tempfile.TemporaryDirectory() as name:
         folder = Path(name)

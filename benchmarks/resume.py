@@ -24,7 +24,7 @@ from typing import Any
 
 from train_rows import ROOT, Work, prepare_work, recipe_of
 
-from lora_cli.recipe_file import load_recipe, recipe_values
+from lora_cli.recipe import load_recipe, recipe_values
 
 EVERY = 50
 TINY = {

@@ -77,7 +77,7 @@ def init(
     if schema:
         if model is not None or gpu is not None:
             raise LoraError("--schema prints the schema and writes no recipe", fix="remove --schema, or all else")
-        from lora_cli.recipe_file import json_schema
+        from lora_cli.recipe import json_schema
 
         sys.stdout.write(json_schema() + "\n")
         return
@@ -120,7 +120,7 @@ def train(
     as_json: Json = False,
 ) -> None:
     """Train an adapter as a recipe says."""
-    from lora_cli.recipe_file import load_recipe
+    from lora_cli.recipe import load_recipe
     from lora_cli.trust import require_trust
 
     loaded = load_recipe(recipe, overrides)
@@ -158,7 +158,7 @@ def check(
 
     Everything short of training; no weight is read.
     """
-    from lora_cli.recipe_file import load_recipe
+    from lora_cli.recipe import load_recipe
     from lora_cli.trust import require_trust
 
     loaded = load_recipe(recipe, overrides)

@@ -22,7 +22,7 @@ TEMPLATE_WIDTH = 10_000  # of a number that sets how long a text becomes: center
 TEMPLATE_BITS = 1 << 17  # of a whole number: 10**10**10 has 33 billion
 
 
-# ── recipes (recipe_yaml.py) ────────────────────────────────────────────────────────────────────────────────────
+# ── recipes (recipe/yaml.py) ────────────────────────────────────────────────────────────────────────────────────
 RECIPE_BYTES = 256 << 10  # every layer of the largest models can be named in that
 RECIPE_LEVELS = 16  # sections, lists and values inside each other; the deepest setting has 4
 RECIPE_VALUES = 10_000  # keys and values; the largest model known has 7,000 layers that can be named

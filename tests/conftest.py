@@ -21,7 +21,7 @@ from tiny_model import make_tokenizer, save_tiny  # noqa: E402
 
 from lora_cli.base.load import quiet_libraries  # noqa: E402
 from lora_cli.cli import main  # noqa: E402
-from lora_cli.recipe_file import load_recipe  # noqa: E402
+from lora_cli.recipe import load_recipe  # noqa: E402
 from lora_cli.screen import Screen  # noqa: E402
 from lora_cli.training.train import train  # noqa: E402
 

@@ -16,7 +16,7 @@ from torch import Tensor, nn
 from lora_cli.adapters.attach import adapter_parameters, attach
 from lora_cli.adapters.targets import block_lists, find_targets
 from lora_cli.base.activations import ActivationPlan, measured, plan_activations
-from lora_cli.recipe_file import load_recipe
+from lora_cli.recipe import load_recipe
 from lora_cli.training.session import open_session
 
 # ── planning ────────────────────────────────────────────────────────────────────────────────────────────────────

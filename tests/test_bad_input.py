@@ -628,7 +628,7 @@ def trained(tmp_path_factory: pytest.TempPathFactory, tiny_llama: Path) -> Path:
     """An adapter folder of the tiny Llama, after one step."""
     from conftest import quiet_console
 
-    from lora_cli.recipe_file import load_recipe
+    from lora_cli.recipe import load_recipe
     from lora_cli.training.train import train
 
     folder = tmp_path_factory.mktemp("trained")

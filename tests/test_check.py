@@ -20,7 +20,7 @@ from lora_cli.data.example import Example
 from lora_cli.data.preview import as_text, tokens_of
 from lora_cli.errors import CheckFailed, LoraError
 from lora_cli.planning.check import check, print_checked, write_page
-from lora_cli.recipe_file import load_recipe
+from lora_cli.recipe import load_recipe
 from lora_cli.training import micro_batches
 from lora_cli.training.train import train
 

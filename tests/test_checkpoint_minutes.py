@@ -9,8 +9,7 @@ import torch
 from conftest import losses, quiet_console
 from safetensors.torch import load_file
 
-from lora_cli.recipe import TrainRecipe
-from lora_cli.recipe_file import load_recipe
+from lora_cli.recipe import TrainRecipe, load_recipe
 from lora_cli.training import keeping, loop, micro_batches
 from lora_cli.training.run_folder import RunFolder, read_metrics
 from lora_cli.training.train import train

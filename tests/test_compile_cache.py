@@ -14,7 +14,7 @@ from transformers import AttentionInterface
 from lora_cli.base import compiled
 from lora_cli.base.attention import PER_EXAMPLE, per_example_attention
 from lora_cli.errors import LoraError
-from lora_cli.recipe_file import load_recipe
+from lora_cli.recipe import load_recipe
 from lora_cli.training.train import train
 
 

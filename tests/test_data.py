@@ -26,8 +26,7 @@ from lora_cli.data.row_encoder import RowEncoder
 from lora_cli.data.sources import read_rows
 from lora_cli.data.split import hold_out
 from lora_cli.errors import LoraError
-from lora_cli.recipe import DataRecipe
-from lora_cli.recipe_file import load_recipe
+from lora_cli.recipe import DataRecipe, load_recipe
 
 CPU = torch.device("cpu")
 TURNS = [

@@ -19,7 +19,7 @@ from lora_cli import boundary, ending
 from lora_cli.cli import main
 from lora_cli.data.prepare import Preparation
 from lora_cli.errors import Interrupted, LoraError
-from lora_cli.recipe_file import load_recipe
+from lora_cli.recipe import load_recipe
 from lora_cli.screen import Screen, status
 from lora_cli.training import keeping, train
 from lora_cli.training.progress import Progress

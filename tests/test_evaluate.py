@@ -29,7 +29,7 @@ from lora_cli.errors import CheckFailed, LoraError
 from lora_cli.evaluation.evaluate import evaluate_model, evaluate_run
 from lora_cli.evaluation.perplexity import EvaluationStopped, example_losses, mean_loss
 from lora_cli.merging.merge import merge
-from lora_cli.recipe_file import load_recipe
+from lora_cli.recipe import load_recipe
 
 CPU = torch.device("cpu")
 

@@ -16,8 +16,7 @@ from lora_cli.data.prepare import prepare
 from lora_cli.data.report import data_lines
 from lora_cli.errors import LoraError
 from lora_cli.planning.check import check
-from lora_cli.recipe import Recipe
-from lora_cli.recipe_file import load_recipe
+from lora_cli.recipe import Recipe, load_recipe
 
 
 def fill(folder: Path, *names: str) -> Path:

@@ -9,7 +9,7 @@ import pytest
 import torch
 from conftest import losses, quiet_console
 
-from lora_cli.recipe_file import load_recipe
+from lora_cli.recipe import load_recipe
 from lora_cli.training import loop
 from lora_cli.training.train import train
 

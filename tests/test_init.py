@@ -41,8 +41,7 @@ from lora_cli.planning.first_recipe import write_first_recipe
 from lora_cli.planning.memory import GIB, Block, ModelShape, estimate_memory, parse_size, shape_of
 from lora_cli.planning.skeleton import BaseModel, look_at_model
 from lora_cli.planning.survey import DataSurvey, Reading, choose_reading, look_at_rows
-from lora_cli.recipe import Recipe
-from lora_cli.recipe_file import load_recipe
+from lora_cli.recipe import Recipe, load_recipe
 from lora_cli.training.train import train
 
 IDS = {"vocab_size": 512, "bos_token_id": 0, "eos_token_id": 0, "pad_token_id": 0}

@@ -18,8 +18,7 @@ from safetensors.torch import load_file
 
 from lora_cli.data.order import Order
 from lora_cli.data.packing import Groups
-from lora_cli.recipe import TrainRecipe
-from lora_cli.recipe_file import load_recipe
+from lora_cli.recipe import TrainRecipe, load_recipe
 from lora_cli.training.optimizer import learning_rate
 from lora_cli.training.train import train
 

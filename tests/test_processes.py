@@ -21,7 +21,7 @@ from torch import Tensor, nn
 
 from lora_cli.adapters.attach import adapter_parameters
 from lora_cli.errors import LoraError, ProcessLost
-from lora_cli.recipe_file import load_recipe
+from lora_cli.recipe import load_recipe
 from lora_cli.training import micro_batches
 from lora_cli.training.micro_batches import MicroBatches
 from lora_cli.training.processes import is_lost_process, lost_process_is_told
@@ -42,7 +42,7 @@ import torch
 from rich.console import Console
 from lora_cli.base import sharding
 from lora_cli.base.load import quiet_libraries
-from lora_cli.recipe_file import load_recipe
+from lora_cli.recipe import load_recipe
 from lora_cli.training import micro_batches, session
 from lora_cli.training.train import train
 quiet_libraries()

@@ -16,7 +16,7 @@ from lora_cli.data.example import Example
 from lora_cli.evaluation.evaluate import evaluate_model, evaluate_run
 from lora_cli.evaluation.generation import complete, generation_config
 from lora_cli.evaluation.perplexity import mean_loss
-from lora_cli.recipe_file import load_recipe
+from lora_cli.recipe import load_recipe
 from lora_cli.training.train import train
 
 pytestmark = pytest.mark.real_model

@@ -205,7 +205,7 @@ def test_what_an_error_says_to_write_for_a_setting_is_accepted(tmp_path, key):
     import yaml
 
     from lora_cli.errors import LoraError, RecipeErrors
-    from lora_cli.recipe_file import load_recipe
+    from lora_cli.recipe import load_recipe
 
     section, _, leaf = key.rpartition(".")
 

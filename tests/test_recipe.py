@@ -15,10 +15,19 @@ import yaml
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from lora_cli.contradictions import contradictions
 from lora_cli.errors import LoraError, RecipeErrors
-from lora_cli.recipe import FIELDS, TEMPLATES, Recipe, SourceRecipe, all_keys
-from lora_cli.recipe_file import differences, dump_recipe, json_schema, load_recipe
+from lora_cli.recipe import (
+    FIELDS,
+    TEMPLATES,
+    Recipe,
+    SourceRecipe,
+    all_keys,
+    differences,
+    dump_recipe,
+    json_schema,
+    load_recipe,
+)
+from lora_cli.recipe.contradictions import contradictions
 
 ROOT = Path(__file__).parents[1]
 GOOD = "base_model: owner/name\ndata: {train: rows.jsonl}\noutput: run\n"  # three lines: what is added begins on line 4
@@ -429,7 +438,7 @@ def test_contradictions(problem: Any, settings: str, key: str, fix: str):
 def test_every_contradiction_is_tested():
     """One case for each call of `refuse`, in `contradictions` and its helpers; none tests the same call as another."""
     cases = next(mark for mark in test_contradictions.pytestmark if mark.name == "parametrize").args[1]  # type: ignore
-    tree = ast.parse((ROOT / "lora_cli" / "contradictions.py").read_text(encoding="utf-8"))
+    tree = ast.parse((ROOT / "lora_cli" / "recipe" / "contradictions.py").read_text(encoding="utf-8"))
     called = [node.func for node in ast.walk(tree) if isinstance(node, ast.Call)]
     calls = sum(isinstance(function, ast.Name) and function.id == "refuse" for function in called)
     assert calls == len(cases) == len({(key, fix) for _, key, fix in cases})

@@ -14,7 +14,7 @@ from safetensors.torch import load_file
 
 from lora_cli.errors import CheckFailed
 from lora_cli.evaluation.evaluate import evaluate_run
-from lora_cli.recipe_file import load_recipe
+from lora_cli.recipe import load_recipe
 from lora_cli.training import judging
 from lora_cli.training.train import train
 

@@ -20,7 +20,7 @@ from rich.console import Console
 from safetensors.torch import load_file
 
 from lora_cli.errors import CheckFailed, DiskError, Interrupted, LoraError
-from lora_cli.recipe_file import load_recipe
+from lora_cli.recipe import load_recipe
 from lora_cli.training import checkpoint, keeping, loop, micro_batches, run_folder, run_lock, session
 from lora_cli.training.divergence import what_is_wrong
 from lora_cli.training.run_folder import RunFolder, read_metrics

@@ -20,8 +20,7 @@ from lora_cli.data.prepare import prepare
 from lora_cli.data.readers import read_file
 from lora_cli.errors import LoraError
 from lora_cli.planning.check import check, print_checked
-from lora_cli.recipe import Recipe
-from lora_cli.recipe_file import load_recipe
+from lora_cli.recipe import Recipe, load_recipe
 from lora_cli.screen import Screen
 
 ROWS = [

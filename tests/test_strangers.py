@@ -25,7 +25,7 @@ from lora_cli.evaluation.evaluate import evaluate_run
 from lora_cli.foreign import NotOurs
 from lora_cli.merging.merge import merge
 from lora_cli.planning.check import check
-from lora_cli.recipe_file import load_recipe
+from lora_cli.recipe import load_recipe
 from lora_cli.training import checkpoint
 from lora_cli.training.run_folder import RunFolder
 from lora_cli.training.runs import list_runs

@@ -13,7 +13,7 @@ from lora_cli.base.source import find_base
 from lora_cli.data import stream
 from lora_cli.data.stream import StreamFeed
 from lora_cli.errors import CheckFailed, LoraError
-from lora_cli.recipe_file import load_recipe
+from lora_cli.recipe import load_recipe
 
 STREAM = {"data": {"streaming": True}, "train": {"max_steps": 6}}
 

@@ -10,7 +10,7 @@ from conftest import losses, quiet_console
 
 from lora_cli import surroundings
 from lora_cli.errors import LoraError
-from lora_cli.recipe_file import load_recipe
+from lora_cli.recipe import load_recipe
 from lora_cli.training.train import train
 
 

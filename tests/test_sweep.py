@@ -127,7 +127,7 @@ def test_every_type_trains_or_is_refused_in_words(tmp_path: Path, tokenizer: Any
 @pytest.mark.filterwarnings("ignore")
 def test_one_of_each_kind_through_check_and_train(kind, tmp_path: Path, recipe_file: Any, tokenizer: Any):
     from lora_cli.planning.check import check
-    from lora_cli.recipe_file import load_recipe
+    from lora_cli.recipe import load_recipe
     from lora_cli.training.train import train
 
     folder = save_tiny(tiny_config(kind), tmp_path / kind, tokenizer=tokenizer)

@@ -17,7 +17,7 @@ from lora_cli.errors import LoraError
 from lora_cli.evaluation.trials import packing_difference, require_causal, require_no_leak
 from lora_cli.planning.check import check
 from lora_cli.planning.skeleton import look_at_model
-from lora_cli.recipe_file import load_recipe
+from lora_cli.recipe import load_recipe
 from lora_cli.training.train import train
 
 CPU = torch.device("cpu")

@@ -12,7 +12,7 @@ from conftest import write_rows
 
 from lora_cli.data.report import data_lines
 from lora_cli.planning.check import check
-from lora_cli.recipe_file import load_recipe
+from lora_cli.recipe import load_recipe
 from lora_cli.screen import Screen
 from lora_cli.training.train import train
 

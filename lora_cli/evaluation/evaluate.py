@@ -25,8 +25,7 @@ from lora_cli.data.sources import open_source
 from lora_cli.errors import LoraError
 from lora_cli.evaluation.gain import Gain, paired_gain
 from lora_cli.evaluation.perplexity import Score, score
-from lora_cli.recipe import DataRecipe, Recipe, SourceRecipe
-from lora_cli.recipe_file import load_recipe
+from lora_cli.recipe import DataRecipe, Recipe, SourceRecipe, load_recipe
 from lora_cli.streams import print_note
 
 _DEFAULT_LENGTH = 1024  # tokens of context, where nothing says more

@@ -27,8 +27,7 @@ from lora_cli.planning.memory import GIB, Memory, parse_size, shape_of
 from lora_cli.planning.recipe_text import Chosen, Names, Tried, recipe_text
 from lora_cli.planning.skeleton import BaseModel, look_at_model
 from lora_cli.planning.survey import DataSurvey, choose_template, look_at_rows, prepare_rows, survey_data
-from lora_cli.recipe import Recipe
-from lora_cli.recipe_file import load_recipe
+from lora_cli.recipe import Recipe, load_recipe
 
 
 @dataclass(frozen=True)

@@ -11,8 +11,7 @@ from typing import Any, NamedTuple
 
 from lora_cli import __version__
 from lora_cli.errors import LoraError
-from lora_cli.recipe import Recipe, all_keys
-from lora_cli.recipe_file import differences
+from lora_cli.recipe import Recipe, all_keys, differences
 
 _PACKAGES = ("torch", "transformers", "bitsandbytes", "accelerate", "numpy", "datasets", "safetensors", "tokenizers")
 # What a step's numbers come from; NumPy draws the order of the data.

@@ -17,8 +17,7 @@ from lora_cli.adapters.file import FILES as ADAPTER_FILES
 from lora_cli.errors import DiskError, LoraError, command
 from lora_cli.files import disk_errors, finish_moves, write_bytes, write_json
 from lora_cli.foreign import Shape, is_real_folder, kind, not_ours, open_binary, open_to_append, read_json
-from lora_cli.recipe import Recipe
-from lora_cli.recipe_file import dump_recipe, load_recipe
+from lora_cli.recipe import Recipe, dump_recipe, load_recipe
 from lora_cli.training.checkpoint import FILES as CHECKPOINT_FILES
 from lora_cli.training.checkpoint import NAME as CHECKPOINT_NAME
 from lora_cli.training.run_lock import LOCK, now

@@ -272,9 +272,9 @@ def _call(words: list[str]) -> int:
 
 def _note_outputs(place: Path) -> None:
     """Writes down which folders a recipe names to be written to, once it is read."""
-    from lora_cli import recipe_file
+    from lora_cli import recipe as room
 
-    read = recipe_file.load_recipe
+    read = room.load_recipe
 
     def noting(*given: Any, **named: Any) -> Any:
         recipe = read(*given, **named)
@@ -282,7 +282,7 @@ def _note_outputs(place: Path) -> None:
             place.write_text(json.dumps([recipe.output, *([recipe.data.cache] if recipe.data.cache else [])]))
         return recipe
 
-    recipe_file.load_recipe = noting
+    room.load_recipe = noting
 
 
 # ── judging ─────────────────────────────────────────────────────────────────────────────────────────────────────

@@ -5,7 +5,7 @@ from __future__ import annotations
 import re
 from collections.abc import Callable
 
-from lora_cli.recipe import FIELDS, TEMPLATES, DataRecipe, Recipe, TrainRecipe
+from lora_cli.recipe.schema import FIELDS, TEMPLATES, DataRecipe, Recipe, TrainRecipe
 
 
 def contradictions(recipe: Recipe) -> list[tuple[str, str, str]]:

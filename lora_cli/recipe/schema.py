@@ -375,13 +375,7 @@ class Recipe(Section):
     output: str = Field(min_length=1, description="The run folder; it must not hold another run.")
 
 
-PATHS = (
-    "data.template",
-    "data.general_text",
-    "data.cache",
-    "output",
-    "base_model",
-)  # those of sources come from recipe_file
+_PATHS = ("data.template", "data.general_text", "data.cache", "output", "base_model")  # beside those of sources
 
 
 def section_of(annotation: Any) -> type[Section] | None:
@@ -396,3 +390,29 @@ def all_keys() -> list[tuple[str, ...]]:
         section = section_of(field.annotation)
         found += [(name, inner) for inner in section.model_fields] if section else [(name,)]
     return found
+
+
+def path_places(values: dict[str, Any]) -> list[tuple[Any, Any, tuple[str, ...]]]:
+    """(container, key in it, key path) of every text in the recipe's values that may be a path."""
+    places: list[tuple[Any, Any, tuple[str, ...]]] = []
+    for key_text in _PATHS:
+        *sections, name = key_text.split(".")
+        section: Any = values.get(sections[0]) if sections else values
+        places += [(section, name, tuple(key_text.split(".")))] if isinstance(section, dict) else []
+    data: Any = values.get("data")
+    for name in ("train", "validation") if isinstance(data, dict) else ():
+        entry = data.get(name)
+        places.append((data, name, ("data", name)))
+        places += [(entry, "path", ("data", name, "path"))] if isinstance(entry, dict) else []
+        for at, item in enumerate(entry if isinstance(entry, list) else []):
+            key = ("data", name, str(at))
+            places.append((item, "path", (*key, "path")) if isinstance(item, dict) else (entry, at, key))
+    return [
+        (section, name, key)
+        for section, name, key in places
+        if (isinstance(section, list) or name in section)
+        and isinstance(section[name], str)
+        and section[name]
+        and not (key == ("data", "validation") and NUMBER.fullmatch(section[name]))
+        and not (key == ("data", "template") and re.fullmatch(r"[\w-]+", section[name]))
+    ]

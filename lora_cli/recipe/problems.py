@@ -10,10 +10,10 @@ from typing import Any, get_args
 from pydantic import BaseModel, ValidationError
 
 from lora_cli import limits
-from lora_cli.contradictions import contradictions
 from lora_cli.errors import LoraError
-from lora_cli.recipe import Recipe, SourceRecipe, all_keys, section_of
-from lora_cli.recipe_yaml import KeyPath, Positions, where_of
+from lora_cli.recipe.contradictions import contradictions
+from lora_cli.recipe.schema import Recipe, SourceRecipe, all_keys, section_of
+from lora_cli.recipe.yaml import KeyPath, Positions, where_of
 
 _EXAMPLES = {  # of settings that have no default
     ("base_model",): "HuggingFaceTB/SmolLM2-135M-Instruct",

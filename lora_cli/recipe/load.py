@@ -1,11 +1,10 @@
-"""Reading and writing recipe files: overrides, paths, defaults.
+"""Reading recipe files: overrides and paths.
 
 Every problem of a file is found before any is reported, each with its line and column.
 """
 
 from __future__ import annotations
 
-import json
 import os
 import re
 from pathlib import Path
@@ -15,9 +14,9 @@ import yaml
 
 from lora_cli import limits
 from lora_cli.errors import LoraError, RecipeErrors, home_expanded
-from lora_cli.recipe import NUMBER, PATHS, Recipe
-from lora_cli.recipe_problems import validate
-from lora_cli.recipe_yaml import NO_VALUE, KeyPath, Positions, parse_value, place_of, read_recipe_yaml, where_of
+from lora_cli.recipe.problems import validate
+from lora_cli.recipe.schema import Recipe, path_places
+from lora_cli.recipe.yaml import NO_VALUE, KeyPath, Positions, parse_value, place_of, read_recipe_yaml, where_of
 
 _DEEPEST = 255  # parts of a path; the standard library makes missing folders by recursion
 
@@ -37,7 +36,7 @@ def load_recipe(path: Path, overrides: list[str] | None = None) -> Recipe:
         else:
             positions[key] = f"--set {'.'.join(key)}"
             overridden.add(key)
-    for section, name, key in _path_places(values):
+    for section, name, key in path_places(values):
         base = Path.cwd() if any(key[: len(known)] == known for known in overridden) else path.resolve().parent
         problems += _resolve_path(section, name, key, base, positions, str(path))
     recipe, found = validate(values, positions, str(path))
@@ -45,60 +44,6 @@ def load_recipe(path: Path, overrides: list[str] | None = None) -> Recipe:
     if problems or recipe is None:
         raise problems[0] if len(problems) == 1 else RecipeErrors(sorted(problems, key=place_of))
     return recipe
-
-
-def dump_recipe(recipe: Recipe) -> str:
-    """The resolved, complete recipe as YAML; reading it back gives an equal one."""
-    values = recipe_values(recipe)
-    for section, name, _ in _path_places(values):
-        section[name] = section[name].replace("$", "$$")
-    return yaml.safe_dump(values, sort_keys=False, allow_unicode=True)
-
-
-def recipe_values(recipe: Recipe) -> dict[str, Any]:
-    """All settings as plain values, defaults included, less those that another setting rules out."""
-    values = recipe.model_dump(mode="json")
-    if recipe.adapter.target_modules != "attention":
-        del values["adapter"]["projections"]
-    if recipe.quantization != "nf4" and recipe.double_quantization:
-        del values["double_quantization"]
-    if recipe.train.tokens_per_micro_batch is not None:
-        del values["train"]["micro_batch_size"]
-    if recipe.train.batch_size is not None:
-        del values["train"]["gradient_accumulation_steps"]
-    if recipe.data.streaming:
-        del values["train"]["epochs"]
-    if recipe.train.optimizer == "schedule_free_adamw" and recipe.train.schedule != "constant":
-        del values["train"]["schedule"]
-    return values
-
-
-def differences(old: Recipe, new: Recipe) -> list[tuple[KeyPath, Any, Any]]:
-    """(key, value in old, value in new) of every setting that differs."""
-    before, after = dict(_leaves(old.model_dump(mode="json"))), dict(_leaves(new.model_dump(mode="json")))
-    return [(key, before.get(key), after.get(key)) for key in before | after if before.get(key) != after.get(key)]
-
-
-def json_schema() -> str:
-    """JSON Schema of the recipe, for editors."""
-    schema = Recipe.model_json_schema() | {
-        "$schema": "https://json-schema.org/draft/2020-12/schema",
-        "title": "lora recipe",
-    }
-    return json.dumps(schema, indent=2)
-
-
-def _leaves(values: dict[str, Any], at: KeyPath = ()) -> list[tuple[KeyPath, Any]]:
-    found: list[tuple[KeyPath, Any]] = []
-    for key, value in values.items():
-        nested = isinstance(value, dict) and key not in (
-            "rank_pattern",
-            "alpha_pattern",
-            "columns",
-            "template_arguments",
-        )
-        found += _leaves(value, (*at, key)) if nested else [((*at, key), value)]
-    return found
 
 
 # ── overrides and paths ─────────────────────────────────────────────────────────────────────────────────────────
@@ -133,32 +78,6 @@ def _apply_override(values: dict[str, Any], override: str) -> KeyPath:
             )
     at[key[-1]] = value
     return key
-
-
-def _path_places(values: dict[str, Any]) -> list[tuple[Any, Any, KeyPath]]:
-    """(container, key in it, key path) of every text in the recipe's values that may be a path."""
-    places: list[tuple[Any, Any, KeyPath]] = []
-    for key_text in PATHS:
-        *sections, name = key_text.split(".")
-        section: Any = values.get(sections[0]) if sections else values
-        places += [(section, name, tuple(key_text.split(".")))] if isinstance(section, dict) else []
-    data: Any = values.get("data")
-    for name in ("train", "validation") if isinstance(data, dict) else ():
-        entry = data.get(name)
-        places.append((data, name, ("data", name)))
-        places += [(entry, "path", ("data", name, "path"))] if isinstance(entry, dict) else []
-        for at, item in enumerate(entry if isinstance(entry, list) else []):
-            key = ("data", name, str(at))
-            places.append((item, "path", (*key, "path")) if isinstance(item, dict) else (entry, at, key))
-    return [
-        (section, name, key)
-        for section, name, key in places
-        if (isinstance(section, list) or name in section)
-        and isinstance(section[name], str)
-        and section[name]
-        and not (key == ("data", "validation") and NUMBER.fullmatch(section[name]))
-        and not (key == ("data", "template") and re.fullmatch(r"[\w-]+", section[name]))
-    ]
 
 
 def _resolve_path(

@@ -1,0 +1,34 @@
+"""What is asked for: one YAML file, one schema, and every problem of it with its place."""
+
+from lora_cli.recipe.dump import differences, dump_recipe, json_schema, recipe_values
+from lora_cli.recipe.load import load_recipe
+from lora_cli.recipe.schema import (
+    FIELDS,
+    TEMPLATES,
+    AdapterRecipe,
+    Allowed,
+    DataRecipe,
+    Recipe,
+    SourceRecipe,
+    TrainRecipe,
+    all_keys,
+    section_of,
+)
+
+__all__ = [
+    "FIELDS",
+    "TEMPLATES",
+    "AdapterRecipe",
+    "Allowed",
+    "DataRecipe",
+    "Recipe",
+    "SourceRecipe",
+    "TrainRecipe",
+    "all_keys",
+    "differences",
+    "dump_recipe",
+    "json_schema",
+    "load_recipe",
+    "recipe_values",
+    "section_of",
+]

@@ -1,0 +1,65 @@
+"""Writing a recipe down: complete, and so that reading it back gives an equal one."""
+
+from __future__ import annotations
+
+import json
+from typing import Any
+
+import yaml
+
+from lora_cli.recipe.schema import Recipe, path_places
+from lora_cli.recipe.yaml import KeyPath
+
+
+def dump_recipe(recipe: Recipe) -> str:
+    """The resolved, complete recipe as YAML; reading it back gives an equal one."""
+    values = recipe_values(recipe)
+    for section, name, _ in path_places(values):
+        section[name] = section[name].replace("$", "$$")
+    return yaml.safe_dump(values, sort_keys=False, allow_unicode=True)
+
+
+def recipe_values(recipe: Recipe) -> dict[str, Any]:
+    """All settings as plain values, defaults included, less those that another setting rules out."""
+    values = recipe.model_dump(mode="json")
+    if recipe.adapter.target_modules != "attention":
+        del values["adapter"]["projections"]
+    if recipe.quantization != "nf4" and recipe.double_quantization:
+        del values["double_quantization"]
+    if recipe.train.tokens_per_micro_batch is not None:
+        del values["train"]["micro_batch_size"]
+    if recipe.train.batch_size is not None:
+        del values["train"]["gradient_accumulation_steps"]
+    if recipe.data.streaming:
+        del values["train"]["epochs"]
+    if recipe.train.optimizer == "schedule_free_adamw" and recipe.train.schedule != "constant":
+        del values["train"]["schedule"]
+    return values
+
+
+def differences(old: Recipe, new: Recipe) -> list[tuple[KeyPath, Any, Any]]:
+    """(key, value in old, value in new) of every setting that differs."""
+    before, after = dict(_leaves(old.model_dump(mode="json"))), dict(_leaves(new.model_dump(mode="json")))
+    return [(key, before.get(key), after.get(key)) for key in before | after if before.get(key) != after.get(key)]
+
+
+def json_schema() -> str:
+    """JSON Schema of the recipe, for editors."""
+    schema = Recipe.model_json_schema() | {
+        "$schema": "https://json-schema.org/draft/2020-12/schema",
+        "title": "lora recipe",
+    }
+    return json.dumps(schema, indent=2)
+
+
+def _leaves(values: dict[str, Any], at: KeyPath = ()) -> list[tuple[KeyPath, Any]]:
+    found: list[tuple[KeyPath, Any]] = []
+    for key, value in values.items():
+        nested = isinstance(value, dict) and key not in (
+            "rank_pattern",
+            "alpha_pattern",
+            "columns",
+            "template_arguments",
+        )
+        found += _leaves(value, (*at, key)) if nested else [((*at, key), value)]
+    return found
