@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import html
 import os
 import re
 import shlex
@@ -183,8 +182,3 @@ def shown(line: str, longest: int = _LONGEST_LINE) -> str:
 def escaped(line: str) -> str:
     """The line with everything spelled out that a terminal would act on, line ends too: \\x1b for an escape."""
     return _UNSEEN.sub(lambda found: ascii(found[0])[1:-1], line)
-
-
-def in_html(text: str) -> str:
-    """Text for a page: what is markup there is escaped, and what turns the writing or hides it is spelled out."""
-    return html.escape("\n".join(map(escaped, text.split("\n"))))

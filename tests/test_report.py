@@ -98,7 +98,7 @@ def test_no_gain_on_held_out_data_ends_with_exit_code_3_and_a_report(recipe_file
 
     monkeypatch.setattr(judging, "example_losses", scored)
     recipe = load_recipe(recipe_file(data={"validation": 0.25}))
-    with pytest.raises(CheckFailed, match="not better than its base model") as caught:
+    with pytest.raises(CheckFailed, match="no better than its base model") as caught:
         train(recipe, quiet_console())
     assert caught.value.exit_code == 3
     report = json.loads((Path(recipe.output) / "report.json").read_text())

@@ -77,10 +77,10 @@ def validation(gain: float, low: float | None, high: float | None, examples: int
 def test_the_lines_say_what_was_measured():
     assert verdict_lines(report()) == [
         "The adapter learned: it is better than its base model.",
-        "Perplexity 12.79 → 1.08, 2.47 ± 0.05 nats a token better on 100 held-out examples.",
+        "Perplexity 12.79 → 1.08, 2.47 ± 0.05 nats a token better on 100 validation examples.",
         "loss on general text 3.21 → 3.25 (+0.04 ± 0.01): some was forgotten",
         "update 2.1 % of the weight in the median layer, 4.1 % in the largest (layers.40.q_proj)",
-        "best at step 60 of 114: that adapter is shipped, the last is 0.0130 nats a token worse",
+        "best at step 60 of 114: that adapter is kept, the last is 0.0130 nats a token worse",
         "114 steps, 57,030 tokens in 3:07, 305 tokens/s, peak memory 2.28 GiB",
     ]
 
@@ -91,11 +91,15 @@ def test_the_lines_say_what_was_measured():
         (report(learned=False), "nothing learned", "Every B of the adapter is still zero"),
         (validation(-0.2, -0.3, -0.1), "nothing learned", "+0.20 ± 0.10 nats a token"),
         (validation(0.0, 0.0, 0.0), "nothing learned", "2.5000 → 2.5000"),
-        (validation(-0.01, -0.1, 0.08), "nothing learned", "not better than its base model"),
+        (validation(-0.01, -0.1, 0.08), "nothing learned", "no better than its base model"),
         (validation(0.01, -0.1, 0.12), "not certain", "its interval includes 0"),
-        (validation(0.01, None, None, 1), "not certain", "on 1 held-out example; a single example gives no interval"),
+        (validation(0.01, None, None, 1), "not certain", "on 1 validation example; a single example gives no interval"),
         (validation(0.2, 0.1, 0.3), "learned", "0.20 ± 0.10 nats a token better"),
-        (report(validation=None), "learned", "Training loss 2.4354 → 0.0115 in 114 steps. Nothing was held out"),
+        (
+            report(validation=None),
+            "learned",
+            "Training loss 2.4354 → 0.0115 in 114 steps. There was no validation data",
+        ),
         (report(validation=None, steps=1, last_loss=2.4354), "not certain", "nothing shows that it learned"),
         (report(validation=None, steps=19), "not certain", "differ by chance"),
         (report(validation=None, last_loss=2.5), "not certain", "nothing shows that it learned"),
@@ -250,7 +254,7 @@ def test_the_page_says_all_of_it():
         "Some was forgotten",
         "95 % interval: +0.03 to +0.05",
         "layers.40.q_proj",
-        "57,030, of which 16,931 carried loss",
+        "57,030, of which 16,931 are target tokens",
         "base_model: gpt2",
         "torch 2.13.0",
         "12 rows were cut",

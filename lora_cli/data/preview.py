@@ -14,11 +14,13 @@ from transformers import PreTrainedTokenizerBase
 
 from lora_cli.data.example import Example
 from lora_cli.data.gate import KINDS, Findings
-from lora_cli.errors import UNSEEN, escaped, in_html
+from lora_cli.errors import UNSEEN, escaped
+from lora_cli.pages.render import render
 
 _TRAINED, _CONTEXT = Style(color="black", bgcolor="green"), Style(dim=True)
 _SPECIAL = Style(color="magenta", bold=True)
 _TRAINED_SPECIAL = Style(color="white", bgcolor="magenta", bold=True)
+PAGE_MARK = b"<meta name=generator content=lora-check>"  # near the start of every page of ours
 MOST_TOKENS = 600  # of one example on a terminal
 
 
@@ -103,42 +105,6 @@ def _visible(text: str) -> str:
     return UNSEEN.sub(lambda found: escaped(found[0]), text)
 
 
-# ── a page ──────────────────────────────────────────────────────────────────────────────────────────────────────
-
-PAGE_START = "<!doctype html>\n<meta name=generator content=lora-check>"
-_PAGE = (
-    PAGE_START
-    + """
-<meta charset=utf-8>
-<meta name=viewport content="width=device-width, initial-scale=1">
-<title>{title}</title>
-<style>
-:root {{ color-scheme: light dark; --ink: #1c1e21; --paper: #fff; --faint: #767b82; --line: #d9dce0;
-  --trained: #c4ecc9; --edge: #8fd19a; --special: #8b3fa8; --stop: #b3261e; }}
-@media (prefers-color-scheme: dark) {{ :root {{ --ink: #e6e6e6; --paper: #17191c; --faint: #8d939b; --line: #34383d;
-  --trained: #1f5130; --edge: #3c8052; --special: #d79bf0; --stop: #ff8a80; }} }}
-body {{ font: 15px/1.5 system-ui, sans-serif; color: var(--ink); background: var(--paper); max-width: 62rem;
-  margin: 2rem auto; padding: 0 1rem; }}
-h1 {{ font-size: 1.3rem; }} h2 {{ font-size: 1rem; margin: 2rem 0 .5rem; }}
-table {{ border-collapse: collapse; }} td, th {{ padding: .2rem .9rem .2rem 0; text-align: left; vertical-align: top; }}
-th {{ font-weight: 600; border-bottom: 1px solid var(--line); }} .n {{ text-align: right; }}
-.stop {{ color: var(--stop); }} .faint {{ color: var(--faint); }}
-pre {{ font: 13px/1.8 ui-monospace, monospace; white-space: pre-wrap; overflow-wrap: anywhere; border: 1px solid
-  var(--line); border-radius: 6px; padding: .8rem 1rem; }}
-pre span {{ color: var(--faint); border-radius: 2px; }} pre span:hover {{ outline: 1px solid currentColor; }}
-pre .t {{ color: var(--ink); background: var(--trained); box-shadow: inset 1px 0 var(--edge); }}
-pre .s {{ color: var(--special); font-weight: 600; }}
-</style>
-<h1>{title}</h1>
-<p>{lines}</p>
-<p><span style="background: var(--trained)">trained</span> · <span class=faint>context</span> ·
-<span style="color: var(--special); font-weight: 600">special</span> — point at a token for its id</p>
-{findings}
-{rows}
-"""
-)
-
-
 def as_page(
     title: str,
     lines: Sequence[str],
@@ -147,34 +113,16 @@ def as_page(
     examples: Sequence[Example],
     tokenizer: PreTrainedTokenizerBase,
 ) -> str:
-    """One HTML file that needs no other: what is known of the data, what the gate found, and the tokens of examples."""
-    return _PAGE.format(
-        title=in_html(title),
-        lines="<br>".join(map(in_html, lines)),
-        findings=_findings_table(findings, allowed),
-        rows="\n".join(_row(example, tokenizer) for example in examples),
-    )
-
-
-def _findings_table(findings: Findings, allowed: Sequence[str]) -> str:
-    found = findings.as_list(allowed)
-    if not found:
-        return "<p>The gate found nothing.</p>"
-    rows = "".join(
-        f"<tr{' class=stop' if each['stops'] else ''}><td class=n>{each['count']:,}<td>"
-        f"{in_html(KINDS[each['kind']].title)}<td>{in_html(findings.rows(each['kind']))}"
-        f"<td>{in_html(each['fix'])}"
-        for each in found
-    )
-    return f"<table><tr><th class=n>rows<th>what<th>where<th>fix{rows}</table>"
-
-
-def _row(example: Example, tokenizer: PreTrainedTokenizerBase) -> str:
-    shown = []
-    for text, token, size in pieces(tokens_of(example, tokenizer), tokenizer):
-        kind = " ".join(name for name, on in (("t", token.trained), ("s", token.special)) if on)
-        title = f"{token.id}" if size == 1 else f"{token.id} and {size - 1} more"
-        kind = f' class="{kind}"' if kind else ""
-        shown.append(f'<span{kind} title="{title}">{in_html(_visible(text))}</span>')
-    head = f"{example.source}: {len(example.ids):,} tokens, {example.targets:,} trained"
-    return f"<h2>{in_html(head)}</h2>\n<pre>{''.join(shown)}</pre>"
+    """One HTML file that needs no other: what is known of the data, what the checks found, the tokens of examples."""
+    found = [
+        each | {"title": KINDS[each["kind"]].title, "where": findings.rows(each["kind"])}
+        for each in findings.as_list(allowed)
+    ]
+    shown = [
+        (
+            f"{example.source}: {len(example.ids):,} tokens, {example.targets:,} trained",
+            [(_visible(text), token, size) for text, token, size in pieces(tokens_of(example, tokenizer), tokenizer)],
+        )
+        for example in examples
+    ]
+    return render("preview.html.jinja", title=title, lines=lines, findings=found, examples=shown)

@@ -23,7 +23,7 @@ from lora_cli.data.example import Example
 from lora_cli.data.gate import KINDS
 from lora_cli.data.prepare import prepare, require_rows
 from lora_cli.data.prepared import PreparedData
-from lora_cli.data.preview import PAGE_START, as_page, as_text, tokens_of
+from lora_cli.data.preview import PAGE_MARK, as_page, as_text, tokens_of
 from lora_cli.data.report import data_lines, stream_lines
 from lora_cli.data.stream import StreamFeed
 from lora_cli.errors import LoraError
@@ -123,7 +123,7 @@ def check(recipe: Recipe, *, keep: bool = False) -> Checked:
 
 def write_page(checked: Checked, path: Path, show: int) -> None:
     """The preview as an HTML file. Raises LoraError if the path holds something else."""
-    if path.exists() and (path.is_dir() or not path.read_bytes().startswith(PAGE_START.encode())):
+    if path.exists() and (path.is_dir() or PAGE_MARK not in path.read_bytes()[:200]):
         raise LoraError(
             "refusing to overwrite a file that lora did not write", where=str(path), fix="choose another --html"
         )

@@ -1,17 +1,17 @@
 """The end of a run in words: did the adapter learn, by how much, how sure is that, and what did it cost?
 
-The report that this reads is what stands in report.json. Beside the counters of a run (steps, first_loss, last_loss,
+The report is what report.json holds. Beside the counters of a run (steps, first_loss, last_loss,
 base_validation_loss, best_validation_loss, best_step, last_validation_loss, tokens, target_tokens, seconds,
 tokens_per_second, peak_memory_bytes, adapted_layers, trained_parameters, learned, adapter) it has three measurements
-of the adapter that is shipped; each may be missing or None, where there was nothing to measure:
+of the adapter that is kept; each may be missing, or None where there was nothing to measure:
 
-    validation      before, after: nats per target token of base and adapter on the held-out examples
+    validation      before, after: nats per target token of base and adapter on the validation examples
                     gain: before - after; low, high: ends of its 95 % interval, None for a single example
-                    examples, targets: held-out examples and their target tokens; all as `Gain` has them
+                    examples, targets: validation examples and their target tokens; all as `Gain` has them
     general_text    before, after, change (after - before), low, high, tokens, source: see `measure_forgetting`
     update_sizes    median, largest: ‖ΔW‖ / ‖W‖; largest_layer: its name; layers: the same for every layer, by name
 
-Numbers that are not finite stand in the report as None, since JSON has no word for them.
+Numbers that are not finite are None in the report, since JSON cannot express them.
 """
 
 from __future__ import annotations
@@ -24,7 +24,7 @@ from typing import Any, Literal, TypeGuard
 
 from lora_cli.files import human_bytes
 
-_FEWEST_STEPS = 20  # below, the loss of the last step against that of the first is chance
+_FEWEST_STEPS = 20  # with fewer, the difference between the first and the last loss is chance
 Outcome = Literal["learned", "not certain", "nothing learned"]
 
 
@@ -41,10 +41,10 @@ class Verdict:
 def judge(report: Mapping[str, Any]) -> Verdict:
     """What a report says about its adapter.
 
-    `nothing learned`: every B is still zero, or the held-out loss is no lower than the base model's. `not certain`: it
-    is lower, but the interval reaches zero or there is none; or nothing was held out, and few steps or a training loss
-    that did not fall show nothing. `learned`: it is lower for certain, or nothing was held out and the training loss
-    fell over many steps; the headline then says which.
+    `nothing learned`: every B is still zero, or the validation loss is no lower than the base model's. `not certain`:
+    it is lower, but the interval includes zero or there is none; or there is no validation data, and the steps are few
+    or the training loss did not fall. `learned`: it is certainly lower; or there is no validation data and the training
+    loss fell over many steps, and the headline says so.
     """
     if not report.get("learned"):
         return Verdict(
@@ -64,33 +64,33 @@ def judge(report: Mapping[str, Any]) -> Verdict:
             return Verdict(
                 "not certain",
                 "The adapter changes the model, but nothing shows that it learned.",
-                f"{moved}Nothing was held out, and training losses of single steps differ by chance.",
-                "hold something out: data.validation: 0.05",
+                f"{moved}There was no validation data, and training losses of single steps differ by chance.",
+                "hold rows out for validation: data.validation: 0.05",
             )
         return Verdict(
             "learned",
             "The adapter learned its training data; whether it helps on anything else was not measured.",
-            f"{moved}Nothing was held out.",
-            "hold something out: data.validation: 0.05",
+            f"{moved}There was no validation data.",
+            "hold rows out for validation: data.validation: 0.05",
         )
     if found["gain"] <= 0:
         worse = f"loss {found['before']:.4f} → {found['after']:.4f}"
         return Verdict(
             "nothing learned",
-            "This run learned nothing that helps: on held-out data the adapter is not better than its base model.",
-            f"Validation {worse}, {signed(-found['gain'], half_width(found))} nats a token {_held_out(found)}.",
-            "lower train.learning_rate or train.epochs, or hold out rows of the same kind as are trained on",
+            "This run learned nothing that helps: on validation data the adapter is no better than its base model.",
+            f"Validation {worse}, {signed(-found['gain'], half_width(found))} nats a token {_examples(found)}.",
+            "lower train.learning_rate or train.epochs, or validate on rows of the same kind as the training rows",
         )
     if found.get("low") is None or found["low"] <= 0:
         sure = "a single example gives no interval" if found.get("low") is None else "its interval includes 0"
         return Verdict(
             "not certain",
             "The adapter looks better than its base model, but that is not certain.",
-            f"{_capital(gain_words(found))}; {sure}.",
-            "hold out more examples, or train longer",
+            f"{capital(gain_words(found))}; {sure}.",
+            "use more validation examples, or train longer",
         )
     return Verdict(
-        "learned", "The adapter learned: it is better than its base model.", f"{_capital(gain_words(found))}."
+        "learned", "The adapter learned: it is better than its base model.", f"{capital(gain_words(found))}."
     )
 
 
@@ -108,12 +108,12 @@ def verdict_lines(report: Mapping[str, Any]) -> list[str]:
 
 
 def gain_words(found: Mapping[str, Any]) -> str:
-    """`perplexity 12.79 → 1.08, 2.47 ± 0.05 nats a token better on 100 held-out examples`."""
+    """`perplexity 12.79 → 1.08, 2.47 ± 0.05 nats a token better on 100 validation examples`."""
     before, after = perplexity(found["before"]), perplexity(found["after"])
     half = half_width(found)
     places = decimals(half)
     gain = f"{found['gain']:.{places}f}" + ("" if half is None else f" ± {half:.{places}f}")
-    return f"perplexity {before} → {after}, {gain} nats a token better {_held_out(found)}"
+    return f"perplexity {before} → {after}, {gain} nats a token better {_examples(found)}"
 
 
 def forgetting_words(report: Mapping[str, Any]) -> str | None:
@@ -145,11 +145,11 @@ def update_words(report: Mapping[str, Any]) -> str | None:
 
 
 def best_words(report: Mapping[str, Any]) -> str | None:
-    """`best at step 60 of 114: that adapter is shipped, …`, or None without validation."""
+    """`best at step 60 of 114: that adapter is kept, …`, or None without validation."""
     best, steps = report.get("best_step"), report.get("steps")
     if not is_number(best):
         return None
-    text = f"best at step {best:,} of {count(steps)}: that adapter is shipped"
+    text = f"best at step {best:,} of {count(steps)}: that adapter is kept"
     if (
         best == steps
         or not is_number(report.get("last_validation_loss"))
@@ -193,23 +193,36 @@ def summarize_update_sizes(ratios: Mapping[str, float]) -> dict[str, Any]:
 # ── numbers as a person reads them ──────────────────────────────────────────────────────────────────────────────
 
 
-def perplexity(loss: float) -> str:
+def loss(value: Any) -> str:
+    """`0.0769`, or `–` where there is no number; so do the others below."""
+    return f"{value:.4f}" if is_number(value) else "–"
+
+
+def memory(value: Any) -> str:
+    return human_bytes(value) if is_number(value) else "–"
+
+
+def perplexity(loss: Any) -> str:
+    if not is_number(loss):
+        return "–"
     return f"{math.exp(min(loss, 80)):.2f}" if loss < 14 else f"{math.exp(min(loss, 80)):.2g}"
 
 
-def percent(ratio: float) -> str:
+def percent(ratio: Any) -> str:
     """`0.042 %`, `1.9 %`, `12 %`."""
+    if not is_number(ratio):
+        return "–"
     share = 100 * ratio
     return f"{share:.0f} %" if share >= 9.95 else f"{share:.1f} %" if share >= 0.95 else f"{share:.2g} %"
 
 
 def count(value: Any) -> str:
-    """`57,030`, or `–` where there is no number."""
+    """`57,030`."""
     return f"{value:,.0f}" if is_number(value) else "–"
 
 
 def duration(seconds: Any) -> str:
-    """`0:07`, `3:07`, `2:03:07`, or `–`."""
+    """`0:07`, `3:07`, `2:03:07`."""
     if not is_number(seconds):
         return "–"
     minutes, rest = divmod(round(seconds), 60)
@@ -218,13 +231,15 @@ def duration(seconds: Any) -> str:
 
 
 def half_width(found: Mapping[str, Any]) -> float | None:
-    """Half of a measurement's interval, as it stands behind ±."""
+    """Half of a measurement's interval, as shown behind ±."""
     low, high = found.get("low"), found.get("high")
     return (high - low) / 2 if is_number(low) and is_number(high) else None
 
 
-def signed(value: float, half: float | None) -> str:
-    """`+0.04 ± 0.01`, with as many decimals as the interval gives a meaning to."""
+def signed(value: Any, half: float | None) -> str:
+    """`+0.04 ± 0.01`, with as many decimals as the interval makes meaningful."""
+    if not is_number(value):
+        return "–"
     text = plus_or_minus(value, decimals(half))
     return text if half is None else f"{text} ± {half:.{decimals(half)}f}"
 
@@ -234,15 +249,15 @@ def plus_or_minus(value: float, places: int) -> str:
 
 
 def decimals(half: float | None) -> int:
-    """Decimals that show the first figure of an uncertainty; at least two, at most four."""
+    """Decimals that show the first digit of an uncertainty; at least two, at most four."""
     return 2 if not half else min(4, max(2, -math.floor(math.log10(half))))
 
 
-def _held_out(found: Mapping[str, Any]) -> str:
-    return f"on {count(found.get('examples'))} held-out example{'' if found.get('examples') == 1 else 's'}"
+def _examples(found: Mapping[str, Any]) -> str:
+    return f"on {count(found.get('examples'))} validation example{'' if found.get('examples') == 1 else 's'}"
 
 
-def _capital(text: str) -> str:
+def capital(text: str) -> str:
     return text[0].upper() + text[1:]
 
 
