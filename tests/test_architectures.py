@@ -25,11 +25,11 @@ from lora_cli.adapters.targets import block_lists, find_targets
 from lora_cli.base.activations import ActivationPlan
 from lora_cli.base.load import load_model
 from lora_cli.base.source import find_base
+from lora_cli.base.trials import packing_difference, require_no_leak
 from lora_cli.data.batches import MicroBatch, collate
 from lora_cli.data.example import Example
 from lora_cli.errors import LoraError
 from lora_cli.evaluation.loss import logit_rule, summed_loss, target_logits
-from lora_cli.evaluation.trials import packing_difference, require_no_leak
 
 CPU = torch.device("cpu")
 WINDOW = 8  # tokens; some examples below are longer

@@ -62,7 +62,7 @@ def plain_losses(model, windows) -> tuple[float, int]:
 
 
 def test_it_is_the_loss_of_a_plain_loop_without_and_with_the_adapter(adapted, tokenizer, page):
-    text = general_text(tokenizer, adapted, page)
+    text = general_text(tokenizer, adapted.config, page)
     assert text is not None
     found = measure_forgetting(adapted, text, LAY_OUT)
     with adapters_disabled(adapted):
@@ -79,7 +79,7 @@ def test_it_is_the_loss_of_a_plain_loop_without_and_with_the_adapter(adapted, to
 
 def test_processes_together_find_what_one_finds(adapted, tokenizer, page):
     """Their tensors are kept in a first round and added, as a sum over processes would."""
-    text = general_text(tokenizer, adapted, page)
+    text = general_text(tokenizer, adapted.config, page)
     assert text is not None
     parts: list[list[torch.Tensor]] = [[], [], []]
     for process, kept in enumerate(parts):
@@ -100,7 +100,7 @@ def test_the_text_that_comes_along_is_what_it_says(adapted, tokenizer):
     assert len(paragraphs) == 40
     assert 3000 <= len(prose.split()) <= 3500
     assert all(50 <= len(each.split()) <= 110 for each in paragraphs)
-    text = general_text(tokenizer, adapted)
+    text = general_text(tokenizer, adapted.config)
     assert text is not None
     ids = [id for window in text.windows for id in window.ids]
     assert len(ids) == MOST_TOKENS == 4096
@@ -113,12 +113,12 @@ def test_windows_begin_with_bos_where_the_tokenizer_wants_it(adapted, tiny_llama
     from tokenizers.processors import TemplateProcessing
 
     tokenizer = load_tokenizer(find_base(str(tiny_llama)))
-    plain = general_text(tokenizer, adapted, page)
+    plain = general_text(tokenizer, adapted.config, page)
     tokenizer.bos_token = tokenizer.eos_token
     tokenizer.backend_tokenizer.post_processor = TemplateProcessing(
         single=f"{tokenizer.eos_token} $A", special_tokens=[(tokenizer.eos_token, tokenizer.eos_token_id)]
     )
-    text = general_text(tokenizer, adapted, page)
+    text = general_text(tokenizer, adapted.config, page)
     assert plain is not None
     assert text is not None
     assert {window.ids[0] for window in text.windows} == {tokenizer.bos_token_id}
@@ -130,14 +130,14 @@ def test_a_tokenizer_that_cannot_spell_the_text_measures_nothing(adapted, page):
     words = Tokenizer(WordLevel({"[UNK]": 0, "the": 1, "is": 2}, unk_token="[UNK]"))
     words.pre_tokenizer = Whitespace()  # type: ignore[assignment]
     tokenizer = PreTrainedTokenizerFast(tokenizer_object=words, unk_token="[UNK]")
-    assert general_text(tokenizer, adapted) is None
+    assert general_text(tokenizer, adapted.config) is None
     with pytest.raises(LoraError, match="cannot spell this text"):
-        general_text(tokenizer, adapted, page)
+        general_text(tokenizer, adapted.config, page)
 
 
 def test_ids_that_the_model_has_no_embedding_for_are_noticed(adapted, tokenizer, monkeypatch):
     monkeypatch.setattr(adapted.config, "vocab_size", 100)
-    assert general_text(tokenizer, adapted) is None
+    assert general_text(tokenizer, adapted.config) is None
 
 
 @pytest.mark.parametrize(
@@ -147,7 +147,7 @@ def test_a_file_of_no_use_is_refused_with_its_name(adapted, tokenizer, tmp_path,
     path = tmp_path / "own.txt"
     path.write_bytes(content)
     with pytest.raises(LoraError, match=message) as caught:
-        general_text(tokenizer, adapted, path)
+        general_text(tokenizer, adapted.config, path)
     assert caught.value.where == str(path)
     assert caught.value.fix
 
@@ -155,13 +155,13 @@ def test_a_file_of_no_use_is_refused_with_its_name(adapted, tokenizer, tmp_path,
 @pytest.mark.parametrize("name", ["missing.txt", ""])
 def test_a_file_that_cannot_be_read_is_refused(adapted, tokenizer, tmp_path, name):
     with pytest.raises(LoraError, match="cannot be read"):
-        general_text(tokenizer, adapted, tmp_path / name)
+        general_text(tokenizer, adapted.config, tmp_path / name)
 
 
 def test_one_window_gives_no_interval(adapted, tokenizer, tmp_path):
     path = tmp_path / "own.txt"
     path.write_text("One sentence after the other says that it is one. " * 5)
-    text = general_text(tokenizer, adapted, path)
+    text = general_text(tokenizer, adapted.config, path)
     assert text is not None
     assert len(text.windows) == 1
     found = measure_forgetting(adapted, text, LAY_OUT)
@@ -169,7 +169,7 @@ def test_one_window_gives_no_interval(adapted, tokenizer, tmp_path):
 
 
 def test_it_can_be_stopped_and_leaves_the_adapter_on(adapted, tokenizer, page):
-    text = general_text(tokenizer, adapted, page)
+    text = general_text(tokenizer, adapted.config, page)
     assert text is not None
     with pytest.raises(EvaluationStopped):
         measure_forgetting(adapted, text, LAY_OUT, should_stop=lambda: True)

@@ -43,11 +43,11 @@ from rich.console import Console
 from lora_cli.base import sharding
 from lora_cli.base.load import quiet_libraries
 from lora_cli.recipe import load_recipe
-from lora_cli.training import micro_batches, session
+from lora_cli.training import micro_batches, passes
 from lora_cli.training.train import train
 quiet_libraries()
 torch.set_num_threads(1)
-spread, shares, run = session.shard_base, [], micro_batches.MicroBatches.run
+spread, shares, run = passes.shard_base, [], micro_batches.MicroBatches.run
 class Stopped(Exception):
     pass
 def stops(runner, step, *rest):
@@ -59,7 +59,7 @@ def noted(model, *rest):
     whole = sharding.frozen_bytes(model)
     spread(model, *rest)
     shares.append((sharding.frozen_bytes(model), whole))
-session.shard_base = noted
+passes.shard_base = noted
 for path in sys.argv[1:]:
     recipe = load_recipe(Path(path))
     micro_batches.MicroBatches.resumed = resume = Path(recipe.output, "metrics.jsonl").exists()

@@ -308,7 +308,7 @@ def test_a_step_over_zeros_shows_what_an_optimizer_keeps_and_changes_nothing(tin
     recipe = recipe_of(begun, f"train.optimizer={kind}", "train.schedule=constant", "train.warmup_ratio=0")
     from transformers import AutoModelForCausalLM
 
-    from lora_cli.training.session import attach_from_recipe
+    from lora_cli.training.passes import attach_from_recipe
 
     model = AutoModelForCausalLM.from_pretrained(tiny_llama)
     attach_from_recipe(model, recipe)

@@ -26,11 +26,11 @@ from lora_cli.adapters.targets import find_targets
 from lora_cli.base.load import load_model
 from lora_cli.base.recompute import save_only_inputs
 from lora_cli.base.source import find_base
+from lora_cli.base.trials import ordinary_tokens, require_causal, require_no_leak
 from lora_cli.data.batches import MicroBatch, collate
 from lora_cli.data.example import Example
 from lora_cli.errors import LoraError
 from lora_cli.evaluation.loss import summed_loss
-from lora_cli.evaluation.trials import ordinary_tokens, require_causal, require_no_leak
 
 CPU = torch.device("cpu")
 # One of each kind of architecture, through `lora check` and `lora train` whole: what they end as.

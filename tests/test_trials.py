@@ -13,8 +13,8 @@ from conftest import quiet_console, save_tiny
 from tiny_types import tiny_config
 
 from lora_cli.base.attention import attention_implementation
+from lora_cli.base.trials import packing_difference, require_causal, require_no_leak
 from lora_cli.errors import LoraError
-from lora_cli.evaluation.trials import packing_difference, require_causal, require_no_leak
 from lora_cli.planning.check import check
 from lora_cli.planning.skeleton import look_at_model
 from lora_cli.recipe import load_recipe

@@ -14,8 +14,8 @@ import torch
 from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 
-from lora_cli.base.linear import features
 from lora_cli.base.surgery import Forward, forward_layers, replace_forward
+from lora_cli.base.trials import same_gradient, same_output
 
 
 def save_only_inputs(model: nn.Module) -> int:
@@ -36,7 +36,7 @@ def save_only_inputs(model: nn.Module) -> int:
         elif is_gated(module):
             kind = (type(module), _settings(module), *(type(getattr(module, name)) for name in _GATED))
             if kind not in known:
-                known[kind] = _is_gated_product(module)
+                known[kind] = same_output(module, _gated_forward(module, module.forward), module.gate_proj)
             if known[kind]:
                 replace_forward(module, "recomputation", partial(_gated_forward, module))
                 replaced += 1
@@ -106,18 +106,8 @@ def _offset(norm: nn.Module) -> float | None:
     weight: Any = norm.weight
     if _eps(norm) is None or weight.dim() != 1:
         return None
-    generator = torch.Generator().manual_seed(0)
-    x = torch.randn(3, weight.shape[-1], generator=generator).to(weight).requires_grad_()
-    upstream = torch.randn(3, weight.shape[-1], generator=generator).to(weight)
-    try:
-        (expected,) = torch.autograd.grad(norm(x), x, upstream.to(norm(x).dtype))
-        for offset in (0.0, 1.0):
-            (actual,) = torch.autograd.grad(_norm_forward(norm, offset, norm.forward)(x), x, upstream.to(norm(x).dtype))
-            if _same(actual, expected):
-                return offset
-    except Exception:  # any architecture's own code, such as a norm that wants a gate: left as it is
-        return None
-    return None
+    offsets = (0.0, 1.0)
+    return next((each for each in offsets if same_gradient(norm, _norm_forward(norm, each, norm.forward))), None)
 
 
 def _eps(norm: Any) -> Any:
@@ -157,30 +147,3 @@ def _gated_forward(mlp: Any, own: Forward) -> Forward:
         return mlp.down_proj(_GatedProduct.apply(mlp.gate_proj(x), mlp.up_proj(x), mlp.act_fn))
 
     return forward
-
-
-def _is_gated_product(mlp: Any) -> bool:
-    """Whether the module computes down(activation(gate(x)) ∘ up(x)) and nothing else, in training as well."""
-    drops = [mlp, *(module for module in mlp.modules() if isinstance(module, nn.Dropout))]  # adapters keep their mode
-    modes = [module.training for module in drops]
-    try:
-        for module in drops:
-            module.training = True
-        weight = next(mlp.down_proj.parameters())
-        width = features(getattr(mlp.gate_proj, "base_layer", mlp.gate_proj))[0]
-        dtype = weight.dtype if weight.is_floating_point() else torch.get_default_dtype()
-        x = torch.randn(1, 3, width, generator=torch.Generator().manual_seed(0)).to(weight.device, dtype)
-        with torch.random.fork_rng([weight.device] if weight.is_cuda else []):
-            expected = mlp(x)
-            actual = _gated_forward(mlp, mlp.forward)(x)
-    except Exception:  # any architecture's own code: left as it is
-        return False
-    finally:
-        for module, mode in zip(drops, modes, strict=True):
-            module.training = mode
-    return isinstance(expected, Tensor) and torch.equal(actual, expected)
-
-
-def _same(one: Tensor, other: Tensor) -> bool:
-    tolerance = 16 * torch.finfo(other.dtype).eps
-    return bool(torch.allclose(one.float(), other.float(), rtol=tolerance, atol=tolerance))

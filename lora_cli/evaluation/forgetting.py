@@ -33,7 +33,7 @@ class GeneralText:
     windows: list[Example]
 
 
-def general_text(tokenizer: PreTrainedTokenizerBase, model: Any, path: Path | None = None) -> GeneralText | None:
+def general_text(tokenizer: PreTrainedTokenizerBase, config: Any, path: Path | None = None) -> GeneralText | None:
     """The first 4,096 tokens of a UTF-8 text of the user's, or of 3,300 words that come with the program.
 
     Each window begins with BOS where the tokenizer puts one. None if the tokenizer cannot spell the built-in text, as
@@ -44,7 +44,7 @@ def general_text(tokenizer: PreTrainedTokenizerBase, model: Any, path: Path | No
     backend: Any = tokenizer.backend_tokenizer
     ids = backend.encode(text, add_special_tokens=False).ids[:MOST_TOKENS]
     unknown = sum(id == tokenizer.unk_token_id for id in ids)
-    if 2 * unknown > len(ids) or max(ids, default=0) >= vocabulary(model.config):
+    if 2 * unknown > len(ids) or max(ids, default=0) >= vocabulary(config):
         if path is None:
             return None
         raise LoraError(
@@ -58,7 +58,7 @@ def general_text(tokenizer: PreTrainedTokenizerBase, model: Any, path: Path | No
             where=str(path),
             fix=f"name a text of a page or more: {LEAST_TOKENS} tokens at least, up to {MOST_TOKENS} are used",
         )
-    length = min(WINDOW, positions(model.config) or WINDOW)
+    length = min(WINDOW, positions(config) or WINDOW)
     start: list[int] = [tokenizer.bos_token_id] if wants_bos(tokenizer) else []  # type: ignore[list-item]
     step = length - len(start)
     rows = [start + ids[at : at + step] for at in range(0, len(ids), step)]

@@ -10,7 +10,8 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from lora_cli.base.cross_entropy import LogitRule, cross_entropy_of_each, linear_cross_entropy
-from lora_cli.base.text import text_config, vocabulary
+from lora_cli.base.text import text_config
+from lora_cli.base.trials import same_logits, with_head_hook
 from lora_cli.data.batches import MicroBatch
 
 _rules: WeakKeyDictionary[Any, LogitRule | None] = WeakKeyDictionary()
@@ -69,7 +70,7 @@ def target_logits(model: Any, batch: MicroBatch) -> Tensor:
         hidden = inputs[0].flatten(0, 1).index_select(0, batch.positions)  # (targets, hidden)
         return (hidden.unsqueeze(0), *inputs[1:])
 
-    logits = _with_hook(model, select, batch.inputs).logits
+    logits = with_head_hook(model, select, batch.inputs).logits
     if logits.shape[:2] == (1, len(batch.targets)):
         return logits[0]
     assert logits.shape[:2] == tokens, "the model gives no logits for each token"
@@ -83,7 +84,7 @@ def logit_rule(model: Any) -> LogitRule | None:
     """
     if model not in _rules:
         rule = _stated_rule(text_config(model.config))
-        _rules[model] = rule if _holds(model, rule) else None
+        _rules[model] = rule if same_logits(model, rule.apply_) else None
     return _rules[model]
 
 
@@ -95,31 +96,6 @@ def _stated_rule(config: Any) -> LogitRule:
     return LogitRule(multiplier, next((cap for name in caps if (cap := getattr(config, name, None))), None))
 
 
-@torch.no_grad()
-def _holds(model: Any, rule: LogitRule) -> bool:
-    """Whether head and rule give the model's own logits for a few tokens; leaves mode and random state alone."""
-    seen: list[Tensor] = []
-
-    def see(_head: Any, inputs: tuple[Tensor, ...]) -> None:
-        seen.append(inputs[0])
-
-    device = model.get_input_embeddings().weight.device
-    ids = torch.arange(min(8, vocabulary(model.config)), device=device)
-    training = model.training
-    model.eval()
-    try:
-        stated = _with_hook(model, see, {"input_ids": ids[None]}).logits
-        if len(seen) != 1:
-            return False
-        own = model.get_output_embeddings()(seen[0])
-    finally:
-        model.train(training)
-    if own.shape != stated.shape:
-        return False
-    rounding = 16 * torch.finfo(stated.dtype).eps
-    return bool(torch.allclose(rule.apply_(own.float()), stated.float(), rtol=rounding, atol=rounding))
-
-
 def _target_hidden(model: Any, batch: MicroBatch) -> Tensor:
     """Hidden states that predict a target, as the output head would get them: (targets, hidden)."""
     taken: list[Tensor] = []
@@ -128,13 +104,5 @@ def _target_hidden(model: Any, batch: MicroBatch) -> Tensor:
         taken.append(inputs[0].flatten(0, 1).index_select(0, batch.positions))
         return (inputs[0][:, :0], *inputs[1:])  # nothing is left for the head to do
 
-    _with_hook(model, take, batch.inputs)
+    with_head_hook(model, take, batch.inputs)
     return taken[0]
-
-
-def _with_hook(model: Any, before_head: Any, inputs: dict[str, Any]) -> Any:
-    hook = model.get_output_embeddings().register_forward_pre_hook(before_head)
-    try:
-        return model(**inputs, use_cache=False)
-    finally:
-        hook.remove()

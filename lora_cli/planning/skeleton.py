@@ -21,8 +21,8 @@ from lora_cli.base.load import load_tokenizer, model_config, require_weights_fit
 from lora_cli.base.source import BaseSource, find_base
 from lora_cli.base.stored import require_trainable, stored_quantization
 from lora_cli.base.text import positions, text_config
+from lora_cli.base.trials import ordinary_tokens, require_causal, require_no_leak
 from lora_cli.errors import LoraError
-from lora_cli.evaluation.trials import ordinary_tokens, require_causal, require_no_leak
 from lora_cli.limits import LimitReached
 
 # Configuration and tokenizer. The weights of a hub model stay there until it is trained.

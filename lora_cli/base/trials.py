@@ -1,19 +1,23 @@
-"""What an architecture must do before it is trained, tried on the model itself: see only the past, keep examples apart.
+"""Trials: what has to be true of a model before it is trained this way, tried on the model that was loaded.
 
-The model that was loaded is asked, not a list of architectures. Rounding is told from a leak by what the same model
-does where it may look: in fp32 sums are equal to 1e-5 or so, in 16 bits a router of experts may choose another one.
+Causality and packed rows (does a token see only what it may?), replaced norms and MLPs (same gradient, same output?),
+and logits (what is done to the output of the head?). No list of architectures is asked. Rounding is told from a leak by
+what the same model does where it may look: in fp32 sums are equal to about 1e-5, in 16 bits a router of experts may
+choose another one.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from lora_cli.base.attention import packed_inputs
+from lora_cli.base.linear import features
+from lora_cli.base.surgery import Forward
 from lora_cli.base.text import positions, text_config, vocabulary
 from lora_cli.errors import LoraError
 
@@ -178,6 +182,74 @@ def ordinary_tokens(model: Any, count: int, seed: int) -> Tensor:
     ordinary = [id for id in range(min(vocabulary(model.config), 4096)) if id not in marks]
     drawn = torch.randint(len(ordinary), (count,), generator=torch.Generator().manual_seed(seed))
     return torch.tensor(ordinary)[drawn]
+
+
+# ── replaced modules, and logits ──────────────────────────────────────────────────────────────────────────────────
+
+
+def same_gradient(norm: Any, forward: Forward) -> bool:
+    """Whether `forward`, in place of the norm's own, gives its input the same gradient up to rounding."""
+    weight = norm.weight
+    generator = torch.Generator().manual_seed(0)
+    x = torch.randn(3, weight.shape[-1], generator=generator).to(weight).requires_grad_()
+    grad_output = torch.randn(3, weight.shape[-1], generator=generator).to(weight)
+    try:
+        outputs = norm(x), forward(x)
+        expected, actual = (torch.autograd.grad(each, x, grad_output.to(each.dtype))[0] for each in outputs)
+    except Exception:  # any architecture's own code, such as a norm that takes a gate: left as it is
+        return False
+    return _close(actual, expected)
+
+
+def same_output(mlp: Any, forward: Forward, first: Any) -> bool:
+    """Whether `forward`, in place of the module's own, gives the same output bit for bit, in training mode too.
+
+    first: the layer that takes the module's input.
+    """
+    modes = {module: module.training for module in mlp.modules()}
+    try:
+        for module in modes:
+            if module is mlp or isinstance(module, nn.Dropout):  # adapters keep their mode
+                module.training = True
+        weight = next(mlp.down_proj.parameters())
+        width = features(getattr(first, "base_layer", first))[0]
+        dtype = weight.dtype if weight.is_floating_point() else torch.get_default_dtype()
+        x = torch.randn(1, 3, width, generator=torch.Generator().manual_seed(0)).to(weight.device, dtype)
+        with torch.random.fork_rng([weight.device] if weight.is_cuda else []):
+            expected, actual = mlp(x), forward(x)
+    except Exception:  # any architecture's own code: left as it is
+        return False
+    finally:
+        for module, mode in modes.items():
+            module.training = mode
+    return isinstance(expected, Tensor) and torch.equal(actual, expected)
+
+
+@torch.no_grad()
+def same_logits(model: Any, rule: Callable[[Tensor], Tensor]) -> bool:
+    """Whether the head's output with `rule` applied is what the model returns as logits, for a few tokens."""
+    seen: list[Tensor] = []
+    ids = torch.arange(min(8, vocabulary(model.config)), device=model.get_input_embeddings().weight.device)
+    with _evaluating(model):
+        stated = with_head_hook(model, lambda _, inputs: seen.append(inputs[0]), {"input_ids": ids[None]}).logits
+        if len(seen) != 1:
+            return False
+        own = model.get_output_embeddings()(seen[0])
+    return own.shape == stated.shape and _close(rule(own.float()), stated)
+
+
+def with_head_hook(model: Any, before_head: Callable[..., Any], inputs: dict[str, Any]) -> Any:
+    """The model's output for these inputs, with a forward pre-hook on its output head."""
+    hook = model.get_output_embeddings().register_forward_pre_hook(before_head)
+    try:
+        return model(**inputs, use_cache=False)
+    finally:
+        hook.remove()
+
+
+def _close(actual: Tensor, expected: Tensor) -> bool:
+    rounding = 16 * torch.finfo(expected.dtype).eps
+    return bool(torch.allclose(actual.float(), expected.float(), rtol=rounding, atol=rounding))
 
 
 @contextmanager

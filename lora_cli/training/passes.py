@@ -1,0 +1,240 @@
+"""What changes a loaded model before it trains: passes in a fixed order, each tried on that model first.
+
+A pass that changes what blocks compute belongs before the compiling of blocks, and one that replaces a forward does it
+with `base.surgery.replace_forward`, which checks the order.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass, field
+from functools import cached_property
+from typing import Any
+
+import numpy as np
+import torch
+from accelerate import PartialState
+from torch import nn
+from transformers import PreTrainedTokenizerBase
+
+from lora_cli.adapters.attach import adapter_parameters, attach
+from lora_cli.adapters.layer import LoRALinear, cast_once, dropout_keys
+from lora_cli.adapters.reach import leave_out, left_out_lines, unreached
+from lora_cli.adapters.targets import block_lists, not_adapted, targets_of
+from lora_cli.base.activations import ActivationPlan, measured, plan_activations
+from lora_cli.base.attention import packed_attention_name
+from lora_cli.base.compiled import compile_blocks
+from lora_cli.base.device import free_memory_bytes
+from lora_cli.base.linear import holds_nf4_values, quantized_bytes, unquantized_layers
+from lora_cli.base.load import unused_tensors
+from lora_cli.base.recompute import save_only_inputs
+from lora_cli.base.sharding import frozen_bytes, shard_base
+from lora_cli.base.source import BaseSource
+from lora_cli.base.stored import stored_quantization
+from lora_cli.base.text import hidden_size, positions, vocabulary
+from lora_cli.base.trials import ordinary_tokens, require_causal, require_no_leak
+from lora_cli.data.batches import MicroBatch, collate
+from lora_cli.data.example import Example
+from lora_cli.errors import LoraError
+from lora_cli.evaluation.loss import logit_rule, summed_loss
+from lora_cli.files import human_bytes
+from lora_cli.recipe import Recipe
+from lora_cli.training.optimizer import paging_note
+
+_SAMPLE_TOKENS = 64  # enough to see what a token keeps
+_FREE_SHARE = 0.8  # of free memory, for activations: the rest is for what kernels need while they run
+
+Lines = Iterator[tuple[str, str]]
+
+
+@dataclass
+class Loaded:
+    """A loaded model on its way to training, and what the passes found out about it.
+
+    device: where it trains; a base that is to be sharded is on the CPU at first. largest: tokens of the largest
+    micro-batch. say: for what happens later than its pass.
+    """
+
+    recipe: Recipe
+    source: BaseSource
+    tokenizer: PreTrainedTokenizerBase
+    model: Any
+    device: torch.device
+    why_dtype: str
+    largest: int
+    say: Callable[[str], None]
+    layers: dict[str, LoRALinear] = field(default_factory=dict)
+    side_by_side: bool = False
+    activations: ActivationPlan = field(default_factory=lambda: ActivationPlan((), (), 0.0))
+
+    @cached_property
+    def blocks(self) -> list[nn.Module]:
+        return [block for name in block_lists(self.model) for block in self.model.get_submodule(name)]
+
+    def collate(self, examples: Sequence[Example], *, dropout: tuple[int, int] | None = None) -> MicroBatch:
+        pad_id: Any = self.tokenizer.eos_token_id
+        return collate(examples, packed=self.side_by_side, pad_id=pad_id, device=self.device, dropout=dropout)
+
+
+@dataclass(frozen=True)
+class Pass:
+    """One change of a loaded model, after a trial on it.
+
+    applies: whether recipe and device ask for it. apply: tries it, makes the change, and yields what to say, as (title,
+    text); raises LoraError where the trial shows that the model cannot be trained as asked.
+    """
+
+    name: str
+    apply: Callable[[Loaded], Lines]
+    applies: Callable[[Recipe], bool] = lambda recipe: True
+
+
+def run_passes(passes: Sequence[Pass], loaded: Loaded) -> None:
+    for each in passes:
+        if each.applies(loaded.recipe):
+            for title, text in each.apply(loaded):
+                loaded.say(f"{title:9}{text}")
+
+
+def attach_from_recipe(model: Any, recipe: Recipe) -> dict[str, LoRALinear]:
+    adapter = recipe.adapter
+    targets = targets_of(model, adapter)
+    return attach(model, targets, dropout=adapter.dropout, init=adapter.init, seed=recipe.train.seed)
+
+
+def _adapters(loaded: Loaded) -> Lines:
+    """Attach adapters, and take those out again that no gradient of text reaches."""
+    model, recipe = loaded.model, loaded.recipe
+    loaded.layers = attach_from_recipe(model, recipe)
+    dtype = str(model.dtype).removeprefix("torch.")
+    yield "", f"compute in {dtype} ({loaded.why_dtype}), {human_bytes(quantized_bytes(model))} held"
+    yield from (("", line) for line in _other_layers(model, recipe, loaded.source))
+    names = unreached(model, loaded.layers, lambda: _backward(loaded))
+    left_out = left_out_lines(recipe.adapter.target_modules, names, some=len(names) < len(loaded.layers))
+    if names:
+        loaded.layers = leave_out(model, names)
+    sizes = [parameter.numel() for parameter in adapter_parameters(model)]
+    yield "adapter", f"{len(loaded.layers)} layers, {sum(sizes):,} trained parameters"
+    yield from (("", line) for line in left_out)
+    if note := paging_note(recipe.train.optimizer, sizes, loaded.device.type):
+        yield "", note
+
+
+def _backward(loaded: Loaded) -> None:
+    model = loaded.model
+    ids = ordinary_tokens(model, min(_SAMPLE_TOKENS, positions(model.config) or _SAMPLE_TOKENS), 0).numpy()
+    sample = [Example(ids, [(1, len(ids), 1.0)])]
+    batch = collate(sample, packed=False, pad_id=0, device=model.device, dropout=(0, 0))
+    with dropout_keys(loaded.layers, batch.dropout_keys):
+        summed_loss(model, batch).backward()
+
+
+def _other_layers(model: Any, recipe: Recipe, source: BaseSource) -> Iterator[str]:
+    """What is to be known of layers that are not adapted, or not held as the recipe says."""
+    held = sum(holds_nf4_values(module) for module in model.modules())
+    if held:
+        where = str(model.dtype).removeprefix("torch.")
+        yield f"{held} layers hold their NF4 values in {where}: bitsandbytes computes their size wrongly on a CPU"
+    if recipe.quantization != "none" and (plain := unquantized_layers(model)):
+        kept = "the checkpoint stores" if stored_quantization(source) else "transformers keeps"
+        yield f"{len(plain)} layers stay unquantized, as {kept} them"
+    yield from unused_tensors(model)
+    yield from not_adapted(model)
+
+
+def _recomputation(loaded: Loaded) -> Lines:
+    save_only_inputs(loaded.model)
+    return iter(())
+
+
+def _sharding(loaded: Loaded) -> Lines:
+    """Leave this process its share of the frozen weights, on the device that trains."""
+    whole = frozen_bytes(loaded.model)
+    shard_base(loaded.model, loaded.blocks, adapter_parameters(loaded.model), loaded.device)
+    held, processes = frozen_bytes(loaded.model), PartialState().num_processes
+    yield "", f"each of {processes} processes holds {human_bytes(held)} of {human_bytes(whole)}"
+
+
+def _attention(loaded: Loaded) -> Lines:
+    """Require causality; lay examples side by side on one row, without padding, if the model keeps them apart."""
+    model, device = loaded.model, loaded.device
+    require_causal(model, device)
+    try:
+        require_no_leak(model, device)
+    except LoraError as error:
+        if loaded.recipe.data.packing:
+            raise
+        yield "rows", f"padded, because {error.what}"
+        return
+    loaded.side_by_side = True
+    how = packed_attention_name(model.config, device, model.dtype)
+    yield "rows", f"examples side by side without padding, by {how}; each sees only itself (tried on this model)"
+
+
+def _loss(loaded: Loaded) -> Lines:
+    if logit_rule(loaded.model) is None:
+        name = type(loaded.model).__name__
+        yield "loss", f"logits of all targets at once: what {name} does to them is not known here"
+
+
+def _compilation(loaded: Loaded) -> Lines:
+    compile_blocks(loaded.blocks, loaded.say)
+    yield "compile", "transformer blocks, at their first use: this takes minutes once"
+
+
+def _checkpointing(loaded: Loaded) -> Lines:
+    """Measure what autograd keeps of each block, plan with it for the largest micro-batch, recompute what has to be."""
+    model, train = loaded.model, loaded.recipe.train
+    if train.offload_activations:
+        raise LoraError(
+            "train.offload_activations is retired", fix="remove it, or use train.gradient_checkpointing: full"
+        )
+    budget = train.activation_memory and train.activation_memory * 2**30
+    plan = plan_activations(
+        train.gradient_checkpointing,
+        _kept_of_a_token(loaded),
+        hidden_size(model) * torch.finfo(model.dtype).bits // 8,
+        tokens=loaded.largest,
+        budget_bytes=budget or _FREE_SHARE * free_memory_bytes(loaded.device),
+    )
+    plan.apply(loaded.blocks)
+    loaded.activations = plan
+    again = sum(plan.recomputed)
+    recomputed = f", {again} of {len(plan.recomputed)} blocks recomputed" if again else ""
+    kept = human_bytes(plan.kept_bytes(loaded.largest))
+    yield "memory", f"activations of up to {loaded.largest:,} tokens at once: {kept} kept{recomputed}"
+
+
+def _kept_of_a_token(loaded: Loaded) -> list[float]:
+    """Bytes that autograd keeps of one token in each block. Where blocks are compiled, this compiles them."""
+    model, layers = loaded.model, loaded.layers
+    ids = np.arange(_SAMPLE_TOKENS) % vocabulary(model.config)
+    batch = loaded.collate([Example(ids, [(1, _SAMPLE_TOKENS, 1.0)])], dropout=(0, 0))
+    training = model.training
+    model.train()
+    with cast_once(layers, model.dtype), dropout_keys(layers, batch.dropout_keys), measured(loaded.blocks) as kept:
+        try:
+            summed_loss(model, batch)
+        except Exception as error:
+            if not loaded.recipe.train.compile:
+                raise
+            raise LoraError(
+                f"train.compile: the blocks cannot be compiled: {str(error).strip().splitlines()[0][:200]}",
+                fix="write train.compile: false, or see whether a C++ compiler (g++) is missing",
+            ) from error
+    model.train(training)
+    return [each / _SAMPLE_TOKENS for each in kept]
+
+
+# Adapters first: whether a gated MLP can be replaced depends on them, and sharding has to leave them out. Attention
+# after sharding: until then the model may be on a CPU that cannot compute it. Compiling after all that changes what
+# blocks compute, and checkpointing around what was compiled, measured as it will run.
+PASSES = (
+    Pass("adapters", _adapters),
+    Pass("recomputation", _recomputation, lambda recipe: not recipe.train.compile),
+    Pass("sharding", _sharding, lambda recipe: recipe.train.shard_base),
+    Pass("attention", _attention),
+    Pass("loss", _loss),
+    Pass("compilation", _compilation, lambda recipe: recipe.train.compile),
+    Pass("checkpointing", _checkpointing),
+)
