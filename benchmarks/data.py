@@ -227,8 +227,9 @@ def training(folder: Path, tokenizer: Any, steps: int = 30, rows_per_step: int =
     """The same rows in the same steps, once on packed rows and once each on a padded row of its own."""
     import torch
 
-    from lora_cli.adapters.attach import adapter_parameters, attach
+    from lora_cli.adapters.attach import attach
     from lora_cli.adapters.targets import find_targets
+    from lora_cli.adapters.trained import trained_parameters
     from lora_cli.base.load import load_model
     from lora_cli.base.source import find_base
     from lora_cli.data.batches import collate
@@ -243,7 +244,7 @@ def training(folder: Path, tokenizer: Any, steps: int = 30, rows_per_step: int =
         torch.manual_seed(0)
         model = load_model(find_base(str(MODEL)), quantization="nf4", dtype=torch.bfloat16, device=device)
         attach(model, find_targets(model, rank=16, alpha=32), dropout=0.0, init="kaiming", seed=0)
-        parameters = adapter_parameters(model)
+        parameters = trained_parameters(model)
         optimizer = torch.optim.AdamW(parameters, lr=2e-4, weight_decay=0.0)
         model.train()
         losses, speeds = [], []

@@ -47,8 +47,9 @@ class Step:
         import numpy as np
         import torch
 
-        from lora_cli.adapters.attach import adapter_parameters, attach
+        from lora_cli.adapters.attach import attach
         from lora_cli.adapters.targets import block_lists, find_targets
+        from lora_cli.adapters.trained import trained_parameters
         from lora_cli.base.compiled import compile_blocks
         from lora_cli.base.load import load_model, quiet_libraries
         from lora_cli.base.recompute import save_only_inputs
@@ -71,7 +72,7 @@ class Step:
             save_only_inputs(self.model)
         drawn = np.random.default_rng(0)
         self.examples = [Example(drawn.integers(0, 49152, n), [(min(PROMPT, n - 1), n, 1.0)]) for n in lengths]
-        self.parameters = adapter_parameters(self.model)
+        self.parameters = trained_parameters(self.model)
         self.optimizer = torch.optim.AdamW(self.parameters, lr=1e-4, fused=True)
         self.model.train()
 
@@ -89,7 +90,7 @@ class Step:
 
         import torch
 
-        from lora_cli.adapters.layer import cast_once
+        from lora_cli.adapters.trained import cast_once
         from lora_cli.data.batches import collate
         from lora_cli.evaluation.loss import summed_loss
 

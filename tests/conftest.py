@@ -186,11 +186,11 @@ def losses(run: Path) -> list[float]:
 
 def randomize_adapter(model: Any, seed: int = 0, scale: float = 0.1) -> None:
     """Give every A and B random values: with B at zero no test of an adapter proves anything."""
-    from lora_cli.adapters.layer import lora_layers
+    from lora_cli.adapters.trained import trained_modules
 
     generator = torch.Generator().manual_seed(seed)
     with torch.no_grad():
-        for layer in lora_layers(model).values():
+        for layer in trained_modules(model).values():
             for parameter in (layer.lora_A, layer.lora_B):
                 parameter.copy_(torch.randn(parameter.shape, generator=generator) * scale)
 

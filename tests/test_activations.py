@@ -13,8 +13,9 @@ from hypothesis import given
 from hypothesis import strategies as st
 from torch import Tensor, nn
 
-from lora_cli.adapters.attach import adapter_parameters, attach
+from lora_cli.adapters.attach import attach
 from lora_cli.adapters.targets import block_lists, find_targets
+from lora_cli.adapters.trained import trained_parameters
 from lora_cli.base.activations import ActivationPlan, measured, plan_activations
 from lora_cli.recipe import load_recipe
 from lora_cli.training.session import open_session
@@ -138,7 +139,7 @@ def run(model: Any) -> tuple[Tensor, tuple[Tensor, ...]]:
     ids = torch.arange(600).view(2, 300) * 7 % 97
     logits = model(input_ids=ids, use_cache=False).logits
     upstream = torch.randn(logits.shape, generator=torch.Generator().manual_seed(1))
-    return logits.detach(), torch.autograd.grad(logits, adapter_parameters(model), upstream)
+    return logits.detach(), torch.autograd.grad(logits, trained_parameters(model), upstream)
 
 
 def forwards(blocks: Sequence[nn.Module]) -> list[int]:

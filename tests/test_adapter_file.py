@@ -20,10 +20,10 @@ from torch import Tensor
 from torch.testing import assert_close
 from transformers import AutoModelForCausalLM, GPT2Config, GPTNeoXConfig, LlamaConfig, Phi3Config
 
-from lora_cli.adapters.attach import adapter_parameters, attach
+from lora_cli.adapters.attach import attach
 from lora_cli.adapters.file import CONFIG, TENSORS, attach_adapter, read_adapter, save_adapter
-from lora_cli.adapters.layer import lora_layers
 from lora_cli.adapters.targets import find_targets
+from lora_cli.adapters.trained import trained_modules, trained_parameters
 from lora_cli.base.load import load_model
 from lora_cli.base.source import BaseSource, find_base
 from lora_cli.errors import LoraError
@@ -61,7 +61,7 @@ def trained(base: BaseSource, target_modules: Any = "attention", quantization: s
     attach(model, find_targets(model, target_modules, **({"rank": 4, "alpha": 6.0} | settings)))
     randomize_adapter(model, scale=0.3)
     with torch.no_grad():
-        for layer in lora_layers(model).values():
+        for layer in trained_modules(model).values():
             if layer.output_mask is not None:
                 layer.lora_B.mul_(layer.output_mask)
     return model
@@ -144,8 +144,8 @@ def test_peft_opens_ours_and_computes_the_same(name, settings, base_of, tmp_path
     assert (ours - before).abs().max() > 0.1 * before.std(), "the adapter does something"
     assert_close(logits(theirs), ours, rtol=1e-6, atol=1e-5)  # logits are up to 10: 1e-6 of them
     wrapped = {name for name, module in theirs.named_modules() if isinstance(module, peft.tuners.lora.LoraLayer)}
-    assert wrapped == {f"base_model.model.{name}" for name in lora_layers(model)}
-    for path, layer in lora_layers(model).items():
+    assert wrapped == {f"base_model.model.{name}" for name in trained_modules(model)}
+    for path, layer in trained_modules(model).items():
         delta = theirs.get_submodule(f"base_model.model.{path}").get_delta_weight("default")
         assert_close(delta.T if name == "gpt2" else delta, layer.delta_weight(), rtol=1e-6, atol=1e-6)
 
@@ -327,14 +327,14 @@ def test_saved_and_loaded_is_bitwise_the_same(name, quantization, base_of, tmp_p
     folder = save(model, tmp_path / "adapter", base, quantization)
     other = load(base, quantization)
     attach_adapter(other, read_adapter(folder), base)
-    pairs = zip(lora_layers(model).items(), lora_layers(other).items(), strict=True)
+    pairs = zip(trained_modules(model).items(), trained_modules(other).items(), strict=True)
     for (path, one), (same_path, two) in pairs:
         assert path == same_path
         assert (one.rank, one.alpha, one.scaling) == (two.rank, two.alpha, two.scaling)
         assert torch.equal(one.lora_A, two.lora_A)
         assert torch.equal(one.lora_B, two.lora_B)
     assert torch.equal(logits(model), logits(other))
-    assert {id(p) for p in other.parameters() if p.requires_grad} == {id(p) for p in adapter_parameters(other)}
+    assert {id(p) for p in other.parameters() if p.requires_grad} == {id(p) for p in trained_parameters(other)}
 
 
 def test_half_precision_adapters_of_others_become_fp32_masters(base_of, saved):
@@ -519,7 +519,7 @@ def test_missing_extra_and_misshaped_tensors_are_refused(edit, said, base_of, sa
     message = refused(lambda: attach_adapter(model, read_adapter(saved), base_of("llama")))
     assert "1 layers differ" in message
     assert said in message
-    assert not lora_layers(model), "nothing was attached"
+    assert not trained_modules(model), "nothing was attached"
     assert torch.equal(logits(model), before)
 
 

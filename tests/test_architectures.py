@@ -18,10 +18,11 @@ from conftest import randomize_adapter, save_tiny
 from torch import Tensor, nn
 from transformers.pytorch_utils import Conv1D
 
-from lora_cli.adapters.attach import adapter_parameters, attach
-from lora_cli.adapters.layer import LoRALinear, lora_layers
+from lora_cli.adapters.attach import attach
+from lora_cli.adapters.layer import LoRALinear
 from lora_cli.adapters.projections import output_parts
 from lora_cli.adapters.targets import block_lists, find_targets
+from lora_cli.adapters.trained import trained_modules, trained_parameters
 from lora_cli.base.activations import ActivationPlan
 from lora_cli.base.load import load_model
 from lora_cli.base.source import find_base
@@ -382,9 +383,9 @@ def test_fresh_adapter_changes_nothing_and_a_random_one_trains_everywhere(name, 
     assert (logits(model) - before).abs().max() > 1e-2 * before.std()
     model.train()
     summed_loss(model, batch_of(examples(20, 9), packed=False)).backward()
-    assert {id(p) for p in model.parameters() if p.requires_grad} == {id(p) for p in adapter_parameters(model)}
-    assert sorted(lora_layers(model)) == sorted(target.name for target in targets)
-    for path, layer in lora_layers(model).items():
+    assert {id(p) for p in model.parameters() if p.requires_grad} == {id(p) for p in trained_parameters(model)}
+    assert sorted(trained_modules(model)) == sorted(target.name for target in targets)
+    for path, layer in trained_modules(model).items():
         for part in (layer.lora_A, layer.lora_B):
             assert part.grad is not None, path
             assert part.grad.isfinite().all(), path
@@ -422,13 +423,13 @@ def test_projections_q_and_v_train_those_alone(name, load):
     layout = {path: parts for path, parts in architecture.layout.items() if set(parts) & {"q", "v"}}
     assert sorted(target.name for target in targets) == names_of(architecture, layout)
     attach(model, targets)
-    optimizer = torch.optim.AdamW(adapter_parameters(model), lr=0.01, weight_decay=0.1)
+    optimizer = torch.optim.AdamW(trained_parameters(model), lr=0.01, weight_decay=0.1)
     model.train()
     for _ in range(2):
         summed_loss(model, batch_of(examples(20, 9), packed=False)).backward()
         optimizer.step()
         optimizer.zero_grad()
-    for path, layer in lora_layers(model).items():
+    for path, layer in trained_modules(model).items():
         parts = layout[path.split(".", architecture.blocks.count(".") + 2)[-1]]
         delta = layer.delta_weight()
         assert layer.scaling == 2.0, "the scaling is that of the recipe, however many parts share a layer"

@@ -16,9 +16,10 @@ from torch import Tensor, nn
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
-from lora_cli.adapters.attach import adapter_parameters, attach
+from lora_cli.adapters.attach import attach
 from lora_cli.adapters.layer import LoRALinear
 from lora_cli.adapters.targets import Target, find_targets
+from lora_cli.adapters.trained import trained_parameters
 from lora_cli.base.cross_entropy import LogitRule, cross_entropy_of_each, linear_cross_entropy
 from lora_cli.data.batches import MicroBatch, collate
 from lora_cli.data.example import Example
@@ -350,7 +351,7 @@ def batch(*lengths: int) -> MicroBatch:
 
 
 def assert_loss_is_that_of_the_models_own_logits(model: Any) -> None:
-    some, parameters = batch(20, 7, 11), adapter_parameters(model)
+    some, parameters = batch(20, 7, 11), trained_parameters(model)
     logits = target_logits(model, some)
     assert some.weights is not None
     each = F.cross_entropy(logits, some.targets, reduction="none") + 0.1 * logits.logsumexp(-1) ** 2

@@ -17,8 +17,8 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from lora_cli.adapters.attach import attach
 from lora_cli.adapters.file import save_adapter
-from lora_cli.adapters.layer import lora_layers
 from lora_cli.adapters.targets import find_targets
+from lora_cli.adapters.trained import trained_modules
 from lora_cli.base.load import load_model, load_tokenizer
 from lora_cli.base.source import find_base
 from lora_cli.data.batches import collate
@@ -221,7 +221,7 @@ def test_reading_leaves_no_cache_behind(sums, tmp_path, monkeypatch):
 
 def test_a_loss_that_is_no_number_is_no_score(adapted, tmp_path, tiny_llama):
     """Numbers that are finite and too large to compute with: a table with nan in it would look like a result."""
-    for layer in lora_layers(adapted).values():
+    for layer in trained_modules(adapted).values():
         layer.lora_B.data.fill_(3e38)
     save_adapter(adapted, tmp_path, find_base(str(tiny_llama)), quantization="none", double_quantization=True)
     data = write_rows(tmp_path / "rows.jsonl", [{"text": "one and one is two"}])

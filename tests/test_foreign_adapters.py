@@ -20,9 +20,9 @@ from transformers import AutoModelForCausalLM
 
 from lora_cli.adapters.attach import attach
 from lora_cli.adapters.file import CONFIG, TENSORS, attach_adapter, put_saved, read_adapter, save_adapter
-from lora_cli.adapters.layer import lora_layers
 from lora_cli.adapters.opened import open_model
 from lora_cli.adapters.targets import find_targets
+from lora_cli.adapters.trained import trained_modules
 from lora_cli.base.load import load_model
 from lora_cli.base.source import find_base
 from lora_cli.errors import LoraError
@@ -99,7 +99,7 @@ def test_several_alphas_are_one_in_the_file(settings, tiny_llama, tmp_path):
     config = json.loads((tmp_path / "adapter" / CONFIG).read_text())
     assert config["alpha_pattern"] == {}
     tensors = load_file(tmp_path / "adapter" / TENSORS)
-    for name, layer in lora_layers(model).items():
+    for name, layer in trained_modules(model).items():
         A, B = (tensors[f"base_model.model.{name}.lora_{side}.weight"] for side in "AB")
         assert_close(config["lora_alpha"] / A.shape[0] * (B @ A), layer.delta_weight(), rtol=1e-5, atol=1e-6)
     plain = AutoModelForCausalLM.from_pretrained(tiny_llama, dtype=torch.float32)
@@ -108,18 +108,18 @@ def test_several_alphas_are_one_in_the_file(settings, tiny_llama, tmp_path):
     attach_adapter(again, read_adapter(tmp_path / "adapter"), find_base(str(tiny_llama)))
     assert_close(logits(again), logits(model), rtol=0, atol=1e-5)
     # back into the model that trained it, whose layers have their own alphas
-    before = {name: layer.lora_B.clone() for name, layer in lora_layers(model).items()}
+    before = {name: layer.lora_B.clone() for name, layer in trained_modules(model).items()}
     put_saved(model, tmp_path / "adapter")
-    for name, layer in lora_layers(model).items():
+    for name, layer in trained_modules(model).items():
         assert_close(layer.lora_B, before[name], rtol=1e-6, atol=0)
 
 
 def test_fused_layers_beside_others_have_one_alpha_too(tiny_gpt2, tmp_path):
     """`projections` doubles rank and alpha of the fused layer alone."""
     model = ours(tiny_gpt2, tmp_path / "adapter", projections=["q", "v", "o"])
-    assert len({layer.alpha for layer in lora_layers(model).values()}) == 2
+    assert len({layer.alpha for layer in trained_modules(model).values()}) == 2
     with torch.no_grad():
-        for layer in lora_layers(model).values():
+        for layer in trained_modules(model).values():
             if layer.output_mask is not None:
                 layer.lora_B.mul_(layer.output_mask)  # type: ignore[arg-type]
     save_adapter(model, tmp_path / "adapter", find_base(str(tiny_gpt2)), quantization="none", double_quantization=True)

@@ -14,8 +14,8 @@ from tokenizers.pre_tokenizers import Whitespace
 from transformers import PreTrainedTokenizerFast
 
 from lora_cli.adapters.attach import attach
-from lora_cli.adapters.layer import adapters_disabled, lora_layers
 from lora_cli.adapters.targets import find_targets
+from lora_cli.adapters.trained import adapters_disabled, trained_modules
 from lora_cli.base.load import load_model, load_tokenizer
 from lora_cli.base.source import find_base
 from lora_cli.data.batches import collate
@@ -74,7 +74,7 @@ def test_it_is_the_loss_of_a_plain_loop_without_and_with_the_adapter(adapted, to
     assert abs(found["change"]) > 1e-3  # or the test would see nothing
     assert found["low"] < found["change"] < found["high"]
     assert (found["tokens"], found["source"]) == (targets, str(page))
-    assert all(layer.active for layer in lora_layers(adapted).values())
+    assert all(layer.active for layer in trained_modules(adapted).values())
 
 
 def test_processes_together_find_what_one_finds(adapted, tokenizer, page):
@@ -173,4 +173,4 @@ def test_it_can_be_stopped_and_leaves_the_adapter_on(adapted, tokenizer, page):
     assert text is not None
     with pytest.raises(EvaluationStopped):
         measure_forgetting(adapted, text, LAY_OUT, should_stop=lambda: True)
-    assert all(layer.active for layer in lora_layers(adapted).values())
+    assert all(layer.active for layer in trained_modules(adapted).values())

@@ -19,10 +19,18 @@ from torch.testing import assert_close
 from transformers.pytorch_utils import Conv1D
 
 from lora_cli.adapters import dropout as dropout_module
-from lora_cli.adapters.attach import adapter_parameters, attach, is_inert
+from lora_cli.adapters.attach import attach
 from lora_cli.adapters.dropout import dropped, feature_keys, keep_mask, token_keys
-from lora_cli.adapters.layer import LoRALinear, adapters_disabled, cast_once, dropout_keys, lora_layers
+from lora_cli.adapters.layer import LoRALinear
 from lora_cli.adapters.targets import Target, find_targets
+from lora_cli.adapters.trained import (
+    adapters_disabled,
+    cast_once,
+    dropout_keys,
+    is_neutral,
+    trained_modules,
+    trained_parameters,
+)
 from lora_cli.base.int8 import compute_exactly
 from lora_cli.base.linear import dense_weight, features, is_linear, stored_transposed
 from lora_cli.base.load import _keep_trainable_on_cpu, load_model
@@ -103,9 +111,9 @@ def test_fresh_adapter_is_the_base_layer_bitwise(kind, dtype, training):
     x = make_input(dtype=dtype)
     with torch.no_grad(), draw_dropout(layer, 6):
         assert torch.equal(layer(x), base(x))
-        assert is_inert(layer)
+        assert is_neutral(layer)
         randomize_adapter(layer)
-        assert not is_inert(layer)
+        assert not is_neutral(layer)
         assert not torch.equal(layer(x), base(x))
 
 
@@ -230,9 +238,9 @@ def test_only_A_and_B_are_trained(kind):
     layer = attach(model, [Target("0", RANK, ALPHA)])["0"]
     randomize_adapter(model)
     assert [name for name, p in model.named_parameters() if p.requires_grad] == ["0.lora_A", "0.lora_B"]
-    assert [id(p) for p in adapter_parameters(model)] == [id(layer.lora_A), id(layer.lora_B)]
+    assert [id(p) for p in trained_parameters(model)] == [id(layer.lora_A), id(layer.lora_B)]
     before = {name: p.detach().clone() for name, p in model.named_parameters()}
-    optimizer = torch.optim.AdamW(adapter_parameters(model), lr=0.1)
+    optimizer = torch.optim.AdamW(trained_parameters(model), lr=0.1)
     model.train()(make_input()).square().sum().backward()
     optimizer.step()
     for name, parameter in model.named_parameters():
@@ -471,7 +479,7 @@ def test_adapters_disabled_is_the_base_and_restores():
     base = model(x)
     attach(model, [Target("0", RANK, ALPHA), Target("2", RANK, ALPHA)])
     randomize_adapter(model)
-    lora_layers(model)["2"].active = False
+    trained_modules(model)["2"].active = False
     with_one = model(x)
     assert not torch.equal(with_one, base)
     with adapters_disabled(model):
@@ -483,7 +491,7 @@ def test_adapters_disabled_is_the_base_and_restores():
     with pytest.raises(RuntimeError, match="inside"), adapters_disabled(model):
         raise RuntimeError("inside")
     assert torch.equal(model(x), with_one)
-    assert [layer.active for layer in lora_layers(model).values()] == [True, False]
+    assert [layer.active for layer in trained_modules(model).values()] == [True, False]
 
 
 # How A starts
@@ -492,7 +500,7 @@ def test_adapters_disabled_is_the_base_and_restores():
 def fresh(init: str, seed: int, rank: int = 64) -> list[Tensor]:
     model = nn.Sequential(nn.Linear(1024, 256), nn.Linear(256, 1024))
     layers = attach(model, [Target("0", rank, 1.0), Target("1", rank, 1.0)], init=init, seed=seed)
-    assert is_inert(model)
+    assert is_neutral(model)
     return [layer.lora_A.detach() for layer in layers.values()]
 
 
@@ -670,7 +678,7 @@ def test_an_evaluation_in_the_middle_changes_no_gradient_of_an_nf4_model(tiny_ll
     def gradients() -> list[Tensor]:
         model.train()
         loss = model(input_ids=ids, labels=ids).loss
-        return list(torch.autograd.grad(loss, adapter_parameters(model)))
+        return list(torch.autograd.grad(loss, trained_parameters(model)))
 
     before = gradients()
     with torch.no_grad():

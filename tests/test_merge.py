@@ -12,12 +12,12 @@ from transformers import AutoModelForCausalLM, AutoTokenizer, GPTNeoXConfig
 
 from lora_cli.adapters.attach import attach
 from lora_cli.adapters.file import save_adapter
+from lora_cli.adapters.layer import LoRALinear
 from lora_cli.adapters.opened import open_model
 from lora_cli.adapters.targets import find_targets
 from lora_cli.base.load import load_model
 from lora_cli.base.source import find_base
 from lora_cli.errors import CheckFailed, LoraError
-from lora_cli.merging import merge as merging
 from lora_cli.merging.merge import merge
 
 TOKENS = torch.tensor([[5, 9, 2, 77, 301, 40, 8, 8, 19, 250]])
@@ -131,7 +131,7 @@ def test_merge_of_a_peft_adapter(tiny_llama, tmp_path):
 
 def test_wrong_merge_is_refused_and_nothing_is_written(tiny_llama, tmp_path, monkeypatch):
     adapter = saved_adapter(tiny_llama, tmp_path / "adapter", "none")
-    monkeypatch.setattr(merging.LoRALinear, "delta_weight", lambda self: -self.scaling * (self.lora_B @ self.lora_A))
+    monkeypatch.setattr(LoRALinear, "delta_weight", lambda self: -self.scaling * (self.lora_B @ self.lora_A))
     with pytest.raises(CheckFailed, match=r"the merged model keeps \d+% of what the adapter changes"):
         merge(adapter, tmp_path / "merged", dtype="fp32")
     assert sorted(path.name for path in tmp_path.iterdir()) == ["adapter"]

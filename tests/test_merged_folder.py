@@ -22,9 +22,10 @@ from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
 
 from lora_cli.adapters.attach import attach
 from lora_cli.adapters.file import save_adapter
-from lora_cli.adapters.layer import LoRALinear, lora_layers
+from lora_cli.adapters.layer import LoRALinear
 from lora_cli.adapters.opened import open_model
 from lora_cli.adapters.targets import find_targets
+from lora_cli.adapters.trained import trained_modules
 from lora_cli.base.load import load_model
 from lora_cli.base.source import find_base
 from lora_cli.errors import CheckFailed, LoraError
@@ -52,7 +53,7 @@ def adapter_for(
     attach(model, find_targets(model, **({"target_modules": "all-linear", "rank": 4, "alpha": 8} | targets)))
     randomize_adapter(model)
     with torch.no_grad():
-        for layer in lora_layers(model).values():
+        for layer in trained_modules(model).values():
             layer.lora_B.mul_(scale / 0.1)
     folder.mkdir()
     save_adapter(

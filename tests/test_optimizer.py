@@ -17,9 +17,9 @@ from schedulefree import AdamWScheduleFree
 from torch import Tensor, nn
 from torch.testing import assert_close
 
-from lora_cli.adapters.attach import adapter_parameters, attach
-from lora_cli.adapters.layer import lora_layers
+from lora_cli.adapters.attach import attach
 from lora_cli.adapters.targets import Target
+from lora_cli.adapters.trained import trained_modules, trained_parameters
 from lora_cli.evaluation.evaluate import evaluate_run
 from lora_cli.recipe import TrainRecipe
 from lora_cli.training import loop
@@ -59,7 +59,7 @@ def test_states_are_those_of_A_and_B_alone(name):
         parameter.grad = torch.ones_like(parameter)  # of the frozen ones too, as a wrong freeze would give them
     optimizer = make_optimizer(TrainRecipe(optimizer=name), model)
     optimizer.step()
-    wanted = adapter_parameters(model)
+    wanted = trained_parameters(model)
     assert len(optimizer.state) == len(wanted) == 4
     for parameter in wanted:
         state = optimizer.state[parameter]
@@ -86,12 +86,12 @@ def test_adamw_is_one_kernel_and_gives_what_the_plain_loop_gives():
     ours, plain = adapted(), adapted()
     optimizer = make_optimizer(TrainRecipe(weight_decay=0.1, learning_rate=0.01), ours)
     assert [group["fused"] for group in optimizer.param_groups] == [True, True]
-    reference = torch.optim.AdamW(adapter_parameters(plain), lr=0.01, weight_decay=0.1, foreach=False)
+    reference = torch.optim.AdamW(trained_parameters(plain), lr=0.01, weight_decay=0.1, foreach=False)
     for step in range(10):
         for model, stepped in [(ours, optimizer), (plain, reference)]:
-            give_gradients(adapter_parameters(model), step)
+            give_gradients(trained_parameters(model), step)
             stepped.step()
-    for one, other in zip(adapter_parameters(ours), adapter_parameters(plain), strict=True):
+    for one, other in zip(trained_parameters(ours), trained_parameters(plain), strict=True):
         assert_close(one, other, rtol=0, atol=1e-6)  # the same formula, rounded in another order; measured 1e-8
 
 
@@ -102,14 +102,14 @@ def test_adamw_is_one_kernel_and_gives_what_the_plain_loop_gives():
 def test_the_first_step_moves_B_by_the_ratio_further_than_A(name):
     """Adam's first step is the rate times the sign of the gradient, whatever its size."""
     model = adapted()
-    before = [parameter.detach().clone() for parameter in adapter_parameters(model)]
+    before = [parameter.detach().clone() for parameter in trained_parameters(model)]
     optimizer = make_optimizer(TrainRecipe(optimizer=name, lora_plus_ratio=8.0), model)
-    give_gradients(adapter_parameters(model), 0)
-    signs = [parameter.grad.sign() for parameter in adapter_parameters(model)]  # type: ignore[union-attr]
+    give_gradients(trained_parameters(model), 0)
+    signs = [parameter.grad.sign() for parameter in trained_parameters(model)]  # type: ignore[union-attr]
     set_learning_rate(optimizer, 0.001)
     optimizer.step()
     with averaged_weights(optimizer):
-        for at, (parameter, old, sign) in enumerate(zip(adapter_parameters(model), before, signs, strict=True)):
+        for at, (parameter, old, sign) in enumerate(zip(trained_parameters(model), before, signs, strict=True)):
             rate = 0.001 if at % 2 == 0 else 0.008  # A and B take turns
             assert_close(parameter.detach(), old - rate * sign, rtol=0, atol=2e-6)  # Adam's 1e-8 below a small gradient
 
@@ -121,7 +121,7 @@ def test_lora_plus_is_what_peft_does():
         peft.LoraConfig(r=4, target_modules=["0", "1"]),
     )
     pairs = []
-    for name, layer in lora_layers(ours).items():
+    for name, layer in trained_modules(ours).items():
         other: Any = theirs.base_model.model.get_submodule(name)
         pairs += [(layer.lora_A, other.lora_A["default"].weight), (layer.lora_B, other.lora_B["default"].weight)]
     with torch.no_grad():
@@ -157,7 +157,7 @@ class Replay:
         def optimize(run: Any, step: int) -> Any:
             parameters = {
                 f"base_model.model.{name}.{part}.weight": getattr(layer, part)
-                for name, layer in lora_layers(run.session.model).items()
+                for name, layer in trained_modules(run.session.model).items()
                 for part in ("lora_A", "lora_B")
             }
             if step == 1:
@@ -252,11 +252,11 @@ def test_the_averaged_weights_leave_those_in_training_as_they_were():
     model = adapted()
     optimizer = make_optimizer(TrainRecipe(optimizer="schedule_free_adamw", learning_rate=0.1), model)
     for step in range(3):
-        give_gradients(adapter_parameters(model), step)
+        give_gradients(trained_parameters(model), step)
         optimizer.step()
 
     def now() -> list[Tensor]:
-        return [parameter.detach().clone() for parameter in adapter_parameters(model)]
+        return [parameter.detach().clone() for parameter in trained_parameters(model)]
 
     def equal(some: list[Tensor], others: list[Tensor]) -> bool:
         return all(torch.equal(one, other) for one, other in zip(some, others, strict=True))
@@ -275,5 +275,5 @@ def test_the_averaged_weights_leave_those_in_training_as_they_were():
     with pytest.raises(OSError, match="full disk"):
         save_on_a_full_disk()
     assert equal(now(), before)
-    give_gradients(adapter_parameters(model), 3)
+    give_gradients(trained_parameters(model), 3)
     optimizer.step()  # the library refuses this where its optimizer was left evaluating

@@ -19,7 +19,7 @@ from safetensors.torch import load_file
 from test_architectures import ARCHITECTURES
 from torch import Tensor, nn
 
-from lora_cli.adapters.attach import adapter_parameters
+from lora_cli.adapters.trained import trained_parameters
 from lora_cli.errors import LoraError, ProcessLost
 from lora_cli.recipe import load_recipe
 from lora_cli.training import micro_batches
@@ -243,7 +243,7 @@ from accelerate import PartialState
 state = PartialState(cpu=True)
 from test_architectures import ARCHITECTURES, CPU, adapted, batch_of, examples, gradients
 from tiny_model import make_tokenizer, save_tiny
-from lora_cli.adapters.attach import adapter_parameters
+from lora_cli.adapters.trained import trained_parameters
 from lora_cli.adapters.targets import block_lists
 from lora_cli.base.activations import ActivationPlan
 from lora_cli.base.load import load_model, quiet_libraries
@@ -277,7 +277,7 @@ for name, architecture in ARCHITECTURES.items():
         batch = batch_of(examples(9, 12, 5), packed=architecture.packs)
         torch.manual_seed(0)
         expected = passes(model, batch)
-        shard_base(model, blocks, adapter_parameters(model), CPU)
+        shard_base(model, blocks, trained_parameters(model), CPU)
         torch.manual_seed(0)
         found = passes(model, batch)
         assert found[0] == expected[0], (name, quantization, found[0], expected[0])
@@ -314,7 +314,7 @@ def test_a_pass_that_keeps_company_changes_no_gradient(recipe_file, monkeypatch)
     session = open_session(load_recipe(recipe_file(adapter={"dropout": 0.2})), quiet_console())
     randomize_adapter(session.model)
     runner = MicroBatches(
-        session, Accelerator(cpu=True), adapter_parameters(session.model), torch.amp.GradScaler("cpu", enabled=False)
+        session, Accelerator(cpu=True), trained_parameters(session.model), torch.amp.GradScaler("cpu", enabled=False)
     )
     batches = session.feed.step(1)
     alone = runner.run(1, batches, 10.0, 1)
@@ -342,7 +342,7 @@ def with_loss_of(factor: float) -> Callable[..., tuple[torch.Tensor, torch.Tenso
 def test_out_of_memory_with_shares_is_an_error_and_not_another_split(recipe_file, monkeypatch):
     session = open_session(load_recipe(recipe_file()), quiet_console())
     runner = MicroBatches(
-        session, Accelerator(cpu=True), adapter_parameters(session.model), torch.amp.GradScaler("cpu", enabled=False)
+        session, Accelerator(cpu=True), trained_parameters(session.model), torch.amp.GradScaler("cpu", enabled=False)
     )
     runner.recipe = runner.recipe.model_copy(update={"shard_base": True})
 

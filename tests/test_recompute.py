@@ -13,9 +13,10 @@ from torch import Tensor, nn
 from transformers.models.gemma2.modeling_gemma2 import Gemma2RMSNorm
 from transformers.models.llama.modeling_llama import LlamaMLP, LlamaRMSNorm
 
-from lora_cli.adapters.attach import adapter_parameters, attach
+from lora_cli.adapters.attach import attach
 from lora_cli.adapters.layer import LoRALinear
 from lora_cli.adapters.targets import block_lists, find_targets
+from lora_cli.adapters.trained import trained_parameters
 from lora_cli.base.activations import measured
 from lora_cli.base.recompute import save_only_inputs
 
@@ -53,7 +54,7 @@ def run(model: Any) -> tuple[Tensor, list[Tensor], int]:
     with measured(blocks) as kept:
         logits = model(input_ids=ids, use_cache=False).logits
     upstream = torch.randn(logits.shape, generator=torch.Generator().manual_seed(1))
-    return logits.detach(), list(torch.autograd.grad(logits, adapter_parameters(model), upstream)), sum(kept)
+    return logits.detach(), list(torch.autograd.grad(logits, trained_parameters(model), upstream)), sum(kept)
 
 
 def assert_close(actual: list[Tensor], expected: list[Tensor]) -> None:

@@ -19,10 +19,10 @@ import torch
 from conftest import ROOT, quiet_console, save_tiny
 from tiny_types import TYPES, tiny_config
 
-from lora_cli.adapters.attach import adapter_parameters, attach
-from lora_cli.adapters.layer import dropout_keys
-from lora_cli.adapters.reach import leave_out, unreached
+from lora_cli.adapters.attach import attach, leave_out
+from lora_cli.adapters.reach import unreached
 from lora_cli.adapters.targets import find_targets
+from lora_cli.adapters.trained import dropout_keys, trained_parameters
 from lora_cli.base.load import load_model
 from lora_cli.base.recompute import save_only_inputs
 from lora_cli.base.source import find_base
@@ -88,7 +88,7 @@ def outcome(kind: str, folder: Path, tokenizer: Any) -> Outcome:
         parameter for name, parameter in model.named_parameters() if name.endswith("lora_B") and "expert" not in name
     ]
     assert layers
-    assert len(adapter_parameters(model)) == 2 * len(layers)
+    assert len(trained_parameters(model)) == 2 * len(layers)
     silent = [row for row in rows if row.grad is None or not row.grad.any()]
     assert not silent, f"{kind}: {len(silent)} of {len(rows)} adapters get no gradient"
     assert all(torch.isfinite(row.grad).all() for row in rows if row.grad is not None)

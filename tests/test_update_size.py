@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from typing import Any
 
 import pytest
 import torch
@@ -11,9 +12,10 @@ from torch import nn
 from transformers.pytorch_utils import Conv1D
 
 from lora_cli.adapters.attach import attach
-from lora_cli.adapters.layer import LoRALinear, lora_layers
+from lora_cli.adapters.layer import LoRALinear
 from lora_cli.adapters.targets import find_targets
-from lora_cli.adapters.update_size import UpdateSize, update_norm, update_sizes, weight_norm
+from lora_cli.adapters.trained import trained_modules
+from lora_cli.adapters.update_size import UpdateSize, update_sizes, weight_norm
 from lora_cli.base.linear import dense_weight
 from lora_cli.base.load import load_model
 from lora_cli.base.source import find_base
@@ -30,6 +32,10 @@ def random_layer(base: nn.Module, rank: int = 3, mask: torch.Tensor | None = Non
     return layer
 
 
+def norm(layer: Any) -> float:
+    return layer.update_norm(dense_weight(layer.base_layer))
+
+
 @pytest.mark.parametrize("rank", [1, 3, 8, 40])
 @pytest.mark.parametrize("kind", ["linear", "conv1d", "masked"])
 def test_the_norm_is_that_of_the_dense_update(kind, rank):
@@ -38,9 +44,9 @@ def test_the_norm_is_that_of_the_dense_update(kind, rank):
     layer = random_layer(base, rank, mask)
     B = layer.lora_B.double() if mask is None else layer.lora_B.double() * mask
     dense = layer.scaling * (B @ layer.lora_A.double())  # (out, in)
-    assert update_norm(layer) == pytest.approx(torch.linalg.matrix_norm(dense).item(), rel=1e-12)
-    assert update_norm(layer) == pytest.approx(layer.delta_weight().norm().item(), rel=1e-5)
-    assert weight_norm(base) == pytest.approx(base.weight.double().norm().item(), rel=1e-6)  # type: ignore[operator]
+    assert norm(layer) == pytest.approx(torch.linalg.matrix_norm(dense).item(), rel=1e-12)
+    assert norm(layer) == pytest.approx(layer.delta_weight().norm().item(), rel=1e-5)
+    assert weight_norm(dense_weight(base)) == pytest.approx(base.weight.double().norm().item(), rel=1e-6)  # type: ignore[operator]
 
 
 def test_an_update_that_cancels_is_zero_and_not_an_error():
@@ -48,7 +54,7 @@ def test_an_update_that_cancels_is_zero_and_not_an_error():
     layer = random_layer(nn.Linear(16, 24), rank=2)
     with torch.no_grad():
         layer.lora_A[1], layer.lora_B[:, 1] = layer.lora_A[0], -layer.lora_B[:, 0]
-    assert update_norm(layer) == pytest.approx(0, abs=1e-6 * layer.lora_B.norm().item() * layer.lora_A.norm().item())
+    assert norm(layer) == pytest.approx(0, abs=1e-6 * layer.lora_B.norm().item() * layer.lora_A.norm().item())
 
 
 @pytest.mark.parametrize("quantization", ["none", "nf4", "int8"])
@@ -56,7 +62,7 @@ def test_of_a_model_every_ratio_is_that_of_the_dense_weights(tiny_llama, quantiz
     model = load_model(find_base(str(tiny_llama)), quantization=quantization, dtype=torch.float32, device=CPU)
     attach(model, find_targets(model, "all-linear", rank=4, alpha=8))
     randomize_adapter(model)
-    layers = lora_layers(model)
+    layers = trained_modules(model)
     sizes = update_sizes(layers)
     assert list(sizes) == list(layers)
     for name, layer in layers.items():
@@ -68,10 +74,10 @@ def test_gpt2s_fused_layer_counts_what_its_mask_lets_through(tiny_gpt2):
     model = load_model(find_base(str(tiny_gpt2)), quantization="none", dtype=torch.float32, device=CPU)
     attach(model, find_targets(model, "attention", rank=4, alpha=8, projections=["q"]))
     randomize_adapter(model)
-    masked = [layer for layer in lora_layers(model).values() if layer.output_mask is not None]
+    masked = [layer for layer in trained_modules(model).values() if layer.output_mask is not None]
     assert masked
     for layer in masked:
-        assert update_norm(layer) == pytest.approx(layer.delta_weight().norm().item(), rel=1e-5)
+        assert norm(layer) == pytest.approx(layer.delta_weight().norm().item(), rel=1e-5)
 
 
 def test_a_weight_of_zero_makes_the_ratio_infinite_or_zero():

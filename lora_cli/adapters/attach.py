@@ -1,43 +1,38 @@
-"""Putting adapters into a model."""
+"""Putting adapters into a model, and taking them out again."""
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from typing import Any
 
 import torch
-from torch import nn
 
-from lora_cli.adapters.layer import LoRALinear, lora_layers
+from lora_cli.adapters.layer import LoRALinear
 from lora_cli.adapters.targets import Target
+from lora_cli.adapters.trained import Trained, trained_modules, trained_parameters
 
 
 def attach(
     model: Any, targets: Sequence[Target], *, dropout: float = 0.0, init: str = "kaiming", seed: int = 0
-) -> dict[str, LoRALinear]:
+) -> dict[str, Trained]:
     """Wrap each target layer in a LoRALinear with a fresh A (from `seed`) and B = 0; returns them by module name.
 
-    Everything but A and B is frozen.
+    Everything but what is trained is frozen.
     """
     generator = torch.Generator().manual_seed(seed)
     for target in targets:
-        parent_name, _, child = target.name.rpartition(".")
-        parent = model.get_submodule(parent_name)
-        layer = LoRALinear(getattr(parent, child), target.rank, target.alpha, dropout, target.output_mask)
+        base_layer = model.get_submodule(target.name)
+        layer = LoRALinear(base_layer, target.rank, target.alpha, dropout, target.output_mask)
         layer.init_A(init, generator)
-        layer.train(parent.training)
-        setattr(parent, child, layer)
-    trained = {id(parameter) for parameter in adapter_parameters(model)}
+        model.set_submodule(target.name, layer.train(base_layer.training))
+    trained = {id(parameter) for parameter in trained_parameters(model)}
     for parameter in model.parameters():
         parameter.requires_grad_(id(parameter) in trained)
-    return lora_layers(model)
+    return trained_modules(model)
 
 
-def adapter_parameters(model: nn.Module) -> list[nn.Parameter]:
-    """A and B of every layer, in the model's order: all that is trained."""
-    return [parameter for layer in lora_layers(model).values() for parameter in (layer.lora_A, layer.lora_B)]
-
-
-def is_inert(model: nn.Module) -> bool:
-    """Whether the adapter still changes nothing: every B is zero."""
-    return not any(bool(layer.lora_B.any()) for layer in lora_layers(model).values())
+def leave_out(model: Any, names: Iterable[str]) -> dict[str, Trained]:
+    """Take these adapters out again; returns the others."""
+    for name in names:
+        model.set_submodule(name, model.get_submodule(name).base_layer)
+    return trained_modules(model)

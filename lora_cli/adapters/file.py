@@ -19,10 +19,10 @@ from torch import Tensor
 
 from lora_cli.adapters.attach import attach
 from lora_cli.adapters.keys import by_module
-from lora_cli.adapters.layer import LoRALinear, lora_layers
 from lora_cli.adapters.metadata import FORMAT, AdapterMetadata, read_metadata
 from lora_cli.adapters.peft_config import CONFIG, alphas, elsewhere, read_config, require_ranks, whole_matching
 from lora_cli.adapters.targets import Target, linear_layers
+from lora_cli.adapters.trained import Trained, trained_modules
 from lora_cli.base.device import DTYPES
 from lora_cli.base.linear import features, is_linear, stored_transposed, unquantized_layers
 from lora_cli.base.source import BaseSource
@@ -53,7 +53,7 @@ class AdapterFile:
     target_modules: str | list[str] | None
     whole: bool  # whether target_modules alone says which layers there must be
     alphas: dict[str, float]  # by module; scaling is alpha / rank
-    tensors: dict[str, dict[str, Tensor]]  # module → {"A": (rank, in), "B": (out, rank)}
+    tensors: dict[str, dict[str, Tensor]]  # module → {"lora_A.weight": (rank, in), "lora_B.weight": (out, rank)}
     base_weights: dict[str, Tensor]  # parameter → a copy of the base's own, which PEFT adds for embeddings
 
 
@@ -71,12 +71,11 @@ def save_adapter(
 
     prompting: whether training went through a chat template, `template` or `raw`.
     """
-    layers = lora_layers(model)
+    layers: dict[str, Any] = trained_modules(model)
     alpha = _commonest({name: layer.alpha for name, layer in layers.items()})
     tensors: dict[str, Tensor] = {}
     for name, layer in layers.items():
-        tensors[f"base_model.model.{name}.lora_A.weight"] = layer.lora_A.detach().cpu().contiguous()
-        tensors[f"base_model.model.{name}.lora_B.weight"] = _rescaled(layer.lora_B, layer.alpha, alpha)
+        tensors |= {f"base_model.model.{name}.{key}": value for key, value in layer.to_peft(alpha).items()}
     compute = model.get_input_embeddings().weight.dtype
     metadata = AdapterMetadata(
         adapter_format=FORMAT,
@@ -100,24 +99,19 @@ def save_adapter(
 
 def put_saved(model: Any, folder: Path) -> None:
     """Give the model's adapter the values that it was saved with in `folder`."""
-    saved = read_adapter(folder)
-    with torch.no_grad():
-        for name, layer in lora_layers(model).items():
-            layer.lora_A.copy_(saved.tensors[name]["A"])
-            layer.lora_B.copy_(_rescaled(saved.tensors[name]["B"], saved.alphas[name], layer.alpha))
+    _load(trained_modules(model), read_adapter(folder))
 
 
-def _rescaled(B: Tensor, alpha: float, new: float) -> Tensor:
-    """B for another alpha, with the same update."""
-    B = B.detach().cpu().contiguous()
-    return B if alpha == new else (B.double() * (alpha / new)).to(B.dtype)
+def _load(modules: Mapping[str, Trained], saved: AdapterFile) -> None:
+    for name, module in modules.items():
+        module.load_peft(saved.tensors[name], saved.alphas[name])
 
 
 def _unquantized(model: Any) -> list[str]:
     return [name.removesuffix(".base_layer") for name in unquantized_layers(model)]
 
 
-def _peft_config(model: Any, layers: Mapping[str, LoRALinear], base: BaseSource, alpha: float) -> dict[str, Any]:
+def _peft_config(model: Any, layers: Mapping[str, Any], base: BaseSource, alpha: float) -> dict[str, Any]:
     ranks = {name: layer.rank for name, layer in layers.items()}
     rank = _commonest(ranks)
     dropout = max(layer.dropout for layer in layers.values())
@@ -173,7 +167,7 @@ def read_adapter(folder: Path) -> AdapterFile:
         ) from None
     metadata = read_metadata(texts, path)
     tensors, base_weights = by_module(flat, path, elsewhere(folder, config))
-    ranks = {name: pair["A"].shape[0] for name, pair in tensors.items()}
+    ranks = {name: each["lora_A.weight"].shape[0] for name, each in tensors.items()}
     require_ranks(config, ranks, folder)
     by_layer = alphas(config, ranks, folder)
     _require_alpha(config, metadata, folder)
@@ -220,7 +214,7 @@ def _require_alpha(config: Mapping[str, Any], metadata: AdapterMetadata, folder:
         )
 
 
-def attach_adapter(model: Any, adapter: AdapterFile, base: BaseSource) -> dict[str, LoRALinear]:
+def attach_adapter(model: Any, adapter: AdapterFile, base: BaseSource) -> dict[str, Trained]:
     """Attach a stored adapter to its base model.
 
     Raises LoraError when it was trained on another base (by the base's fingerprint; without one, by names and shapes),
@@ -245,15 +239,12 @@ def attach_adapter(model: Any, adapter: AdapterFile, base: BaseSource) -> dict[s
             fix="use the base model that it was trained on",
         )
     targets = [
-        Target(name, adapter.tensors[name]["A"].shape[0], adapter.alphas[name])
+        Target(name, adapter.tensors[name]["lora_A.weight"].shape[0], adapter.alphas[name])
         for name in modules
         if name in adapter.tensors
     ]
     layers = attach(model, targets)
-    with torch.no_grad():
-        for name, layer in layers.items():
-            layer.lora_A.copy_(adapter.tensors[name]["A"])
-            layer.lora_B.copy_(adapter.tensors[name]["B"])
+    _load(layers, adapter)
     return layers
 
 
@@ -278,14 +269,13 @@ def _equal_in_either_dtype(one: Tensor, other: Tensor) -> bool:
 def _misfits(modules: Mapping[str, Any], adapter: AdapterFile) -> list[str]:
     problems = []
     for name, pair in adapter.tensors.items():
-        shapes = f"A {tuple(pair['A'].shape)}, B {tuple(pair['B'].shape)}"
+        A, B = pair["lora_A.weight"].shape, pair["lora_B.weight"].shape
+        shapes = f"A {tuple(A)}, B {tuple(B)}"
         if name not in modules or not is_linear(modules[name]):
             problems.append(f"{name}: {shapes}, but there is no such linear layer")
             continue
         in_features, out_features = features(modules[name])
-        if (pair["A"].shape[1], pair["B"].shape[0]) != (in_features, out_features) or pair["A"].shape[0] != pair[
-            "B"
-        ].shape[1]:
+        if (A[1], B[0]) != (in_features, out_features) or A[0] != B[1]:
             problems.append(f"{name}: {shapes}, but the layer is {in_features} → {out_features}")
     return problems
 

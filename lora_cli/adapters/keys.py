@@ -14,7 +14,7 @@ from lora_cli.errors import LoraError
 _WRAPPERS = re.compile(r"(?:_orig_mod|_fsdp_wrapped_module|_checkpoint_wrapped_module)\.")
 _PREFIX = re.compile(r"(?:module\.)?(?:base_model\.model\.)?")
 # `lora_A.default.weight`: a state dict that was saved without PEFT's saving, with the adapter's name in it
-_LORA = re.compile(r"(?P<module>.+)\.lora_(?P<side>[AB])(?:\.(?P<adapter>[^.]+))?\.weight")
+_LORA = re.compile(r"(?P<module>.+)\.(?P<part>lora_[AB])(?:\.(?P<adapter>[^.]+))?\.weight")
 _BASE = re.compile(r"(?P<module>.+?)(?:\.base_layer)?\.(?P<last>weight|bias)")
 _AGAIN = "copy the adapter again"
 
@@ -22,9 +22,9 @@ _AGAIN = "copy the adapter again"
 def by_module(
     flat: Mapping[str, Tensor], path: Path, elsewhere: str
 ) -> tuple[dict[str, dict[str, Tensor]], dict[str, Tensor]]:
-    """(A and B by module, copies of the base's parameters by name). Raises LoraError for any other tensor.
+    """Tensors by module and then by name within it (`lora_A.weight`); and copies of the base's parameters by name.
 
-    elsewhere: the fix for what only PEFT can compute.
+    Raises LoraError for any other tensor. elsewhere: the fix for what only PEFT can compute.
     """
     tensors: dict[str, dict[str, Tensor]] = {}
     base: dict[str, Tensor] = {}
@@ -42,18 +42,18 @@ def by_module(
             raise LoraError(
                 f"{key} {tuple(tensor.shape)} is not the A or B of a linear layer", where=str(path), fix=elsewhere
             )
-        pair = tensors.setdefault(found["module"], {})
+        pair, part = tensors.setdefault(found["module"], {}), f"{found['part']}.weight"
         names.add(found["adapter"])
-        if found["side"] in pair or len(names) > 1:
+        if part in pair or len(names) > 1:
             raise LoraError(
                 f"the file holds more than one adapter: {', '.join(sorted(map(str, names)))}",
                 where=str(path),
                 fix="save one of them alone with PEFT: model.save_pretrained(folder, selected_adapters=[name])",
             )
-        pair[found["side"]] = tensor
+        pair[part] = tensor
     if not tensors:
         raise LoraError("the adapter file holds no tensors of an adapter", where=str(path), fix=_AGAIN)
-    half = [name for name, pair in tensors.items() if len(pair) != len("AB")]
+    half = [name for name, pair in tensors.items() if len(pair) != 2]
     if half:
         raise LoraError(f"{half[0]} has only one of lora_A and lora_B", where=str(path), fix=_AGAIN)
     return tensors, base

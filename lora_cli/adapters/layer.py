@@ -3,8 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator
-from contextlib import contextmanager
+from collections.abc import Mapping
 from typing import Any
 
 import torch
@@ -12,11 +11,12 @@ from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 
 from lora_cli.adapters.dropout import dropped, feature_keys
+from lora_cli.adapters.trained import Trained
 from lora_cli.base.linear import features
 from lora_cli.errors import LoraError
 
 
-class LoRALinear(nn.Module):
+class LoRALinear(Trained):
     """base_layer(x) + scaling · B A dropout(x), with scaling = alpha / rank.
 
     Wraps any layer of `lora_cli.base.linear`; the base layer is never changed. A (rank, in_features) and B
@@ -32,13 +32,11 @@ class LoRALinear(nn.Module):
     def __init__(
         self, base_layer: nn.Module, rank: int, alpha: float, dropout: float = 0.0, output_mask: Tensor | None = None
     ):
-        super().__init__()
+        super().__init__(base_layer)
         in_features, out_features = features(base_layer)
         device = next(base_layer.parameters()).device
-        self.base_layer = base_layer
         self.rank, self.alpha, self.dropout = rank, alpha, dropout
         self.scaling = alpha / rank
-        self.active = True
         self.token_keys: Tensor | None = None  # of the micro-batch in work; see `dropout_keys`
         self.low_precision: tuple[Tensor, Tensor] | None = None
         self.lora_A = nn.Parameter(torch.zeros(rank, in_features, dtype=torch.float32, device=device))
@@ -87,6 +85,12 @@ class LoRALinear(nn.Module):
             )
         return self.token_keys, self.feature_keys  # type: ignore[return-value]
 
+    def parameters_by_group(self) -> dict[str, list[nn.Parameter]]:
+        return {"A": [self.lora_A], "B": [self.lora_B]}
+
+    def is_neutral(self) -> bool:
+        return not bool(self.lora_B.any())
+
     def delta_weight(self) -> Tensor:
         """Dense update this adapter adds to its base layer: scaling · B @ A.
 
@@ -94,6 +98,37 @@ class LoRALinear(nn.Module):
         Source: Hu et al. 2021, arXiv:2106.09685, section 4.1.
         """
         return self.scaling * (self._masked_B() @ self.lora_A)
+
+    def merged(self, weight: Tensor) -> Tensor:
+        return weight.float() + self.delta_weight()
+
+    @torch.no_grad()
+    def update_norm(self, weight: Tensor) -> float:
+        """‖scaling · B A‖ without making it: scaling · √ Σ (BᵀB) ⊙ (A Aᵀ), both (rank, rank), in float64.
+
+        For ‖B A‖² is the trace of (B A)ᵀ (B A), and a trace is invariant under cyclic permutation of its factors.
+        Against the dense product: 1e-12.
+        """
+        A, B = (each.detach().cpu().double() for each in (self.lora_A, self._masked_B()))
+        square = ((B.T @ B) * (A @ A.T)).sum().item()
+        return abs(self.scaling) * math.sqrt(max(square, 0.0))  # rounding may go below zero where the update is zero
+
+    def to_peft(self, alpha: float) -> dict[str, Tensor]:
+        state = self.state()
+        return {"lora_A.weight": state["lora_A"], "lora_B.weight": _rescaled(state["lora_B"], self.alpha, alpha)}
+
+    def load_peft(self, tensors: Mapping[str, Tensor], alpha: float) -> None:
+        B = _rescaled(tensors["lora_B.weight"], alpha, self.alpha)
+        self.load({"lora_A": tensors["lora_A.weight"], "lora_B": B})
+
+    def hold_cast(self, dtype: torch.dtype | None) -> None:
+        # past nn.Module.__setattr__, which costs as much as the rest of a small step's cast
+        vars(self)["low_precision"] = None if dtype is None else self.cast(dtype)
+
+    def hold_token_keys(self, name: str, tokens: Tensor | None) -> None:
+        self.token_keys = tokens
+        if tokens is not None and self.dropout and self.feature_keys is None:
+            self.feature_keys = feature_keys(name, self.lora_A.shape[1]).to(self.lora_A.device)
 
     def _masked_B(self) -> Tensor:
         return self.lora_B if self.output_mask is None else self.lora_B * self.output_mask  # type: ignore[operator]
@@ -109,6 +144,11 @@ class LoRALinear(nn.Module):
 
     def extra_repr(self) -> str:
         return f"rank={self.rank}, alpha={self.alpha}, dropout={self.dropout}"
+
+
+def _rescaled(B: Tensor, alpha: float, new: float) -> Tensor:
+    """B for another alpha, with the same update."""
+    return B if alpha == new else (B.double() * (alpha / new)).to(B.dtype)
 
 
 class _AddUpdate(torch.autograd.Function):
@@ -150,73 +190,22 @@ class _AddUpdate(torch.autograd.Function):
 
     @staticmethod
     @once_differentiable
-    def backward(ctx: Any, upstream: Tensor) -> tuple[Tensor | None, ...]:  # type: ignore[override]
+    def backward(ctx: Any, grad_output: Tensor) -> tuple[Tensor | None, ...]:  # type: ignore[override]
         x, low, low_A, low_B = ctx.saved_tensors
         wants_base, wants_x, wants_A, wants_B = ctx.needs_input_grad[:4]
-        above = upstream.to(low.dtype)
-        through = (above @ low_B).mul_(ctx.scaling)  # (tokens, rank)
+        grad = grad_output.to(low.dtype)
+        grad_low = (grad @ low_B).mul_(ctx.scaling)  # (tokens, rank)
         grad_x = grad_A = grad_B = None
         if wants_A:
-            grad_A = (through.T @ _dropped(ctx, x)).to(ctx.master)
+            grad_A = (grad_low.T @ _dropped(ctx, x)).to(ctx.master)
         if wants_B:
-            grad_B = (above.T @ low).to(ctx.master).mul_(ctx.scaling)
+            grad_B = (grad.T @ low).to(ctx.master).mul_(ctx.scaling)
             grad_B = grad_B if ctx.mask is None else grad_B.mul_(ctx.mask)
         if wants_x:
-            grad_x = _dropped(ctx, through @ low_A)
-        return upstream if wants_base else None, grad_x, grad_A, grad_B, *(None,) * 7
+            grad_x = _dropped(ctx, grad_low @ low_A)
+        return grad_output if wants_base else None, grad_x, grad_A, grad_B, *(None,) * 7
 
 
 def _dropped(ctx: Any, values: Tensor) -> Tensor:
     """values where they are kept: the same elements are dropped of the input and of its gradient."""
     return dropped(values, ctx.tokens, ctx.inputs, ctx.dropout) if ctx.dropout else values
-
-
-def lora_layers(model: nn.Module) -> dict[str, LoRALinear]:
-    """Adapted layers by the module name they have in the base model, in the model's order."""
-    return {name: module for name, module in model.named_modules() if isinstance(module, LoRALinear)}
-
-
-@contextmanager
-def adapters_disabled(model: nn.Module) -> Iterator[None]:
-    """Within this block the model computes as its base model."""
-    layers = list(lora_layers(model).values())
-    before = [layer.active for layer in layers]
-    for layer in layers:
-        layer.active = False
-    try:
-        yield
-    finally:
-        for layer, active in zip(layers, before, strict=True):
-            layer.active = active
-
-
-@contextmanager
-def dropout_keys(layers: dict[str, LoRALinear], tokens: Tensor | None) -> Iterator[None]:
-    """Within this block dropout is drawn for a micro-batch with these token keys: (tokens,) int32, padding included.
-
-    The block must hold the backward pass as well when activations are recomputed in it.
-    """
-    if tokens is None:  # nothing drops
-        yield
-        return
-    for name, layer in layers.items():
-        layer.token_keys = tokens
-        if layer.dropout and layer.feature_keys is None:
-            layer.feature_keys = feature_keys(name, layer.lora_A.shape[1]).to(layer.lora_A.device)
-    try:
-        yield
-    finally:
-        for layer in layers.values():
-            layer.token_keys = None
-
-
-@contextmanager
-def cast_once(layers: dict[str, LoRALinear], dtype: torch.dtype) -> Iterator[None]:
-    """Within this block A and B must not change: they are cast to the compute dtype here, and not in every forward."""
-    for layer in layers.values():  # past nn.Module.__setattr__, which costs as much as the rest of a small step's cast
-        vars(layer)["low_precision"] = layer.cast(dtype)
-    try:
-        yield
-    finally:
-        for layer in layers.values():
-            vars(layer)["low_precision"] = None

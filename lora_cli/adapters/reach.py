@@ -7,29 +7,29 @@ An indexer chooses tokens without a gradient, a cross-attention waits for pictur
 from __future__ import annotations
 
 import re
-from collections.abc import Callable, Iterable
+from collections.abc import Callable
 from typing import Any
 
 import torch
 
-from lora_cli.adapters.layer import LoRALinear, lora_layers
+from lora_cli.adapters.trained import Trained, trained_parameters
 from lora_cli.errors import LoraError
 
 _STRUCTURAL = ("attention", "all-linear")  # targets that are chosen here, not named by a person
 
 
 def unreached(
-    model: Any, layers: dict[str, LoRALinear], backward: Callable[[], None], *, name: str | None = None
+    model: Any, modules: dict[str, Trained], backward: Callable[[], None], *, name: str | None = None
 ) -> list[str]:
     """Names of the adapters that get no gradient from `backward`, which computes a loss of text and its gradients.
 
     In training mode, whose kernels differ; mode and random states are as before. name: of the model, in errors.
 
-    Experts are judged together, in each block: of few tokens not all of them get one. B is zero, and its gradient is
-    what tells. Gradients are gone afterwards.
+    Experts are judged together, in each block: of few tokens not all of them get one. Gradients are gone afterwards.
     """
-    for layer in layers.values():
-        layer.lora_A.grad = layer.lora_B.grad = None
+    parameters = trained_parameters(model)
+    for parameter in parameters:
+        parameter.grad = None
     training = model.training
     devices = {parameter.device for parameter in model.parameters() if parameter.is_cuda}
     with torch.random.fork_rng(list(devices)):
@@ -46,19 +46,15 @@ def unreached(
             ) from error
         finally:
             model.train(training)
-    gradients = {name: layer.lora_B.grad for name, layer in layers.items()}
-    reached = {_beside(name) for name, gradient in gradients.items() if gradient is not None and bool(gradient.any())}
-    for layer in layers.values():
-        layer.lora_A.grad = layer.lora_B.grad = None
-    return [name for name in layers if _beside(name) not in reached]
+    reached = {_beside(name) for name, module in modules.items() if _has_gradient(module)}
+    for parameter in parameters:
+        parameter.grad = None
+    return [name for name in modules if _beside(name) not in reached]
 
 
-def leave_out(model: Any, names: Iterable[str]) -> dict[str, LoRALinear]:
-    """Take these adapters away again; returns the others."""
-    layers = lora_layers(model)
-    for name in names:
-        model.set_submodule(name, layers[name].base_layer)
-    return lora_layers(model)
+def _has_gradient(module: Trained) -> bool:
+    parameters = [each for group in module.parameters_by_group().values() for each in group]
+    return any(each.grad is not None and bool(each.grad.any()) for each in parameters)
 
 
 def left_out_lines(target_modules: Any, names: list[str], *, some: bool = True) -> list[str]:

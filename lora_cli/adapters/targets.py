@@ -29,6 +29,10 @@ class Target:
     alpha: float
     output_mask: Tensor | None = None  # (out_features, rank)
 
+    def size(self, layer: nn.Module) -> int:
+        """How many numbers an adapter in the place of this layer trains."""
+        return self.rank * sum(features(layer))
+
 
 def targets_of(model: Any, adapter: AdapterRecipe) -> list[Target]:
     """The layers to adapt by a recipe's adapter section; raises as find_targets does."""

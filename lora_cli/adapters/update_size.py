@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Mapping
 from dataclasses import dataclass
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
-from lora_cli.adapters.layer import LoRALinear
+from lora_cli.adapters.trained import Trained
 from lora_cli.base.linear import dense_weight
 
 
@@ -27,24 +28,17 @@ class UpdateSize:
         return self.update / self.weight
 
 
-def update_sizes(layers: dict[str, LoRALinear]) -> dict[str, UpdateSize]:
-    """Sizes by layer name. One weight is dense at a time, so this needs the memory of the largest layer."""
-    return {name: UpdateSize(update_norm(layer), weight_norm(layer.base_layer)) for name, layer in layers.items()}
-
-
 @torch.no_grad()
-def update_norm(layer: LoRALinear) -> float:
-    """‖scaling · B A‖ without making it: scaling · √ Σ (BᵀB) ⊙ (A Aᵀ), both (rank, rank), in float64.
+def update_sizes(modules: Mapping[str, Trained]) -> dict[str, UpdateSize]:
+    """Sizes by module name. One weight is dense at a time, so this needs the memory of the largest layer."""
+    sizes = {}
+    for name, module in modules.items():
+        weight = dense_weight(module.base_layer)
+        sizes[name] = UpdateSize(module.update_norm(weight), weight_norm(weight))
+    return sizes
 
-    For ‖B A‖² is the trace of (B A)ᵀ (B A), and under a trace factors may go round. Against the dense product: 1e-12.
-    """
-    A, B = (each.detach().cpu().double() for each in (layer.lora_A, layer._masked_B()))
-    square = ((B.T @ B) * (A @ A.T)).sum().item()
-    return abs(layer.scaling) * math.sqrt(max(square, 0.0))  # rounding may go below zero, where the update is none
 
-
-@torch.no_grad()
-def weight_norm(base_layer: nn.Module) -> float:
-    """‖W‖ of the weight that a layer multiplies by, dequantized if need be; relative error 1e-6 beside float64."""
-    rows: Tensor = torch.linalg.vector_norm(dense_weight(base_layer), dim=1, dtype=torch.float32)
+def weight_norm(weight: Tensor) -> float:
+    """‖W‖ of an (out_features, in_features) weight; relative error 1e-6 beside float64."""
+    rows = torch.linalg.vector_norm(weight, dim=1, dtype=torch.float32)
     return rows.cpu().double().norm().item()

@@ -10,8 +10,8 @@ from typing import Any
 from rich.console import Console
 from rich.table import Table
 
-from lora_cli.adapters.layer import adapters_disabled
 from lora_cli.adapters.opened import Opened, open_model
+from lora_cli.adapters.trained import adapters_disabled
 from lora_cli.base.text import positions
 from lora_cli.data.batches import collate
 from lora_cli.data.columns import NEEDED, applicable, column_of

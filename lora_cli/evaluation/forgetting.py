@@ -11,7 +11,7 @@ from typing import Any
 from torch import Tensor
 from transformers import PreTrainedTokenizerBase
 
-from lora_cli.adapters.layer import adapters_disabled
+from lora_cli.adapters.trained import adapters_disabled
 from lora_cli.base.text import positions, vocabulary
 from lora_cli.data.chat import wants_bos
 from lora_cli.data.example import Example

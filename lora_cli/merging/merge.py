@@ -19,8 +19,8 @@ import torch
 from torch import Tensor
 
 from lora_cli.adapters.file import AdapterFile, read_adapter
-from lora_cli.adapters.layer import LoRALinear, adapters_disabled, lora_layers
 from lora_cli.adapters.opened import Opened, adapter_folder, adapter_template, open_model, other_base
+from lora_cli.adapters.trained import Trained, adapters_disabled, trained_modules
 from lora_cli.base.device import DTYPES
 from lora_cli.base.linear import dense_weight, features, is_quantized, stored_transposed, unquantized_layers
 from lora_cli.base.source import BaseSource, find_base
@@ -104,7 +104,7 @@ def merge(
     with adapters_disabled(opened.model):
         effect = divergence(reference, log_probabilities(opened.model, tokens))
     _require_number(effect, job.adapter)
-    layers = len(lora_layers(opened.model))
+    layers = len(trained_modules(opened.model))
     if job.onto == "original" and job.quantization != "none":
         opened = job.open_original()
     with written_whole(place) as temporary:
@@ -334,9 +334,9 @@ def _changed(model: Any, quantized: set[str]) -> dict[str, Fresh]:
     found: dict[str, Fresh] = {}
     made: dict[int, Fresh] = {}  # a layer that several blocks share has several names
     for name, layer in model.named_modules(remove_duplicate=False):
-        if not isinstance(layer, LoRALinear) and (name not in quantized or name.endswith(".base_layer")):
+        if not isinstance(layer, Trained) and (name not in quantized or name.endswith(".base_layer")):
             continue
-        frozen: Any = layer.base_layer if isinstance(layer, LoRALinear) else layer
+        frozen: Any = layer.base_layer if isinstance(layer, Trained) else layer
         shape = features(frozen) if stored_transposed(frozen) else features(frozen)[::-1]
         found[f"{name}.weight"] = made.setdefault(id(layer), Fresh(shape, partial(_merged_weight, layer, name)))
     return found
@@ -344,10 +344,9 @@ def _changed(model: Any, quantized: set[str]) -> dict[str, Fresh]:
 
 def _merged_weight(layer: Any, name: str) -> Tensor:
     """In fp32, laid out as the checkpoint stores it."""
-    frozen = layer.base_layer if isinstance(layer, LoRALinear) else layer
-    weight = dense_weight(frozen).float()  # (out, in)
-    if isinstance(layer, LoRALinear):
-        weight = weight + layer.delta_weight()
+    frozen = layer.base_layer if isinstance(layer, Trained) else layer
+    weight = dense_weight(frozen)  # (out, in)
+    weight = layer.merged(weight) if isinstance(layer, Trained) else weight.float()
     if not torch.isfinite(weight).all():
         raise CheckFailed(
             f"the merged weight of {name} holds NaN or infinity",
@@ -358,7 +357,7 @@ def _merged_weight(layer: Any, name: str) -> Tensor:
 
 def _require_own_head(model: Any) -> None:
     head, embeddings = model.get_output_embeddings(), model.get_input_embeddings()
-    if isinstance(head, LoRALinear) and head.base_layer.weight is embeddings.weight:
+    if isinstance(head, Trained) and head.base_layer.weight is embeddings.weight:
         raise LoraError(
             "the adapter changes the output head, which this model shares with its embeddings: one stored tensor "
             "cannot be both",

@@ -17,7 +17,7 @@ from transformers.core_model_loading import (
     revert_weight_conversion,
 )
 
-from lora_cli.adapters.layer import LoRALinear
+from lora_cli.adapters.trained import Trained
 from lora_cli.errors import LoraError
 from lora_cli.merging.tensors import Fresh, is_beside
 
@@ -28,13 +28,11 @@ def _parameter_names(model: Any) -> dict[str, str]:
     """Every parameter and buffer by the name it has without adapters, with the name that it has now."""
     names = [name for name, _ in model.named_parameters(remove_duplicate=False)]
     names += [name for name, _ in model.named_buffers(remove_duplicate=False)]
-    return {name.replace(".base_layer.", "."): name for name in names if not _is_adapter(model, name)}
-
-
-def _is_adapter(model: Any, name: str) -> bool:
-    module, _, last = name.rpartition(".")
-    own = ("lora_A", "lora_B", "output_mask", "feature_keys")
-    return last in own and isinstance(model.get_submodule(module), LoRALinear)
+    return {
+        name.replace(".base_layer.", "."): name
+        for name in names
+        if not isinstance(model.get_submodule(name.rpartition(".")[0]), Trained)
+    }
 
 
 @dataclass(frozen=True)

@@ -16,7 +16,6 @@ from transformers import PreTrainedTokenizerBase
 
 from lora_cli.adapters.reach import kind_of, left_out_lines
 from lora_cli.adapters.targets import not_adapted, targets_of
-from lora_cli.base.linear import features
 from lora_cli.base.source import BaseSource, find_base
 from lora_cli.base.stored import require_quantization
 from lora_cli.data.example import Example
@@ -114,7 +113,7 @@ def check(recipe: Recipe, *, keep: bool = False) -> Checked:
     left_out = [target.name for target in targets if kind_of(target.name) in kinds]
     notes = left_out_lines(recipe.adapter.target_modules, left_out, some=len(left_out) < len(targets))
     targets = [target for target in targets if kind_of(target.name) not in kinds]
-    parameters = sum(target.rank * sum(features(model.get_submodule(target.name))) for target in targets)
+    parameters = sum(target.size(model.get_submodule(target.name)) for target in targets)
     stream = StreamFeed(recipe, tokenizer) if recipe.data.streaming else None
     if stream is not None:
         stream.require_fit(config, source.name)

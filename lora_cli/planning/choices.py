@@ -79,20 +79,21 @@ def choose_adapter(base: BaseModel, target_tokens: float) -> Adapter:
     Attention alone where a linear layer is too narrow to have a rank, such as the gate of a shared expert.
     """
 
-    def look(modules: str) -> tuple[list[str], list[tuple[int, int]], int]:
+    def look(modules: str) -> tuple[list[str], int, int]:
+        """Names, numbers trained at rank 1, and the smallest side of any layer."""
         unreached = base.unreached_kinds(modules)
-        names = [target.name for target in find_targets(base.skeleton, modules, rank=1, alpha=1)]
-        names = [name for name in names if kind_of(name) not in unreached]
-        sizes = [features(base.skeleton.get_submodule(name)) for name in names]
-        return names, sizes, min(map(min, sizes), default=0)
+        found = find_targets(base.skeleton, modules, rank=1, alpha=1)
+        found = [target for target in found if kind_of(target.name) not in unreached]
+        layers = [base.skeleton.get_submodule(target.name) for target in found]
+        of_rank_1 = sum(target.size(layer) for target, layer in zip(found, layers, strict=True))
+        return [target.name for target in found], of_rank_1, min((min(features(layer)) for layer in layers), default=0)
 
-    modules, (layers, sizes, narrowest) = "all-linear", look("all-linear")
+    modules, (layers, of_rank_1, narrowest) = "all-linear", look("all-linear")
     if narrowest < 8:
         with suppress(LoraError):  # a model without attention keeps all
             attention = look("attention")
             if attention[2] > narrowest:
-                modules, (layers, sizes, narrowest) = "attention", attention
-    of_rank_1 = sum(map(sum, sizes))
+                modules, (layers, of_rank_1, narrowest) = "attention", attention
     rank = 16
     while rank < 64 and rank * of_rank_1 < target_tokens / 2:
         rank *= 2

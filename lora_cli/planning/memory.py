@@ -9,7 +9,7 @@ from typing import Any
 
 from torch import nn
 
-from lora_cli.adapters.targets import block_lists, linear_layers
+from lora_cli.adapters.targets import Target, block_lists, linear_layers
 from lora_cli.base.cross_entropy import CHUNK_BYTES
 from lora_cli.base.linear import features, is_linear
 from lora_cli.base.recompute import is_gated, is_rms_norm
@@ -138,7 +138,7 @@ def shape_of(model: Any, ranks: dict[str, int], *, on_cpu: bool = False) -> Mode
         quantizable=quantizable,
         other=total - quantizable,
         largest_layer=max((a * b for a, b in sizes.values()), default=0),
-        adapter=sum(rank * sum(sizes[name]) for name, rank in ranks.items()),
+        adapter=sum(Target(name, rank, rank).size(linear[name]) for name, rank in ranks.items()),
         vocabulary=vocabulary(model.config),
         hidden=width,
         heads=largest(model.config, "num_attention_heads") or 1,

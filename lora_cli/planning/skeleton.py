@@ -12,8 +12,8 @@ from typing import Any
 import torch
 from transformers import AutoModelForCausalLM, PreTrainedTokenizerBase
 
-from lora_cli.adapters.attach import attach
-from lora_cli.adapters.reach import kind_of, leave_out, unreached
+from lora_cli.adapters.attach import attach, leave_out
+from lora_cli.adapters.reach import kind_of, unreached
 from lora_cli.adapters.targets import block_lists, find_targets
 from lora_cli.base.attention import attention_implementation, watch_rows
 from lora_cli.base.bounds import require_modest_config

@@ -30,7 +30,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
 from lora_cli.adapters.file import FILES as ADAPTER_FILES
-from lora_cli.adapters.layer import lora_layers
+from lora_cli.adapters.trained import load_state, state_of
 from lora_cli.errors import LoraError
 from lora_cli.files import write_json, written_whole
 from lora_cli.foreign import (
@@ -89,7 +89,7 @@ def save_checkpoint(
     described = _take_tensors(optimizer.state_dict(), "", tensors)
     states, random_values = _random_states()
     with written_whole(folder, replaces=FILES) as place:
-        save_file(_adapter_tensors(model), place / "adapter.safetensors")
+        save_file(state_of(model), place / "adapter.safetensors")
         save_file(tensors, place / "optimizer.safetensors")
         save_file(states | state.tensors, place / "state.safetensors")
         values = {**state.values(), "schedule": dict(schedule), "random": random_values, "optimizer": described}
@@ -112,7 +112,7 @@ def load_checkpoint(folder: Path, model: nn.Module, optimizer: Any) -> State:
     """
     stored, states = _read_state(folder)
     adapter, tensors = _load(folder / "adapter.safetensors"), _load(folder / "optimizer.safetensors")
-    if (problem := _misfit(adapter, _adapter_tensors(model))) is not None:
+    if (problem := _misfit(adapter, state_of(model))) is not None:
         raise LoraError(
             f"the checkpoint holds another adapter than the recipe describes: {problem}",
             where=str(folder),
@@ -120,10 +120,7 @@ def load_checkpoint(folder: Path, model: nn.Module, optimizer: Any) -> State:
         )
     described = _optimizer_state(stored.optimizer, tensors, optimizer, folder)
     randoms = {name: states.pop(name) for name in list(states) if name.startswith("random.")}
-    with torch.no_grad():
-        for name, layer in lora_layers(model).items():
-            layer.lora_A.copy_(adapter[f"{name}.lora_A"])
-            layer.lora_B.copy_(adapter[f"{name}.lora_B"])
+    load_state(model, adapter)
     optimizer.load_state_dict(described)
     _set_random_states(randoms, {"random": stored.random.model_dump()})
     return stored.state(states)
@@ -359,14 +356,6 @@ def _set_random_states(tensors: dict[str, Tensor], values: dict[str, Any]) -> No
 
 
 # ── tensors of nested state ─────────────────────────────────────────────────────────────────────────────────────
-
-
-def _adapter_tensors(model: nn.Module) -> dict[str, Tensor]:
-    return {
-        f"{name}.{part}": getattr(layer, part).detach().cpu().contiguous()
-        for name, layer in lora_layers(model).items()
-        for part in ("lora_A", "lora_B")
-    }
 
 
 def _take_tensors(value: Any, path: str, tensors: dict[str, Tensor]) -> Any:

@@ -8,7 +8,7 @@ from collections.abc import Callable
 from accelerate import Accelerator
 from torch import Tensor
 
-from lora_cli.adapters.layer import adapters_disabled, cast_once
+from lora_cli.adapters.trained import adapters_disabled, cast_once
 from lora_cli.data.prepared import rows_per_micro_batch
 from lora_cli.errors import LoraError
 from lora_cli.evaluation.perplexity import example_losses

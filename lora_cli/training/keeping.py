@@ -10,14 +10,14 @@ from typing import Any, TypeVar
 import torch
 from accelerate import Accelerator
 
-from lora_cli.adapters.attach import is_inert
 from lora_cli.adapters.file import FILES as ADAPTER_FILES
 from lora_cli.adapters.file import save_adapter
+from lora_cli.adapters.trained import is_neutral
 from lora_cli.errors import DiskError, Interrupted
 from lora_cli.files import disk_errors, free_name, remove_folder, replacing, written_whole
 from lora_cli.foreign import NotOurs, copy_files, copy_over, files_of, is_real_folder, open_binary
 from lora_cli.training.checkpoint import BEST, FILES, Damaged, load_checkpoint, save_checkpoint, verify
-from lora_cli.training.optimizer import follow_recipe, learning_rate
+from lora_cli.training.optimizer import apply_settings, learning_rate
 from lora_cli.training.processes import wait_for_everyone
 from lora_cli.training.run_folder import RunFolder
 from lora_cli.training.session import Session
@@ -56,8 +56,8 @@ class Keeper:
             self.written(lambda: self.folder.append_metrics(line))
 
     def adapter(self, place: Path) -> None:
-        """Ship the adapter as it is now, unless it is still inert: nobody should take such a folder for a result."""
-        if self.accelerator.is_main_process and not is_inert(self.session.model):
+        """Ship the adapter as it is now, unless it is still neutral: nobody should take such a folder for a result."""
+        if self.accelerator.is_main_process and not is_neutral(self.session.model):
             self.written(lambda: self._write_adapter(place))
 
     def checkpoint(self, state: State) -> None:
@@ -101,7 +101,7 @@ class Keeper:
         checkpoints = candidates()
         state = load_checkpoint(checkpoints[-1], self.session.model, self.optimizer) if checkpoints else None
         if state is not None:
-            follow_recipe(self.optimizer, self.recipe)
+            apply_settings(self.optimizer, self.recipe, self.session.model)
         if state is not None and state.loss_scale:
             self.scaler.load_state_dict(state.loss_scale)
         if self.accelerator.is_main_process:

@@ -16,7 +16,7 @@ from accelerate import Accelerator
 from rich.console import Console
 from torch import nn
 
-from lora_cli.adapters.attach import adapter_parameters
+from lora_cli.adapters.trained import trained_parameters
 from lora_cli.base.device import peak_memory_bytes, reserved_memory_bytes, reset_peak_memory
 from lora_cli.base.text import vocabulary
 from lora_cli.data.example import Example
@@ -58,7 +58,7 @@ class Run:
         self.say = say_on(console)
         self.console, self.environment = console, environment
         self.recipe = session.recipe.train
-        self.parameters = adapter_parameters(session.model)
+        self.parameters = trained_parameters(session.model)
         self.optimizer = make_optimizer(self.recipe, session.model)
         # Gradients of fp16 would vanish in its narrow range without; for other dtypes it passes everything on.
         self.scaler = torch.amp.GradScaler(session.device.type, enabled=session.dtype == torch.float16)

@@ -10,7 +10,7 @@ import torch
 from accelerate import Accelerator
 from torch import Tensor, nn
 
-from lora_cli.adapters.layer import cast_once, dropout_keys
+from lora_cli.adapters.trained import cast_once, dropout_keys
 from lora_cli.base.device import free_memory_bytes
 from lora_cli.data.example import Example
 from lora_cli.errors import LoraError

@@ -11,8 +11,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from lora_cli.adapters.attach import adapter_parameters
-from lora_cli.adapters.layer import lora_layers
+from lora_cli.adapters.trained import parameters_by_group
 from lora_cli.files import human_bytes
 from lora_cli.recipe import TrainRecipe
 
@@ -25,16 +24,10 @@ def make_optimizer(recipe: TrainRecipe, model: nn.Module) -> Any:
 
     Two groups: A, and B with its own learning rate (LoRA+, Hayou et al. 2024, arXiv:2402.12354).
     """
-    parameters = adapter_parameters(model)
-    of_B = {id(layer.lora_B) for layer in lora_layers(model).values()}
-    groups: list[dict[str, Any]] = [
-        {"params": [each for each in parameters if id(each) not in of_B]},
-        {"params": [each for each in parameters if id(each) in of_B]},
-    ]
-    for group, own in zip(groups, _settings(recipe), strict=True):
-        group.update(own)
+    by_group = parameters_by_group(model)
+    groups = [{"params": parameters, **_settings(recipe, name)} for name, parameters in by_group.items()]
     options: dict[str, Any] = {"lr": recipe.learning_rate}
-    device = parameters[0].device.type
+    device = groups[0]["params"][0].device.type
     if recipe.optimizer == "adamw":
         # An adapter is hundreds of small tensors, and a loop over them costs more than the arithmetic.
         fused = device in _FUSED
@@ -54,16 +47,16 @@ def make_optimizer(recipe: TrainRecipe, model: nn.Module) -> Any:
     return (bnb.optim.PagedAdamW32bit if paged else bnb.optim.AdamW32bit)(groups, **options)
 
 
-def _settings(recipe: TrainRecipe) -> list[dict[str, Any]]:
-    """What the recipe says of each group of parameters: A's, then B's."""
-    common = {"betas": (recipe.beta1, recipe.beta2), "weight_decay": recipe.weight_decay}
-    return [{**common, "rate_ratio": 1.0}, {**common, "rate_ratio": recipe.lora_plus_ratio}]
+def _settings(recipe: TrainRecipe, group: str) -> dict[str, Any]:
+    """What the recipe says of a group of `Trained.parameters_by_group`."""
+    ratio = recipe.lora_plus_ratio if group == "B" else 1.0
+    return {"betas": (recipe.beta1, recipe.beta2), "weight_decay": recipe.weight_decay, "rate_ratio": ratio}
 
 
-def follow_recipe(optimizer: Any, recipe: TrainRecipe) -> None:
+def apply_settings(optimizer: Any, recipe: TrainRecipe, model: nn.Module) -> None:
     """Give an optimizer that was read from a checkpoint the recipe's settings, where these were changed on purpose."""
-    for group, own in zip(optimizer.param_groups, _settings(recipe), strict=True):
-        group.update(own)
+    for group, name in zip(optimizer.param_groups, parameters_by_group(model), strict=True):
+        group.update(_settings(recipe, name))
 
 
 def paging_note(name: str, sizes: Sequence[int], device: str) -> str | None:
@@ -106,7 +99,7 @@ def state_after_a_step(optimizer: Any) -> dict[str, Any]:
 
 
 def set_learning_rate(optimizer: Any, rate: float) -> None:
-    """Give A this rate, and B its multiple of it."""
+    """Give every group its multiple of this rate."""
     for group in optimizer.param_groups:
         group["lr"] = rate * group["rate_ratio"]
 

@@ -17,10 +17,10 @@ from accelerate import PartialState
 from torch import nn
 from transformers import PreTrainedTokenizerBase
 
-from lora_cli.adapters.attach import adapter_parameters, attach
-from lora_cli.adapters.layer import LoRALinear, cast_once, dropout_keys
-from lora_cli.adapters.reach import leave_out, left_out_lines, unreached
+from lora_cli.adapters.attach import attach, leave_out
+from lora_cli.adapters.reach import left_out_lines, unreached
 from lora_cli.adapters.targets import block_lists, not_adapted, targets_of
+from lora_cli.adapters.trained import Trained, cast_once, dropout_keys, trained_parameters
 from lora_cli.base.activations import ActivationPlan, measured, plan_activations
 from lora_cli.base.attention import packed_attention_name
 from lora_cli.base.compiled import compile_blocks
@@ -63,7 +63,7 @@ class Loaded:
     why_dtype: str
     largest: int
     say: Callable[[str], None]
-    layers: dict[str, LoRALinear] = field(default_factory=dict)
+    layers: dict[str, Trained] = field(default_factory=dict)
     side_by_side: bool = False
     activations: ActivationPlan = field(default_factory=lambda: ActivationPlan((), (), 0.0))
 
@@ -96,7 +96,7 @@ def run_passes(passes: Sequence[Pass], loaded: Loaded) -> None:
                 loaded.say(f"{title:9}{text}")
 
 
-def attach_from_recipe(model: Any, recipe: Recipe) -> dict[str, LoRALinear]:
+def attach_from_recipe(model: Any, recipe: Recipe) -> dict[str, Trained]:
     adapter = recipe.adapter
     targets = targets_of(model, adapter)
     return attach(model, targets, dropout=adapter.dropout, init=adapter.init, seed=recipe.train.seed)
@@ -113,7 +113,7 @@ def _adapters(loaded: Loaded) -> Lines:
     left_out = left_out_lines(recipe.adapter.target_modules, names, some=len(names) < len(loaded.layers))
     if names:
         loaded.layers = leave_out(model, names)
-    sizes = [parameter.numel() for parameter in adapter_parameters(model)]
+    sizes = [parameter.numel() for parameter in trained_parameters(model)]
     yield "adapter", f"{len(loaded.layers)} layers, {sum(sizes):,} trained parameters"
     yield from (("", line) for line in left_out)
     if note := paging_note(recipe.train.optimizer, sizes, loaded.device.type):
@@ -150,7 +150,7 @@ def _recomputation(loaded: Loaded) -> Lines:
 def _sharding(loaded: Loaded) -> Lines:
     """Leave this process its share of the frozen weights, on the device that trains."""
     whole = frozen_bytes(loaded.model)
-    shard_base(loaded.model, loaded.blocks, adapter_parameters(loaded.model), loaded.device)
+    shard_base(loaded.model, loaded.blocks, trained_parameters(loaded.model), loaded.device)
     held, processes = frozen_bytes(loaded.model), PartialState().num_processes
     yield "", f"each of {processes} processes holds {human_bytes(held)} of {human_bytes(whole)}"
 

@@ -8,8 +8,8 @@ from typing import Any
 
 from accelerate import Accelerator
 
-from lora_cli.adapters.attach import adapter_parameters, is_inert
 from lora_cli.adapters.file import TENSORS, put_saved
+from lora_cli.adapters.trained import is_neutral, trained_parameters
 from lora_cli.adapters.update_size import update_sizes
 from lora_cli.data.gate import Weights
 from lora_cli.errors import CheckFailed, DiskError
@@ -50,13 +50,13 @@ def make_report(session: Session, state: State, folder: RunFolder, accelerator: 
         "rewound_from_steps": [step for step, _ in state.rewound],
         "weights": session.loss_weights and vars(session.loss_weights),
         "adapted_layers": len(session.layers),
-        "trained_parameters": sum(parameter.numel() for parameter in adapter_parameters(session.model)),
+        "trained_parameters": sum(parameter.numel() for parameter in trained_parameters(session.model)),
         "validation": None if gain is None else vars(gain),
         "general_text": _forgetting(session, accelerator),
         "update_sizes": summarize_update_sizes(
             {name: size.ratio for name, size in update_sizes(session.layers).items()}
         ),
-        "learned": not is_inert(session.model),
+        "learned": not is_neutral(session.model),
         "adapter": str(folder.adapter),
     }
     return report | {"verdict": judge(report).outcome}

@@ -12,8 +12,7 @@ from accelerate import PartialState
 from rich.console import Console
 from transformers import PreTrainedTokenizerBase
 
-from lora_cli.adapters.attach import adapter_parameters
-from lora_cli.adapters.layer import LoRALinear
+from lora_cli.adapters.trained import Trained, trained_parameters
 from lora_cli.base.activations import ActivationPlan
 from lora_cli.base.device import describe_device, make_memory_errors_real, pick_device, pick_dtype, share_one_heap
 from lora_cli.base.load import load_model, load_tokenizer, model_config
@@ -43,7 +42,7 @@ class Session:
     tokenizer: PreTrainedTokenizerBase
     data: PreparedData
     model: Any
-    layers: dict[str, LoRALinear]
+    layers: dict[str, Trained]
     feed: IndexedFeed | StreamFeed
     device: torch.device
     dtype: torch.dtype
@@ -116,7 +115,7 @@ def open_session(recipe: Recipe, console: Console) -> Session:
         *(recipe, source, tokenizer, data, model, loaded.layers, feed, device, model.dtype),
         *(loaded.collate, loaded.activations, text),
     )
-    trained = sum(parameter.numel() for parameter in adapter_parameters(model))
+    trained = sum(parameter.numel() for parameter in trained_parameters(model))
     needed = disk_needed(recipe, trained, session.total_steps)
     require_space(Path(recipe.output), needed, "the run (adapter and checkpoints)")
     say(f"disk     up to {human_bytes(needed)} in {recipe.output}")

@@ -1,0 +1,153 @@
+"""What is trained, as a value: the contract between the mathematics of an adapter and everything around it.
+
+Optimizer, checkpoints, adapter file, report, merging, planning and sharding know adapters through `Trained` alone: a
+new kind of adapter is a new subclass.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+
+import torch
+from torch import Tensor, nn
+
+
+class Trained(nn.Module):
+    """A module in the place of one of the base's: `base_layer`, which stays frozen, and what is trained beside it.
+
+    Parameters and buffers that lie directly in this module are the adapter's, those inside `base_layer` the base's. A
+    fresh one is neutral: it computes what `base_layer` computes, bit for bit.
+
+    Each module holds one adapter. Several would be held by name, one of them trained and the others frozen; `active`
+    would then say which of them are added, with a weight each or one for each row of the micro-batch, and the methods
+    below would speak of the trained one.
+    """
+
+    def __init__(self, base_layer: nn.Module):
+        super().__init__()
+        self.base_layer = base_layer
+        self.active = True  # whether forward adds what was trained; see `adapters_disabled`
+
+    def parameters_by_group(self) -> dict[str, list[nn.Parameter]]:
+        """What is trained, by the optimizer's group: `A`, or `B`, whose learning rate LoRA+ multiplies."""
+        raise NotImplementedError
+
+    def is_neutral(self) -> bool:
+        """Whether the model still computes what its base computes."""
+        raise NotImplementedError
+
+    def merged(self, weight: Tensor) -> Tensor:
+        """The weight of a plain layer that computes the same, in fp32.
+
+        weight: that of `base_layer`, dense, in any dtype: (out_features, in_features), as is the result.
+        """
+        raise NotImplementedError
+
+    def update_norm(self, weight: Tensor) -> float:
+        """Frobenius norm of `merged(weight) - weight`."""
+        return torch.linalg.vector_norm(self.merged(weight).detach() - weight.float()).item()
+
+    def to_peft(self, alpha: float) -> dict[str, Tensor]:
+        """Tensors as PEFT stores them, by their names within the module, for a file whose lora_alpha is `alpha`."""
+        raise NotImplementedError
+
+    def load_peft(self, tensors: Mapping[str, Tensor], alpha: float) -> None:
+        """Take the values of `to_peft`'s tensors, from a file in which this module's lora_alpha is `alpha`."""
+        raise NotImplementedError
+
+    def state(self) -> dict[str, Tensor]:
+        """All that is trained, as it is in training, by parameter name; on the CPU."""
+        return {name: each.detach().cpu().contiguous() for name, each in self.named_parameters(recurse=False)}
+
+    @torch.no_grad()
+    def load(self, state: Mapping[str, Tensor]) -> None:
+        """Go back to a `state`, whose names and shapes must be this module's."""
+        for name, parameter in self.named_parameters(recurse=False):
+            parameter.copy_(state[name])
+
+    def hold_cast(self, dtype: torch.dtype | None) -> None:
+        """Keep what is trained in a compute dtype as well, as long as it does not change; None: no longer."""
+
+    def hold_token_keys(self, name: str, tokens: Tensor | None) -> None:
+        """Draw dropout for a micro-batch with these keys in a module of this name; None: no longer."""
+
+
+def trained_modules(model: nn.Module) -> dict[str, Trained]:
+    """By the module name that `base_layer` has in the base model, in the model's order."""
+    return {name: module for name, module in model.named_modules() if isinstance(module, Trained)}
+
+
+def parameters_by_group(model: nn.Module) -> dict[str, list[nn.Parameter]]:
+    """All that is trained, by the optimizer's group; within a group in the model's order."""
+    groups: dict[str, list[nn.Parameter]] = {}
+    for module in trained_modules(model).values():
+        for group, parameters in module.parameters_by_group().items():
+            groups.setdefault(group, []).extend(parameters)
+    return groups
+
+
+def trained_parameters(model: nn.Module) -> list[nn.Parameter]:
+    """All that is trained, in the model's order."""
+    modules = trained_modules(model).values()
+    return [each for module in modules for group in module.parameters_by_group().values() for each in group]
+
+
+def is_neutral(model: nn.Module) -> bool:
+    return all(module.is_neutral() for module in trained_modules(model).values())
+
+
+def state_of(model: nn.Module) -> dict[str, Tensor]:
+    """The state of every trained module, as `<module>.<parameter>`."""
+    modules = trained_modules(model)
+    return {f"{name}.{key}": value for name, module in modules.items() for key, value in module.state().items()}
+
+
+def load_state(model: nn.Module, state: Mapping[str, Tensor]) -> None:
+    """Go back to what `state_of` gave."""
+    for name, module in trained_modules(model).items():
+        module.load({key: state[f"{name}.{key}"] for key in module.state()})
+
+
+@contextmanager
+def adapters_disabled(model: nn.Module) -> Iterator[None]:
+    """Within this block the model computes as its base model."""
+    modules = list(trained_modules(model).values())
+    before = [module.active for module in modules]
+    for module in modules:
+        module.active = False
+    try:
+        yield
+    finally:
+        for module, active in zip(modules, before, strict=True):
+            module.active = active
+
+
+@contextmanager
+def dropout_keys(modules: Mapping[str, Trained], tokens: Tensor | None) -> Iterator[None]:
+    """Within this block dropout is drawn for a micro-batch with these token keys: (tokens,) int32, padding included.
+
+    The block must hold the backward pass as well when activations are recomputed in it.
+    """
+    if tokens is None:  # nothing drops
+        yield
+        return
+    for name, module in modules.items():
+        module.hold_token_keys(name, tokens)
+    try:
+        yield
+    finally:
+        for name, module in modules.items():
+            module.hold_token_keys(name, None)
+
+
+@contextmanager
+def cast_once(modules: Mapping[str, Trained], dtype: torch.dtype) -> Iterator[None]:
+    """Within this block nothing that is trained may change: it is cast to the compute dtype once for all."""
+    for module in modules.values():
+        module.hold_cast(dtype)
+    try:
+        yield
+    finally:
+        for module in modules.values():
+            module.hold_cast(None)
