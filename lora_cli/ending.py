@@ -29,7 +29,7 @@ def end_as_by_ctrl_c() -> None:
         if signal.getsignal(each) == signal.SIG_DFL:
             signal.signal(each, _on_signal)
     listen_anew()
-    sys.unraisablehook = _on_lost_error
+    sys.unraisablehook = resend_lost_interrupt
 
 
 def listen_anew() -> None:
@@ -117,8 +117,8 @@ def _on_signal(number: int, _frame: Any) -> None:
         raise KeyboardInterrupt
 
 
-def _on_lost_error(lost: Any) -> None:
-    """Python drops what is raised in a finalizer, and a signal may come just there: so once more, in a moment."""
+def resend_lost_interrupt(lost: Any) -> None:
+    """sys.unraisablehook: Python drops a KeyboardInterrupt raised in a finalizer, so the signal is sent again."""
     if isinstance(lost.exc_value, KeyboardInterrupt):
         threading.Timer(0.01, signal.raise_signal, (signal.SIGINT,)).start()
     else:

@@ -65,7 +65,7 @@ def test_a_closed_terminal_ends_a_run_with_a_checkpoint(numbers, run_recipe, mon
     with monkeypatch.context() as patch:
         send_in_step(patch, 2, *numbers)
         with pytest.raises(
-            Interrupted, match=r"stopped after step 2 of 5; a checkpoint is written \(it got SIGHUP\)"
+            Interrupted, match=r"stopped after step 2 of 5; a checkpoint is written \(it received SIGHUP\)"
         ) as it:
             run_recipe(**settings)
     assert it.value.exit_code == 129

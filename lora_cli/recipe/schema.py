@@ -175,7 +175,7 @@ class DataRecipe(Section):
     )
     template_arguments: dict[str, bool | int | float | str] = Field(
         {},
-        description="What the chat template is told beside the conversation, such as {enable_thinking: false} or "
+        description="What the chat template is given beside the conversation, such as {enable_thinking: false} or "
         "{reasoning_effort: low}. It is written into the template that is kept with the adapter.",
     )
     train_on: Literal["assistant", "last_assistant", "completion", "all"] | None = Field(

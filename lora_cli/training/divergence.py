@@ -1,4 +1,4 @@
-"""When a step has gone wrong: its loss or gradient is no number, or its loss is beyond that of knowing nothing."""
+"""When a step has gone wrong: its loss or gradient is NaN or infinite, or its loss is far above that of guessing."""
 
 from __future__ import annotations
 

@@ -18,7 +18,7 @@ from lora_cli.training.state import State
 
 
 class Judge:
-    """Scores the held-out examples. The loss of each is kept, so that gains can be told with their uncertainty."""
+    """Scores the validation examples. The loss of each is kept, so that a gain can be given with its interval."""
 
     def __init__(self, session: Session, accelerator: Accelerator, should_stop: Callable[[], bool]):
         self.session, self.accelerator = session, accelerator

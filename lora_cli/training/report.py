@@ -63,7 +63,7 @@ def make_report(session: Session, state: State, folder: RunFolder, accelerator: 
 
 
 def write_report(folder: RunFolder, report: dict[str, Any], say: Callable[[str], None]) -> None:
-    """The page first: a run is finished when report.json is there. A page that cannot be drawn is told, and no more."""
+    """The page first: a run is finished when report.json is there. A page that cannot be drawn is only reported."""
     try:
         write_report_page(
             folder.path,

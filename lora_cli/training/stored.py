@@ -10,6 +10,7 @@ from lora_cli.foreign import LARGEST
 
 Count = Annotated[int, Field(ge=0, le=LARGEST)]
 Text = Annotated[str, Field(max_length=10_000)]
+Plain = Annotated[str, Field(pattern=r"^[A-Za-z0-9_.+:?-]{1,255}$")]  # of a machine's name or a time
 Seconds = Annotated[float, Field(ge=0, le=1e12)]
 Names = Annotated[list[Text], Field(max_length=100_000)]
 
@@ -33,6 +34,16 @@ class Status(Stored):
     host: Text | None = None
     started: Text | None = None
     updated: Text | None = None
+
+
+class Holder(Stored):
+    """.lock: which process writes to the folder, and since when."""
+
+    model_config = ConfigDict(extra="forbid")
+
+    pid: Annotated[int, Field(gt=0, lt=2**31)] | None = None
+    host: Plain = "?"
+    since: Plain = "?"
 
 
 class Changed(Stored):
