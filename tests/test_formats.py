@@ -477,6 +477,35 @@ def test_columns_may_have_any_name(values, columns, same_as):
     assert detect_format(rows_of(values), "auto", columns).unused == ()
 
 
+@pytest.mark.parametrize(("asked", "answered"), [("question", "answer"), ("user", "assistant"), ("input", "output")])
+def test_fields_have_other_names_that_are_written_in_canonical_form(asked, answered):
+    def resolved(**settings: Any) -> DataRecipe:
+        return DataRecipe.model_validate({"train": "rows.jsonl", **settings})
+
+    named = {asked: "Frage", answered: "Antwort"}
+    row = {"Frage": "How many?", "Antwort": "Four."}
+    for form in ("auto", "completion"):
+        columns = resolved(columns=named, format=form).columns
+        found = detect_format(rows_of(row), form, columns)
+        assert (found.name, found.columns) == ("completion", {"prompt": "Frage", "completion": "Antwort"})
+        assert read(row, form, columns) == Completion(rows_of(row)[0], "How many?", "Four.")
+        if asked != "input":
+            assert columns == found.columns
+    more = {"Aufgabe": "Count.", "Frage": "How many?", "Antwort": "Four.", "Rolle": "Be short."}
+    if asked == "input":  # of an instruction, which is named, or is a column of the rows
+        columns = resolved(columns={**named, "instruction": "Aufgabe"}).columns
+        assert conversation(more, "auto", columns).turns[0]["content"] == "Count.\n\nHow many?"
+        plain = {"instruction": "Count.", **row}
+        assert conversation(plain, "auto", resolved(columns=named).columns).turns[0]["content"] == "Count.\n\nHow many?"
+    else:
+        for settings in ({"format": "instruction", "columns": named}, {"columns": {**named, "system": "Rolle"}}):
+            columns = resolved(**settings).columns
+            assert columns["instruction"] == "Frage"
+            assert columns["output"] == "Antwort"
+            turns = conversation(more, settings.get("format", "auto"), columns).turns
+            assert [turn["content"] for turn in turns][-2:] == ["How many?", "Four."]
+
+
 @pytest.mark.parametrize(
     "turns",
     [

@@ -373,7 +373,13 @@ def test_validation_is_a_fraction_or_a_file(load: Any, problem: Any, tmp_path: P
             "data.template_arguments",
             "write a name of letters, digits and _",
         ),
-        ("data: {train: a, columns: {promt: question}}", "data.columns", "the left side is one of text, prompt, "),
+        (
+            "data: {train: a, columns: {promt: question}}",
+            "data.columns",
+            f"the left side is one of {', '.join(FIELDS)}, question, user, answer, assistant; ",
+        ),
+        ("data: {train: a, columns: {prompt: a, question: b}}", "data.columns", "remove question, or the other one"),
+        ("data: {train: a, columns: {user: a, instruction: b}}", "data.columns", "remove user, or the other one"),
         ("train: {micro_batch_size: 2, tokens_per_micro_batch: 2048}", "train.micro_batch_size", "remove one of them"),
         (
             "train: {tokens_per_micro_batch: 512}",

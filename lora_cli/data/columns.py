@@ -43,6 +43,18 @@ def column_of(columns: Columns, meaning: str) -> str | None:
     return None if meaning in columns.values() else meaning
 
 
+def canonical(columns: Columns, rows: Sequence[Row], wanted: str) -> Columns:
+    """The recipe's columns with input and output as prompt and completion, unless these rows have instructions."""
+    pair = {"input": "prompt", "output": "completion"}
+    named = not columns.keys().isdisjoint(("system", "history"))
+    instruction = named or column_of(columns, "instruction") in {name for row in rows for name in row.values}
+    if wanted == "instruction" or (wanted == "auto" and instruction) or not all(map(columns.get, pair)):
+        return columns
+    if not columns.keys().isdisjoint(pair.values()):
+        return columns
+    return {pair.get(name, name): column for name, column in columns.items()}
+
+
 def read_by(name: str, taken: Sequence[str]) -> set[str]:
     """All that a format reads of a row. taken: which of its alternatives."""
     return {*taken, *OPTIONAL[name], *EVERYWHERE, *(_OF_TURNS if name == "chat" else ())}

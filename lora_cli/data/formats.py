@@ -12,6 +12,7 @@ from lora_cli.data.columns import (
     PREFERENCE,
     Columns,
     applicable,
+    canonical,
     column_of,
     guess,
     is_turns,
@@ -152,6 +153,7 @@ def detect_format(rows: Sequence[Row], wanted: str = "auto", columns: Columns | 
     """
     columns = dict(columns or {})
     require_present(rows, columns)
+    columns = canonical(columns, rows, wanted)
     found = _fitting(rows, wanted, columns)
     if isinstance(found, Format):
         _require_read(found, rows)

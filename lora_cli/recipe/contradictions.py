@@ -5,7 +5,7 @@ from __future__ import annotations
 import re
 from collections.abc import Callable
 
-from lora_cli.recipe.schema import FIELDS, TEMPLATES, DataRecipe, Recipe, TrainRecipe
+from lora_cli.recipe.schema import FIELDS, OTHER_FIELDS, TEMPLATES, DataRecipe, Recipe, TrainRecipe
 
 
 def contradictions(recipe: Recipe) -> list[tuple[str, str, str]]:
@@ -121,10 +121,16 @@ def contradictions(recipe: Recipe) -> list[tuple[str, str, str]]:
         )
     for name in data.columns:
         refuse(
-            name not in FIELDS,
+            name in OTHER_FIELDS,
             "data.columns",
-            f"{name} is not a field that rows can have",
-            f"the left side is one of {', '.join(FIELDS)}; the right side is a column of yours",
+            f"{name} means the same as another field that is set",
+            f"remove {name}, or the other one",
+        )
+        refuse(
+            name not in (*FIELDS, *OTHER_FIELDS),
+            "data.columns",
+            f"unknown field {name}",
+            f"the left side is one of {', '.join((*FIELDS, *OTHER_FIELDS))}; the right side is a column of yours",
         )
     refuse(
         "min_learning_rate_ratio" in train.model_fields_set

@@ -8,7 +8,7 @@ from __future__ import annotations
 import re
 from typing import Annotated, Any, Literal
 
-from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, PlainSerializer
+from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, PlainSerializer, ValidationInfo, field_validator
 from pydantic_core import PydanticCustomError
 
 NUMBER = re.compile(r"[+-]?(\d+\.?\d*|\.\d+)([eE][+-]?\d+)?")
@@ -132,6 +132,10 @@ FIELDS = (  # what a row can mean; `data.columns` says where each is found
     *("text", "prompt", "completion", "instruction", "input", "output", "messages", "conversations", "tools"),
     *("system", "history", "role", "content", "train", "weight"),
 )
+OTHER_FIELDS = {  # other names of fields: as a completion has them, and as an instruction
+    **dict.fromkeys(("question", "user"), ("prompt", "instruction")),
+    **dict.fromkeys(("answer", "assistant"), ("completion", "output")),
+}
 Allowed = Literal[
     "too_long", "overlap", "no_stop_token", "two_forms", "double_bos", "special_in_text", "not_round_trip"
 ]
@@ -164,8 +168,11 @@ class DataRecipe(Section):
     )
     columns: dict[str, str | None] = Field(
         {},
-        description="Where the columns have other names: what a row means → its column, such as {prompt: question}; "
-        "nothing as the column: do not use it.",
+        description="Where the columns have other names: field → your column, such as {prompt: Question}; nothing as "
+        "the column: do not use it. Fields: "
+        + ", ".join(FIELDS)
+        + ". question and answer, user and assistant, input and output mean prompt and completion; with format: "
+        "instruction or another field of it, they mean instruction and output.",
     )
     template: str | None = Field(
         None,
@@ -210,6 +217,22 @@ class DataRecipe(Section):
         min_length=1,
         description="Folder for prepared tokens that several runs share. Nothing: in the run folder.",
     )
+
+    @field_validator("columns")
+    @classmethod
+    def _canonical(cls, columns: dict[str, str | None], info: ValidationInfo) -> dict[str, str | None]:
+        """Fields under their own names. Where both are given the other name stays, and is refused as a contradiction.
+
+        Whether input and output are those of an instruction is only known with the rows: data/columns.py.
+        """
+        instruction = info.data.get("format") == "instruction" or not columns.keys().isdisjoint(
+            ("instruction", "input", "output", "system", "history")
+        )
+        names = {name: OTHER_FIELDS[name][instruction] for name in columns if name in OTHER_FIELDS}
+        taken = [names.get(name, name) for name in columns]
+        return {
+            name if taken.count(own := names.get(name, name)) > 1 else own: column for name, column in columns.items()
+        }
 
 
 def _as_mode(value: Any) -> Any:
