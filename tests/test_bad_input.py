@@ -804,7 +804,7 @@ def test_a_loss_that_is_not_finite_stops_the_run(lora: Any, recipe_file: Any, tm
 
 @pytest.mark.parametrize("part", ["loss", "validation loss"])
 def test_nan(lora: Any, recipe_file: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, part: str):
-    from lora_cli.training import judging, micro_batches
+    from lora_cli.training import micro_batches, validation
 
     if part == "loss":
         nan = torch.tensor(torch.nan, requires_grad=True)
@@ -812,7 +812,7 @@ def test_nan(lora: Any, recipe_file: Any, tmp_path: Path, monkeypatch: pytest.Mo
     else:
         measured = iter([1.0, torch.nan])  # of the base, and after the first step
         scored = lambda *_, **__: (torch.tensor([next(measured)]), torch.tensor([1]))  # noqa: E731
-        monkeypatch.setattr(judging, "example_losses", scored)
+        monkeypatch.setattr(validation, "example_losses", scored)
     said = lora("train", recipe_file(data={"validation": 0.25}, train={"eval_every": 1}))
     assert said.code == 3
     assert f"run: the {part} is nan at step 1: training has diverged and was stopped" in said.error

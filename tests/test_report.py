@@ -15,7 +15,7 @@ from safetensors.torch import load_file
 from lora_cli.errors import CheckFailed
 from lora_cli.evaluation.evaluate import evaluate_run
 from lora_cli.recipe import load_recipe
-from lora_cli.training import judging
+from lora_cli.training import validation
 from lora_cli.training.train import train
 
 
@@ -41,13 +41,13 @@ def test_the_gain_is_what_lora_eval_finds_on_the_same_rows(run_recipe):
 
 
 def test_update_sizes_are_those_of_the_adapter_that_is_shipped_and_not_of_the_last(run_recipe, monkeypatch, tiny_llama):
-    own, scores = judging.example_losses, iter([1.0, 0.1, 0.5, 0.6, 0.7])  # of base and steps: the first is best
+    own, scores = validation.example_losses, iter([1.0, 0.1, 0.5, 0.6, 0.7])  # of base and steps: the first is best
 
     def scored(*arguments: Any, **options: Any) -> Any:
         found, targets = own(*arguments, **options)
         return torch.full_like(found, next(scores)), targets
 
-    monkeypatch.setattr(judging, "example_losses", scored)
+    monkeypatch.setattr(validation, "example_losses", scored)
     run, report = run_recipe(data={"validation": 0.25}, train={"max_steps": 4, "eval_every": 1})
     assert report["best_step"] == 1
     weights = load_file(tiny_llama / "model.safetensors")
@@ -90,13 +90,13 @@ def test_a_general_text_that_cannot_be_used_is_told_before_training(run_recipe, 
 
 
 def test_no_gain_on_held_out_data_ends_with_exit_code_3_and_a_report(recipe_file, monkeypatch):
-    own, times_worse = judging.example_losses, iter([1.0, 1.5])  # base, and the adapter after its last step
+    own, times_worse = validation.example_losses, iter([1.0, 1.5])  # base, and the adapter after its last step
 
     def scored(*arguments: Any, **options: Any) -> Any:
         found, targets = own(*arguments, **options)
         return found * next(times_worse), targets
 
-    monkeypatch.setattr(judging, "example_losses", scored)
+    monkeypatch.setattr(validation, "example_losses", scored)
     recipe = load_recipe(recipe_file(data={"validation": 0.25}))
     with pytest.raises(CheckFailed, match="no better than its base model") as caught:
         train(recipe, quiet_console())

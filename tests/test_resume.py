@@ -190,14 +190,14 @@ def test_a_checkpoint_has_the_metrics_and_the_best_adapter_so_that_damage_to_the
 
 
 def test_the_best_checkpoint_stays_beside_the_newest(run_recipe, monkeypatch):
-    from lora_cli.training import judging
+    from lora_cli.training import validation
 
     scores = iter([9.0, 5.0, 3.0, 4.0, 4.5, 6.0, 7.0])  # of the base and of six steps
 
     def scored(*_: Any, **__: Any) -> Any:
         return torch.tensor([next(scores)], dtype=torch.float64), torch.tensor([1])
 
-    monkeypatch.setattr(judging, "example_losses", scored)
+    monkeypatch.setattr(validation, "example_losses", scored)
     train = {"max_steps": 6, "eval_every": 1, "checkpoint_every": 1, "keep_checkpoints": 2}
     run, report = run_recipe(data={"validation": 0.25}, train=train)
     assert report["best_step"] == 2
@@ -342,7 +342,7 @@ def test_a_signal_in_the_middle_of_an_evaluation_ends_it_and_the_rest_of_it_come
 ):
     settings = {"data": {"validation": 0.25}, "train": {"max_steps": 6, "eval_every": 2}}
     straight, _ = run_recipe(**settings, output=str(tmp_path / "straight"))
-    own = loop.Judge.score_step
+    own = loop.Validator.score_step
 
     def signalled(self: Any, state: Any) -> Any:
         if state.step == 4:
@@ -350,7 +350,7 @@ def test_a_signal_in_the_middle_of_an_evaluation_ends_it_and_the_rest_of_it_come
         return own(self, state)
 
     with monkeypatch.context() as patch:
-        patch.setattr(loop.Judge, "score_step", signalled)
+        patch.setattr(loop.Validator, "score_step", signalled)
         with pytest.raises(Interrupted, match="stopped after step 4 of 6") as caught:
             run_recipe(**settings, output=str(tmp_path / "stopped"))
     assert caught.value.exit_code == 143
@@ -363,10 +363,10 @@ def test_a_signal_in_the_middle_of_an_evaluation_ends_it_and_the_rest_of_it_come
 
 def test_a_signal_while_the_base_is_evaluated_ends_the_run_before_it_begins(run_recipe, monkeypatch, tmp_path):
     settings = {"data": {"validation": 0.25}}
-    own = loop.Judge.score_base
+    own = loop.Validator.score_base
     with monkeypatch.context() as patch:
         patch.setattr(
-            loop.Judge, "score_base", lambda self, state: (os.kill(os.getpid(), signal.SIGINT), own(self, state))[1]
+            loop.Validator, "score_base", lambda self, state: (os.kill(os.getpid(), signal.SIGINT), own(self, state))[1]
         )
         with pytest.raises(Interrupted, match="before step 1") as caught:
             run_recipe(**settings)

@@ -419,7 +419,7 @@ def test_losses_of_other_examples_than_the_data_have_are_refused(run):
     path.unlink()
     save_file(tensors, path)
     rehash(newest(run))
-    with pytest.raises(LoraError, match="held-out examples"):
+    with pytest.raises(LoraError, match="validation examples"):
         resume(run)
     shutil.rmtree(newest(run))
     assert resume(run)["steps"] == 6

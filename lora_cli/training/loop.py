@@ -24,7 +24,6 @@ from lora_cli.errors import CheckFailed, DiskError, Interrupted, LoraError
 from lora_cli.evaluation.perplexity import EvaluationStopped
 from lora_cli.screen import say_on
 from lora_cli.training.divergence import what_is_wrong
-from lora_cli.training.judging import Judge
 from lora_cli.training.keeping import Keeper
 from lora_cli.training.micro_batches import DoesNotFit, MicroBatches, smaller_from_now_on
 from lora_cli.training.optimizer import averaged_weights, learning_rate, make_optimizer, set_learning_rate
@@ -37,6 +36,7 @@ from lora_cli.training.session import Session
 from lora_cli.training.state import State
 from lora_cli.training.stopping import EXIT_CODES, Stop
 from lora_cli.training.trackers import open_trackers
+from lora_cli.training.validation import Validator
 
 _SKIPPED_IN_A_ROW = 10  # then it is not the data that are at fault
 _REWINDS = 3
@@ -66,7 +66,7 @@ class Run:
         self.tried = False  # whether this run, on this machine, has had its largest micro-batch before
         self.wall_seconds_before = folder.wall_seconds()
         self.micro_batches = MicroBatches(session, accelerator, self.parameters, self.scaler)
-        self.judge = Judge(session, accelerator, lambda: stop.requested)
+        self.validator = Validator(session, accelerator, lambda: stop.requested)
         identity = (*COMPUTING, "device", "dtype", "processes")
         belongs_to = {
             "recipe": session.recipe.model_dump(mode="json"),
@@ -86,8 +86,8 @@ class Run:
         if state is not None:
             self.session.feed.seek(state.position)
         if any(each.allow.startswith(("data", "base_model", "quantization", "dtype")) for each in changes):
-            self.judge.forget(self.state)
-        self.judge.require_fit(self.state)
+            self.validator.forget(self.state)
+        self.validator.require_fit(self.state)
         if self.state.step >= self.session.total_steps and self.state.pending is None and self.folder.report.exists():
             raise LoraError(
                 "this run is finished",
@@ -162,7 +162,7 @@ class Run:
     def _complete(self, line: dict[str, Any], progress: Progress, track: Any) -> None:
         """What follows a step: evaluation, the line in metrics.jsonl, a checkpoint; each where it is due."""
         step, last = line["step"], line["step"] == self.session.total_steps
-        if self.judge.has_data and (last or (self.recipe.eval_every and step % self.recipe.eval_every == 0)):
+        if self.validator.has_data and (last or (self.recipe.eval_every and step % self.recipe.eval_every == 0)):
             progress.doing("evaluating")
             self.state.pending = line
             loss = self._score_step()
@@ -244,11 +244,11 @@ class Run:
     # ── evaluation ──────────────────────────────────────────────────────────────────────────────────────────────
 
     def _score_base(self, progress: Progress) -> None:
-        if not self.judge.has_data or self.state.base_validation_loss is not None:
+        if not self.validator.has_data or self.state.base_validation_loss is not None:
             return
         progress.doing("evaluating the base model")
         try:
-            loss = self.judge.score_base(self.state)
+            loss = self.validator.score_base(self.state)
         except EvaluationStopped:
             raise self._interrupted() from None
         progress.say(f"base model: validation loss {loss:.4f} (perplexity {math.exp(min(loss, 80)):.2f})")
@@ -256,7 +256,7 @@ class Run:
     def _score_step(self) -> float:
         try:
             with averaged_weights(self.optimizer):
-                loss, best = self.judge.score_step(self.state)
+                loss, best = self.validator.score_step(self.state)
                 if best:
                     self.keep.adapter(self.folder.adapter)
         except EvaluationStopped:  # the step is complete, and its evaluation comes first when the run goes on
@@ -347,7 +347,7 @@ class Run:
             )
 
     def _finish(self) -> dict[str, Any]:
-        self.keep.adapter(self.folder.last_adapter if self.judge.has_data else self.folder.adapter)
+        self.keep.adapter(self.folder.last_adapter if self.validator.has_data else self.folder.adapter)
         wait_for_everyone(self.accelerator)  # the shipped adapter is there for all
         report = make_report(self.session, self.state, self.folder, self.accelerator)
         if self.accelerator.is_main_process:

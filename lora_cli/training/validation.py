@@ -1,4 +1,4 @@
-"""Validation during a run: what the base scores, what the adapter scores, and which adapter is the best so far."""
+"""Validation during a run: the base's loss, the adapter's loss, and which adapter is the best so far."""
 
 from __future__ import annotations
 
@@ -17,12 +17,12 @@ from lora_cli.training.session import Session
 from lora_cli.training.state import State
 
 
-class Judge:
+class Validator:
     """Scores the validation examples. The loss of each is kept, so that a gain can be given with its interval."""
 
     def __init__(self, session: Session, accelerator: Accelerator, should_stop: Callable[[], bool]):
         self.session, self.accelerator = session, accelerator
-        # Processes that do not agree to stop would wait for each other, so several go through with it.
+        # Processes that stop at different places would wait for each other, so with several none stops here.
         self.should_stop = should_stop if accelerator.num_processes == 1 else None
 
     @property
@@ -30,7 +30,7 @@ class Judge:
         return bool(self.session.data.validation)
 
     def score_base(self, state: State) -> float:
-        """Loss of the model without its adapter: what the run has to beat. Raises EvaluationStopped."""
+        """Loss of the model without its adapter, which the run has to beat. Raises EvaluationStopped."""
         with adapters_disabled(self.session.model):
             losses, targets = self._example_losses(state.parts)
         state.tensors |= {"validation.base": losses, "validation.targets": targets}
@@ -38,7 +38,7 @@ class Judge:
         return state.base_validation_loss
 
     def score_step(self, state: State) -> tuple[float, bool]:
-        """(loss of the adapter as it is, whether it is the best so far). Raises EvaluationStopped."""
+        """(loss of the current adapter, whether it is the best so far). Raises EvaluationStopped."""
         losses, targets = self._example_losses(state.parts)
         loss = losses.sum().item() / int(targets.sum())
         state.last_validation_loss = loss
@@ -49,33 +49,33 @@ class Judge:
         return loss, best
 
     def require_fit(self, state: State) -> None:
-        """Raises LoraError for losses that are not of this run's held-out examples, one each."""
+        """Raises LoraError unless the checkpoint has one loss for each of this run's validation examples."""
         counts = {len(each) for each in state.tensors.values()}
         if counts - {len(self.session.data.validation)}:
             raise LoraError(
-                f"the checkpoint has losses of {max(counts)} held-out examples, "
-                f"but the data have {len(self.session.data.validation)}",
+                f"the checkpoint has losses of {max(counts)} validation examples, "
+                f"but the data has {len(self.session.data.validation)}",
                 where=self.session.recipe.output,
-                fix="remove its newest checkpoint, to go on from the one before it",
+                fix="remove the newest checkpoint to continue from the one before it",
             )
 
     def forget(self, state: State) -> None:
-        """What was scored on other data or another base says nothing of these."""
+        """Drop losses of other data or of another base."""
         state.base_validation_loss = state.best_validation_loss = state.best_step = state.last_validation_loss = None
         state.tensors = {}
 
     def _example_losses(self, parts: int) -> tuple[Tensor, Tensor]:
         session, accelerator = self.session, self.accelerator
-        held_out = session.data.validation
+        examples = session.data.validation
         train = session.recipe.train
         rows = math.ceil(rows_per_micro_batch(session.recipe) / parts)
         budget = train.tokens_per_micro_batch or rows * session.recipe.data.max_seq_len
         with cast_once(session.layers, session.dtype):
             losses, targets = example_losses(
                 session.model,
-                held_out,
+                examples,
                 session.collate,
-                max(int(held_out.lengths.max()), budget),
+                max(int(examples.lengths.max()), budget),
                 should_stop=self.should_stop,
                 share=(accelerator.process_index, accelerator.num_processes),
             )
