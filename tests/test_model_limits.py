@@ -100,6 +100,7 @@ def test_check_refuses_what_cannot_be_loaded_from_the_headers_alone(
     [
         {"activation_function": "nope"},
         {"n_head": 5},
+        {"n_head": -1},
         {"n_embd": -64},
         {"n_embd": 0},
         {"n_positions": -5},
@@ -115,6 +116,25 @@ def test_values_that_no_model_can_have_are_refused_in_words(
     said = checked(model({}, **changed))
     assert said.code == 2, said.text
     assert "fix: " in said.error
+
+
+@pytest.mark.parametrize("command", ["eval", "generate", "merge"])
+def test_a_model_whose_code_fails_on_any_row_is_an_error_in_words(
+    command: str, model: Callable[..., Path], run_recipe: Any, lora: Any, tmp_path: Path
+) -> None:
+    run_recipe()
+    run, folder = str(tmp_path / "run"), str(model({}, n_head=-1))
+    said = lora(
+        *{
+            "eval": ("eval", "--model", folder, "--data", "tests/data/smoke.jsonl"),
+            "generate": ("generate", "hello", "--model", folder),
+            "merge": ("merge", run, "--base", folder, "--output", str(tmp_path / "merged")),
+        }[command]
+    )
+    assert said.code == 2, said.text
+    assert "GPT2LMHeadModel cannot compute a row of text: " in said.error
+    assert "fix: " in said.error
+    assert not (tmp_path / "merged").exists()
 
 
 @pytest.mark.parametrize(

@@ -526,6 +526,11 @@ def test_a_run_that_could_not_begin_leaves_its_place_free(run_recipe, recipe_fil
         run_recipe()  # whose it is nobody knows
     (tmp_path / "run" / ".lock").write_text("{}")
     (tmp_path / "run" / ".recipe.yaml.tmp-77").touch()
+    with monkeypatch.context() as patch:  # and what takes its place ends in order before it begins
+        patch.setattr("lora_cli.training.train.open_session", lambda *_: (_ for _ in ()).throw(KeyError("stopped")))
+        with pytest.raises(KeyError):
+            run_recipe()
+    assert [path.name for path in (tmp_path / "run").iterdir()] == ["prepared"]
     run_recipe()
     assert not list((tmp_path / "run").glob(".*"))
 

@@ -15,6 +15,7 @@ from lora_cli.base.device import pick_device, pick_dtype
 from lora_cli.base.load import load_model, load_tokenizer, unused_tensors
 from lora_cli.base.source import BaseSource, find_base, require_inside
 from lora_cli.base.stored import stored_quantization
+from lora_cli.base.trials import require_computes
 from lora_cli.errors import LoraError, command
 from lora_cli.foreign import read_text
 
@@ -82,6 +83,7 @@ def open_model(
         double_quantization=stored.double_quantization if stored else True,
         trust_remote_code=trust_remote_code,
     )
+    require_computes(model)
     notes = unused_tensors(model)
     if adapter is not None and stored is not None:
         attach_adapter(model, stored, source)

@@ -31,6 +31,14 @@ _CAUSAL_TOKENS = 24
 _LENGTHS = (7, 40, 5)  # of examples on one row, in tokens, of a model that sees so many; one is not tiny
 
 
+@torch.no_grad()
+def require_computes(model: Any) -> None:
+    """Raises LoraError if the model's own code fails on a short row of text, as it may with a wrong configuration."""
+    _logits(
+        model, ordinary_tokens(model, 2, 0).to(model.device), f"{type(model).__name__} cannot compute a row of text"
+    )
+
+
 def require_causal(model: Any, device: torch.device, *, name: str | None = None) -> None:
     """Raises LoraError if a token's prediction sees tokens after it, or logits are NaN. name: of the model, in errors.
 

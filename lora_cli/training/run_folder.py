@@ -153,7 +153,10 @@ class RunFolder:
             raise
 
     def clear_after_a_kill(self) -> None:
+        """For the holder of the lock, after `refuse_if_taken`."""
         with disk_errors(self.path):
+            if not self.recipe.exists() and self._began_here():  # or it would be foreign once our lock is gone
+                self.environment.unlink()
             finish_moves(self.path, {"adapter": ADAPTER_FILES, "adapter_last": ADAPTER_FILES}.get, _FILES)
         with disk_errors(self.checkpoints):
             finish_moves(self.checkpoints, _files_of_a_checkpoint)
