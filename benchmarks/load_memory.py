@@ -19,7 +19,7 @@ from pathlib import Path
 LOAD = """
 import json, sys, threading, time, torch
 from lora_cli.base.load import load_model, quiet_libraries
-from lora_cli.base.linear import quantized_bytes
+from lora_cli.base.linear import held_bytes
 from lora_cli.base.source import find_base
 import bitsandbytes, transformers.models.llama.modeling_llama
 quiet_libraries()
@@ -36,7 +36,7 @@ thread.start()
 model = load_model(find_base(sys.argv[1]), quantization='nf4', dtype=torch.bfloat16, device=torch.device('cpu'))
 done = True
 thread.join()
-print(json.dumps({'peak': peak - before, 'after': anonymous() - before, 'held': quantized_bytes(model)}))
+print(json.dumps({'peak': peak - before, 'after': anonymous() - before, 'held': held_bytes(model)}))
 """
 
 

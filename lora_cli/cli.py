@@ -11,6 +11,7 @@ from typing import Annotated, Any, Literal
 import typer
 
 from lora_cli import __version__, boundary
+from lora_cli import quantization as quantizations
 from lora_cli.ending import end_as_by_ctrl_c, let_go
 from lora_cli.errors import LoraError, command, home_expanded
 from lora_cli.streams import finish_results, guard_streams, print_json, print_note, print_result
@@ -28,7 +29,7 @@ Json = Annotated[bool, typer.Option("--json", help="Print one JSON document on s
 Device = Annotated[Literal["auto", "cpu", "cuda", "mps", "xpu"], typer.Option(help="Where to compute.")]
 Dtype = Annotated[Literal["auto", "bf16", "fp16", "fp32"], typer.Option(help="Compute dtype.")]
 Quantization = Annotated[
-    Literal["nf4", "int8", "none"] | None, typer.Option(help="How to hold the base. Default: as it was trained.")
+    quantizations.Quantization | None, typer.Option(help="How to hold the base. Default: as it was trained.")
 ]
 RemoteCode = Annotated[
     bool, typer.Option("--trust-remote-code", help="Run Python code that the model's repository ships.")

@@ -26,7 +26,7 @@ from tiny_model import make_tokenizer, save_tiny
 from lora_cli.adapters.attach import attach
 from lora_cli.adapters.targets import find_targets
 from lora_cli.base.attention import attention_implementation
-from lora_cli.base.linear import quantized_bytes
+from lora_cli.base.linear import held_bytes
 from lora_cli.base.load import load_model, load_tokenizer
 from lora_cli.base.recompute import save_only_inputs
 from lora_cli.base.source import find_base
@@ -568,13 +568,13 @@ def test_weights_are_what_the_loaded_model_holds(name: str, quantization: str, d
     model = load_model(
         find_base(str(folder)), quantization=quantization, dtype=torch.bfloat16, device=CPU, double_quantization=double
     )
-    shape = shape_of(look_at_model(str(folder)).skeleton, {}, on_cpu=True)
+    shape = shape_of(look_at_model(str(folder)).skeleton, {}, quantization=quantization, device="cpu")
     memory = estimate_memory(
         shape, quantization=quantization, double_quantization=double, tokens=0, target_tokens=0,
         gradient_checkpointing=False,
     )  # fmt: skip
     computing = shape.largest_layer * 2 if quantization != "none" else 0
-    assert memory.weights - computing == pytest.approx(quantized_bytes(model), rel=0.02)
+    assert memory.weights - computing == pytest.approx(held_bytes(model), rel=0.02)
 
 
 SHAPE = ModelShape(

@@ -31,9 +31,8 @@ from lora_cli.adapters.trained import (
     trained_modules,
     trained_parameters,
 )
-from lora_cli.base.int8 import compute_exactly
-from lora_cli.base.linear import dense_weight, features, is_linear, stored_transposed
-from lora_cli.base.load import _keep_trainable_on_cpu, load_model
+from lora_cli.base.linear import dense_weight, features, is_linear, settle_layers, stored_transposed
+from lora_cli.base.load import load_model
 from lora_cli.base.source import find_base
 from lora_cli.errors import LoraError
 
@@ -62,8 +61,7 @@ def make_base(kind: str, seed: int = 0) -> Any:
     if bias:
         nn.init.normal_(base.bias)
     base = base.to("cpu")  # this is what quantizes
-    _keep_trainable_on_cpu(base)
-    compute_exactly(base)
+    settle_layers(base, torch.float32)
     return base.requires_grad_(False)
 
 

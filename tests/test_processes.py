@@ -40,7 +40,7 @@ import json, os, sys
 from pathlib import Path
 import torch
 from rich.console import Console
-from lora_cli.base import sharding
+from lora_cli.base.linear import held_bytes
 from lora_cli.base.load import quiet_libraries
 from lora_cli.recipe import load_recipe
 from lora_cli.training import micro_batches, passes
@@ -56,9 +56,9 @@ def stops(runner, step, *rest):
     return run(runner, step, *rest)
 micro_batches.MicroBatches.run = stops
 def noted(model, *rest):
-    whole = sharding.frozen_bytes(model)
+    whole = held_bytes(model, frozen_alone=True)
     spread(model, *rest)
-    shares.append((sharding.frozen_bytes(model), whole))
+    shares.append((held_bytes(model, frozen_alone=True), whole))
 passes.shard_base = noted
 for path in sys.argv[1:]:
     recipe = load_recipe(Path(path))

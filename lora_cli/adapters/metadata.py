@@ -13,6 +13,7 @@ from typing import Annotated, Any, Literal
 from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, ValidationError
 
 from lora_cli.errors import LoraError
+from lora_cli.quantization import Quantization
 
 FORMAT = 2
 
@@ -38,7 +39,7 @@ class AdapterMetadata(BaseModel):
     base_model: str | None = None
     base_revision: str | None = None
     base_fingerprint: Annotated[str, Field(pattern=r"^[0-9a-f]{64}$")] | None = None
-    quantization: Literal["none", "nf4", "int8"] | None = None
+    quantization: Quantization | None = None
     double_quantization: Annotated[bool | None, BeforeValidator(_from_json)] = None
     group_size: Annotated[int | None, BeforeValidator(_from_json)] = None
     compute_dtype: Literal["bf16", "fp16", "fp32"] | None = None

@@ -14,6 +14,7 @@ from lora_cli.adapters.peft_config import CONFIG
 from lora_cli.base.device import pick_device, pick_dtype
 from lora_cli.base.load import load_model, load_tokenizer, unused_tensors
 from lora_cli.base.source import BaseSource, find_base, require_inside
+from lora_cli.base.storage.registry import is_known
 from lora_cli.base.stored import stored_quantization
 from lora_cli.base.trials import require_computes
 from lora_cli.errors import LoraError, command
@@ -107,9 +108,9 @@ def adapter_template(folder: Path) -> str | None:
 
 
 def _stored_as(source: BaseSource) -> str:
-    """What a checkpoint that is stored in 4 or 8 bits is; others are loaded as they are, or refused on loading."""
+    """As a checkpoint is stored, if a recipe can ask for that; others are loaded as they are, or refused on loading."""
     kind = stored_quantization(source)
-    return kind if kind in ("nf4", "int8") else "none"
+    return kind if kind is not None and is_known(kind) else "none"
 
 
 def other_base(adapter: AdapterFile, named: str | None) -> list[str]:

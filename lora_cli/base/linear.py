@@ -1,8 +1,9 @@
-"""One view of every linear layer a base model may hold, however its weight is stored."""
+"""One view of every linear layer that a base model may hold, however its weight is stored."""
 
 from __future__ import annotations
 
-import copy
+from collections import Counter
+from collections.abc import Iterator
 from typing import Any
 
 import torch
@@ -10,24 +11,20 @@ from torch import Tensor, nn
 from torch.distributed.tensor import DTensor
 from transformers.pytorch_utils import Conv1D
 
+from lora_cli.base.storage.registry import storage_named, storage_of
+
+_ROUNDED = "rounded_to"  # on a plain layer that holds the values of a quantized one: the kind's name
+
 
 def is_linear(module: nn.Module) -> bool:
-    """Whether an adapter can wrap this layer: Linear, bitsandbytes 4-bit or 8-bit (both subclass it), or Conv1D.
-
-    A subclass with a forward of its own computes something else: the routers of Llama 4 and Phi-3.5-MoE return tuples.
-    """
-    if isinstance(module, Conv1D):
-        return True
-    kind = type(module)
-    quantized = any(each.__module__.startswith("bitsandbytes.") for each in kind.__mro__)
-    known = quantized or kind.__name__ == "FalconLinear"
-    return isinstance(module, nn.Linear) and (known or kind.forward is nn.Linear.forward)
+    """Whether an adapter can wrap this layer."""
+    return storage_of(module) is not None
 
 
 def is_quantized(module: nn.Module) -> bool:
-    """Whether this is a linear layer whose weight is rounded to 4 or 8 bits: held so by bitsandbytes, or its values."""
-    stored = any(kind.__module__.startswith("bitsandbytes.") for kind in type(module).__mro__)
-    return is_linear(module) and (stored or holds_nf4_values(module))
+    """Whether this is a linear layer whose weight is rounded: stored so, or a plain one with the rounded values."""
+    kind = storage_of(module)
+    return kind is not None and (kind.name != "none" or rounded_to(module) is not None)
 
 
 def features(layer: nn.Module) -> tuple[int, int]:
@@ -47,55 +44,52 @@ def dense_weight(layer: nn.Module) -> Tensor:
 
     Of a base that is spread over processes it is brought together, which all of them must do.
     """
-    weight = layer.weight
-    assert isinstance(weight, Tensor)
-    state = getattr(weight, "quant_state", None) or getattr(layer, "quant_state", None)
-    if isinstance(weight, DTensor):
-        weight = weight.full_tensor()
-    if type(layer).__name__ == "Linear4bit":
-        return _dequantized(weight.data, state)
-    if any(each.__name__ == "Linear8bitLt" for each in type(layer).__mro__):
-        from lora_cli.base.int8 import dequantized, int8_parts
-
-        return dequantized(*int8_parts(layer))
-    return weight.data.T if isinstance(layer, Conv1D) else weight.data
+    kind = storage_of(layer)
+    assert kind is not None, f"{type(layer).__name__} is not a linear layer"
+    return kind.dense(layer)
 
 
-def _dequantized(stored: Tensor, state: Any) -> Tensor:
-    """(out_features, in_features) of a 4-bit weight, as one long row on a CPU: rows of another length than whole blocks
-    of 64 get scales of other blocks from bitsandbytes 0.50 there, some from beyond their end."""
-    from bitsandbytes.functional import dequantize_4bit
+def plain_layer(layer: nn.Module, dtype: torch.dtype) -> nn.Module:
+    """A frozen layer of torch, or GPT-2's, with the weight that this one multiplies by, in `dtype`."""
+    weight, bias = dense_weight(layer).to(dtype), getattr(layer, "bias", None)
+    outputs, inputs = weight.shape
+    transposed = stored_transposed(layer)
+    with torch.device("meta"):
+        plain = Conv1D(outputs, inputs) if transposed else nn.Linear(inputs, outputs, bias is not None)
+    plain.weight = nn.Parameter(weight.T.contiguous() if transposed else weight, requires_grad=False)
+    if bias is not None:
+        plain.bias = nn.Parameter(bias.data.to(dtype), requires_grad=False)
+    return plain.train(layer.training)
 
-    if stored.device.type != "cpu":
-        return dequantize_4bit(stored, state)
-    flat = copy.copy(state)
-    flat.shape = torch.Size([state.shape.numel()])
-    return dequantize_4bit(stored, flat).view(state.shape)
 
+def settle_layers(model: nn.Module, dtype: torch.dtype) -> None:
+    """Make a model that was just loaded the same function on every device, in training and evaluation alike.
 
-def hold_nf4_values(model: nn.Module, dtype: torch.dtype) -> int:
-    """On a CPU, replace 4-bit layers that bitsandbytes 0.50 computes wrongly there by plain ones; returns how many.
-
-    These are the ones whose rows are no whole number of blocks of 64. A plain layer holds the very values that the
-    4-bit weight stands for, in `dtype`: the base model is the same function on a CPU and on a GPU.
+    A layer that its library computes wrongly on this device becomes a plain one with the very values that its weight
+    stands for, in `dtype`.
     """
-    wrong = [
-        (name, layer)
-        for name, layer in model.named_modules()
-        if type(layer).__name__ == "Linear4bit" and layer.weight.device.type == "cpu" and features(layer)[0] % 64  # type: ignore[union-attr]
-    ]
-    for name, layer in wrong:
-        weight, bias = dense_weight(layer).to(dtype), layer.bias
-        outputs, inputs = weight.shape
-        transposed = stored_transposed(layer)
-        with torch.device("meta"):
-            plain = Conv1D(outputs, inputs) if transposed else nn.Linear(inputs, outputs, bias is not None)
-        plain.weight = nn.Parameter(weight.T.contiguous() if transposed else weight, requires_grad=False)
-        if bias is not None:
-            plain.bias = nn.Parameter(bias.data.to(dtype), requires_grad=False)  # type: ignore[operator]
-        vars(plain)["holds_nf4_values"] = True
-        model.set_submodule(name, plain.train(layer.training))
-    return len(wrong)
+    for name, layer in list(model.named_modules()):
+        kind = storage_of(layer)
+        if kind is None:
+            continue
+        if kind.same_on(features(layer)[0], layer.weight.device.type):  # type: ignore[union-attr]
+            kind.prepare(layer)
+        else:
+            plain = plain_layer(layer, dtype)
+            vars(plain)[_ROUNDED] = kind.name
+            model.set_submodule(name, plain)
+
+
+def rounded_to(module: nn.Module) -> str | None:
+    """The quantization whose values a plain layer holds, if it does."""
+    return getattr(module, _ROUNDED, None)
+
+
+def rounded_lines(model: nn.Module, dtype: torch.dtype) -> Iterator[str]:
+    """For a person: which layers are plain because their kind is computed wrongly on this device."""
+    for name, count in Counter(filter(None, map(rounded_to, model.modules()))).items():
+        note = storage_named(name).rounded_note.format(dtype=str(dtype).removeprefix("torch."))
+        yield f"{count} layers {note}"
 
 
 def unquantized_layers(model: Any) -> list[str]:
@@ -104,21 +98,17 @@ def unquantized_layers(model: Any) -> list[str]:
     return [
         name
         for name, module in model.named_modules()
-        if type(module) in (nn.Linear, Conv1D) and module is not head and not holds_nf4_values(module)
+        if type(module) in (nn.Linear, Conv1D) and module is not head and rounded_to(module) is None
     ]
 
 
-def holds_nf4_values(module: nn.Module) -> bool:
-    return getattr(module, "holds_nf4_values", False)
+def held_bytes(model: nn.Module, *, frozen_alone: bool = False) -> int:
+    """Bytes that this process holds of all parameters and buffers while no pass runs, quantization scales included.
 
-
-def quantized_bytes(model: nn.Module) -> int:
-    """Bytes held by all parameters and buffers of the model, quantization scales included."""
-    total = 0
-    for tensor in [*model.parameters(), *model.buffers()]:
-        total += tensor.numel() * tensor.element_size()
-        state = getattr(tensor, "quant_state", None)
-        for part in (state, getattr(state, "state2", None)):
-            scales = getattr(part, "absmax", None)
-            total += scales.numel() * scales.element_size() if isinstance(scales, torch.Tensor) else 0
-    return total
+    frozen_alone: of the frozen parameters and their scales.
+    """
+    parameters = [each for each in model.parameters() if not (frozen_alone and each.requires_grad)]
+    tensors = [*parameters, *([] if frozen_alone else model.buffers())]
+    total = sum((each.to_local() if isinstance(each, DTensor) else each).nbytes for each in tensors)
+    kinds = ((storage_of(module), module) for module in model.modules())
+    return total + sum(kind.scale_bytes(module) for kind, module in kinds if kind is not None)

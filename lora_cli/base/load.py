@@ -8,14 +8,14 @@ import warnings
 from typing import Any
 
 import torch
-from torch import nn
 from transformers import CONFIG_MAPPING, AutoConfig, AutoModelForCausalLM, AutoTokenizer, PreTrainedTokenizerBase
 from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING
 
 from lora_cli.base.attention import attention_implementation, watch_rows
 from lora_cli.base.bounds import require_modest_tokenizer, require_modest_tokenizer_files, require_own_tokens
-from lora_cli.base.linear import hold_nf4_values
+from lora_cli.base.linear import settle_layers
 from lora_cli.base.source import BaseSource
+from lora_cli.base.storage.registry import storage_named
 from lora_cli.base.stored import require_quantization, stored_quantization
 from lora_cli.base.weight_files import stored_tensors
 from lora_cli.errors import LoraError, reading
@@ -38,7 +38,9 @@ def load_model(
     Raises LoraError for an architecture that is no causal LM, or weights that do not fit the architecture.
     """
     config = model_config(source, trust_remote_code)
-    settings = _quantization_settings(source, quantization, dtype, double_quantization)
+    require_quantization(source, quantization)
+    as_stored = stored_quantization(source) is not None
+    settings = None if as_stored else storage_named(quantization).load_settings(dtype, double_quantization)
     # A damaged config.json can fail anywhere in the code that builds a model.
     with reading("the base model cannot be loaded", source.folder, "check config.json, or download the model again"):
         try:
@@ -64,12 +66,7 @@ def load_model(
     _require_all_weights(source, info)
     for parameter in model.parameters():
         parameter.requires_grad_(False)
-    _keep_trainable_on_cpu(model)
-    hold_nf4_values(model, dtype)
-    if quantization == "int8":
-        from lora_cli.base.int8 import compute_exactly
-
-        compute_exactly(model)
+    settle_layers(model, dtype)
     model.unused_tensors = sorted(map(str, info["unexpected_keys"]))
     watch_rows(model)
     model.config.use_cache = False
@@ -182,20 +179,6 @@ def _without_dropout(config: Any) -> None:
             _without_dropout(value)
 
 
-def _quantization_settings(source: BaseSource, quantization: str, dtype: torch.dtype, double: bool) -> Any:
-    """Settings for transformers, or nothing when the checkpoint is to be read as it is."""
-    require_quantization(source, quantization)
-    if quantization == "none" or stored_quantization(source) is not None:
-        return None
-    from transformers import BitsAndBytesConfig
-
-    if quantization == "int8":
-        return BitsAndBytesConfig(load_in_8bit=True)
-    return BitsAndBytesConfig(
-        load_in_4bit=True, bnb_4bit_quant_type="nf4", bnb_4bit_use_double_quant=double, bnb_4bit_compute_dtype=dtype
-    )
-
-
 def _require_all_weights(source: BaseSource, info: Any) -> None:
     missing = sorted(info["missing_keys"])
     mismatched = sorted(str(key) for key in info["mismatched_keys"])
@@ -217,14 +200,3 @@ def unused_tensors(model: Any) -> list[str]:
     return [
         f"{len(unused)} tensors of the checkpoint are not used, for the model's class has no place for them: {shown}"
     ]
-
-
-def _keep_trainable_on_cpu(model: nn.Module) -> None:
-    """Stop bitsandbytes 0.50 from repacking 4-bit weights for CPU inference.
-
-    On CPUs with avx512_bf16 a no-grad forward in eval mode repacks a Linear4bit for good, after which training
-    forwards return no input gradient, with only a warning: evaluating would silently ruin the training after it.
-    """
-    for module in model.modules():
-        if hasattr(module, "support_avx512bf16_for_cpu"):
-            module.support_avx512bf16_for_cpu = False  # type: ignore[assignment]

@@ -7,11 +7,11 @@ from collections.abc import Iterable, Sequence
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import nn
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import fully_shard
-from torch.distributed.tensor import DTensor
 
+from lora_cli.base.storage.registry import storage_of
 from lora_cli.errors import LoraError
 
 
@@ -44,7 +44,9 @@ def shard_base(model: Any, blocks: Sequence[nn.Module], trained: Iterable[nn.Par
     whole = set(trained)
     for parameter in whole:
         parameter.data = parameter.data.to(device)
-    _free_quantized_weights(model, device)
+    for module in model.modules():
+        if (kind := storage_of(module)) is not None:
+            kind.make_shardable(module, device)
     settings: dict[str, Any] = {"mesh": init_device_mesh(device.type, (torch.distributed.get_world_size(),))}
     settings["ignored_params"] = whole
     for block in blocks:
@@ -53,36 +55,6 @@ def shard_base(model: Any, blocks: Sequence[nn.Module], trained: Iterable[nn.Par
     if embeddings.weight is not head.weight and not _inside(embeddings, blocks):
         fully_shard(embeddings, reshard_after_forward=True, **settings)
     fully_shard(model, reshard_after_forward=False, **settings)
-
-
-def frozen_bytes(model: nn.Module) -> int:
-    """Bytes that this process holds of the frozen weights while no pass is running, quantization scales included."""
-    total = 0
-    for parameter in model.parameters():
-        if not parameter.requires_grad:
-            mine: Tensor = parameter.to_local() if isinstance(parameter, DTensor) else parameter
-            total += mine.nbytes
-    for module in model.modules():
-        weight = module._parameters.get("weight")
-        state = getattr(weight, "quant_state", None) or getattr(module, "quant_state", None)
-        for part in (state, getattr(state, "state2", None)):
-            scales = getattr(part, "absmax", None)
-            total += scales.nbytes if isinstance(scales, Tensor) else 0
-    return total
-
-
-def _free_quantized_weights(model: nn.Module, device: torch.device) -> None:
-    """Make 4-bit weights plain parameters, which FSDP2 can cut; their scales stay whole, with the module.
-
-    bitsandbytes looks for scales in the module when the weight has none. It is usual to store 4-bit weights as bf16 for
-    FSDP; a plain uint8 parameter without gradient needs no such disguise.
-    """
-    for module in model.modules():
-        weight: Any = module._parameters.get("weight")
-        if type(weight).__name__ == "Params4bit":
-            weight.quant_state.to(device)
-            module.quant_state = weight.quant_state
-            module.weight = nn.Parameter(weight.data, requires_grad=False)
 
 
 def _inside(module: nn.Module, blocks: Sequence[nn.Module]) -> bool:

@@ -2,28 +2,29 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from typing import Any
 
-from lora_cli.base.source import BaseSource
-from lora_cli.errors import LoraError
+from torch import Tensor
 
-_TRAINABLE = ("nf4", "int8")
+from lora_cli.base.source import BaseSource
+from lora_cli.base.storage.registry import PLAIN, is_known, part_of, storage_stated
+from lora_cli.base.tensor_files import read_tensor
+from lora_cli.base.weight_files import StoredTensor
+from lora_cli.errors import LoraError
+from lora_cli.quantization import DEFAULT
 
 
 def stored_quantization(source: BaseSource) -> str | None:
-    """nf4 or int8 as bitsandbytes stores them, another method by its own name, None for plain weights.
+    """A recipe's word, another method by its own name, None for plain weights.
 
     Raises LoraError where config.json says that it is quantized, but not how.
     """
     stated = _stated(source.config)
     if stated is None:
         return None
-    kind = stated.get("quant_method") if isinstance(stated, dict) else None
-    if isinstance(stated, dict) and stated.get("load_in_4bit"):
-        kind = str(stated.get("bnb_4bit_quant_type", "nf4"))
-    elif isinstance(stated, dict) and stated.get("load_in_8bit"):
-        kind = "int8"
-    if not isinstance(kind, str) or not kind:
+    kind = storage_stated(stated) if isinstance(stated, dict) else None
+    if kind is None:
         raise LoraError(
             "quantization_config in config.json does not say how the weights are stored (quant_method)",
             where=str(source.folder / "config.json"),
@@ -48,12 +49,24 @@ def require_quantization(source: BaseSource, quantization: str) -> None:
 def require_trainable(source: BaseSource) -> None:
     """Raises LoraError if no recipe can train on weights that are stored so, such as GPTQ, AWQ, FP8 or MXFP4."""
     kind = stored_quantization(source)
-    if kind is not None and kind not in _TRAINABLE:
+    if kind is not None and not is_known(kind):
         raise LoraError(
             f"the checkpoint is already quantized ({kind}), which cannot be trained on",
             where=str(source.folder),
-            fix="use the unquantized model; quantization: nf4 then quantizes it as it is loaded",
+            fix=f"use the unquantized model; quantization: {DEFAULT} then quantizes it as it is loaded",
         )
+
+
+def dense_tensor(tensors: Mapping[str, StoredTensor], name: str) -> Tensor:
+    """A stored weight as numbers, read without its model, bit for bit what the loaded layer computes with.
+
+    (out_features, in_features) of a quantized weight, whatever the layer was; of others as they are stored.
+    """
+    parts = [(part, each) for each in tensors if (part := part_of(each)) is not None and part.weight == name]
+    kind = parts[0][0].kind if parts else PLAIN
+    return kind.dense_stored(
+        read_tensor(tensors[name]), {part.name: read_tensor(tensors[each]) for part, each in parts}
+    )
 
 
 def _stated(config: dict[str, Any]) -> Any:

@@ -1,4 +1,4 @@
-"""Writing safetensors files, one tensor in memory at a time; equal tensors give equal bytes.
+"""Reading and writing safetensors files, one tensor in memory at a time; equal tensors give equal bytes.
 
 The library's own writer orders metadata at random and, from 0.8.1 on, makes files that only their owner can read.
 """
@@ -16,6 +16,8 @@ from typing import Any, BinaryIO
 import torch
 from torch import Tensor
 
+from lora_cli.base.weight_files import StoredTensor
+
 NAMES = {
     torch.float64: "F64",
     torch.float32: "F32",
@@ -23,8 +25,10 @@ NAMES = {
     torch.bfloat16: "BF16",
     torch.int64: "I64",
     torch.int32: "I32",
+    torch.int8: "I8",
     torch.uint8: "U8",
 }
+_DTYPES = {name: dtype for dtype, name in NAMES.items()}
 
 
 @dataclass(frozen=True)
@@ -62,6 +66,15 @@ def write_tensors(path: Path, tensors: Mapping[str, Tensor], metadata: Mapping[s
         ],
         metadata,
     )
+
+
+def read_tensor(own: StoredTensor) -> Tensor:
+    """A tensor of a checkpoint, of one of the dtypes in NAMES, as it is stored."""
+    with own.file.open("rb") as stream:
+        stream.seek(own.start)
+        data = bytearray(stream.read(own.size_bytes))
+    dtype = _DTYPES[own.dtype]
+    return torch.frombuffer(data, dtype=dtype).reshape(own.shape) if data else torch.empty(own.shape, dtype=dtype)
 
 
 def put_bytes(tensor: Tensor, out: BinaryIO) -> None:

@@ -10,13 +10,13 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 from transformers import AutoModelForCausalLM
-from transformers.pytorch_utils import Conv1D
 
 from lora_cli.base.device import free_memory_bytes
-from lora_cli.base.linear import dense_weight, is_quantized, stored_transposed
+from lora_cli.base.linear import is_quantized, plain_layer
 from lora_cli.base.source import BaseSource
+from lora_cli.base.storage.registry import part_of
 from lora_cli.base.text import positions, vocabulary
 from lora_cli.base.weight_files import StoredTensor
 from lora_cli.errors import reading
@@ -27,9 +27,11 @@ _KEY = re.compile(r"[0-9a-f]{20}")  # a folder of prepared data
 
 
 def parameters_stored(stored: Mapping[str, StoredTensor]) -> int:
-    """Parameters of a checkpoint, about: two in each byte where it is stored in 4 bits."""
-    sizes = {name: torch.Size(each.shape).numel() for name, each in stored.items()}
-    return sum(2 * size if stored[name].dtype == "U8" else size for name, size in sizes.items())
+    """Parameters of a checkpoint, however its weights are stored."""
+    parts = {name: part for name in stored if (part := part_of(name)) is not None}
+    several = {part.weight: part.kind.weights_per_number for part in parts.values()}
+    sizes = {name: torch.Size(each.shape).numel() for name, each in stored.items() if name not in parts}
+    return sum(several.get(name, 1) * size for name, size in sizes.items())
 
 
 def fits_in_fp32(parameters: int, vocabulary: int, *, held_besides: float = 0.0) -> bool:
@@ -45,26 +47,10 @@ def make_dense(model: Any) -> None:
     """Turn every quantized layer into a plain one with the weights it computes with, and all the model into fp32."""
     for name, layer in list(model.named_modules()):
         if is_quantized(layer):
-            model.set_submodule(name, _plain_layer(layer))
+            model.set_submodule(name, plain_layer(layer, torch.float32))
     if getattr(model, "hf_quantizer", None) is not None:
         model.hf_quantizer.remove_quantization_config(model)
     model.float()
-
-
-def _plain_layer(frozen: nn.Module) -> nn.Module:
-    weight = dense_weight(frozen).float()
-    out_features, in_features = weight.shape
-    bias = getattr(frozen, "bias", None)
-    with torch.device("meta"):
-        plain = (
-            Conv1D(out_features, in_features)
-            if stored_transposed(frozen)
-            else nn.Linear(in_features, out_features, bias is not None)
-        )
-    plain.weight = nn.Parameter(weight.T.contiguous() if stored_transposed(frozen) else weight, requires_grad=False)
-    if bias is not None:
-        plain.bias = nn.Parameter(bias.data.float(), requires_grad=False)
-    return plain
 
 
 def reopened(place: Path, *, fp32: bool, trust_remote_code: bool) -> Any:

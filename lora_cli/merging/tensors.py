@@ -8,7 +8,6 @@ the merge changes and those that only a quantized form needs.
 from __future__ import annotations
 
 import json
-import re
 from collections.abc import Callable, Collection, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -18,17 +17,14 @@ import torch
 from torch import Tensor
 
 from lora_cli.base.source import BaseSource
-from lora_cli.base.tensor_files import NAMES, Entry, put_bytes, write_entries
+from lora_cli.base.storage.registry import part_of
+from lora_cli.base.tensor_files import NAMES, Entry, put_bytes, read_tensor, write_entries
 from lora_cli.base.weight_files import StoredTensor, read_header, weight_files
 from lora_cli.errors import CheckFailed, LoraError
 
 INDEX = "model.safetensors.index.json"
 FLOATS = {name: dtype for dtype, name in NAMES.items() if dtype.is_floating_point}
 _PIECE = 2**24  # bytes copied at a time
-# What bitsandbytes stores beside a quantized weight
-_BESIDE = re.compile(
-    r"(?P<weight>.+)\.(absmax|quant_map|nested_absmax|nested_quant_map|quant_state\..+)|(?P<layer>.+)\.(SCB|weight_format)"
-)
 
 
 @dataclass(frozen=True)
@@ -89,8 +85,8 @@ def _plan(
 
 def is_beside(name: str, fresh: Collection[str]) -> bool:
     """Whether a stored tensor is part of the quantized form of a weight that is written dense."""
-    found = _BESIDE.fullmatch(name)
-    return found is not None and (found["weight"] or f"{found['layer']}.weight") in fresh
+    part = part_of(name)
+    return part is not None and part.weight in fresh
 
 
 def _copy(own: StoredTensor, out: BinaryIO) -> None:
@@ -103,14 +99,6 @@ def _copy(own: StoredTensor, out: BinaryIO) -> None:
                 raise LoraError("the file was cut short while it was read", where=str(own.file), fix="start again")
             out.write(piece)
             left -= len(piece)
-
-
-def read_tensor(own: StoredTensor) -> Tensor:
-    """A floating-point tensor of a checkpoint, in the dtype that it is stored in."""
-    with own.file.open("rb") as stream:
-        stream.seek(own.start)
-        data = bytearray(stream.read(own.size_bytes))
-    return torch.frombuffer(data, dtype=FLOATS[own.dtype]).reshape(own.shape) if data else torch.empty(own.shape)
 
 
 def _write_tensor(out: BinaryIO, name: str, value: Tensor, target: torch.dtype) -> None:

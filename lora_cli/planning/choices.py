@@ -18,6 +18,7 @@ from lora_cli.errors import LoraError
 from lora_cli.planning.memory import GIB, OVERHEAD, Memory, ModelShape, estimate_memory
 from lora_cli.planning.skeleton import BaseModel
 from lora_cli.planning.survey import DataSurvey
+from lora_cli.quantization import DEFAULT
 
 USABLE = 0.85  # of the memory: the rest is for what the estimate does not know, and for a desktop
 SMALL = 0.5  # of the memory: the most that training on unquantized weights may need
@@ -153,7 +154,7 @@ def _ways(base: BaseModel, survey: DataSurvey, step_tokens: float) -> Iterator[t
     least = min(most, _power_of_two(SMALL_MICRO_BATCH / row.tokens))
     if base.stored is None:
         yield "none", row, most, False
-    smallest = base.stored or "nf4"
+    smallest = base.stored or DEFAULT
     micro_batch = most
     while micro_batch >= least:
         yield smallest, row, micro_batch, False

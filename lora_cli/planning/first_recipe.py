@@ -27,6 +27,7 @@ from lora_cli.planning.memory import GIB, Memory, parse_size, shape_of
 from lora_cli.planning.recipe_text import Chosen, Names, Tried, recipe_text
 from lora_cli.planning.skeleton import BaseModel, look_at_model
 from lora_cli.planning.survey import DataSurvey, choose_template, look_at_rows, prepare_rows, survey_data
+from lora_cli.quantization import DEFAULT
 from lora_cli.recipe import Recipe, load_recipe
 
 
@@ -90,7 +91,9 @@ def _device_here() -> Device:
 
 def _choose(base: BaseModel, survey: DataSurvey, device: Device, template: tuple[str, str] | None) -> Chosen:
     adapter = choices.choose_adapter(base, survey.target_tokens)
-    shape = shape_of(base.skeleton, dict.fromkeys(adapter.layers, adapter.rank), on_cpu=device.on_cpu)
+    ranks = dict.fromkeys(adapter.layers, adapter.rank)
+    kind, at = base.stored or DEFAULT, "cpu" if device.on_cpu else "cuda"
+    shape = shape_of(base.skeleton, ranks, quantization=kind, device=at)
     epochs = choices.choose_epochs(survey.tokens)
     validation = choices.choose_validation(survey.rows, survey.distinct)
     fit = choices.choose_sizes(base, survey, device, shape, epochs)

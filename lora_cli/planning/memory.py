@@ -13,15 +13,14 @@ from lora_cli.adapters.targets import Target, block_lists, linear_layers
 from lora_cli.base.cross_entropy import CHUNK_BYTES
 from lora_cli.base.linear import features, is_linear
 from lora_cli.base.recompute import is_gated, is_rms_norm
+from lora_cli.base.storage.registry import storage_named
 from lora_cli.base.text import hidden_size, largest, text_config, vocabulary
 from lora_cli.errors import LoraError
+from lora_cli.quantization import DEFAULT
 
 GIB = 2**30
 _MOST = 2**40  # bytes; above it a size without unit is likely MiB
 _UNITS = {"": GIB, "g": GIB, "gb": GIB, "gib": GIB, "m": 2**20, "mb": 2**20, "mib": 2**20, "t": 2**40, "tb": 2**40}
-# Bits of a weight: NF4 with one scale a block of 64, in fp32 (4.5), or in 8 bits with a scale of their own a block of
-# 256 (Dettmers et al. 2023, section 3); int8 with a scale a row, which is next to nothing.
-_BITS = {("nf4", True): 4 + 8 / 64 + 32 / (64 * 256), ("nf4", False): 4 + 32 / 64}
 OVERHEAD = GIB  # context and kernels of the device, fragmentation: a guess
 # How many results more than its input autograd keeps of an activation function: three where it is written out in
 # Python; ReLU keeps its result, which is the next layer's input, instead of its input.
@@ -90,8 +89,8 @@ def estimate_memory(
 
     With b = value_bytes (2 for bf16 and fp16, 4 for fp32), everything in bytes:
 
-    weights      quantizable · bits / 8 + other · b; bits: 4.127 for NF4 with double quantization, 4.5 without, 8 for
-                 int8, 8 · b for none; and while a layer computes, one dequantized: largest_layer · b
+    weights      quantizable · bits / 8 + other · b, with the bits of base/storage; and while a quantized layer
+                 computes, its dense weight: largest_layer · b
     adapter      adapter · (4 fp32 + 4 gradient + optimizer_bytes (8: two Adam moments) + b while it is applied)
     activations  tokens · Σ over blocks (b · values + 4 · fp32_values + heads · scores · 8); with gradient checkpointing
                  tokens · (blocks · hidden · b + the same of the largest block alone)
@@ -102,7 +101,7 @@ def estimate_memory(
     where a fused kernel computes attention, the tokens of a row where it does not. Not counted: what a kernel needs
     while it runs, and the copies that an architecture makes beside its layers and norms.
     """
-    bits = _BITS.get((quantization, double_quantization), 8 if quantization == "int8" else 8 * value_bytes)
+    bits = storage_named(quantization).bits(value_bytes, double_quantization)
     dequantized = shape.largest_layer * value_bytes if quantization != "none" else 0
     block_bytes = [
         block.values * value_bytes + block.fp32_values * 4 + shape.heads * scores * 8 for block in shape.blocks
@@ -119,14 +118,14 @@ def estimate_memory(
     )
 
 
-def shape_of(model: Any, ranks: dict[str, int], *, on_cpu: bool = False) -> ModelShape:
+def shape_of(model: Any, ranks: dict[str, int], *, quantization: str = DEFAULT, device: str = "cuda") -> ModelShape:
     """Shapes of a model, which may have no weights (device meta). ranks: of the adapted layers, by module name.
 
-    on_cpu: layers whose rows are no whole number of blocks of 64 are not quantized there (base/load.py says why).
+    quantization, device: decide which layers would be quantized; some are not on a CPU.
     """
-    linear = linear_layers(model)
+    linear, kind = linear_layers(model), storage_named(quantization)
     sizes = {name: features(module) for name, module in linear.items()}
-    quantizable = sum(a * b for a, b in sizes.values() if not (on_cpu and a % 64))
+    quantizable = sum(a * b for a, b in sizes.values() if kind.same_on(a, device))
     total = sum(parameter.numel() for parameter in model.parameters())
     config, width = text_config(model.config), hidden_size(model)
     names = [name for outer in block_lists(model) for name in _children(model, outer)]

@@ -130,7 +130,7 @@ def _why_quantization(chosen: Chosen) -> str:
         return "as the checkpoint is stored"
     if chosen.fit.quantization == "none":
         return f"in {width} the weights take {weights('none')}, little against {chosen.device.memory / GIB:.1f} GiB"
-    return f"the weights take {weights('nf4')}; in {width} they would take {weights('none')}"
+    return f"the weights take {weights(chosen.fit.quantization)}; in {width} they would take {weights('none')}"
 
 
 def _adapter(text: _Yaml, chosen: Chosen) -> None:

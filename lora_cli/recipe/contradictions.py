@@ -5,6 +5,7 @@ from __future__ import annotations
 import re
 from collections.abc import Callable
 
+from lora_cli.quantization import RULES, named
 from lora_cli.recipe.schema import FIELDS, OTHER_FIELDS, TEMPLATES, DataRecipe, Recipe, TrainRecipe
 
 
@@ -17,6 +18,7 @@ def contradictions(recipe: Recipe) -> list[tuple[str, str, str]]:
             found.append((key, what, fix))
 
     adapter, data, train = recipe.adapter, recipe.data, recipe.train
+    doubles = named(lambda rules: rules.double)
     refuse(
         "projections" in adapter.model_fields_set and adapter.target_modules != "attention",
         "adapter.projections",
@@ -26,10 +28,10 @@ def contradictions(recipe: Recipe) -> list[tuple[str, str, str]]:
     refuse(
         "double_quantization" in recipe.model_fields_set
         and recipe.double_quantization
-        and recipe.quantization != "nf4",
+        and not RULES[recipe.quantization].double,
         "double_quantization",
-        f"double_quantization is for nf4, but quantization is {recipe.quantization}",
-        "remove double_quantization, or write quantization: nf4",
+        f"double_quantization is for {doubles}, but quantization is {recipe.quantization}",
+        f"remove double_quantization, or write quantization: {doubles}",
     )
     refuse(
         recipe.dtype == "fp16" and recipe.device == "cpu",
@@ -148,11 +150,12 @@ def contradictions(recipe: Recipe) -> list[tuple[str, str, str]]:
 
 
 def _refuse_with_shards(recipe: Recipe, refuse: Callable[[bool, str, str, str], None]) -> None:
+    why = RULES[recipe.quantization].not_sharded
     refuse(
-        recipe.quantization == "int8",
+        why is not None,
         "train.shard_base",
-        "bitsandbytes keeps 8-bit weights outside the parameter, where they cannot be spread over processes",
-        "write quantization: nf4 or none, or remove shard_base",
+        str(why),
+        f"write quantization: {named(lambda rules: rules.not_sharded is None)}, or remove shard_base",
     )
     refuse(
         recipe.train.micro_batch_size == "auto",

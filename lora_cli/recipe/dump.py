@@ -7,6 +7,7 @@ from typing import Any
 
 import yaml
 
+from lora_cli.quantization import RULES
 from lora_cli.recipe.schema import Recipe, path_places
 from lora_cli.recipe.yaml import KeyPath
 
@@ -24,7 +25,7 @@ def recipe_values(recipe: Recipe) -> dict[str, Any]:
     values = recipe.model_dump(mode="json")
     if recipe.adapter.target_modules != "attention":
         del values["adapter"]["projections"]
-    if recipe.quantization != "nf4" and recipe.double_quantization:
+    if recipe.double_quantization and not RULES[recipe.quantization].double:
         del values["double_quantization"]
     if recipe.train.tokens_per_micro_batch is not None:
         del values["train"]["micro_batch_size"]

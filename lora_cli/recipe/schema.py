@@ -11,6 +11,8 @@ from typing import Annotated, Any, Literal
 from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, PlainSerializer, ValidationInfo, field_validator
 from pydantic_core import PydanticCustomError
 
+from lora_cli.quantization import DEFAULT, Quantization
+
 NUMBER = re.compile(r"[+-]?(\d+\.?\d*|\.\d+)([eE][+-]?\d+)?")
 
 
@@ -373,8 +375,8 @@ class Recipe(Section):
     )
     revision: str | None = Field(None, description="Hub branch, tag or commit of the base model. Nothing: main.")
     trust_remote_code: bool = Field(False, description="Run Python code that the model's repository ships.")
-    quantization: Literal["nf4", "int8", "none"] = Field(
-        "nf4",
+    quantization: Quantization = Field(
+        DEFAULT,
         description="How the frozen base is held: 4-bit NF4 (Dettmers et al. 2023, section 3), 8-bit, or as it is.",
     )
     double_quantization: bool = Field(

@@ -25,10 +25,10 @@ from lora_cli.base.activations import ActivationPlan, measured, plan_activations
 from lora_cli.base.attention import packed_attention_name
 from lora_cli.base.compiled import compile_blocks
 from lora_cli.base.device import free_memory_bytes
-from lora_cli.base.linear import holds_nf4_values, quantized_bytes, unquantized_layers
+from lora_cli.base.linear import held_bytes, rounded_lines, unquantized_layers
 from lora_cli.base.load import unused_tensors
 from lora_cli.base.recompute import save_only_inputs
-from lora_cli.base.sharding import frozen_bytes, shard_base
+from lora_cli.base.sharding import shard_base
 from lora_cli.base.source import BaseSource
 from lora_cli.base.stored import stored_quantization
 from lora_cli.base.text import hidden_size, positions, vocabulary
@@ -107,7 +107,7 @@ def _adapters(loaded: Loaded) -> Lines:
     model, recipe = loaded.model, loaded.recipe
     loaded.layers = attach_from_recipe(model, recipe)
     dtype = str(model.dtype).removeprefix("torch.")
-    yield "", f"compute in {dtype} ({loaded.why_dtype}), {human_bytes(quantized_bytes(model))} held"
+    yield "", f"compute in {dtype} ({loaded.why_dtype}), {human_bytes(held_bytes(model))} held"
     yield from (("", line) for line in _other_layers(model, recipe, loaded.source))
     names = unreached(model, loaded.layers, lambda: _backward(loaded))
     left_out = left_out_lines(recipe.adapter.target_modules, names, some=len(names) < len(loaded.layers))
@@ -131,10 +131,7 @@ def _backward(loaded: Loaded) -> None:
 
 def _other_layers(model: Any, recipe: Recipe, source: BaseSource) -> Iterator[str]:
     """What is to be known of layers that are not adapted, or not held as the recipe says."""
-    held = sum(holds_nf4_values(module) for module in model.modules())
-    if held:
-        where = str(model.dtype).removeprefix("torch.")
-        yield f"{held} layers hold their NF4 values in {where}: bitsandbytes computes their size wrongly on a CPU"
+    yield from rounded_lines(model, model.dtype)
     if recipe.quantization != "none" and (plain := unquantized_layers(model)):
         kept = "the checkpoint stores" if stored_quantization(source) else "transformers keeps"
         yield f"{len(plain)} layers stay unquantized, as {kept} them"
@@ -149,9 +146,9 @@ def _recomputation(loaded: Loaded) -> Lines:
 
 def _sharding(loaded: Loaded) -> Lines:
     """Leave this process its share of the frozen weights, on the device that trains."""
-    whole = frozen_bytes(loaded.model)
+    whole = held_bytes(loaded.model, frozen_alone=True)
     shard_base(loaded.model, loaded.blocks, trained_parameters(loaded.model), loaded.device)
-    held, processes = frozen_bytes(loaded.model), PartialState().num_processes
+    held, processes = held_bytes(loaded.model, frozen_alone=True), PartialState().num_processes
     yield "", f"each of {processes} processes holds {human_bytes(held)} of {human_bytes(whole)}"
 
 

@@ -1,0 +1,86 @@
+"""What the program asks of a way to store weights."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.distributed.tensor import DTensor
+
+
+class Storage:
+    """A way to store the weights of linear layers. What has an answer here is so unless a kind says otherwise.
+
+    Layers are asked about by module, checkpoints by what their config.json states and by the names of their tensors.
+    """
+
+    name: str  # in recipes and adapter files
+    weights_per_number = 1  # in a stored tensor
+    rounded_note = ""  # of layers that hold their values instead, because `same_on` is False; {dtype} is filled in
+
+    # ── layers ──────────────────────────────────────────────────────────────────────────────────────────────────
+
+    def is_layer(self, module: nn.Module) -> bool:
+        """Whether this is a linear layer that stores its weight so."""
+        raise NotImplementedError
+
+    def dense(self, layer: nn.Module) -> Tensor:
+        """The weight that the layer multiplies by: (out_features, in_features)."""
+        raise NotImplementedError
+
+    def prepare(self, layer: nn.Module) -> None:
+        """Make a layer that was just loaded compute x Wᵀ + b with `dense`, in training and evaluation alike."""
+
+    def same_on(self, in_features: int, device: str) -> bool:
+        """Whether layers of that width compute with `dense` on a device of that type ("cpu", "cuda")."""
+        return True
+
+    def make_shardable(self, layer: nn.Module, device: torch.device) -> None:
+        """Leave nothing but plain parameters for FSDP2 to cut; what stays whole goes to `device`.
+
+        Which kinds can be spread at all is said in quantization.py.
+        """
+
+    # ── loading and checkpoints ─────────────────────────────────────────────────────────────────────────────────
+
+    def load_settings(self, dtype: torch.dtype, double: bool) -> Any:
+        """The quantization_config for transformers that quantizes plain weights while they are loaded."""
+        return None
+
+    def stated(self, settings: dict[str, Any]) -> str | None:
+        """What config.json's quantization_config says, if it speaks of this family: a recipe's name, or another."""
+        return None
+
+    def beside(self, name: str) -> tuple[str, str] | None:
+        """(the weight's name, which part) of a tensor that a checkpoint stores beside a weight; None of any other."""
+        return None
+
+    def dense_stored(self, weight: Tensor, beside: Mapping[str, Tensor]) -> Tensor:
+        """The weight that stored tensors stand for, bit for bit `dense` of the layer that is loaded from them.
+
+        beside: by the parts that `beside` names. (out_features, in_features), whatever the layer was; of plain weights
+        laid out as they are stored.
+        """
+        raise NotImplementedError
+
+    # ── bytes ───────────────────────────────────────────────────────────────────────────────────────────────────
+
+    def bits(self, value_bytes: int, double: bool) -> float:
+        """Of a weight, scales included. value_bytes: of a number in the compute dtype."""
+        raise NotImplementedError
+
+    def scale_bytes(self, layer: nn.Module) -> int:
+        """Bytes that the layer holds beside its parameters."""
+        return 0
+
+
+def is_a(module: nn.Module, name: str) -> bool:
+    """By the class's name, because importing bitsandbytes takes seconds that plain weights do not need."""
+    return any(each.__name__ == name for each in type(module).__mro__)
+
+
+def whole(weight: Any) -> Tensor:
+    """Of a base that is spread over processes the weight is brought together, which all of them must do."""
+    return (weight.full_tensor() if isinstance(weight, DTensor) else weight).data
