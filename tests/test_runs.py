@@ -217,7 +217,7 @@ BAD = {
     "not UTF-8": ("status.json", b"\xff", "utf-8"),
     "large": ("status.json", b" " * 2**24, "larger than"),
     "a report with such an integer": ("report.json", b'{"tokens": ' + HUGE + b"}", "report.json .*too large"),
-    "a report that learned maybe": ("report.json", b'{"learned": "maybe"}', "learned is not a yes or no"),
+    "a report that learned maybe": ("report.json", b'{"learned": "maybe"}', "learned is not true or false"),
 }
 
 
@@ -302,7 +302,7 @@ def test_the_command_prints_a_table_or_one_json_document(tmp_path):
     table = lora("--per-hour", "2", cwd=tmp_path)
     assert table.returncode == 0, table.stderr
     header, row = table.stdout.splitlines()
-    assert header.split() == ["run", "state", "loss", "valid.", "tokens", "hours", "cost", "seen"]
+    assert header.split() == ["run", "state", "loss", "valid.", "tokens", "hours", "cost", "updated"]
     assert row.split() == ["demo", "done,", "60", "steps", "0.0181", "0.5000", "30.0k", "2.00", "4.00", "now"]
     (printed,) = json.loads(lora("--json", cwd=tmp_path).stdout)
     assert printed["state"] == "done"
@@ -312,7 +312,7 @@ def test_the_command_prints_a_table_or_one_json_document(tmp_path):
 def test_without_runs_it_says_what_to_do(tmp_path):
     done = lora(cwd=tmp_path)
     assert done.returncode == 0
-    assert "no runs in runs" in done.stdout
+    assert "no runs in the folder runs" in done.stdout
     assert "lora train RECIPE" in done.stdout
     assert json.loads(lora("--json", cwd=tmp_path).stdout) == []
     assert not (tmp_path / "runs").exists()

@@ -12,15 +12,15 @@ def what_is_wrong(
 ) -> str | None:
     """None for a healthy step.
 
-    A model that knows nothing loses log(vocabulary) nats a token by guessing evenly. A loss above twice that, and above
-    twice what the run began with, has exploded: the model is sure of what is wrong. grad_norm: of all gradients
-    together, None while it is not known. scaled: fp16 with a loss scale above 1, where gradients overflow now and then;
-    its scaler leaves such updates out and lowers the scale.
+    Guessing evenly costs log(vocabulary) nats a token. A loss above twice that, and above twice the first loss of the
+    run, has exploded: the model is confident and wrong. grad_norm: of all gradients together, None while it is not
+    known. scaled: fp16 with a loss scale above 1, where gradients overflow now and then; the scaler leaves out such
+    updates and lowers the scale.
     """
     if not math.isfinite(loss):
         return f"the loss is {loss}"
     if loss > (most := _TIMES * max(math.log(vocabulary), first_loss or 0.0)):
-        return f"the loss is {loss:.4g}, more than {most:.4g}, which is twice that of knowing nothing"
+        return f"the loss is {loss:.4g}, more than {most:.4g}: twice the loss of guessing or of the first step"
     if grad_norm is not None and not math.isfinite(grad_norm) and not scaled:
         return f"the gradient norm is {grad_norm}"
     return None

@@ -1,4 +1,4 @@
-"""The loss of a run as a picture: training faint and smoothed, validation, and the best step."""
+"""The loss of a run as a picture: training losses and their smoothed mean, validation losses, the best step."""
 
 from __future__ import annotations
 
@@ -33,7 +33,7 @@ def loss_picture(metrics: Sequence[Mapping[str, Any]], report: Mapping[str, Any]
     """PNG of 1,350 × 675 pixels, or None if no line has a finite loss.
 
     metrics: lines of metrics.jsonl, of which step, loss and validation_loss are read; values that are missing or not
-    finite leave a gap. report: base_validation_loss stands at step 0; best_step is marked.
+    finite leave a gap. report: base_validation_loss is drawn at step 0; best_step is marked.
     """
     from matplotlib.backends.backend_agg import FigureCanvasAgg  # no display is looked for, no global state is made
     from matplotlib.figure import Figure

@@ -1,4 +1,4 @@
-"""What a person sees while it runs: a live display on a terminal, plain lines elsewhere. All of it on stderr."""
+"""What a person sees during a run: a live display on a terminal, plain lines elsewhere. All of it on stderr."""
 
 from __future__ import annotations
 
@@ -6,13 +6,13 @@ import math
 import time
 from typing import Any
 
-from rich.console import Console
+from rich.console import Console, Group
 from rich.live import Live
-from rich.table import Table
 from rich.text import Text
 
 from lora_cli.files import human_bytes
 from lora_cli.screen import say_on, styled
+from lora_cli.training.verdict import duration, perplexity
 
 _PLAIN_EVERY_SECONDS = 5.0
 _WIDTH = 30
@@ -38,7 +38,7 @@ class Progress:
         if self.live:
             try:
                 self.live.start()
-            except RuntimeError:  # no further thread can be started
+            except RuntimeError:  # no more threads can be started
                 self.live.stop()
                 self.live = None
         return self
@@ -51,11 +51,11 @@ class Progress:
         say_on(self.console)(text)
 
     def doing(self, activity: str) -> None:
-        """Name what keeps the loop from its next step, such as an evaluation."""
+        """Show what happens between steps, such as an evaluation."""
         self.activity = activity
 
     def step(self, line: dict[str, Any]) -> None:
-        if line["step"] == self.first:  # what came before, such as evaluating the base, says nothing of the rest
+        if line["step"] == self.first:  # the time before, such as of evaluating the base, is not a step's
             self.started = time.monotonic() - line["seconds"]
         self.line, self.activity = line, ""
         validation = line.get("validation_loss")
@@ -73,30 +73,28 @@ class Progress:
         line = self.line
         parts = [
             f"step {line['step']}/{self.total}",
-            "loss is not a number" if line["loss"] is None else f"loss {line['loss']:.4f}",
+            "loss is NaN or infinite" if line["loss"] is None else f"loss {line['loss']:.4f}",
             f"{line['tokens_per_second']:,.0f} tokens/s",
             human_bytes(line["peak_memory_bytes"]),
             f"{self._remaining()} left",
         ]
         if "validation_loss" in line:
             loss = line["validation_loss"]
-            parts.insert(2, f"validation {loss:.4f} (perplexity {math.exp(min(loss, 80)):.2f})")
+            parts.insert(2, f"validation {loss:.4f} (perplexity {perplexity(loss)})")
         return "  ".join(parts)
 
     def _remaining(self) -> str:
         done = self.line["step"] - self.first + 1
         seconds = (time.monotonic() - self.started) / max(1, done) * (self.total - self.line["step"])
-        return f"{int(seconds // 60)}:{int(seconds % 60):02d}"
+        return duration(seconds)
 
-    def _render(self) -> Table | Text:
+    def _render(self) -> Group | Text:
         if not self.line:
             return styled(f"  {self.activity or 'first step'} …")
         filled = round(_WIDTH * self.line["step"] / self.total)
-        grid = Table.grid(padding=(0, 2))
-        grid.add_row(Text("━" * filled, "green") + Text("━" * (_WIDTH - filled), "dim"), self._plain())
+        lines = [Text("━" * filled, "green") + Text("━" * (_WIDTH - filled), "dim"), styled(self._plain())]
         if self.validation:
-            at, loss = self.validation
-            grid.add_row("", f"validation loss {loss:.4f} at step {at}")
+            lines.append(styled("validation loss {1:.4f} at step {0}".format(*self.validation)))
         if self.activity:
-            grid.add_row("", styled(f"{self.activity} …", "dim"))
-        return grid
+            lines.append(styled(f"{self.activity} …", "dim"))
+        return Group(*lines)

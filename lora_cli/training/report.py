@@ -1,4 +1,4 @@
-"""What a run says of itself at its end: report.json, report.html with loss.png, and lines for the person who waited."""
+"""The end of a run: report.json, report.html with loss.png, and the last lines on the screen."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ from lora_cli.training.verdict import judge, summarize_update_sizes, verdict_lin
 
 
 def make_report(session: Session, state: State, folder: RunFolder, accelerator: Accelerator) -> dict[str, Any]:
-    """What the run came to; its keys: see `verdict`. The adapter that is shipped is in the model afterwards."""
+    """What the run achieved; for the keys see `verdict`. Afterwards the model holds the adapter that is kept."""
     if state.best_step not in (None, state.step) and (folder.adapter / TENSORS).exists():
         put_saved(session.model, folder.adapter)
     gain = None
@@ -63,7 +63,7 @@ def make_report(session: Session, state: State, folder: RunFolder, accelerator: 
 
 
 def write_report(folder: RunFolder, report: dict[str, Any], say: Callable[[str], None]) -> None:
-    """The page first: a run is finished when report.json is there. A page that cannot be drawn is only reported."""
+    """The page first, because report.json marks a run as finished. A page that cannot be drawn is only reported."""
     try:
         write_report_page(
             folder.path,
@@ -75,13 +75,13 @@ def write_report(folder: RunFolder, report: dict[str, Any], say: Callable[[str],
         )
     except DiskError:
         raise
-    except Exception as error:  # whatever a drawing library thinks of
+    except Exception as error:  # whatever a drawing library raises
         say(f"report.html could not be made: {type(error).__name__}: {error}")
     write_json(folder.report, report)
 
 
 def require_learned(report: dict[str, Any], folder: RunFolder) -> None:
-    """Raises CheckFailed if the run was for nothing."""
+    """Raises CheckFailed if the run learned nothing."""
     verdict = judge(report)
     if verdict.outcome == "nothing learned":
         error = CheckFailed(
@@ -113,7 +113,7 @@ def _forgetting(session: Session, accelerator: Accelerator) -> dict[str, Any] | 
 
 
 def _finite(value: float | None) -> float | None:
-    """JSON has no word for other numbers."""
+    """JSON cannot express other numbers."""
     return value if value is not None and math.isfinite(value) else None
 
 
@@ -121,11 +121,12 @@ def _warnings(report: dict[str, Any]) -> list[str]:
     told = []
     if report["skipped_steps"]:
         told.append(
-            "updates left out, because their loss or gradient was NaN or infinite: "
-            f"steps {_listed(report['skipped_steps'])}"
+            f"updates skipped, because loss or gradient was NaN or infinite: steps {_listed(report['skipped_steps'])}"
         )
     if report["rewound_from_steps"]:
-        told.append(f"went back to a checkpoint from steps {_listed(report['rewound_from_steps'])}, leaving out data")
+        told.append(
+            f"went back to a checkpoint from steps {_listed(report['rewound_from_steps'])}, skipping their data"
+        )
     if report.get("weights"):
         told.append(Weights(**report["weights"]).said())
     return told

@@ -1,4 +1,4 @@
-"""What a run came to, as one page that needs no other file, no script and no network."""
+"""The report of a run as one page that needs no other file, no script and no network."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""The run folder: what stands where, what a new run finds there, and what it says of itself."""
+"""The run folder: which file is where, what a new run may find there, and what the run records about itself."""
 
 from __future__ import annotations
 
@@ -7,7 +7,6 @@ import os
 import platform
 import re
 from contextlib import suppress
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -27,51 +26,19 @@ _FILES = ("recipe.yaml", "environment.json", "status.json", "metrics.jsonl", "re
 _LONGEST_LINE = 100_000  # bytes
 _FOLDERS = ("checkpoints", "adapter", "adapter_last", "prepared")
 _OF_TRACKERS = ("lora", "wandb", "mlflow", "trackio")
-_BEFORE_A_RUN = re.compile(r"prepared|\.lock")  # what one that did not begin may leave
-# And one that was killed just then, with its lock.
+_BEFORE_A_RUN = re.compile(r"prepared|\.lock")  # what a run that did not begin may leave
+# What it may also leave, beside its lock, if it was killed while it began.
 _OF_A_KILLED = re.compile(r"environment\.json|\.(environment\.json|recipe\.yaml)\.tmp-[\d-]+")
 
 
-@dataclass(frozen=True)
 class RunFolder:
-    path: Path
+    """The files of one run. adapter: the best by validation loss; without validation data, the last."""
 
-    @property
-    def recipe(self) -> Path:
-        return self.path / "recipe.yaml"
-
-    @property
-    def metrics(self) -> Path:
-        return self.path / "metrics.jsonl"
-
-    @property
-    def checkpoints(self) -> Path:
-        return self.path / "checkpoints"
-
-    @property
-    def adapter(self) -> Path:
-        """What you ship: the best adapter by validation loss; without validation data, the last."""
-        return self.path / "adapter"
-
-    @property
-    def last_adapter(self) -> Path:
-        return self.path / "adapter_last"
-
-    @property
-    def report(self) -> Path:
-        return self.path / "report.json"
-
-    @property
-    def environment(self) -> Path:
-        return self.path / "environment.json"
-
-    @property
-    def page(self) -> Path:
-        return self.path / "report.html"
-
-    @property
-    def status(self) -> Path:
-        return self.path / "status.json"
+    def __init__(self, path: Path):
+        self.path = path
+        self.recipe, self.environment, self.status = (path / name for name in _FILES[:3])
+        self.metrics, self.report, self.page = (path / name for name in _FILES[3:6])
+        self.checkpoints, self.adapter, self.last_adapter = (path / name for name in _FOLDERS[:3])
 
     def refuse_if_taken(self, resume: bool) -> None:
         """Raises LoraError if a new run would overwrite something, or there is no run to resume. Writes nothing."""
@@ -89,9 +56,9 @@ class RunFolder:
             raise LoraError("there is no run to resume", where=str(self.path), fix="start it without --resume")
 
     def _refuse_links(self) -> None:
-        """Raises NotOurs where a link, or a folder in place of a file, has a name that a run writes under.
+        """Raises NotOurs for a link, or a folder in place of a file, under a name that a run writes.
 
-        A link may lead anywhere: what is written, replaced or removed behind it would be another folder's.
+        A link may lead anywhere, and then files of another folder would be overwritten or removed.
         """
         for name in _FILES:
             if (found := kind(self.path / name)) in ("link", "folder"):
@@ -115,7 +82,7 @@ class RunFolder:
         if not self.report.exists():
             fix = f"continue it with: {self.resume_command()}; or {other}"
             return LoraError("the output folder already holds a run", where=str(self.path), fix=fix)
-        with suppress(LoraError):  # of its recipe, which is not what was asked
+        with suppress(LoraError):  # its recipe may be damaged, which is not the point here
             other = f"train it longer with: {self.longer_command()}; or {other}"
         return LoraError("the output folder already holds a finished run", where=str(self.path), fix=other)
 
@@ -123,7 +90,7 @@ class RunFolder:
         return command("lora", "train", self.recipe, "--resume")
 
     def longer_command(self) -> str:
-        """Trains a finished run on, for twice as long. Whichever of epochs and max_steps ends it, both are raised."""
+        """The command that trains a finished run for twice as long. Both epochs and max_steps are raised."""
         train, words = self.stored_recipe().train, ["lora", "train", str(self.recipe), "--resume"]
         values = {"train.epochs": None if self.stored_recipe().data.streaming else f"{2 * train.epochs:g}"}
         values["train.max_steps"] = None if train.max_steps is None else str(2 * train.max_steps)
@@ -143,12 +110,12 @@ class RunFolder:
             raise LoraError(what, where=str(self.environment), fix=fix) from None
 
     def begin(self, recipe: Recipe, environment: dict[str, Any]) -> None:
-        """Also where a resumed run goes on under a changed recipe. recipe.yaml comes last: it is what makes a run."""
+        """Write what a run is, also when it is resumed with changes. recipe.yaml comes last: with it a run exists."""
         write_json(self.environment, environment)
         try:
             write_bytes(self.recipe, dump_recipe(recipe).encode())
         except DiskError:
-            if not self.recipe.exists():  # no run began, so the place stays free for one
+            if not self.recipe.exists():  # no run began, so the folder stays free for one
                 self.environment.unlink()
             raise
 
@@ -162,7 +129,7 @@ class RunFolder:
             finish_moves(self.checkpoints, _files_of_a_checkpoint)
 
     def list_checkpoints(self) -> list[Path]:
-        """Complete checkpoints, oldest first. Whether their bytes are right shows when one is opened."""
+        """Complete checkpoints, oldest first. Their bytes are checked when one is opened."""
         found = self.checkpoints.iterdir() if is_real_folder(self.checkpoints) else ()
         named = (path for path in found if CHECKPOINT_NAME.fullmatch(path.name) and kind(path) == "folder")
         return sorted(named, key=lambda path: int(path.name.removeprefix("step_")))
@@ -171,7 +138,7 @@ class RunFolder:
         return self.checkpoints / f"step_{step:06d}"
 
     def append_metrics(self, line: dict[str, Any]) -> None:
-        """Raises DiskError; then nothing of the line is there."""
+        """Raises DiskError, and then nothing of the line is written."""
         text = (json.dumps(line) + "\n").encode("utf-8")
         with disk_errors(self.metrics), open_to_append(self.metrics) as stream:
             before = stream.seek(0, os.SEEK_END)
@@ -183,16 +150,16 @@ class RunFolder:
                 raise
 
     def say_state(self, state: str, **values: Any) -> None:
-        """Update status.json, which `lora runs` reads. What is not given stays as it was."""
+        """Update status.json, which `lora runs` reads. Values that are not given stay as they were."""
         own = {"pid": os.getpid(), "host": platform.node(), "updated": now()}
         write_json(self.status, {"started": own["updated"], **self._said(), **own, "state": state, **values})
 
     def wall_seconds(self) -> float:
-        """How long all processes of this run that ended in order have taken together."""
+        """How long the run took before, over all its sessions that could record it."""
         return float(self._said().get("wall_seconds") or 0.0)
 
     def _said(self) -> dict[str, Any]:
-        """What status.json says; nothing if it is missing or damaged, because the run does not depend on it."""
+        """What status.json says; {} if it is missing or damaged, because the run does not depend on it."""
         try:
             return read_json(self.status, Status, fix="").model_dump(exclude_unset=True)
         except LoraError:
@@ -204,7 +171,7 @@ def _files_of_a_checkpoint(name: str) -> Shape | None:
 
 
 def read_metrics(path: Path) -> list[dict[str, Any]]:
-    """Lines of metrics.jsonl; from a line on that a kill cut short, or that is not one of ours, nothing is taken."""
+    """Lines of metrics.jsonl, up to the first one that is incomplete, after a kill, or that lora did not write."""
     lines: list[dict[str, Any]] = []
     if kind(path) is None:
         return lines

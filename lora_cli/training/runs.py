@@ -1,4 +1,4 @@
-"""`lora runs`: the runs below a folder and how they stand, read from their files alone. No torch, so it is instant."""
+"""`lora runs`: the runs below a folder and their state, read from their files alone. No torch, so it is instant."""
 
 from __future__ import annotations
 
@@ -18,24 +18,25 @@ from lora_cli.foreign import kind, open_binary, parse_json, read_bytes
 
 DEFAULT_FOLDER = Path("runs")
 MEAN_STEPS = 10  # last lines of metrics.jsonl in the loss that is shown
-ELSEWHERE_SECONDS = 900.0  # how long a run on another machine is believed to live without a sign
+ELSEWHERE_SECONDS = 900.0  # without news, after which a run on another machine counts as killed
 
 _MOST_BYTES = 8 * 2**20  # of status.json or report.json
 _LARGEST = 1e15  # of what is counted or measured
 _TAIL_BYTES = 16_384
 _LONGEST_LINE = 10_000  # bytes, of metrics.jsonl
 _AN_INSTANT = 0.05  # seconds; another `lora runs` may be looking at the same lock
-# What the keys that are read have to be; whatever else is there is left alone.
+# The types of the keys that are read; other keys are ignored.
 _STATUS = {"state": str, "why": str, "host": str, "updated": str, "step": float, "total_steps": float} | {
     "wall_seconds": float
 }
 _REPORT = {"tokens": float, "steps": float, "seconds": float, "best_validation_loss": float, "learned": bool}
+_WORDS = {float: "a number from 0 on", str: "text", bool: "true or false"}
 _VALUES = re.compile(rb'"(step|tokens|seconds|validation_loss)": ?(-?[\d.]+(?:[eE][-+]?\d+)?) ?[,}]')
 
 
 @dataclass(frozen=True)
 class Run:
-    """How one run stands. Whatever its files do not say is None.
+    """The state of one run. Whatever its files do not say is None.
 
     state: running, done, nothing learned, interrupted, failed, killed or damaged. why: of the last three.
     loss: training, mean of the last 10 steps; validation_loss: the best; both in nats a target token. tokens: all but
@@ -87,12 +88,12 @@ def as_dicts(runs: list[Run]) -> list[dict[str, Any]]:
 
 
 def print_runs(runs: list[Run], folder: Path, console: Any) -> None:
-    """A table for a terminal, or what to do where there are no runs."""
+    """Print a table, or what to do where there are no runs."""
     from lora_cli.screen import say_on, styled
 
     say = say_on(console)
     if not runs:
-        say(f"no runs in {folder}")
+        say(f"no runs in the folder {folder}")
         say("lora train RECIPE starts one; lora runs FOLDER looks in another folder")
         return
     from rich.table import Table
@@ -103,7 +104,7 @@ def print_runs(runs: list[Run], folder: Path, console: Any) -> None:
     table.add_column("state", overflow="fold")
     for name in ("loss", "valid.", "tokens", "hours", *(["cost"] if runs[0].cost is not None else [])):
         table.add_column(name, justify="right", no_wrap=True)
-    table.add_column("seen", justify="right", no_wrap=True)
+    table.add_column("updated", justify="right", no_wrap=True)
     for run in runs:
         cells = [_decimals(run.loss, 4), _decimals(run.validation_loss, 4), _short(run.tokens), _decimals(run.hours, 2)]
         if runs[0].cost is not None:
@@ -207,11 +208,11 @@ def _newest_checkpoint(path: Path) -> float | None:
     return max((float(found[1]) for found in steps if found), default=None)
 
 
-# ── reading what may be damaged, or a stranger's ────────────────────────────────────────────────────────────────
+# ── reading files that may be damaged, or a stranger's ────────────────────────────────────────────────────────────────
 
 
 def _entries(folder: Path) -> list[os.DirEntry[str]]:
-    """What stands in a folder, by name; nothing if it cannot be opened."""
+    """The entries of a folder, by name; none if it cannot be opened."""
     try:
         with os.scandir(folder) as entries:
             return sorted(entries, key=lambda entry: entry.name)
@@ -220,7 +221,7 @@ def _entries(folder: Path) -> list[os.DirEntry[str]]:
 
 
 def _read_json(path: Path, wanted: dict[str, type], problems: list[str]) -> dict[str, Any]:
-    """The wanted values of a file, those that are null left out; what is wrong with it is added to `problems`."""
+    """The wanted values of a file, without those that are null; what is wrong with it is added to `problems`."""
     if kind(path) is None:
         return {}
     try:
@@ -231,20 +232,17 @@ def _read_json(path: Path, wanted: dict[str, type], problems: list[str]) -> dict
     if not isinstance(found, dict):
         problems.append(f"{path.name} is not a JSON object")
         return {}
-    values: dict[str, Any] = {}
-    for name, needed in wanted.items():
-        value = found.get(name)
-        if needed is float and value is not None:
-            value = _number(value)
-            right = value is not None and value >= 0
-        else:
-            right = value is None or type(value) is needed
-        if not right:
-            word = {float: "number", str: "text", bool: "yes or no"}[needed]
-            problems.append(f"{path.name}: {name} is not a {word}")
-        elif value is not None:
-            values[name] = value
+    values = {name: found[name] for name in wanted if found.get(name) is not None}
+    for name in [name for name, value in values.items() if not _is_a(wanted[name], value)]:
+        problems.append(f"{path.name}: {name} is not {_WORDS[wanted[name]]}")
+        del values[name]
     return values
+
+
+def _is_a(needed: type, value: Any) -> bool:
+    if needed is float:
+        return (number := _number(value)) is not None and number >= 0
+    return type(value) is needed
 
 
 def _last_lines(metrics: Path, problems: list[str]) -> list[dict[str, Any]]:

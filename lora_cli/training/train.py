@@ -1,4 +1,4 @@
-"""`lora train`: from a recipe to a run that is the one that was asked for, and to its report."""
+"""`lora train`: from a recipe to a run and its report."""
 
 from __future__ import annotations
 
@@ -37,9 +37,9 @@ def train(
 ) -> dict[str, Any]:
     """Run a recipe to its end; returns the report that is also written to report.json.
 
-    allow: settings, sections, `data` or `versions` that may have changed since a resumed run was begun.
+    allow: settings, sections, `data` or `versions` that may have changed since a resumed run began.
     Raises Interrupted after Ctrl+C, SIGTERM, SIGHUP or max_hours, with a checkpoint written; CheckFailed when the loss
-    is not finite or nothing was learned; DiskError when what has to be kept cannot be written.
+    is not finite or nothing was learned; DiskError when a checkpoint, metrics or the adapter cannot be written.
     """
     require_known(allow)
     folder = RunFolder(Path(recipe.output))
@@ -48,17 +48,17 @@ def train(
     console.quiet |= not accelerator.is_main_process
     say = say_on(console)
 
-    def say_it_aloud(text: str) -> None:
+    def say_and_show_cursor(text: str) -> None:
         say(text)
         console.show_cursor()  # a second signal ends the process before the live display can
 
-    stop = Stop(say_it_aloud, max_seconds=max_hours and max_hours * 3600, processes=accelerator.num_processes)
+    stop = Stop(say_and_show_cursor, max_seconds=max_hours and max_hours * 3600, processes=accelerator.num_processes)
     with lost_process_is_told(folder.resume_command()), stop.listening(), ExitStack() as held:
         try:
             if accelerator.is_main_process:
                 folder.refuse_if_taken(resume)
                 held.enter_context(locked(folder.path, say))
-                folder.refuse_if_taken(resume)  # by one that ended in between
+                folder.refuse_if_taken(resume)  # by a run that ended in between
                 folder.clear_after_a_kill()
             wait_for_everyone(accelerator)
             run = _open(recipe, folder, accelerator, console, stop, resume, allow)
@@ -80,7 +80,7 @@ def _open(
     resume: bool,
     allow: Sequence[str],
 ) -> Run:
-    """A run that is ready for its next step, after all that could keep it from being the run that was asked for."""
+    """A run that is ready for its next step. Raises LoraError if a resumed run would not be the same run."""
     changes: list[Change] = []
     moved = False
     if resume:
@@ -106,7 +106,7 @@ def _open(
         changes += other
         if note is not None:
             say_on(console)(note)
-    wait_for_everyone(accelerator)  # each has compared before one writes
+    wait_for_everyone(accelerator)  # every process has compared before one writes
     run = Run(session, folder, accelerator, console, stop, environment)
     if resume:
         run.go_back(changes)

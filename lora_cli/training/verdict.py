@@ -95,7 +95,7 @@ def judge(report: Mapping[str, Any]) -> Verdict:
 
 
 def verdict_lines(report: Mapping[str, Any]) -> list[str]:
-    """For the screen at the end of a run, most important first. Measurements that are missing have no line."""
+    """The last lines on the screen, most important first. Missing measurements have no line."""
     verdict = judge(report)
     lines = [verdict.headline, verdict.why]
     if verdict.fix:
