@@ -195,7 +195,7 @@ def test_page_holds_every_token_with_its_mask_and_no_markup_of_the_data(recipe_f
     assert "http" not in re.sub(r"http-equiv", "", text)  # one file that needs no other
     page = Page()
     page.feed(text)
-    example = checked.data.train[0]
+    example = checked.feed.first(1)[0]
     assert "".join(token[2] for token in page.tokens) == rows[0]["prompt"] + rows[0]["completion"] + "<|endoftext|>"
     assert ["t" in token[0].split() for token in page.tokens] == example.trained.tolist()
     tokenizer = load_tokenizer(find_base(str(tiny_llama)))

@@ -233,7 +233,7 @@ def test_a_checkpoint_of_an_older_format_is_refused_by_its_number(crashed):
     newest = RunFolder(run).list_checkpoints()[-1]
     (newest / "manifest.json").unlink()
     (newest / "state.json").write_text('{"format": 2}')
-    with pytest.raises(LoraError, match="checkpoint format 2 is not 3"):
+    with pytest.raises(LoraError, match="checkpoint format 2 is not 4"):
         resume(run)
 
 

@@ -11,6 +11,8 @@ from conftest import losses, write_rows
 from lora_cli.base.load import load_tokenizer
 from lora_cli.base.source import find_base
 from lora_cli.data import stream
+from lora_cli.data.feed import open_feed
+from lora_cli.data.prepare import prepare
 from lora_cli.data.stream import StreamFeed
 from lora_cli.errors import CheckFailed, LoraError
 from lora_cli.recipe import load_recipe
@@ -27,7 +29,10 @@ def small_windows(monkeypatch):
 def feed(recipe_file, tiny_llama, small_windows):
     def make(**settings) -> StreamFeed:
         merged = {key: STREAM[key] | settings.get(key, {}) for key in STREAM}
-        return StreamFeed(load_recipe(recipe_file(**merged)), load_tokenizer(find_base(str(tiny_llama))))
+        recipe, tokenizer = load_recipe(recipe_file(**merged)), load_tokenizer(find_base(str(tiny_llama)))
+        feed = open_feed(recipe, prepare(recipe, tokenizer), tokenizer)
+        assert isinstance(feed, StreamFeed)
+        return feed
 
     return make
 
@@ -94,7 +99,7 @@ def test_sources_are_mixed_by_weight(feed, tmp_path):
         for name in ("often", "seldom")
     ]
     given = feed(data={"train": [{"path": str(paths[0]), "weight": 3}, {"path": str(paths[1])}]})
-    seen = Counter(example.file for example in given.first_window)
+    seen = Counter(example.file for example in given.first(99))
     assert seen[str(paths[0])] in (7, 8)
     assert sum(seen.values()) == 10
 

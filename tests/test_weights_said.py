@@ -10,7 +10,6 @@ from typing import Any
 import pytest
 from conftest import write_rows
 
-from lora_cli.data.report import data_lines
 from lora_cli.planning.check import check
 from lora_cli.recipe import load_recipe
 from lora_cli.screen import Screen
@@ -43,7 +42,7 @@ def test_check_says_that_weights_are_in_force_and_their_range(case, recipe_file,
     path = recipe_file(data={"train": str(write_rows(tmp_path / "rows.jsonl", rows)), "validation": None, **data})
     checked = check(load_recipe(path))
     found = checked.as_dict(0)["weights"]
-    lines = data_lines(checked.data, checked.recipe)
+    lines = checked.feed.lines()
     told = [line for line in lines if "weights of the loss are in force" in line]
     if expected is None:
         assert (found, told) == (None, [])

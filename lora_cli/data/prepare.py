@@ -69,7 +69,7 @@ def prepare(
     assert data is not None
     if not inspect:
         data.findings.require_none(recipe.data.allow)
-        require_rows(data, recipe)
+        require_rows(data.summary, recipe.data)
     return data
 
 
@@ -108,7 +108,7 @@ def _build_in_place(preparation: Preparation, place: Path, own: bool) -> Prepare
         data = open_prepared(building)
         assert data is not None
         data.findings.require_none(preparation.recipe.data.allow)
-        require_rows(data, preparation.recipe)
+        require_rows(data.summary, preparation.recipe.data)
         if kind(place) is not None and _open(place) is None:  # damaged, or made elsewhere
             remove_damaged(place)
         try:
@@ -126,19 +126,19 @@ def _build_in_place(preparation: Preparation, place: Path, own: bool) -> Prepare
     return replace(data, folder=place)
 
 
-def require_rows(data: PreparedData, recipe: Recipe) -> None:
+def require_rows(made: Summary, data: DataRecipe) -> None:
     """Raises LoraError if no row is left to train on, with what became of them."""
-    if len(data.train) or recipe.data.streaming:
+    if made.train.examples or data.streaming:
         return
-    counts = data.findings.counts
+    counts = made.findings.counts
     details = [f"{count:,} {KINDS[kind].title}" for kind, count in counts.items()]
     fixes = {
         "remove train: false or weight: 0 from some rows": "left_out" in counts,
         "raise data.max_seq_len, or write data.too_long: truncate": "too_long" in counts,
-        "raise the weight of a source": any(each.weight < 1 for each in recipe.data.train),
+        "raise the weight of a source": any(each.weight < 1 for each in data.train),
     }
     fix = "; or ".join(each for each, fits in fixes.items() if fits) or "name data with rows to train on"
-    raise LoraError("no row is left to train on", where=_name(recipe.data.train[0]), details=details, fix=fix)
+    raise LoraError("no row is left to train on", where=_name(data.train[0]), details=details, fix=fix)
 
 
 @dataclass

@@ -40,6 +40,11 @@ class Summary:
     # of a folder or a pattern → files: the rows of each; left: others, and why they are not read
     listing: dict[str, dict[str, dict[str, Any]]] = field(default_factory=dict)
 
+    @property
+    def prompting(self) -> str:
+        """`template` if any source goes through a chat template, else `raw`."""
+        return "raw" if self.template is None else "template"
+
 
 @dataclass(frozen=True)
 class PreparedData:

@@ -5,9 +5,8 @@ from __future__ import annotations
 import os
 from typing import Any
 
-from lora_cli.data.gate import KINDS
-from lora_cli.data.prepared import PreparedData
-from lora_cli.data.stream import StreamFeed
+from lora_cli.data.gate import KINDS, Findings
+from lora_cli.data.prepared import PreparedData, Summary
 from lora_cli.recipe import Recipe
 
 _MOST_LISTED = 20
@@ -24,9 +23,7 @@ def data_lines(data: PreparedData, recipe: Recipe) -> list[str]:
     """Formats and why, lengths, how much is trained, how full the rows are, and steps."""
     summary, settings = data.summary, recipe.data
     tokens, limit = summary.train.tokens, settings.max_seq_len
-    lines = []
-    for source, form in summary.formats.items():
-        lines += [f"{source}: {form}", *listing_lines(source, summary.listing.get(source, {}))]
+    lines = _source_lines(summary)
     if summary.template is not None:
         lines.append(f"chat template: {summary.template}")
     if summary.stop_tokens:
@@ -37,10 +34,7 @@ def data_lines(data: PreparedData, recipe: Recipe) -> list[str]:
         return lines
     share = summary.train.target_tokens / tokens
     lines.append(f"{tokens:,} tokens an epoch, {summary.train.target_tokens:,} trained ({share:.0%})")
-    if summary.weights is not None:
-        lines.append(summary.weights.said())
-    lengths = ", ".join(f"{name} {value:,}" for name, value in summary.train.percentiles.items())
-    lines.append(f"tokens of an example: {lengths}")
+    lines += _example_lines(summary)
     order = data.order(recipe)
     if settings.packing:
         lines.append(
@@ -79,9 +73,8 @@ def _first(lines: list[str], what: str) -> list[str]:
     return [*lines[:_MOST_LISTED], *([f"  and {more:,} {what}"] if more > 0 else [])]
 
 
-def finding_lines(data: PreparedData) -> list[str]:
+def finding_lines(findings: Findings) -> list[str]:
     """What the gate found that does not stop this run."""
-    findings = data.findings
     return [
         f"{count:,} {KINDS[kind].title}{f': {findings.rows(kind)}' if findings.places[kind] else ''}"
         for kind, count in sorted(findings.counts.items(), key=lambda each: list(KINDS).index(each[0]))
@@ -89,20 +82,29 @@ def finding_lines(data: PreparedData) -> list[str]:
     ]
 
 
-def stream_lines(feed: StreamFeed, data: PreparedData, recipe: Recipe) -> list[str]:
+def stream_lines(summary: Summary, held_out: int, steps: int) -> list[str]:
     """What the first window of a stream shows; the rest is checked as it comes."""
-    window = feed.lengths
-    lengths = ", ".join(f"{name} {value:,}" for name, value in window.percentiles.items())
+    window = summary.train
     return [
-        *(
-            line
-            for source, form in feed.formats.items()
-            for line in (f"{source}: {form}", *listing_lines(source, feed.listing.get(source, {})))
-        ),
+        *_source_lines(summary),
         f"streaming; in the first window {window.examples:,} examples, {window.tokens:,} tokens, "
         f"{window.target_tokens:,} trained ({window.target_tokens / window.tokens:.0%})",
-        *([] if feed.weights is None else [feed.weights.said()]),
-        f"tokens of an example: {lengths}",
-        f"{len(data.validation):,} examples held out" if len(data.validation) else "none held out",
-        f"{recipe.train.max_steps:,} steps",
+        *_example_lines(summary),
+        f"{held_out:,} examples held out" if held_out else "none held out",
+        f"{steps:,} steps",
     ]
+
+
+def _source_lines(summary: Summary) -> list[str]:
+    """Each source's format and why, and the files of those that have several."""
+    return [
+        line
+        for source, form in summary.formats.items()
+        for line in (f"{source}: {form}", *listing_lines(source, summary.listing.get(source, {})))
+    ]
+
+
+def _example_lines(summary: Summary) -> list[str]:
+    lengths = ", ".join(f"{name} {value:,}" for name, value in summary.train.percentiles.items())
+    weights = [] if summary.weights is None else [summary.weights.said()]
+    return [*weights, f"tokens of an example: {lengths}"]

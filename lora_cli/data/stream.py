@@ -11,6 +11,7 @@ import hashlib
 import json
 import os
 from collections.abc import Iterator
+from dataclasses import replace
 from itertools import islice
 from pathlib import Path
 from typing import Any
@@ -21,14 +22,15 @@ from transformers import PreTrainedTokenizerBase
 from lora_cli.base.text import positions, vocabulary
 from lora_cli.data.chat import ChatTemplate
 from lora_cli.data.example import Example
-from lora_cli.data.feed import split_by_length
 from lora_cli.data.gate import TOO_LONG_SHARE, Findings, Lengths, Weights, weight_range
-from lora_cli.data.order import Permutation
+from lora_cli.data.order import permutation, split_by_length
 from lora_cli.data.packing import Groups, rows_to_shuffle
-from lora_cli.data.prepared import micro_batches_per_step, rows_per_micro_batch, split_in_step
+from lora_cli.data.prepared import PreparedData, Summary, micro_batches_per_step, rows_per_micro_batch, split_in_step
 from lora_cli.data.readers import Row
+from lora_cli.data.report import stream_lines
 from lora_cli.data.row_encoder import RowEncoder, fit_length, require_arguments_used, require_columns
 from lora_cli.data.sources import FileSource, open_source
+from lora_cli.data.store import Examples
 from lora_cli.errors import LoraError
 from lora_cli.recipe import Recipe
 
@@ -38,11 +40,11 @@ WINDOW_ROWS = 4096
 class StreamFeed:
     """Steps made of a stream, in order. Opening it reads the first window; raises LoraError for what is wrong in it.
 
-    first_window: the examples of the first window, for previews and checks. window: what the gate says of the current.
+    data: the validation data, which are prepared all the same.
     """
 
-    def __init__(self, recipe: Recipe, tokenizer: PreTrainedTokenizerBase):
-        self._recipe, self._tokenizer = recipe, tokenizer
+    def __init__(self, recipe: Recipe, data: PreparedData, tokenizer: PreTrainedTokenizerBase):
+        self._recipe, self.data, self._tokenizer = recipe, data, tokenizer
         written = [Path(recipe.output)]
         self._sources = [
             (each.weight, open_source(each, streaming=True, written=written)) for each in recipe.data.train
@@ -57,68 +59,69 @@ class StreamFeed:
         self._rows = self._mixed()
         self._examples: list[Example] = []
         self._units = Groups.of([])
-        self._shuffled = Permutation(0, (0,))
+        self._shuffled = permutation(0, (0,))
         self._step = 1
         self._given = 0  # units of this pass
         self._load_window()
         require_arguments_used(recipe.data, self._template)
-        self.first_window = self._examples
+        self._first = self._examples  # of the first window
 
     # ── what it is ──────────────────────────────────────────────────────────────────────────────────────────────
 
     @property
-    def identity(self) -> dict[str, str]:
-        """Source → what tells this version from another, without reading all of it: sizes and times, or the commit."""
-        found: dict[str, str] = {}
+    def summary(self) -> Summary:
+        """Of what was read so far, and of the validation data."""
+        data, encoders = self.data.summary, sorted(self._encoders.items())
+        identity: dict[str, str] = {}  # what tells versions apart without reading all of them
         for _, source in self._sources:
-            found |= _file_identity(source) if isinstance(source, FileSource) else source.identity
-        return found
-
-    @property
-    def fingerprint(self) -> str:
-        return hashlib.sha256(json.dumps(self.identity, sort_keys=True).encode()).hexdigest()
-
-    @property
-    def formats(self) -> dict[str, str]:
-        return {self._sources[at][1].name: encoder.said for at, encoder in sorted(self._encoders.items())}
-
-    @property
-    def uses_template(self) -> bool:
-        """Whether any of the sources read so far goes through a chat template."""
-        return any(encoder.template is not None for encoder in self._encoders.values())
-
-    @property
-    def listing(self) -> dict[str, dict[str, dict[str, Any]]]:
-        """As of prepared data, but the rows of files are not counted."""
+            identity |= _file_identity(source) if isinstance(source, FileSource) else source.identity
+        digest = hashlib.sha256(json.dumps(identity, sort_keys=True).encode()).hexdigest()
         several = [each for _, each in self._sources if isinstance(each, FileSource) and not each.one]
-        return {each.name: {"files": dict.fromkeys(map(str, each.paths)), "left": each.left} for each in several}
+        listing = {each.name: {"files": dict.fromkeys(map(str, each.paths)), "left": each.left} for each in several}
+        template = self._template
+        own = template.text if template is not None and template.text != self._tokenizer.chat_template else None
+        return replace(
+            data,
+            formats={self._sources[at][1].name: encoder.said for at, encoder in encoders} | data.formats,
+            files={**identity, **data.files},
+            listing=listing | data.listing,
+            train=self._lengths,
+            fingerprint=f"{digest} {data.fingerprint}",
+            template=data.template if template is None else template.name,
+            own_template=data.own_template if template is None else own,
+            weights=Weights.of(np.array([weight_range(each) for each in self._first], np.float32).reshape(-1, 2)),
+        )
 
     @property
-    def own_template(self) -> str | None:
-        """Text of the chat template, where it is not the model's own."""
-        template = self._template
-        return template.text if template is not None and template.text != self._tokenizer.chat_template else None
+    def validation(self) -> Examples:
+        return self.data.validation
+
+    @property
+    def total_steps(self) -> int:
+        assert self._recipe.train.max_steps is not None
+        return self._recipe.train.max_steps
+
+    def first(self, count: int) -> list[Example]:
+        return self._first[:count]
+
+    def lines(self) -> list[str]:
+        return stream_lines(self.summary, len(self.validation), self.total_steps)
 
     @property
     def _template(self) -> ChatTemplate | None:
         return next((encoder.template for encoder in self._encoders.values() if encoder.template is not None), None)
 
     @property
-    def lengths(self) -> Lengths:
+    def _lengths(self) -> Lengths:
         """Of the examples of the current window."""
         return Lengths.of(
             np.array([len(example.ids) for example in self._examples], np.int64),
             np.array([example.targets for example in self._examples], np.int64),
         )
 
-    @property
-    def weights(self) -> Weights | None:
-        """Of the loss, in the first window."""
-        ranges = np.array([weight_range(example) for example in self.first_window], np.float32).reshape(-1, 2)
-        return Weights.of(ranges)
-
     def require_fit(self, config: Any, model: str) -> None:
         """Every window from now on must fit the model's vocabulary. Raises LoraError if max_seq_len is too long."""
+        self.data.require_fit(config, model)
         seen = positions(config)
         if seen and self._recipe.data.max_seq_len > seen:
             raise LoraError(f"max_seq_len is above what {model} sees", fix=f"write data.max_seq_len: {seen}")
@@ -193,7 +196,7 @@ class StreamFeed:
             seed=train.seed,
         )
         self._given += len(self._units)
-        self._shuffled = Permutation(len(self._units), seed)
+        self._shuffled = permutation(len(self._units), seed)
 
     def _encoded(self, rows: list[tuple[int, Row]]) -> list[Example]:
         data = self._recipe.data
@@ -214,7 +217,6 @@ class StreamFeed:
         if data.too_long != "error" or findings.counts.get("too_long", 0) <= TOO_LONG_SHARE * len(rows):
             findings.waived.add("too_long")
         findings.require_none(data.allow)
-        self.findings = findings
         return examples
 
     def _fitted(self, example: Example, data_format: str, findings: Findings) -> list[Example]:

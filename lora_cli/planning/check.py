@@ -19,12 +19,10 @@ from lora_cli.adapters.targets import not_adapted, targets_of
 from lora_cli.base.source import BaseSource, find_base
 from lora_cli.base.stored import require_quantization
 from lora_cli.data.example import Example
+from lora_cli.data.feed import Feed, open_feed
 from lora_cli.data.gate import KINDS
 from lora_cli.data.prepare import prepare, require_rows
-from lora_cli.data.prepared import PreparedData
 from lora_cli.data.preview import PAGE_MARK, as_page, as_text, tokens_of
-from lora_cli.data.report import data_lines, stream_lines
-from lora_cli.data.stream import StreamFeed
 from lora_cli.errors import LoraError
 from lora_cli.files import disk_errors
 from lora_cli.planning.skeleton import base_model
@@ -42,30 +40,28 @@ class Checked:
     recipe: Recipe
     source: BaseSource
     tokenizer: PreTrainedTokenizerBase
-    data: PreparedData
-    stream: StreamFeed | None
+    feed: Feed
     layers: int
     parameters: int
     left_out: list[str]
 
     def as_dict(self, show: int) -> dict[str, Any]:
         """For --json. Tokens are those of one epoch; a token counts as trained if it is a target of the loss."""
-        train = self.data.summary.train if self.stream is None else self.stream.lengths
-        weights = self.data.summary.weights if self.stream is None else self.stream.weights
+        data, train = self.feed.summary, self.feed.summary.train
         return {
-            "ok": not self.data.findings.stopping(self.recipe.data.allow) and train.examples > 0,
+            "ok": not data.findings.stopping(self.recipe.data.allow) and train.examples > 0,
             "examples": train.examples,
-            "validation_examples": len(self.data.validation),
+            "validation_examples": len(self.feed.validation),
             "tokens": train.tokens,
             "target_tokens": train.target_tokens,
             "lengths": train.percentiles,
-            "formats": self.data.summary.formats,
-            "listing": self.data.summary.listing if self.stream is None else self.stream.listing,
-            "template": self.data.summary.template,
-            "weights": weights and vars(weights),
+            "formats": data.formats,
+            "listing": data.listing,
+            "template": data.template,
+            "weights": data.weights and vars(data.weights),
             "layers": self.layers,
             "trained_parameters": self.parameters,
-            "fingerprint": self.data.fingerprint,
+            "fingerprint": data.fingerprint,
             "findings": self.findings(),
             "rows": [
                 {
@@ -82,15 +78,15 @@ class Checked:
 
     def shown(self, show: int) -> Sequence[Example]:
         """The first examples that are trained on, in the order of the data."""
-        return self.data.train[:show] if self.stream is None else self.stream.first_window[:show]
+        return self.feed.first(show)
 
     def findings(self) -> list[dict[str, Any]]:
-        return self.data.findings.as_list(self.recipe.data.allow)
+        return self.feed.summary.findings.as_list(self.recipe.data.allow)
 
     def require_ok(self) -> None:
         """Raises LoraError if the gate found something that stops a run, or no row is left."""
-        self.data.findings.require_none(self.recipe.data.allow)
-        require_rows(self.data, self.recipe)
+        self.feed.summary.findings.require_none(self.recipe.data.allow)
+        require_rows(self.feed.summary, self.recipe.data)
 
 
 def check(recipe: Recipe, *, keep: bool = False) -> Checked:
@@ -104,8 +100,8 @@ def check(recipe: Recipe, *, keep: bool = False) -> Checked:
     # Which outputs of a fused layer are q or v is asked of a model that computes: here all projections are looked for.
     adapter = recipe.adapter.model_copy(update={"projections": ["q", "k", "v", "o"]})
     targets = targets_of(model, adapter)
-    data = prepare(recipe, tokenizer, keep=keep, inspect=True)
-    data.require_fit(config, source.name)
+    feed = open_feed(recipe, prepare(recipe, tokenizer, keep=keep, inspect=True), tokenizer)
+    feed.require_fit(config, source.name)
     kinds = base.unreached_kinds(recipe.adapter.target_modules)
     base.require_causal()
     if recipe.data.packing and base.packing_refused is not None:
@@ -114,10 +110,7 @@ def check(recipe: Recipe, *, keep: bool = False) -> Checked:
     notes = left_out_lines(recipe.adapter.target_modules, left_out, some=len(left_out) < len(targets))
     targets = [target for target in targets if kind_of(target.name) not in kinds]
     parameters = sum(target.size(model.get_submodule(target.name)) for target in targets)
-    stream = StreamFeed(recipe, tokenizer) if recipe.data.streaming else None
-    if stream is not None:
-        stream.require_fit(config, source.name)
-    return Checked(recipe, source, tokenizer, data, stream, len(targets), parameters, [*not_adapted(model), *notes])
+    return Checked(recipe, source, tokenizer, feed, len(targets), parameters, [*not_adapted(model), *notes])
 
 
 def write_page(checked: Checked, path: Path, show: int) -> None:
@@ -130,7 +123,7 @@ def write_page(checked: Checked, path: Path, show: int) -> None:
     page = as_page(
         f"lora check: {checked.recipe.base_model}",
         lines,
-        checked.data.findings,
+        checked.feed.summary.findings,
         checked.recipe.data.allow,
         checked.shown(show),
         checked.tokenizer,
@@ -190,6 +183,4 @@ def _lines(checked: Checked) -> list[tuple[str, str]]:
         ("adapter", adapter),
         *(("", line) for line in checked.left_out),
     ]
-    data, recipe = checked.data, checked.recipe
-    told = data_lines(data, recipe) if checked.stream is None else stream_lines(checked.stream, data, recipe)
-    return lines + [("" if at else "data", text) for at, text in enumerate(told)]
+    return lines + [("" if at else "data", text) for at, text in enumerate(checked.feed.lines())]

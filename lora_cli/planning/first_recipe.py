@@ -72,7 +72,7 @@ def write_first_recipe(
         final = _as_recipe(recipe_text(chosen, names, _tried(recipe, prepared, survey)), temporary)
         assert final.data == recipe.data, "what was tried is not what is written"
         temporary.rename(path)
-    return FirstRecipe(path, final, chosen.fit.memory, device, finding_lines(prepared))
+    return FirstRecipe(path, final, chosen.fit.memory, device, finding_lines(prepared.findings))
 
 
 def _device_here() -> Device:

@@ -49,7 +49,7 @@ from lora_cli.training.optimizer import state_after_a_step
 from lora_cli.training.state import State, StateFile
 from lora_cli.training.stored import Manifest
 
-FORMAT = 3  # 1 had A and B in one group of the optimizer; 2 no manifest
+FORMAT = 4  # 1 had A and B in one group of the optimizer; 2 no manifest; 3 another order of the data
 BEST = "best"
 FILES: Shape = {
     "manifest.json": None,
@@ -258,7 +258,8 @@ def _damaged(folder: Path, how: str) -> Damaged:
 
 def _other_format(folder: Path, found: Any) -> LoraError:
     return LoraError(
-        f"checkpoint format {found} is not {FORMAT}",
+        f"checkpoint format {found} is not {FORMAT}: another version of lora wrote it, which draws the rows in another "
+        "order",
         where=str(folder),
         fix="resume with the version of lora that wrote it, or start a new run with another output",
     )

@@ -139,8 +139,8 @@ class Keeper:
                 self.session.source,
                 quantization=recipe.quantization,
                 double_quantization=recipe.double_quantization,
-                chat_template=self.session.own_template,
-                prompting=self.session.prompting,
+                chat_template=self.session.feed.summary.own_template,
+                prompting=self.session.feed.summary.prompting,
             )
 
     def _write_checkpoint(self, state: State) -> None:
@@ -192,7 +192,7 @@ class Keeper:
                 if not _same_files(best, self.folder.adapter):
                     with written_whole(self.folder.adapter, replaces=ADAPTER_FILES) as place:
                         copy_files(best, place, ADAPTER_FILES)
-            elif self.session.data.validation:
+            elif self.session.feed.validation:
                 remove_folder(self.folder.adapter, ADAPTER_FILES)
 
     def _with_what_is_left(self, problem: DiskError) -> DiskError:

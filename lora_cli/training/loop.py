@@ -70,7 +70,7 @@ class Run:
         identity = (*COMPUTING, "device", "dtype", "processes")
         belongs_to = {
             "recipe": session.recipe.model_dump(mode="json"),
-            "data_fingerprint": session.data_fingerprint,
+            "data_fingerprint": session.feed.summary.fingerprint,
             "base_fingerprint": session.source.fingerprint,
             "environment": {name: environment[name] for name in identity},
         }

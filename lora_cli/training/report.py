@@ -32,6 +32,7 @@ def make_report(session: Session, state: State, folder: RunFolder, accelerator: 
     gain = None
     if "validation.best" in state.tensors:
         gain = paired_gain(*(state.tensors[f"validation.{name}"] for name in ("base", "best", "targets")))
+    weights = session.feed.summary.weights
     report = {
         "steps": state.step,
         "first_loss": state.first_loss,
@@ -48,7 +49,7 @@ def make_report(session: Session, state: State, folder: RunFolder, accelerator: 
         "reserved_memory_bytes": state.reserved_memory_bytes or None,
         "skipped_steps": state.skipped,
         "rewound_from_steps": [step for step, _ in state.rewound],
-        "weights": session.loss_weights and vars(session.loss_weights),
+        "weights": weights and vars(weights),
         "adapted_layers": len(session.layers),
         "trained_parameters": sum(parameter.numel() for parameter in trained_parameters(session.model)),
         "validation": None if gain is None else vars(gain),

@@ -19,12 +19,9 @@ from lora_cli.base.load import load_model, load_tokenizer, model_config
 from lora_cli.base.sharding import require_shardable
 from lora_cli.base.source import BaseSource, find_base
 from lora_cli.base.stored import require_quantization
-from lora_cli.data.feed import IndexedFeed
-from lora_cli.data.gate import Weights
+from lora_cli.data.feed import Feed, open_feed
 from lora_cli.data.prepare import prepare
-from lora_cli.data.prepared import PreparedData, split_in_step
-from lora_cli.data.report import data_lines, finding_lines, stream_lines
-from lora_cli.data.stream import StreamFeed
+from lora_cli.data.report import finding_lines
 from lora_cli.evaluation.forgetting import GeneralText, general_text
 from lora_cli.files import human_bytes, require_space
 from lora_cli.recipe import Recipe
@@ -40,10 +37,9 @@ class Session:
     recipe: Recipe
     source: BaseSource
     tokenizer: PreTrainedTokenizerBase
-    data: PreparedData
     model: Any
     layers: dict[str, Trained]
-    feed: IndexedFeed | StreamFeed
+    feed: Feed
     device: torch.device
     dtype: torch.dtype
     collate: Collate
@@ -52,38 +48,7 @@ class Session:
 
     @property
     def total_steps(self) -> int:
-        train = self.recipe.train
-        if isinstance(self.feed, IndexedFeed):
-            return self.feed.order.total_steps(train.epochs, train.max_steps)
-        assert train.max_steps is not None
-        return train.max_steps
-
-    @property
-    def data_fingerprint(self) -> str:
-        """The same exactly when the run sees the same data; of a stream, when its sources are the same."""
-        own = self.data.fingerprint
-        return f"{self.feed.fingerprint} {own}" if isinstance(self.feed, StreamFeed) else own
-
-    @property
-    def data_files(self) -> dict[str, str]:
-        streamed = self.feed.identity if isinstance(self.feed, StreamFeed) else {}
-        return {**streamed, **self.data.summary.files}
-
-    @property
-    def loss_weights(self) -> Weights | None:
-        """Those in force; of a stream, in its first window. None: all are 1."""
-        return self.feed.weights if isinstance(self.feed, StreamFeed) else self.data.summary.weights
-
-    @property
-    def own_template(self) -> str | None:
-        """Text of the chat template that was trained with, where it is not the model's own."""
-        return self.feed.own_template if isinstance(self.feed, StreamFeed) else self.data.summary.own_template
-
-    @property
-    def prompting(self) -> str:
-        """`template` if any source went through a chat template, else `raw`."""
-        streamed = isinstance(self.feed, StreamFeed) and self.feed.uses_template
-        return "template" if streamed or self.data.summary.template is not None else "raw"
+        return self.feed.total_steps
 
 
 def open_session(recipe: Recipe, console: Console) -> Session:
@@ -95,24 +60,16 @@ def open_session(recipe: Recipe, console: Console) -> Session:
     tokenizer = load_tokenizer(source, trust_remote_code=recipe.trust_remote_code)
     with PartialState().main_process_first():  # the others then find it prepared
         data = prepare(recipe, tokenizer, keep=True)
-    feed: IndexedFeed | StreamFeed
-    if recipe.data.streaming:
-        feed = StreamFeed(recipe, tokenizer)
-        lines = stream_lines(feed, data, recipe)
-    else:
-        feed = IndexedFeed(data.train, data.order(recipe), split_in_step(recipe))
-        lines = [*data_lines(data, recipe), *finding_lines(data)]
-    for number, line in enumerate(lines):
+    feed = open_feed(recipe, data, tokenizer)
+    for number, line in enumerate([*feed.lines(), *finding_lines(feed.summary.findings)]):
         say(f"{'' if number else 'data':9}{line}")
     config = model_config(source, recipe.trust_remote_code)
-    data.require_fit(config, source.name)
-    if isinstance(feed, StreamFeed):
-        feed.require_fit(config, source.name)
+    feed.require_fit(config, source.name)
     text = general_text(tokenizer, config, Path(recipe.data.general_text) if recipe.data.general_text else None)
     loaded = open_model(recipe, source, tokenizer, device, sum(len(example.ids) for example in feed.largest()), say)
     model = loaded.model
     session = Session(
-        *(recipe, source, tokenizer, data, model, loaded.layers, feed, device, model.dtype),
+        *(recipe, source, tokenizer, model, loaded.layers, feed, device, model.dtype),
         *(loaded.collate, loaded.activations, text),
     )
     trained = sum(parameter.numel() for parameter in trained_parameters(model))

@@ -95,8 +95,8 @@ def _open(
         "processes": accelerator.num_processes,
         "base_revision": session.source.revision,
         "base_fingerprint": session.source.fingerprint,
-        "data_fingerprint": session.data_fingerprint,
-        "data_files": session.data_files,
+        "data_fingerprint": session.feed.summary.fingerprint,
+        "data_files": session.feed.summary.files,
     }
     began: dict[str, Any] = folder.stored_environment() if resume else {}
     note = rounding_note(began, environment) if resume else None

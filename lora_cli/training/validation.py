@@ -27,7 +27,7 @@ class Validator:
 
     @property
     def has_data(self) -> bool:
-        return bool(self.session.data.validation)
+        return bool(self.session.feed.validation)
 
     def score_base(self, state: State) -> float:
         """Loss of the model without its adapter, which the run has to beat. Raises EvaluationStopped."""
@@ -51,10 +51,10 @@ class Validator:
     def require_fit(self, state: State) -> None:
         """Raises LoraError unless the checkpoint has one loss for each of this run's validation examples."""
         counts = {len(each) for each in state.tensors.values()}
-        if counts - {len(self.session.data.validation)}:
+        if counts - {len(self.session.feed.validation)}:
             raise LoraError(
                 f"the checkpoint has losses of {max(counts)} validation examples, "
-                f"but the data has {len(self.session.data.validation)}",
+                f"but the data has {len(self.session.feed.validation)}",
                 where=self.session.recipe.output,
                 fix="remove the newest checkpoint to continue from the one before it",
             )
@@ -66,7 +66,7 @@ class Validator:
 
     def _example_losses(self, parts: int) -> tuple[Tensor, Tensor]:
         session, accelerator = self.session, self.accelerator
-        examples = session.data.validation
+        examples = session.feed.validation
         train = session.recipe.train
         rows = math.ceil(rows_per_micro_batch(session.recipe) / parts)
         budget = train.tokens_per_micro_batch or rows * session.recipe.data.max_seq_len
