@@ -107,7 +107,7 @@ def live(folder: Path, arguments: list[str], *, before: Callable[[], None] | Non
         sys.argv = ["lora", "train", str(folder / "recipe.yaml"), *arguments]
         if before is not None:
             before()
-        from lora_cli.cli import main
+        from lora_cli.__main__ import main
 
         main()
         code = 0

@@ -1,6 +1,18 @@
-"""`python -m lora_cli` is `lora`, so that launchers which start modules can start it."""
+"""The program's entry, also as `python -m lora_cli`, so that launchers which start modules can start it."""
 
-from lora_cli.cli import main
+import sys
+from contextlib import suppress
+
+
+def main() -> None:
+    try:
+        from lora_cli.cli import main as command_line  # this takes long enough for Ctrl+C to come
+    except KeyboardInterrupt:
+        with suppress(OSError):
+            print("stopped", file=sys.stderr)
+        sys.exit(130)
+    command_line()
+
 
 if __name__ == "__main__":
     main()

@@ -5,6 +5,7 @@ import io
 import json
 import os
 import signal
+import subprocess
 import sys
 import tempfile
 import threading
@@ -25,6 +26,18 @@ from lora_cli.training import keeping, train
 from lora_cli.training.progress import Progress
 from lora_cli.training.stopping import Stop
 
+IN_THE_IMPORTS = """
+import sys
+
+class Finder:
+    def find_spec(self, name, *_):
+        if name == "lora_cli.cli":
+            raise KeyboardInterrupt
+
+sys.meta_path.insert(0, Finder())
+from lora_cli.__main__ import main
+main()
+"""
 ENDINGS = [signal.SIGINT, signal.SIGTERM, signal.SIGHUP]
 
 
@@ -40,6 +53,11 @@ def handlers():
     sys.unraisablehook = hook
     for each, handler in before.items():
         signal.signal(each, handler)
+
+
+def test_ctrl_c_while_the_program_is_still_being_imported_shows_no_traceback():
+    ended = subprocess.run([sys.executable, "-c", IN_THE_IMPORTS], capture_output=True, text=True, check=False)
+    assert (ended.returncode, ended.stdout, ended.stderr) == (130, "", "stopped\n")
 
 
 # ── a run ───────────────────────────────────────────────────────────────────────────────────────────────────────
