@@ -228,7 +228,6 @@ TESTED_BELOW = {
     "train.micro_batch_size": "test_micro_batch_size_auto",
     "train.gradient_checkpointing": "test_gradient_checkpointing",
     "train.activation_memory": "test_activation_memory",
-    "train.offload_activations": "test_offload_activations",
     "train.compile": "test_compile",
     "train.checkpoint_minutes": "test_checkpoint_minutes",
     "train.on_nan": "test_on_nan",
@@ -606,15 +605,6 @@ def test_activation_memory(runs: Runs, computed: list[int], monkeypatch: pytest.
         assert len(computed) == once + blocks * once // 2
         assert losses(run) == losses(plain)
         assert tensors(run) == tensors(plain)
-
-
-def test_offload_activations(runs: Runs, monkeypatch: pytest.MonkeyPatch):
-    """Retired: refused, not passed over."""
-    with pytest.raises(LoraError, match=r"train\.offload_activations: on a CPU activations are in host memory already"):
-        runs({"train.offload_activations": True, "device": "cpu"})
-    monkeypatch.setattr("torch.cuda.is_available", lambda: False)
-    with pytest.raises(LoraError, match=r"train\.offload_activations is retired"):
-        runs({"train.offload_activations": True})
 
 
 def test_shard_base(runs: Runs):

@@ -52,6 +52,8 @@ def fixes() -> Iterator[tuple[str, str]]:
                 called = node.func.id if isinstance(node.func, ast.Name) else ""
                 if called == "refuse" and len(node.args) == 4:
                     found.append(node.args[3])
+                if called == "Retired" and len(node.args) == 2:
+                    found.append(node.args[1])
                 if called == "Kind" and len(node.args) == 3:
                     found.append(node.args[2])
             if isinstance(node, ast.Assign) and any(isinstance(at, ast.Name) and at.id == "fix" for at in node.targets):

@@ -28,6 +28,7 @@ from lora_cli.recipe import (
     load_recipe,
 )
 from lora_cli.recipe.contradictions import contradictions
+from lora_cli.recipe.retired import RETIRED
 
 ROOT = Path(__file__).parents[1]
 GOOD = "base_model: owner/name\ndata: {train: rows.jsonl}\noutput: run\n"  # three lines: what is added begins on line 4
@@ -399,11 +400,6 @@ def test_validation_is_a_fraction_or_a_file(load: Any, problem: Any, tmp_path: P
             "write gradient_checkpointing: selective, or remove activation_memory",
         ),
         (
-            "{device: cpu, train: {offload_activations: true}}",
-            "train.offload_activations",
-            "remove offload_activations, or use gradient_checkpointing: full",
-        ),
-        (
             "train: {schedule: constant, min_learning_rate_ratio: 0.1}",
             "train.min_learning_rate_ratio",
             "remove min_learning_rate_ratio, or choose schedule: cosine or linear",
@@ -547,6 +543,30 @@ def test_a_recipe_that_is_not_there(tmp_path: Path):
         load_recipe(tmp_path / "smal.yaml")
     with pytest.raises(LoraError, match="this is a folder, not a recipe"):
         load_recipe(tmp_path)
+
+
+# ── retired settings ────────────────────────────────────────────────────────────────────────────────────────────
+
+
+@pytest.mark.parametrize("key", RETIRED, ids=".".join)
+def test_a_retired_setting_at_its_old_default_is_dropped_and_any_other_value_says_what_to_write(
+    load: Any, problem: Any, key: tuple[str, ...]
+):
+    """Run folders store every setting, so those from before a setting was retired name it."""
+
+    def text(value: Any) -> str:
+        values = yaml.safe_load(GOOD)
+        section = values.setdefault(key[0], {}) if len(key) == 2 else values
+        section[key[-1]] = value
+        return yaml.safe_dump(values, sort_keys=False)
+
+    assert key not in all_keys()
+    old = RETIRED[key].default
+    assert load(text(old)) == load(GOOD)
+    name = ".".join(key)
+    message = problem(text("something else"))
+    assert message == f"error: recipe.yaml:6:3: {name} is no longer a setting\n  fix: {RETIRED[key].instead}"
+    assert problem(GOOD, f"{name}=0.7").startswith(f"error: --set {name}: {name} is no longer a setting\n  fix: ")
 
 
 # ── overrides ───────────────────────────────────────────────────────────────────────────────────────────────────
@@ -783,7 +803,6 @@ def recipes(draw: Any) -> dict[str, Any]:
         del values["double_quantization"]
     if values.get("device") == "cpu":
         values.pop("dtype", None)
-        train.pop("offload_activations", None)
     if train.get("gradient_checkpointing") != "selective":
         train.pop("activation_memory", None)
     data = values["data"]

@@ -280,6 +280,21 @@ def test_a_finished_run_can_be_given_more_epochs(run_recipe):
     assert [line["step"] for line in metrics(run)] == [1, 2, 3, 4, 5]
 
 
+def test_a_run_from_before_a_setting_was_retired_resumes_where_that_was_off(crashed):
+    run, straight = crashed()
+    stored = run / "recipe.yaml"
+    text = stored.read_text()
+    stored.write_text(text.replace("  compile: false\n", "  compile: false\n  offload_activations: true\n"))
+    with pytest.raises(
+        LoraError, match=r"recipe\.yaml:\d+:3: train\.offload_activations is no longer a setting"
+    ) as said:
+        resume(run)
+    assert "remove it, which does not change the result" in str(said.value)
+    stored.write_text(text.replace("  compile: false\n", "  compile: false\n  offload_activations: false\n"))
+    resume(run)
+    assert_same_run(run, straight)
+
+
 def test_an_allow_that_names_nothing_is_refused(crashed):
     run, _ = crashed()
     with pytest.raises(LoraError, match=r"did you mean train\.epochs"):

@@ -79,12 +79,6 @@ def contradictions(recipe: Recipe) -> list[tuple[str, str, str]]:
         "write gradient_checkpointing: selective, or remove activation_memory",
     )
     refuse(
-        train.offload_activations and recipe.device == "cpu",
-        "train.offload_activations",
-        "on a CPU activations are in host memory already",
-        "remove offload_activations, or use gradient_checkpointing: full",
-    )
-    refuse(
         train.tokens_per_micro_batch is not None and train.tokens_per_micro_batch < data.max_seq_len,
         "train.tokens_per_micro_batch",
         f"a micro-batch of {train.tokens_per_micro_batch} tokens cannot hold a row of {data.max_seq_len}",

@@ -15,6 +15,7 @@ import yaml
 from lora_cli import limits
 from lora_cli.errors import LoraError, RecipeErrors, home_expanded
 from lora_cli.recipe.problems import validate
+from lora_cli.recipe.retired import drop_retired
 from lora_cli.recipe.schema import Recipe, path_places
 from lora_cli.recipe.yaml import NO_VALUE, KeyPath, Positions, parse_value, place_of, read_recipe_yaml, where_of
 
@@ -36,6 +37,7 @@ def load_recipe(path: Path, overrides: list[str] | None = None) -> Recipe:
         else:
             positions[key] = f"--set {'.'.join(key)}"
             overridden.add(key)
+    problems += drop_retired(values, positions, str(path))
     for section, name, key in path_places(values):
         base = Path.cwd() if any(key[: len(known)] == known for known in overridden) else path.resolve().parent
         problems += _resolve_path(section, name, key, base, positions, str(path))

@@ -318,9 +318,6 @@ class TrainRecipe(Section):
         description="With gradient_checkpointing: selective: GiB that activations may keep. Nothing: 80 % of what is "
         "free when the model is loaded.",
     )
-    offload_activations: bool = Field(
-        False, description="On a GPU: keep activations in host memory until the backward pass. Slower, same result."
-    )
     compile: bool = Field(
         False,
         description="Compile the transformer blocks with torch.compile: minutes at the start, faster steps after.",

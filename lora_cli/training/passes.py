@@ -182,10 +182,6 @@ def _compilation(loaded: Loaded) -> Lines:
 def _checkpointing(loaded: Loaded) -> Lines:
     """Measure what autograd keeps of each block, plan with it for the largest micro-batch, recompute what has to be."""
     model, train = loaded.model, loaded.recipe.train
-    if train.offload_activations:
-        raise LoraError(
-            "train.offload_activations is retired", fix="remove it, or use train.gradient_checkpointing: full"
-        )
     budget = train.activation_memory and train.activation_memory * 2**30
     plan = plan_activations(
         train.gradient_checkpointing,

@@ -152,7 +152,6 @@ USUAL: dict[str, list[Any]] = {
     "train.z_loss": [0, 1e-4],
     "train.gradient_checkpointing": ["none", "full", "selective", True],
     "train.activation_memory": [None, 0.001],
-    "train.offload_activations": [False, True],
     "train.compile": [False],
     "train.seed": [0, 1, 2**32 - 1],
     "train.eval_every": [None, 1],
