@@ -15,7 +15,6 @@ if __name__ == "__main__":
         "resume.py",
         "limit.py",
         "train.py",
-        "chaos.py",
     ):
         print(f"\n── {name}", flush=True)
         subprocess.run([sys.executable, Path(__file__).parent / name], check=True)

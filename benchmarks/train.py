@@ -5,21 +5,15 @@
 trl                TRL + PEFT on instruction rows of 64 to 500 tokens, 8 a step
 trl-checkpointing  the same with gradient checkpointing on both sides
 peft-dense         a plain loop over PEFT on rows of exactly 512 tokens: nothing to gain from padding
-litgpt             litgpt's finetune_lora, where LITGPT_PYTHON names a Python that has it; unquantized
 curves             loss over 60 steps against TRL + PEFT, in fp32 and in bf16, from the same initial A; TRL once with A
                    and B in fp32, which is the same mathematics, and once as it ships, which rounds them to bf16
-                   (curves-fp32, curves-bf16: one of the two). Losses alone count there, not the time: on a CPU without
-                   bf16 instructions, products are those of benchmarks/bf16_products.py
-overhead           what a step costs beside its arithmetic: a tiny GPT-2 against transformers' Trainer, a plain loop
-                   over PEFT, and the forward and backward pass of PEFT's model with nothing around it
+                   (curves-fp32, curves-bf16: one of the two)
 picture            draws docs/pictures/train_vs_peers.png from --json FILE; after all sections also by itself
 
 Work: SmolLM2-135M-Instruct in NF4 with double quantization, rank 16 on q, k, v and o, no dropout, AdamW at a constant
 2e-4, clipping at 1.0, bf16 (--dtype fp32 for the other). Rows are functions of Python's standard library.
 Real tokens are those of the rows, padding not counted. Speed is the median over steps 2 to N of a step's real tokens by
-the time from the end of the step before it to its own end. With --clock cpu that is processor time, which other work on
-the machine hardly changes; set OMP_NUM_THREADS=1 with it, because threads that wait count too. Peak memory is the
-largest resident size (VmHWM).
+the time from the end of the step before it to its own end. Peak memory is the largest resident size (VmHWM).
 --json keeps the sections of an earlier run that this one does not repeat.
 """
 
@@ -33,16 +27,16 @@ import statistics
 import subprocess
 import sys
 import tempfile
+import time
 from collections.abc import Callable
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
 import train_peers as peers
-from train_rows import MODEL, ROOT, Work, clock, prepare_work, recipe_of, steps_of
+from train_rows import MODEL, ROOT, Work, prepare_work, recipe_of, steps_of
 
 PICTURE = ROOT / "docs" / "pictures" / "train_vs_peers.png"
-TINY = "tiny-gpt2"  # made from its config; the name tells the peers what kind of model it is
 
 
 def ours(folder: Path, work: Work) -> dict[str, Any]:
@@ -53,12 +47,11 @@ def ours(folder: Path, work: Work) -> dict[str, Any]:
     from lora_cli.training.train import train
 
     stamps: list[float] = []
-    now = clock(work)
     one_step = loop.Run._one_step
 
     def stamped(*arguments: Any) -> None:
         one_step(*arguments)
-        stamps.append(now())
+        stamps.append(time.monotonic())
 
     setattr(loop.Run, one_step.__name__, stamped)
     quiet_libraries()
@@ -72,23 +65,15 @@ def ours(folder: Path, work: Work) -> dict[str, Any]:
 class Side:
     label: str
     train: Callable[[Path, Work], dict[str, Any]]
-    changes: dict[str, Any] = field(default_factory=dict)  # of the work
-    python: str | None = sys.executable
     same_order: bool = True
-    same_A: bool = True
 
 
 SIDES = {
     "lora": Side("lora", ours),
-    "lora-unquantized": Side("lora, unquantized", ours, {"quantization": "none"}),
     "trl": Side("TRL + PEFT", peers.trl),
     "trl-by-length": Side("TRL + PEFT, by length", peers.trl_by_length, same_order=False),
     "trl-fp32-adapter": Side("TRL + PEFT, A, B in fp32", peers.trl_fp32_adapter),
     "peft": Side("PEFT loop", peers.peft),
-    "litgpt": Side("litgpt, unquantized", peers.litgpt, python=os.environ.get("LITGPT_PYTHON"), same_A=False),
-    "trainer": Side("Trainer, each step logged", peers.trainer),
-    "model-alone": Side("model alone", peers.model_alone),
-    "trainer-quiet": Side("Trainer, every 500 logged", peers.trainer_quiet),
 }
 
 
@@ -99,30 +84,26 @@ class Section:
     work: Work
 
 
-LONG, SHORT = Work("long", 12, 8), Work("short", 60, 4, max_tokens=128, losses_alone=True)
+LONG, SHORT = Work("long", 12, 8), Work("short", 60, 4, max_tokens=128)
 CURVES = ("lora", "trl-fp32-adapter", "trl", "peft")
-TINY_WORK = Work("tiny", 301, 4, dtype="fp32", quantization="none", max_tokens=16)  # the last step also saves
 SECTIONS = {
     "trl": Section("instruction rows", ("lora", "trl", "trl-by-length"), LONG),
     "trl-checkpointing": Section("checkpointed", ("lora", "trl"), replace(LONG, checkpointing=True)),
     "peft-dense": Section("rows of 512 tokens", ("lora", "peft"), replace(LONG, rows="dense")),
-    "litgpt": Section("without NF4", ("lora-unquantized", "litgpt"), LONG),
     "curves-fp32": Section("loss in fp32", CURVES, replace(SHORT, dtype="fp32")),
     "curves-bf16": Section("loss in bf16", CURVES, SHORT),
-    "overhead": Section("a tiny model", ("lora", "trainer", "trainer-quiet", "peft", "model-alone"), TINY_WORK),
 }
-SPEED = ("trl", "trl-checkpointing", "peft-dense", "litgpt")  # what the picture shows
+SPEED = ("trl", "trl-checkpointing", "peft-dense")  # what the picture shows
 GROUPS = {"curves": ("curves-fp32", "curves-bf16")}
-NAMES = ("trl", "trl-checkpointing", "peft-dense", "litgpt", "curves", "overhead", "picture")
+NAMES = (*SPEED, "curves", "picture")
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("sections", nargs="*", metavar="SECTION", help=", ".join(NAMES))
-    parser.add_argument("--steps", type=int, help="steps of each side, at least 2 (12; curves 60; overhead 301)")
-    parser.add_argument("--rows", type=int, help="rows a step (8; curves and overhead 4)")
+    parser.add_argument("--steps", type=int, help="steps of each side, at least 2 (12; curves 60)")
+    parser.add_argument("--rows", type=int, help="rows a step (8; curves 4)")
     parser.add_argument("--dtype", choices=["bf16", "fp32"], help="of all sections but curves")
-    parser.add_argument("--clock", choices=["wall", "cpu"], default="wall", help="what steps are timed by")
     parser.add_argument("--json", type=Path, help="also write the results here")
     parser.add_argument("--picture", type=Path, default=PICTURE, help="where the picture goes")
     parser.add_argument("--side", choices=list(SIDES), help=argparse.SUPPRESS)
@@ -139,7 +120,6 @@ def main() -> None:
     for name in [each for group in wanted if group != "picture" for each in GROUPS.get(group, (group,))]:
         work = SECTIONS[name].work
         work = replace(work, steps=arguments.steps or work.steps, rows_per_step=arguments.rows or work.rows_per_step)
-        work = replace(work, clock=arguments.clock)
         if arguments.dtype and not name.startswith("curves"):
             work = replace(work, dtype=arguments.dtype)
         results[name] = compare(name, work)
@@ -159,16 +139,10 @@ def compare(name: str, work: Work) -> dict[str, Any]:
     quiet_libraries()
     sys.path.insert(0, str(ROOT / "scripts"))
     with tempfile.TemporaryDirectory() as place:
-        work = replace(work, model=str(tiny_model(Path(place)) if name == "overhead" else real_model()))
+        work = replace(work, model=str(real_model()))
         prepare_work(work, Path(place))
         results = {side: measure(side, Path(place)) for side in SECTIONS[name].sides}
-    return {
-        "steps": work.steps,
-        "rows_per_step": work.rows_per_step,
-        "dtype": work.dtype,
-        "clock": work.clock,
-        "sides": results,
-    }
+    return {"steps": work.steps, "rows_per_step": work.rows_per_step, "dtype": work.dtype, "sides": results}
 
 
 def real_model() -> Path:
@@ -177,29 +151,14 @@ def real_model() -> Path:
     return make_real_model(MODEL, ROOT / "build" / "downloads")
 
 
-def tiny_model(place: Path) -> Path:
-    from tiny_model import save_tiny  # pyright: ignore[reportMissingImports]
-    from transformers import GPT2Config
-
-    settings: dict[str, Any] = {"bos_token_id": 0, "eos_token_id": 0, "pad_token_id": 0}
-    settings |= {"resid_pdrop": 0.0, "embd_pdrop": 0.0, "attn_pdrop": 0.0}  # lora never drops in the base model
-    config = GPT2Config(vocab_size=512, n_positions=256, n_embd=64, n_layer=2, n_head=2, **settings)
-    return save_tiny(config, place / TINY)
-
-
 def measure(name: str, folder: Path) -> dict[str, Any]:
     """What a side did, in a process of its own; or {"failed": why}: the others still count."""
     side = SIDES[name]
-    if side.python is None:
-        return {"failed": "set LITGPT_PYTHON to the Python of an environment with litgpt"}
     print(f"  {side.label}", file=sys.stderr, flush=True)
-    command = [side.python, __file__, "--side", name, "--folder", str(folder)]
+    command = [sys.executable, __file__, "--side", name, "--folder", str(folder)]
     environment = os.environ | {"HF_HUB_OFFLINE": "1", "TOKENIZERS_PARALLELISM": "true"}
     with (folder / f"{name}.log").open("w+") as log:
-        try:
-            code = subprocess.run(command, stdout=log, stderr=log, env=environment, check=False).returncode
-        except OSError as error:
-            return {"failed": str(error)}
+        code = subprocess.run(command, stdout=log, stderr=log, env=environment, check=False).returncode
         log.seek(0)
         said = [line.strip() for line in log if line.strip()]
     if code:
@@ -208,13 +167,7 @@ def measure(name: str, folder: Path) -> dict[str, Any]:
 
 
 def one_side(name: str, folder: Path) -> None:
-    work = replace(Work.read(folder), **SIDES[name].changes)
-    if work.losses_alone and work.dtype == "bf16":
-        from bf16_products import has_bf16_instructions, products_by_fp32
-
-        if not has_bf16_instructions():
-            products_by_fp32()
-    result = SIDES[name].train(folder, work)
+    result = SIDES[name].train(folder, Work.read(folder))
     (folder / f"{name}.json").write_text(json.dumps(result | {"peak_memory_bytes": peak_memory_bytes()}))
 
 
@@ -235,14 +188,13 @@ def summary(result: dict[str, Any], folder: Path, side: Side) -> dict[str, Any]:
     stamps = result.pop("stamps")
     seconds = [after - before for before, after in itertools.pairwise(stamps)]
     speeds = [tokens / each for tokens, each in zip(result["tokens"][1:], seconds, strict=True)]
-    early, late = (49, -2) if len(stamps) > 100 else (0, -1)  # a long run: without its warm-up and its saving
     return result | {
         "seconds": seconds,  # of steps 2 to N
         "tokens_per_second": statistics.median(speeds),
-        "steps_per_second": (len(stamps) + late - early) / (stamps[late] - stamps[early]),
+        "steps_per_second": len(seconds) / sum(seconds),
         "all_tokens": sum(result["tokens"]),
         "all_targets": sum(result["targets"]),
-        "last_loss": result["losses"][-1] if result["losses"] else None,
+        "last_loss": result["losses"][-1],
     }
 
 
@@ -256,7 +208,7 @@ def targets(row: dict[str, Any]) -> int:
 def show(name: str, result: dict[str, Any]) -> None:
     sides = {side: each for side, each in result["sides"].items() if "failed" not in each}
     first, steps = SECTIONS[name].sides[0], result["steps"]
-    print(f"\n{name}: {steps} steps of {result['rows_per_step']} rows, {result['dtype']}, {result['clock']} time")
+    print(f"\n{name}: {steps} steps of {result['rows_per_step']} rows, {result['dtype']}")
     print(" " * 24 + "".join(f"{SIDES[side].label:>28}" for side in sides))
     lines: list[tuple[str, str, float, int]] = [
         ("real tokens/s", "tokens_per_second", 1, 0),
@@ -267,7 +219,7 @@ def show(name: str, result: dict[str, Any]) -> None:
         ("target tokens", "all_targets", 1, 0),
     ]
     for title, key, unit, digits in lines:
-        values = {side: each[key] / unit for side, each in sides.items() if each[key] is not None}
+        values = {side: each[key] / unit for side, each in sides.items()}
         cells = [f"{values[side]:.{digits}f}" if side in values else "" for side in sides]
         if first in values and digits in (0, 3, 2) and not key.startswith("all"):
             ratios = {side: values[first] / values[side] for side in values if side != first}
@@ -277,7 +229,7 @@ def show(name: str, result: dict[str, Any]) -> None:
             ]
         print(f"{title:24}" + "".join(f"{cell:>28}" for cell in cells))
     for side, each in sides.items():
-        if side != first and first in sides and SIDES[side].same_order and SIDES[side].same_A and each["losses"]:
+        if side != first and first in sides and SIDES[side].same_order:
             gap, step = largest_gap(sides[first]["losses"], each["losses"])
             print(f"largest difference of the loss to {SIDES[side].label}: {gap:.3%}, at step {step}")
     for side, each in result["sides"].items():

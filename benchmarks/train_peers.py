@@ -9,17 +9,13 @@ the rows of one sequence apart there, and it needs a GPU; with the attention tha
 
 from __future__ import annotations
 
-import csv
-import itertools
 import json
 import math
-import os
-import subprocess
-import sys
+import time
 from pathlib import Path
 from typing import Any
 
-from train_rows import ROOT, Work, clock, steps_of
+from train_rows import Work, steps_of
 
 Result = dict[str, list[Any]]
 
@@ -82,7 +78,7 @@ def peft(folder: Path, work: Work) -> Result:
     optimizer = torch.optim.AdamW(parameters, lr=work.rate, weight_decay=0.0, fused=True)
     model.train()
     result: Result = {"losses": [], "tokens": [], "targets": [], "stamps": []}
-    now = clock(work)
+    now = time.monotonic
     for rows in steps_of(folder):
         batch = padded(rows)
         with torch.autocast("cpu", dtype=torch.bfloat16, enabled=work.dtype == "bf16"):
@@ -94,127 +90,6 @@ def peft(folder: Path, work: Work) -> Result:
         count(result, batch, loss.item())
         result["stamps"].append(now())
     return result
-
-
-def model_alone(folder: Path, work: Work) -> Result:
-    """The model's forward and backward pass over batches that are there already: what no trainer can leave out."""
-    from peft import get_peft_model
-
-    model = get_peft_model(base_model(work), adapter_settings(work))
-    same_initial_A(model)
-    model.train()
-    batches = [padded(rows) for rows in steps_of(folder)]
-    result: Result = {"losses": [], "tokens": [], "targets": [], "stamps": []}
-    now = clock(work)
-    for batch in batches:
-        model(**batch).loss.backward()
-        result["stamps"].append(now())
-        model.zero_grad()
-    for batch in batches:
-        count(result, batch, math.nan)
-    return result | {"losses": []}  # nothing is trained
-
-
-def litgpt(folder: Path, work: Work) -> Result:
-    """litgpt's finetune_lora, unquantized, in bf16: Lightning refuses bitsandbytes where there is no CUDA device.
-
-    Its own loop, model and loss; given are the tokens in their order and a constant rate. It does not clip gradients,
-    and draws an A of its own. What it does after the last step, saving and merging, is left out.
-    """
-    import litgpt.finetune.lora as finetune  # pyright: ignore[reportMissingImports]
-    import torch
-    from litgpt.args import EvalArgs, TrainArgs  # pyright: ignore[reportMissingImports]
-    from litgpt.data import DataModule, get_sft_collate_fn  # pyright: ignore[reportMissingImports]
-
-    result: Result = {"losses": [], "tokens": [], "targets": [], "stamps": []}
-    now = clock(work)
-
-    class Rows(DataModule):
-        prompt_style = None
-
-        def connect(self, *_: Any, **__: Any) -> None: ...
-
-        def train_dataloader(self) -> Any:
-            return loader([litgpt_row(row) for step in steps_of(folder) for row in step])
-
-        def val_dataloader(self) -> Any:
-            return loader([litgpt_row(steps_of(folder)[0][0])])  # litgpt tries one batch of it before it trains
-
-    def loader(rows: Any) -> Any:
-        collate = get_sft_collate_fn(max_seq_length=work.max_tokens)
-        return torch.utils.data.DataLoader(rows, batch_size=work.rows_per_step, collate_fn=collate)
-
-    def counted(logits: Any, targets: Any, **options: Any) -> Any:
-        if isinstance(logits, list):  # of training, not of the check before it
-            result["targets"].append(int((targets != -100).sum()))
-        return cross_entropy(logits, targets, **options)
-
-    class Constant(torch.optim.lr_scheduler.ConstantLR):
-        """Its step is the last thing that litgpt does in a step, so the clock is read here."""
-
-        def step(self, *arguments: Any) -> None:
-            super().step(*arguments)
-            result["stamps"].append(now())
-
-    cross_entropy = finetune.chunked_cross_entropy
-    finetune.chunked_cross_entropy = counted
-    finetune.get_lr_scheduler = lambda optimizer, **_: Constant(optimizer, factor=1.0)
-    for shipping in ("save_lora_checkpoint", "copy_config_files", "save_hyperparameters", "save_prompt_style"):
-        setattr(finetune, shipping, lambda *_, **__: None)
-    finetune.merge_lora = lambda *_, **__: None
-    finetune.setup(
-        litgpt_model(Path(work.model)),
-        folder / "litgpt",
-        precision={"bf16": "bf16-true", "fp32": "32-true"}[work.dtype],
-        lora_r=work.rank,
-        lora_alpha=work.alpha,
-        lora_dropout=0.0,
-        lora_key=True,
-        lora_projection=True,
-        data=Rows(),
-        train=TrainArgs(
-            save_interval=None,
-            global_batch_size=work.rows_per_step,
-            micro_batch_size=work.rows_per_step,
-            epochs=2,  # more than max_steps needs, so that no text is generated at the end
-            max_steps=work.steps,
-            max_seq_length=work.max_tokens,
-        ),
-        eval=EvalArgs(interval=10**9, max_new_tokens=1, max_iters=1, final_validation=False),
-        optimizer={"class_path": "torch.optim.AdamW", "init_args": {"lr": work.rate, "weight_decay": 0.0}},
-    )
-    result["stamps"] = result["stamps"][-work.steps :]  # a schedule steps once when it is made
-    with next((folder / "litgpt").rglob("metrics.csv")).open(newline="") as stream:
-        lines = [line for line in csv.DictReader(stream) if line["loss"]]  # the others are of throughput
-    result["losses"] = [float(line["loss"]) for line in lines]
-    totals = [0, *(int(float(line["tokens"])) for line in lines)]
-    result["tokens"] = [after - before for before, after in itertools.pairwise(totals)]
-    return result
-
-
-def trainer(folder: Path, work: Work, **logging: Any) -> Result:
-    """transformers' Trainer over PEFT, with a log line for every step, as lora writes one."""
-    from peft import get_peft_model
-    from transformers import Trainer, TrainingArguments
-
-    steps = steps_of(folder)
-    rows: Any = [{name: values[0] for name, values in padded([row]).items()} for step in steps for row in step]
-    settings: dict[str, Any] = trainer_settings(folder, work) | {"train_sampling_strategy": "sequential"} | logging
-    made = Trainer(
-        model=get_peft_model(base_model(work), adapter_settings(work)),
-        args=TrainingArguments(**settings),
-        train_dataset=rows,
-    )
-    result = run(made, work)
-    for step in steps:  # counted afterwards: what one step costs is the measure here
-        count(result, padded(step), math.nan)
-    result["losses"] = [line["loss"] for line in made.state.log_history if "loss" in line]
-    return result
-
-
-def trainer_quiet(folder: Path, work: Work) -> Result:
-    """The same with the Trainer's own default, a log line every 500 steps."""
-    return trainer(folder, work, logging_steps=500)
 
 
 # ── what they share ─────────────────────────────────────────────────────────────────────────────────────────────
@@ -323,7 +198,7 @@ def run(trainer: Any, work: Work) -> Result:
     from transformers import TrainerCallback
 
     result: Result = {"losses": [], "tokens": [], "targets": [], "stamps": []}
-    now = clock(work)
+    now = time.monotonic
 
     class Clock(TrainerCallback):
         def on_step_end(self, *_: Any, **__: Any) -> None:
@@ -334,26 +209,3 @@ def run(trainer: Any, work: Work) -> Result:
     same_initial_A(trainer.model)
     trainer.train()
     return result
-
-
-def litgpt_row(row: dict[str, Any]) -> dict[str, Any]:
-    one = padded([row])
-    return {
-        "input_ids": one["input_ids"][0],
-        "labels": one["labels"][0],
-        "token_counts": {"raw": len(row["ids"]), "raw_plus_prompt_template": len(row["ids"])},
-    }
-
-
-def litgpt_model(model: Path) -> Path:
-    """The model as litgpt stores it, converted once by litgpt, in a process of its own: its memory does not count."""
-    place = ROOT / "build" / f"litgpt-{model.name}"
-    if not (place / "lit_model.pth").is_file():
-        place.mkdir(parents=True, exist_ok=True)
-        for path in model.iterdir():
-            if not (place / path.name).exists():
-                os.link(path, place / path.name)
-        convert = "import sys; from pathlib import Path; from litgpt.scripts import convert_hf_checkpoint as c; "
-        convert += "c.convert_hf_checkpoint(Path(sys.argv[1]), model_name='SmolLM2-135M-Instruct', dtype='bfloat16')"
-        subprocess.run([sys.executable, "-c", convert, str(place)], check=True)
-    return place

@@ -14,7 +14,6 @@ import inspect
 import json
 import random
 import textwrap
-import time
 from collections.abc import Callable, Iterator
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -46,17 +45,10 @@ class Work:
     max_tokens: int = 512
     rate: float = 2e-4
     clip: float = 1.0
-    clock: str = "wall"  # or cpu: see `clock`
-    losses_alone: bool = False  # time and memory do not count: bf16 may be computed as benchmarks/bf16_products.py does
 
     @staticmethod
     def read(folder: Path) -> Work:
         return Work(**json.loads((folder / "work.json").read_text()))
-
-
-def clock(work: Work) -> Callable[[], float]:
-    """What the end of a step is read from, in seconds: of the wall, or the processor time of this process."""
-    return {"wall": time.monotonic, "cpu": time.process_time}[work.clock]
 
 
 def prepare_work(work: Work, folder: Path) -> None:
@@ -178,19 +170,6 @@ def dense_questions(count: int, tokenizer: Any, tokens: int = 512) -> list[dict[
     return enough(rows, count)
 
 
-def tiny_rows(count: int, tokenizer: Any, tokens: int = 16) -> list[dict[str, str]]:
-    """Rows of exactly 16 tokens, of words drawn at random."""
-    rng, rows = random.Random(0), []
-    words = ["the", "of", "and", "to", "in", "is", "that", "for", "it", "as", "with", "name", "order", "group", "limit"]
-    while len(rows) < count:
-        prompt = "What follows?\n"
-        ids = tokenizer(prompt + " ".join(rng.choices(words, k=tokens)))["input_ids"][: tokens - 1]
-        row = {"prompt": prompt, "completion": tokenizer.decode(ids).removeprefix(prompt)}
-        if tokenizer(prompt + row["completion"])["input_ids"] == ids:
-            rows.append(row)
-    return rows
-
-
 def enough(rows: list[dict[str, str]], count: int) -> list[dict[str, str]]:
     if len(rows) < count:
         raise SystemExit(f"the standard library gives only {len(rows)} such rows, {count} are needed")
@@ -201,5 +180,4 @@ ROWS: dict[str, Callable[[int, Any], list[dict[str, str]]]] = {
     "long": long_questions,
     "short": short_questions,
     "dense": dense_questions,
-    "tiny": tiny_rows,
 }

@@ -14,7 +14,7 @@ from conftest import ROOT
 @pytest.mark.timeout(1200)
 def test_twenty_kills():
     """A process of its own: every life is forked from it, which this one with its threads could not do."""
-    command = [sys.executable, str(ROOT / "benchmarks" / "chaos.py"), "--kills", "20", "--workers", "2"]
+    command = [sys.executable, str(ROOT / "tests" / "chaos" / "chaos.py"), "--kills", "20", "--workers", "2"]
     done = subprocess.run(command, capture_output=True, text=True, check=False, cwd=ROOT)
     assert done.returncode == 0, done.stdout + done.stderr
     assert "20 kills in" in done.stdout

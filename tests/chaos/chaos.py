@@ -1,6 +1,6 @@
 """Kills runs in every way, resumes them, and compares the result with the run that nobody disturbed.
 
-    python benchmarks/chaos.py [--kills 300] [--seed 0] [--workers 2] [--keep FOLDER]
+    python tests/chaos/chaos.py [--kills 300] [--seed 0] [--workers 2] [--keep FOLDER]
 
 A run of a tiny GPT-2 with everything on that could make a resumed run another run: NF4, 8-bit optimizer, dropout,
 packing, accumulation, several epochs, evaluation, checkpoints. It is disturbed once to four times, resumed after each
@@ -45,7 +45,7 @@ from typing import Any
 
 os.environ["OMP_NUM_THREADS"] = "1"  # sums in one order, and no threads that a fork would lose
 
-ROOT = Path(__file__).resolve().parents[1]
+ROOT = Path(__file__).resolve().parents[2]
 MEASURED = ("seconds", "tokens_per_second", "peak_memory_bytes")
 KINDS = ("SIGKILL", "SIGKILL, write", "SIGTERM", "SIGINT", "SIGHUP", "dead stderr", "full log")
 KINDS += ("I/O error", "full disk", "torn write")
