@@ -34,7 +34,7 @@ def test_every_file_that_contributing_names_exists():
         for name in re.findall(r"`(?:python )?([\w/]+(?:\.py|/))`", line):
             place = ROOT / name if "/" in name else room / name  # a name alone is a neighbour of the one before
             assert place.exists(), line
-            room = place.parent
+            room = place if place.is_dir() else place.parent
 
 
 def test_the_house_in_design_names_every_room():
@@ -51,3 +51,21 @@ def test_every_command_and_option_in_the_readme_exists():
     for name, options in re.findall(r"^\$? ?lora ([a-z]+)([^#\n]*)", text, flags=re.MULTILINE):
         known = {option for parameter in commands[name].params for option in parameter.opts}
         assert set(re.findall(r"--[a-z-]+", options)) <= known
+
+
+DOCUMENTS = [
+    ROOT / "README.md",
+    ROOT / "CONTRIBUTING.md",
+    ROOT / "benchmarks" / "README.md",
+    *(ROOT / "docs").glob("*.md"),
+]
+
+
+@pytest.mark.parametrize("document", DOCUMENTS, ids=lambda path: path.name)
+def test_every_script_that_is_named_takes_the_options_that_are_given(document):
+    for name, rest in re.findall(r"`[A-Z_=0-9 ]*(?:python|pytest) ([\w/.]+\.py)([^`]*)`", document.read_text()):
+        script = ROOT / name
+        assert script.is_file(), f"{document.name} names {name}"
+        parts = " ".join(path.read_text() for path in script.parent.glob("*.py"))
+        for option in set(re.findall(r"--[a-z-]+", rest)) - {"--help"}:
+            assert option in parts, f"{document.name}: {name} has no {option}"
