@@ -53,7 +53,9 @@ ROW_BYTES = 32 << 20  # one row, or one line: 8 million tokens; parsing JSON tak
 UNPACKED_BYTES = 16 << 20  # that any packed file may hold …
 UNPACKED_TIMES = 200  # … and this many times its own size: text is packed to a tenth, very regular text to a hundredth
 UNPACKED_FIRST = 16 << 20  # packed files up to this size are unpacked once before a row is read: 8 s at most
-UNPACKED_WHOLE = 256 << 20  # of a packed .json or .txt, which is read at once
+UNPACKED_WHOLE = 256 << 20  # of what is unpacked at once: a packed .json or .txt, a batch of a table …
+PARSED_BYTES = 512 << 20  # about what the values of a packed .json take in Python: `{}` are 3 bytes there, and 72 here
+UNPACKED_WHOLE_TIMES = 20  # … and for a batch, this many times the file's size more: polars writes a table as one batch
 TABLE_ROWS = 100_000  # that any table may have, and 100 for each of its bytes: rows can be repeated for nothing
 
 

@@ -380,7 +380,6 @@ def test_validation_is_a_fraction_or_a_file(load: Any, problem: Any, tmp_path: P
             f"the left side is one of {', '.join(FIELDS)}, question, user, answer, assistant; ",
         ),
         ("data: {train: a, columns: {prompt: a, question: b}}", "data.columns", "remove question, or the other one"),
-        ("data: {train: a, columns: {user: a, instruction: b}}", "data.columns", "remove user, or the other one"),
         ("train: {micro_batch_size: 2, tokens_per_micro_batch: 2048}", "train.micro_batch_size", "remove one of them"),
         (
             "train: {tokens_per_micro_batch: 512}",
@@ -444,6 +443,15 @@ def test_every_contradiction_is_tested():
     called = [node.func for node in ast.walk(tree) if isinstance(node, ast.Call)]
     calls = sum(isinstance(function, ast.Name) and function.id == "refuse" for function in called)
     assert calls == len(cases) == len({(key, fix) for _, key, fix in cases})
+
+
+def test_a_field_under_two_names_is_refused_whichever_they_are(problem: Any):
+    for columns in (
+        "{user: a, instruction: b}",
+        "{input: x, question: a, instruction: b}",
+        "{answer: a, completion: b}",
+    ):
+        assert "means the same as another field" in problem(GOOD + f"data: {{train: a, columns: {columns}}}\n")
 
 
 def test_a_contradiction_made_by_an_override_is_found(problem: Any):

@@ -8,11 +8,13 @@ unknown time zone) does no harm, least of all in a column that nothing reads.
 from __future__ import annotations
 
 import re
+import struct
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from lora_cli import limits
+from lora_cli.data.arrow_headers import require_modest_batches
 from lora_cli.errors import LoraError
 from lora_cli.limits import LimitReached, Unpacked
 
@@ -194,15 +196,39 @@ def _parquet(path: Path) -> Iterator[Values]:
             schema, columns = plain.schema_arrow, [plain.schema.column(at) for at in range(len(plain.schema))]
             require_distinct(schema, str(path))
             require_possible_rows(plain.metadata.num_rows, len(schema), path)
-        # Text is read as a dictionary: a long one that is repeated is in memory once, and can be measured there.
-        texts = [each.path for each in columns if each.physical_type == "BYTE_ARRAY"]
+            largest, delta_coded = _require_modest_chunks(plain.metadata, path)
+        # Text is read as a dictionary: a long one that is repeated is in memory once, and can be measured there. Texts
+        # that are coded by their difference to the one before cannot: each may be as long as the whole chunk, so only
+        # a few rows are read at once.
+        texts = [each.path for each in columns if each.physical_type == "BYTE_ARRAY" and each.path not in delta_coded]
+        at_once = max(1, min(_ROWS_AT_ONCE, _DELTA_BYTES // max(largest, 1))) if delta_coded else _ROWS_AT_ONCE
         with parquet.ParquetFile(path, read_dictionary=texts) as file:
             counted = Unpacked(path)
-            for batch in file.iter_batches(_ROWS_AT_ONCE):
+            for batch in file.iter_batches(at_once):
                 for part in small_parts(batch, path, counted):
                     yield from rows_of(part.cast(schema), str(path))
     except (pyarrow.ArrowException, OSError, ValueError) as error:
         raise _unreadable(path, "Parquet", error) from None
+
+
+_DELTA_BYTES = 64 << 20  # of delta-coded values that are read at once
+_WIDTHS = {"BOOLEAN": 1, "INT32": 4, "INT64": 8, "FLOAT": 4, "DOUBLE": 8, "INT96": 12}  # bytes of a value
+
+
+def _require_modest_chunks(metadata: Any, path: Path) -> tuple[int, set[str]]:
+    """Bytes of the largest chunk with delta-coded texts, and such columns: Arrow does not read them as dictionaries.
+
+    Raises LimitReached where the chunks, by what the file says of them, hold more than a file of this size may.
+    """
+    counted, largest, delta_coded = Unpacked(path), 0, set()
+    for group in map(metadata.row_group, range(metadata.num_row_groups)):
+        for chunk in map(group.column, range(group.num_columns)):
+            size = max(chunk.total_uncompressed_size, chunk.num_values * _WIDTHS.get(chunk.physical_type, 1))
+            counted.add(size)
+            if chunk.physical_type == "BYTE_ARRAY" and any(each.startswith("DELTA") for each in chunk.encodings):
+                delta_coded.add(chunk.path_in_schema)
+                largest = max(largest, size)
+    return largest, delta_coded
 
 
 def _arrow(path: Path) -> Iterator[Values]:
@@ -210,6 +236,7 @@ def _arrow(path: Path) -> Iterator[Values]:
     import pyarrow
 
     try:
+        require_modest_batches(path)
         counted, read = Unpacked(path), 0
         with pyarrow.OSFile(str(path)) as file:
             if file.read(6) == b"ARROW1":
@@ -227,7 +254,7 @@ def _arrow(path: Path) -> Iterator[Values]:
                 require_possible_rows(read, batch.num_columns, path)
                 for part in small_parts(batch, path, counted):
                     yield from rows_of(part, str(path))
-    except (pyarrow.ArrowException, OSError, ValueError) as error:
+    except (pyarrow.ArrowException, OSError, ValueError, struct.error) as error:
         raise _unreadable(path, "Arrow", error) from None
 
 
