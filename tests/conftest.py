@@ -21,6 +21,7 @@ from tiny_model import make_tokenizer, save_tiny  # noqa: E402
 
 from lora_cli.base.load import quiet_libraries  # noqa: E402
 from lora_cli.cli import main  # noqa: E402
+from lora_cli.errors import LoraError  # noqa: E402
 from lora_cli.recipe import load_recipe  # noqa: E402
 from lora_cli.screen import Screen  # noqa: E402
 from lora_cli.training.train import train  # noqa: E402
@@ -174,6 +175,29 @@ def model(tiny_gpt2: Path, tmp_path: Path) -> Callable[..., Path]:
         return folder
 
     return make
+
+
+@pytest.fixture
+def adapted(tiny_llama: Path) -> Any:
+    """The tiny Llama in fp32 with a random adapter."""
+    from lora_cli.adapters.attach import attach
+    from lora_cli.adapters.targets import find_targets
+    from lora_cli.base.load import load_model
+    from lora_cli.base.source import find_base
+
+    cpu = torch.device("cpu")
+    model = load_model(find_base(str(tiny_llama)), quantization="none", dtype=torch.float32, device=cpu)
+    attach(model, find_targets(model, rank=4, alpha=8))
+    randomize_adapter(model)
+    return model
+
+
+def refusal(call: Callable[[], Any]) -> LoraError:
+    """What a mistake of the user's is answered with."""
+    with pytest.raises(LoraError) as error:
+        call()
+    assert error.value.exit_code == 2
+    return error.value
 
 
 def quiet_console() -> Screen:

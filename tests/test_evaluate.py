@@ -10,16 +10,14 @@ from functools import partial
 
 import pytest
 import torch
-from conftest import randomize_adapter, write_rows
+from conftest import write_rows
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
-from lora_cli.adapters.attach import attach
 from lora_cli.adapters.file import save_adapter
-from lora_cli.adapters.targets import find_targets
 from lora_cli.adapters.trained import trained_modules
-from lora_cli.base.load import load_model, load_tokenizer
+from lora_cli.base.load import load_tokenizer
 from lora_cli.base.source import find_base
 from lora_cli.data.batches import collate
 from lora_cli.data.example import Example, windows
@@ -32,14 +30,6 @@ from lora_cli.merging.merge import merge
 from lora_cli.recipe import load_recipe
 
 CPU = torch.device("cpu")
-
-
-@pytest.fixture
-def adapted(tiny_llama):
-    model = load_model(find_base(str(tiny_llama)), quantization="none", dtype=torch.float32, device=CPU)
-    attach(model, find_targets(model, rank=4, alpha=8))
-    randomize_adapter(model)
-    return model
 
 
 def test_loss_does_not_depend_on_batch_size_order_or_packing(adapted, tokenizer, recipe_file):

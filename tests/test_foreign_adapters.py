@@ -11,7 +11,7 @@ from typing import Any
 import peft
 import pytest
 import torch
-from conftest import randomize_adapter
+from conftest import randomize_adapter, refusal
 from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 from torch import Tensor
@@ -25,7 +25,6 @@ from lora_cli.adapters.targets import find_targets
 from lora_cli.adapters.trained import trained_modules
 from lora_cli.base.load import load_model
 from lora_cli.base.source import find_base
-from lora_cli.errors import LoraError
 
 TOKENS = torch.arange(3, 35).reshape(2, 16)
 
@@ -73,13 +72,6 @@ def rewrite(folder: Path, edit: Any) -> None:
 def change(folder: Path, **settings: Any) -> None:
     config = json.loads((folder / CONFIG).read_text())
     (folder / CONFIG).write_text(json.dumps(config | settings))
-
-
-def refused(act: Any) -> LoraError:
-    with pytest.raises(LoraError) as error:
-        act()
-    assert error.value.exit_code == 2
-    return error.value
 
 
 # One alpha
@@ -152,7 +144,7 @@ def test_a_configuration_of_another_run_is_refused(settings, says, tiny_llama, t
     model = ours(tiny_llama, tmp_path / "adapter")
     kept = (tmp_path / "adapter" / CONFIG).read_bytes()
     change(tmp_path / "adapter", **settings)
-    error = refused(lambda: read_adapter(tmp_path / "adapter"))
+    error = refusal(lambda: read_adapter(tmp_path / "adapter"))
     assert "adapter_config.json does not belong to these tensors" in error.what
     assert says in error.what
     (tmp_path / "adapter" / CONFIG).write_bytes(kept)  # the fix
@@ -165,7 +157,7 @@ def test_ranks_of_a_peft_adapter_are_compared_too(tiny_llama, tmp_path):
     theirs(tiny_llama, tmp_path / "theirs", target_modules=["q_proj", "v_proj"], rank_pattern={"v_proj": 2})
     read_adapter(tmp_path / "theirs")
     change(tmp_path / "theirs", rank_pattern={})
-    error = refused(lambda: read_adapter(tmp_path / "theirs"))
+    error = refusal(lambda: read_adapter(tmp_path / "theirs"))
     assert error.details[0] == "model.layers.0.self_attn.v_proj: rank 2, but the configuration says 4"
 
 
@@ -193,7 +185,7 @@ def test_unknown_values_of_the_metadata_are_refused(key, value, tiny_llama, tmp_
     with safe_open(tmp_path / "adapter" / TENSORS, "pt") as stored:
         metadata = stored.metadata()
     save_file(load_file(tmp_path / "adapter" / TENSORS), tmp_path / "adapter" / TENSORS, metadata | {key: value})
-    assert key in refused(lambda: read_adapter(tmp_path / "adapter")).what
+    assert key in refusal(lambda: read_adapter(tmp_path / "adapter")).what
 
 
 def test_metadata_of_the_first_format_are_read_as_made_before(tiny_llama, tmp_path):
@@ -243,7 +235,7 @@ def test_two_adapters_in_one_file_are_refused(tiny_llama, tmp_path):
             for name in ("one", "two")
         },
     )
-    assert "more than one adapter: one, two" in refused(lambda: read_adapter(tmp_path / "theirs")).what
+    assert "more than one adapter: one, two" in refusal(lambda: read_adapter(tmp_path / "theirs")).what
 
 
 def test_a_lookahead_in_target_modules_means_what_it_means_to_peft(tiny_llama, tmp_path):
@@ -265,7 +257,7 @@ def test_copies_of_the_bases_head_are_read_past_and_others_refused(tiny_llama, t
     attach_adapter(again, read_adapter(tmp_path / "theirs"), find_base(str(tiny_llama)))
     assert_close(logits(again), logits(model), rtol=0, atol=1e-5)
     rewrite(tmp_path / "theirs", lambda t: {key: each + 1 if "base_layer" in key else each for key, each in t.items()})
-    error = refused(
+    error = refusal(
         lambda: attach_adapter(load(tiny_llama), read_adapter(tmp_path / "theirs"), find_base(str(tiny_llama)))
     )
     assert "brings weights of its own for lm_head.weight" in error.what
@@ -294,7 +286,7 @@ KINDS = {
 @pytest.mark.parametrize("kind", KINDS)
 def test_the_fix_for_what_only_peft_computes_gives_a_model_that_computes_it(kind, tiny_llama, tmp_path, monkeypatch):
     model = theirs(tiny_llama, tmp_path / "their adapter", config=KINDS[kind]())
-    error = refused(lambda: open_model(None, tmp_path / "their adapter", device="cpu"))
+    error = refusal(lambda: open_model(None, tmp_path / "their adapter", device="cpu"))
     command = shlex.split(str(error.fix).split("`merged`: ")[1])
     assert command[:2] == ["python", "-c"]
     monkeypatch.chdir(tmp_path)
@@ -308,7 +300,7 @@ def test_the_fix_for_what_only_peft_computes_gives_a_model_that_computes_it(kind
 def test_prompt_tuning_is_said_to_be_no_change_of_weights(tiny_llama, tmp_path):
     config = peft.PromptTuningConfig(task_type="CAUSAL_LM", num_virtual_tokens=3)
     peft.get_peft_model(AutoModelForCausalLM.from_pretrained(tiny_llama), config).save_pretrained(tmp_path / "theirs")
-    error = refused(lambda: read_adapter(tmp_path / "theirs"))
+    error = refusal(lambda: read_adapter(tmp_path / "theirs"))
     assert "PROMPT_TUNING" in error.what
     assert "use it with PEFT itself" in str(error.fix)
 
@@ -317,7 +309,7 @@ def test_the_fix_for_a_pickled_adapter_makes_one_that_opens(tiny_llama, tmp_path
     model = theirs(tiny_llama, tmp_path / "theirs", target_modules=["q_proj"])
     torch.save(load_file(tmp_path / "theirs" / TENSORS), tmp_path / "theirs" / "adapter_model.bin")
     (tmp_path / "theirs" / TENSORS).unlink()
-    error = refused(lambda: read_adapter(tmp_path / "theirs"))
+    error = refusal(lambda: read_adapter(tmp_path / "theirs"))
     assert "pickles can run code" in error.what
     command = shlex.split(re.sub(".*: python", "python", str(error.fix)))
     exec(command[2])
@@ -341,12 +333,12 @@ def test_a_template_of_the_adapter_is_text_of_its_own(tiny_llama, tmp_path):
     ours(tiny_llama, tmp_path / "adapter")
     template = tmp_path / "adapter" / "chat_template.jinja"
     template.write_bytes(b"\xff\xfe{{ messages }}")
-    error = refused(lambda: open_model(None, tmp_path / "adapter", device="cpu"))
+    error = refusal(lambda: open_model(None, tmp_path / "adapter", device="cpu"))
     assert "not text in UTF-8" in error.what
     template.unlink()
     (tmp_path / "secret").write_text("private")
     template.symlink_to(tmp_path / "secret")
-    assert "leads out of this folder" in refused(lambda: open_model(None, tmp_path / "adapter", device="cpu")).what
+    assert "leads out of this folder" in refusal(lambda: open_model(None, tmp_path / "adapter", device="cpu")).what
 
 
 def test_tensors_that_the_class_does_not_use_are_said(tiny_llama, tmp_path):

@@ -9,7 +9,7 @@ from typing import Any
 
 import pytest
 import torch
-from conftest import quiet_console, save_tiny
+from conftest import quiet_console, refusal, save_tiny
 from torch import Tensor
 from transformers import GPT2Config, LlamaConfig
 from transformers.pytorch_utils import Conv1D
@@ -17,7 +17,6 @@ from transformers.pytorch_utils import Conv1D
 from lora_cli.base.linear import dense_weight, is_quantized, stored_transposed, unquantized_layers
 from lora_cli.base.load import load_model
 from lora_cli.base.source import find_base
-from lora_cli.errors import LoraError
 from lora_cli.planning.check import check
 from lora_cli.planning.skeleton import look_at_model
 from lora_cli.recipe import load_recipe
@@ -32,12 +31,6 @@ ODD: dict[str, Any] = {  # rows of 96 and 80 numbers: no whole blocks of 64
     ),
     "gpt2": GPT2Config(**IDS, n_embd=96, n_layer=1, n_head=4, n_inner=80),
 }
-
-
-def refusal(call: Any) -> LoraError:
-    with pytest.raises(LoraError) as error:
-        call()
-    return error.value
 
 
 def with_config(model: Path, folder: Path, **changed: Any) -> Path:

@@ -9,7 +9,7 @@ from typing import Any
 import pytest
 import torch
 import transformers as hf
-from conftest import quiet_console, save_tiny
+from conftest import quiet_console, refusal, save_tiny
 from tiny_types import tiny_config
 
 from lora_cli.base.attention import attention_implementation
@@ -28,12 +28,6 @@ def model_of(config: Any, dtype: torch.dtype = torch.float32) -> Any:
     torch.manual_seed(0)
     how = attention_implementation(config)
     return hf.AutoModelForCausalLM.from_config(config, dtype=dtype, attn_implementation=how).eval()
-
-
-def refusal(call: Any) -> LoraError:
-    with pytest.raises(LoraError) as error:
-        call()
-    return error.value
 
 
 @pytest.mark.parametrize("dtype", ["fp32", "bf16"])
