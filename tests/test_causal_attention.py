@@ -1,4 +1,4 @@
-"""Attention within each example of a packed row, by matrix products: what torch's own gives each example alone."""
+"""Attention within each example of a packed row, by SDPA or matrix products: what torch gives each example alone."""
 
 from __future__ import annotations
 
@@ -7,17 +7,16 @@ from typing import Any
 import pytest
 import torch
 import torch.nn.functional as F
-from hypothesis import given, settings
+from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
-from lora_cli.base.causal_attention import causal_attention
+from lora_cli.base import causal_attention as attention_module
+from lora_cli.base.causal_attention import causal_attention, products_are_faster
 
 HEADS, WIDTH = 4, 8
-LENGTHS = [[1], [127], [128], [129], [300, 5, 200, 128, 1], [40, 40, 40], [3, 2, 200, 190, 140]]
-TINY = [[16, 16, 16], [32, 1, 7, 20]]  # attended to in one call
 TOLERANCES = {torch.float64: 1e-10, torch.float32: 1e-5}
 
 
@@ -64,23 +63,48 @@ def assert_close(actual: list[Tensor], expected: list[Tensor], tolerance: float)
         )
 
 
-@pytest.mark.parametrize("dtype", TOLERANCES, ids=str)
-@pytest.mark.parametrize("scaling", [None, 0.3])
-@pytest.mark.parametrize("window", [None, 1, 3, 128, 200])
-@pytest.mark.parametrize("key_heads", [1, 2, 4])
-@pytest.mark.parametrize("lengths", LENGTHS + TINY, ids=lambda lengths: "-".join(map(str, lengths)))
-def test_it_is_torchs_attention_of_each_example(lengths, key_heads, window, scaling, dtype):
+@pytest.fixture(params=["SDPA", "products"])
+def way(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> str:
+    """One of the two, whatever length and dtype; a window goes to SDPA all the same."""
+    monkeypatch.setattr(attention_module, "products_are_faster", lambda *_: request.param == "products")
+    return request.param
+
+
+@pytest.mark.parametrize(
+    ("lengths", "key_heads", "window", "scaling", "dtype"),
+    [
+        ([1], 2, None, None, torch.float64),
+        ([127], 1, None, 0.3, torch.float64),  # one block, one key head
+        ([128], 4, None, None, torch.float32),
+        ([129], 2, None, None, torch.float64),  # a second block of one query
+        ([40, 40, 40], 2, None, 0.3, torch.float32),  # a row as it is
+        ([300, 5, 200, 128, 1], 2, None, None, torch.float64),  # three buckets, one of them padded
+        ([3, 2, 200, 190, 140], 4, 3, None, torch.float32),
+        ([300, 5, 200, 128, 1], 2, 200, 0.3, torch.float64),  # shorter than one example, longer than others
+        ([32, 1, 7, 20], 1, 1, None, torch.float32),
+    ],
+    ids=str,
+)
+def test_it_is_torchs_attention_of_each_example(lengths, key_heads, window, scaling, dtype, way):
     settings = lengths, key_heads, dtype, window, scaling
     assert_close(results(causal_attention, *settings), results(by_torch, *settings), TOLERANCES[dtype])
 
 
-@settings(max_examples=40, deadline=None)
+def test_products_are_for_short_rows_in_bf16_on_a_cpu():
+    cpu, gpu = torch.device("cpu"), torch.device("cuda")
+    assert products_are_faster(500, torch.bfloat16, cpu)
+    assert not products_are_faster(2048, torch.bfloat16, cpu)
+    assert not products_are_faster(500, torch.float32, cpu)
+    assert not products_are_faster(500, torch.bfloat16, gpu)
+
+
+@settings(max_examples=40, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
 @given(
     lengths=st.lists(st.integers(1, 150), min_size=1, max_size=8),
     window=st.none() | st.integers(1, 160),
     key_heads=st.sampled_from([1, 2, 4]),
 )
-def test_any_lengths_and_any_window(lengths: list[int], window: int | None, key_heads: int):
+def test_any_lengths_and_any_window(way: str, lengths: list[int], window: int | None, key_heads: int):
     settings = lengths, key_heads, torch.float64, window, None
     actual, expected = results(causal_attention, *settings), results(by_torch, *settings)
     for one, right in zip(actual, expected, strict=True):
@@ -88,7 +112,7 @@ def test_any_lengths_and_any_window(lengths: list[int], window: int | None, key_
 
 
 @pytest.mark.parametrize("window", [None, 3])
-@pytest.mark.parametrize("lengths", [[300, 5, 200, 128, 1], *TINY], ids=str)
+@pytest.mark.parametrize("lengths", [[300, 5, 200, 128, 1], [32, 1, 7, 20]], ids=str)
 def test_bf16_is_as_near_as_bf16_can_be(lengths, window):
     """Against fp32 on the same (rounded) values: scores, weights and sums are each rounded to 8 bits, 2⁻⁸."""
     key_heads = 2
@@ -101,10 +125,12 @@ def test_bf16_is_as_near_as_bf16_can_be(lengths, window):
     assert_close(actual, [right, *torch.autograd.grad(right, wide, upstream.float())], 4 * 2**-8)
 
 
-@pytest.mark.parametrize("window", [None, 3])
-@pytest.mark.parametrize("changed", range(4))
-@pytest.mark.parametrize("lengths", [[130, 7, 90, 7], [16, 16, 16, 16], [30, 7, 20, 7]], ids=str)
-def test_no_example_sees_another(lengths, changed, window):
+@pytest.mark.parametrize(
+    ("lengths", "changed", "window"),
+    [([130, 7, 90, 7], 0, None), ([130, 7, 90, 7], 3, 3), ([16, 16, 16, 16], 1, None), ([30, 7, 20, 7], 2, None)],
+    ids=str,
+)
+def test_no_example_sees_another(lengths, changed, window, way):
     """Neither its output nor its gradients change by a bit when all of another example does."""
     runs = []
     for replaced in (False, True):
@@ -122,18 +148,18 @@ def test_no_example_sees_another(lengths, changed, window):
         assert same == [at != changed for at in range(len(lengths))]
 
 
-def test_what_is_kept_is_q_k_and_v_alone():
+def test_products_keep_q_k_and_v_alone():
     kept: list[Tensor] = []
 
     def keep(tensor: Tensor) -> Tensor:
         kept.append(tensor)
         return tensor
 
-    q, k, v, _ = inputs(300, 2, torch.float32)
+    q, k, v, _ = inputs(320, 2, torch.bfloat16)
     with torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor):
-        causal_attention(q, k, v, [170, 130], None, None)
-    assert sorted(x.data_ptr() for x in kept) == sorted(x.data_ptr() for x in (q, k, v))
-    assert sum(x.nbytes for x in kept) == sum(x.nbytes for x in (q, k, v))
+        causal_attention(q, k, v, [180, 140], None, None)  # in one bucket, with 40 tokens of padding
+    assert len({x.data_ptr() for x in kept}) == 3
+    assert sum(x.numel() for x in kept) == sum(x.numel() for x in (q, k, v)) * 360 / 320
 
 
 class LargestTensor(TorchDispatchMode):
@@ -149,14 +175,13 @@ class LargestTensor(TorchDispatchMode):
         return out
 
 
-@pytest.mark.parametrize("window", [None, 64])
-def test_memory_is_linear_in_the_length(window):
+def test_memory_is_linear_in_the_length():
     """Of q, k and v: four times the length makes four times the largest tensor, not 16 times as scores would."""
     largest = {}
     for length in (512, 2048):
         q, k, v, upstream = inputs(length, 2, torch.float32)
         with LargestTensor() as seen:
-            causal_attention(q, k, v, [length], window, None).backward(upstream)
+            causal_attention(q, k, v, [length], None, None).backward(upstream)
         largest[length] = seen.elements
     assert largest[2048] <= 4.5 * largest[512]
     assert largest[2048] < HEADS * 2048 * 2048 / 8

@@ -58,11 +58,11 @@ def assert_same_run(one: Path, other: Path) -> None:
 
 @given(
     batches=st.lists(st.lists(st.integers(1, 40), min_size=1, max_size=9), min_size=1, max_size=4),
-    parts=st.integers(1, 12),
+    splits=st.integers(1, 12),
 )
-def test_cutting_loses_no_example_and_balances_tokens(batches, parts):
+def test_cutting_loses_no_example_and_balances_tokens(batches, splits):
     made = [[Example(np.full(length, at), []) for at, length in enumerate(batch)] for batch in batches]
-    pieces = cut(made, parts)
+    pieces = cut(made, splits)
     sizes = [sum(len(example.ids) for example in piece) for piece in pieces]
     assert sorted(id(e) for piece in pieces for e in piece) == sorted(id(e) for batch in made for e in batch)
     assert sizes == sorted(sizes, reverse=True), "the largest comes first"
@@ -71,8 +71,8 @@ def test_cutting_loses_no_example_and_balances_tokens(batches, parts):
         own = {id(example) for example in batch}
         total, longest = sum(len(e.ids) for e in batch), max(len(e.ids) for e in batch)
         mine = [size for piece, size in zip(pieces, sizes, strict=True) if id(piece[0]) in own]
-        assert len(mine) <= parts
-        assert max(mine) <= total / parts + longest
+        assert len(mine) <= splits
+        assert max(mine) <= total / splits + longest
 
 
 @pytest.mark.parametrize("packing", [True, False])

@@ -24,7 +24,7 @@ from lora_cli.errors import LoraError, ProcessLost
 from lora_cli.recipe import load_recipe
 from lora_cli.training import micro_batches
 from lora_cli.training.micro_batches import MicroBatches
-from lora_cli.training.processes import is_lost_process, lost_process_is_told
+from lora_cli.training.processes import is_lost_process, process_lost_errors
 from lora_cli.training.session import open_session
 from lora_cli.training.train import train
 
@@ -321,10 +321,10 @@ def test_a_pass_that_keeps_company_changes_no_gradient(recipe_file, monkeypatch)
     expected = [parameter.grad.clone() for parameter in runner.parameters if parameter.grad is not None]
     assert len(expected) == len(runner.parameters)
     assert all(bool(gradient.any()) for gradient in expected)
-    runner._keep_company(batches[0], 1, 7, 10.0)
+    runner._dummy_pass(batches[0], 1, 7, 10.0)
     assert all(p.grad is not None and torch.equal(p.grad, e) for p, e in zip(runner.parameters, expected, strict=True))
     monkeypatch.setattr(micro_batches, "training_loss", with_loss_of(float("nan")))
-    runner._keep_company(batches[0], 1, 7, 10.0)
+    runner._dummy_pass(batches[0], 1, 7, 10.0)
     assert all(p.grad is not None and torch.equal(p.grad, e) for p, e in zip(runner.parameters, expected, strict=True))
     assert alone > 0
 
@@ -403,7 +403,7 @@ def test_a_killed_worker_ends_the_run_with_a_clear_error_and_resume_completes_it
     ],
 )
 def test_what_the_libraries_say_of_a_lost_process_becomes_an_error_of_ours(said):
-    with pytest.raises(ProcessLost, match="another process of this run ended") as error, lost_process_is_told("lora x"):
+    with pytest.raises(ProcessLost, match="another process of this run ended") as error, process_lost_errors("lora x"):
         raise RuntimeError(said)
     assert error.value.exit_code == 1
     assert error.value.fix is not None
@@ -411,8 +411,8 @@ def test_what_the_libraries_say_of_a_lost_process_becomes_an_error_of_ours(said)
 
 
 def test_an_outer_block_knows_better_how_to_resume():
-    outer = lost_process_is_told("lora train run/recipe.yaml --resume")
-    with pytest.raises(ProcessLost, match=r"lora train run/recipe\.yaml --resume"), outer, lost_process_is_told():
+    outer = process_lost_errors("lora train run/recipe.yaml --resume")
+    with pytest.raises(ProcessLost, match=r"lora train run/recipe\.yaml --resume"), outer, process_lost_errors():
         raise RuntimeError("gloo: Broken pipe")
 
 
@@ -427,7 +427,7 @@ def test_an_outer_block_knows_better_how_to_resume():
 )
 def test_other_errors_stay_what_they_are(error):
     assert not isinstance(error, RuntimeError) or not is_lost_process(error)
-    with pytest.raises(type(error)) as found, lost_process_is_told():
+    with pytest.raises(type(error)) as found, process_lost_errors():
         raise error
     assert found.value is error
 

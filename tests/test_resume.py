@@ -335,13 +335,13 @@ def test_the_largest_micro_batch_is_not_tried_again_unless_something_changed(cra
     """A trial costs as much as a step, and is for finding out what the run has shown already."""
     run, straight = crashed(train={"max_steps": 10})
     tried: list[int] = []
-    real = micro_batches.MicroBatches.rehearse
+    real = micro_batches.MicroBatches.try_largest
 
-    def rehearse(self: Any, first: int, *rest: Any) -> int:
+    def try_largest(self: Any, first: int, *rest: Any) -> int:
         tried.append(first)
         return real(self, first, *rest)
 
-    monkeypatch.setattr(micro_batches.MicroBatches, "rehearse", rehearse)
+    monkeypatch.setattr(micro_batches.MicroBatches, "try_largest", try_largest)
     resume(run)
     assert tried == []
     assert_same_run(run, straight)

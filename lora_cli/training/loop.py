@@ -25,9 +25,9 @@ from lora_cli.evaluation.perplexity import EvaluationStopped
 from lora_cli.screen import say_on
 from lora_cli.training.divergence import what_is_wrong
 from lora_cli.training.keeping import Keeper
-from lora_cli.training.micro_batches import DoesNotFit, MicroBatches, smaller_from_now_on
+from lora_cli.training.micro_batches import DoesNotFit, MicroBatches, smaller_line
 from lora_cli.training.optimizer import averaged_weights, learning_rate, make_optimizer, set_learning_rate
-from lora_cli.training.processes import agree, sum_over_processes, wait_for_everyone
+from lora_cli.training.processes import any_process, sum_over_processes, wait_for_everyone
 from lora_cli.training.progress import Progress
 from lora_cli.training.report import make_report, require_learned, say_result, write_report
 from lora_cli.training.resume import COMPUTING, Change
@@ -118,13 +118,13 @@ class Run:
         if self.state.pending is not None:
             self._complete(self.state.pending, progress, track)
         first = self.accelerator.is_main_process
-        if self.recipe.on_nan == "rewind" and agree(self.accelerator, first and not self.keep.planned()):
+        if self.recipe.on_nan == "rewind" and any_process(self.accelerator, first and not self.keep.planned()):
             # There must be something to go back to.
             self.keep.planned_too = self.state.step
             self.keep.checkpoint(self.state)
         reset_peak_memory(self.session.device)
         if not self.tried:
-            self.state.parts = self.micro_batches.rehearse(self.state.step + 1, self.state.parts, progress.say)
+            self.state.parts = self.micro_batches.try_largest(self.state.step + 1, self.state.parts, progress.say)
         self.keep.start_clock()
         while self.state.step < self.session.total_steps:
             stop, due = self._asked()
@@ -237,7 +237,7 @@ class Run:
                 return self.micro_batches.run(step, batches, weight, self.state.parts)
             except DoesNotFit as problem:
                 self.state.parts = self.micro_batches.smaller(batches, self.state.parts, problem)
-                self.say(smaller_from_now_on(problem, self.state.parts))
+                self.say(smaller_line(problem, self.state.parts))
                 if self.state.step:  # the last step that is complete
                     self.keep.checkpoint(self.state)
 

@@ -1,4 +1,4 @@
-"""How a step is cut into micro-batches, the gradients of each, and what is done when one does not fit into memory."""
+"""How a step is split into micro-batches, the gradients of each, and what happens when one does not fit into memory."""
 
 from __future__ import annotations
 
@@ -13,15 +13,15 @@ from torch import Tensor, nn
 from lora_cli.adapters.trained import cast_once, dropout_keys
 from lora_cli.base.device import free_memory_bytes
 from lora_cli.data.example import Example
-from lora_cli.errors import LoraError
+from lora_cli.errors import LoraError, reason_of
 from lora_cli.evaluation.loss import training_loss
 from lora_cli.files import human_bytes
-from lora_cli.training.processes import agree, lost_process_is_told, sum_over_processes
+from lora_cli.training.processes import any_process, process_lost_errors, sum_over_processes
 from lora_cli.training.session import Session
 
-# By what torch, CUDA, cuBLAS, Triton and the C++ library say, in plain RuntimeErrors, where no memory is left.
+# Said by torch, CUDA, cuBLAS, Triton and the C++ library, in plain RuntimeErrors, when memory runs out.
 _OUT_OF_MEMORY = ("out of memory", "can't allocate memory", "not enough memory", "bad_alloc", "alloc_failed")
-_HARDLY_LARGER = 1.1  # than what step 1 brings anyway
+_HARDLY_LARGER = 1.1  # than what step 1 contains anyway
 _AMPLE = 4  # times what is kept until the backward pass: kernels and fragments come on top
 
 
@@ -32,8 +32,8 @@ class DoesNotFit(Exception):
 class MicroBatches:
     """Runs the micro-batches of a step, on all processes, and adds up their gradients.
 
-    `parts`: how many pieces each micro-batch of the recipe is cut into. The loss is a sum over the step and dropout a
-    function of the token, so that this changes nothing in the result.
+    `splits`: how many pieces each micro-batch of the recipe is cut into. The loss is a sum over the step and dropout is
+    a function of the token, so this changes nothing in the result.
     """
 
     def __init__(
@@ -46,34 +46,34 @@ class MicroBatches:
         self.session, self.accelerator, self.parameters, self.scaler = session, accelerator, parameters, scaler
         self.recipe = session.recipe.train
 
-    def run(self, step: int, batches: Sequence[Sequence[Example]], weight: float, parts: int) -> float:
-        """Cross-entropy summed over the step; the gradient of what is minimized, over `weight`, is then in place.
+    def run(self, step: int, batches: Sequence[Sequence[Example]], weight: float, splits: int) -> float:
+        """Cross-entropy summed over the step. Leaves the gradient of the training loss, divided by `weight`.
 
-        With fp16 the gradient is scaled, as the scaler has it. Nothing is read back from the device before the last
-        micro-batch: it works while the next one is put together here. Raises DoesNotFit, on all processes alike, with
-        no gradient left; ProcessLost when one of them is gone. With a sharded base LoraError instead of DoesNotFit:
-        while one process cuts, the others would wait for its shares.
+        With fp16 the gradient is scaled by the scaler. Nothing is read back from the device before the last pass,
+        so it computes while the next one is collated here. Raises DoesNotFit, on all processes alike, with no gradient
+        left; ProcessLost when one of them is gone. With a sharded base it raises LoraError instead of DoesNotFit: while
+        one process splits its micro-batch, the others would wait for its shares.
         """
-        pieces = cut(batches, max(parts, self._fewest_parts(len(batches))))
+        pieces = cut(batches, max(splits, self._fewest_splits(len(batches))))
         losses: list[Tensor] = []
-        failed = ""
+        total, failed, at = 0.0, "", 0
         if not self.session.model.training:
             self.session.model.train()
-        with cast_once(self.session.layers, self.session.dtype), lost_process_is_told():
-            for at in range(self.accelerator.process_index, self._passes(pieces), self.accelerator.num_processes):
-                try:
+        try:
+            with cast_once(self.session.layers, self.session.dtype), process_lost_errors():
+                for at in range(self.accelerator.process_index, self._passes(pieces), self.accelerator.num_processes):
                     if at < len(pieces):
                         losses.append(self._forward_backward(pieces[at], step, at, weight))
                     else:
-                        self._keep_company(pieces[-1], step, at, weight)
-                except (RuntimeError, MemoryError) as error:
-                    if not is_out_of_memory(error):
-                        raise
-                    failed = _first_line(error)
-                    if self.recipe.shard_base:
-                        raise self._too_large_to_share(pieces[min(at, len(pieces) - 1)], failed) from error
-                    break
-        total, failed = self._read(losses, failed)
+                        self._dummy_pass(pieces[-1], step, at, weight)
+                if losses:
+                    total = sum(torch.stack(losses).tolist())  # an allocation on the device may fail as late as this
+        except (RuntimeError, MemoryError) as error:
+            if not is_out_of_memory(error):
+                raise
+            failed = reason_of(error)
+            if self.recipe.shard_base:
+                raise self._too_large_to_share(pieces[min(at, len(pieces) - 1)], failed) from error
         here = torch.tensor([total, float(bool(failed))], dtype=torch.float64)
         summed, failures = sum_over_processes(self.accelerator, here).tolist()
         if failures:
@@ -82,24 +82,12 @@ class MicroBatches:
         self._add_gradients()
         return summed
 
-    @staticmethod
-    def _read(losses: list[Tensor], failed: str) -> tuple[float, str]:
-        """(sum of what is on the device, why a micro-batch failed): an allocation there may fail as late as this."""
-        if failed or not losses:
-            return 0.0, failed
-        try:
-            return sum(torch.stack(losses).tolist()), ""
-        except (RuntimeError, MemoryError) as error:
-            if not is_out_of_memory(error):
-                raise
-            return 0.0, _first_line(error)
-
-    def smaller(self, batches: Sequence[Sequence[Example]], parts: int, problem: DoesNotFit) -> int:
-        """Parts with which the largest piece has about half as many tokens.
+    def smaller(self, batches: Sequence[Sequence[Example]], splits: int, problem: DoesNotFit) -> int:
+        """Splits with which the largest piece has about half as many tokens.
 
         Raises LoraError for a single example, and with a sharded base.
         """
-        largest = cut(batches, max(parts, self._fewest_parts(len(batches))))[0]
+        largest = cut(batches, max(splits, self._fewest_splits(len(batches))))[0]
         if self.recipe.shard_base:
             raise self._too_large_to_share(largest, str(problem))
         if len(largest) == 1:
@@ -108,62 +96,63 @@ class MicroBatches:
                 where=largest[0].source,
                 fix="use train.gradient_checkpointing: full, a smaller data.max_seq_len, or quantization: nf4",
             )
-        while len(cut(batches, parts)[0]) >= len(largest):
-            parts *= 2
-        return parts
+        while len(cut(batches, splits)[0]) >= len(largest):
+            splits *= 2
+        return splits
 
-    def rehearse(self, first: int, parts: int, say: Callable[[str], None]) -> int:
-        """Try the largest micro-batch that this run can have, so that what does not fit shows now and not in the night.
+    def try_largest(self, first: int, splits: int, say: Callable[[str], None]) -> int:
+        """Try the largest micro-batch of this run before the first step, so that it fails now rather than hours later.
 
-        Returns the parts to begin with: with micro_batch_size: auto the fewest that fit, else more only if need be. Not
-        tried is what step `first` brings in about the same size, and what a CPU has ample memory for.
+        Returns the splits to begin with: with micro_batch_size: auto the fewest that fit, else `splits`, or more if
+        those do not fit. Skips the trial if step `first` has one of about that size, or a CPU has plenty of memory.
         """
         largest = [self.session.feed.largest()]
         auto = self.recipe.micro_batch_size == "auto"
         if not auto and first == 1 and not self.session.recipe.data.streaming:
-            begins = cut(self.session.feed.step(first), parts)[0]
-            if _tokens(cut(largest, parts)[0]) <= _HARDLY_LARGER * _tokens(begins):
-                return parts
-        if not auto and self._is_ample(_tokens(cut(largest, parts)[0])):
-            return parts
-        fitting = self._fewest_that_fit(largest, parts, auto, say)
+            begins = cut(self.session.feed.step(first), splits)[0]
+            if _tokens(cut(largest, splits)[0]) <= _HARDLY_LARGER * _tokens(begins):
+                return splits
+        if not auto and self._is_ample(_tokens(cut(largest, splits)[0])):
+            return splits
+        fitting = self._fewest_that_fit(largest, splits, auto, say)
         if auto:
             piece = cut(largest, fitting)[0]
             say(f"micro-batches of up to {_tokens(piece):,} tokens fit: a step is cut into up to {fitting}")
         return fitting
 
     def _is_ample(self, tokens: int) -> bool:
-        """Whether a CPU has so much memory that a trial, which costs as much as a step, can be left out.
+        """Whether every process is on a CPU with ample memory: there a trial, as expensive as a step, is skipped."""
+        needed, free = self._needed_and_free(tokens)
+        short = self.session.device.type != "cpu" or _AMPLE * needed >= free
+        return not any_process(self.accelerator, short)
 
-        Each process looks for itself, and all of them get one answer.
-        """
-        device = self.session.device
-        ample = device.type == "cpu" and _AMPLE * self.session.activations.kept_bytes(tokens) < free_memory_bytes(
-            device
-        )
-        return not agree(self.accelerator, not ample)
+    def _needed_and_free(self, tokens: int) -> tuple[int, int]:
+        """(bytes that the activations of so many tokens keep, bytes that are free)."""
+        return self.session.activations.kept_bytes(tokens), free_memory_bytes(self.session.device)
 
-    def _fewest_that_fit(self, largest: list[list[Example]], parts: int, auto: bool, say: Callable[[str], None]) -> int:
+    def _fewest_that_fit(
+        self, largest: list[list[Example]], splits: int, auto: bool, say: Callable[[str], None]
+    ) -> int:
         too_few = 0
-        while (problem := self._trial(largest, parts)) is not None:
-            too_few = parts
-            parts = self.smaller(largest, parts, problem)
+        while (problem := self._trial(largest, splits)) is not None:
+            too_few = splits
+            splits = self.smaller(largest, splits, problem)
             if not auto:
-                say(smaller_from_now_on(problem, parts))
-        while auto and parts - too_few > 1:
-            middle = (parts + too_few) // 2
+                say(smaller_line(problem, splits))
+        while auto and splits - too_few > 1:
+            middle = (splits + too_few) // 2
             if self._trial(largest, middle) is None:
-                parts = middle
+                splits = middle
             else:
                 too_few = middle
-        return parts
+        return splits
 
-    def _trial(self, largest: list[list[Example]], parts: int) -> DoesNotFit | None:
-        """Forward and backward of the largest piece, forgotten afterwards; None if it fits."""
-        piece = cut(largest, parts)[0]
-        needed, free = self.session.activations.kept_bytes(_tokens(piece)), free_memory_bytes(self.session.device)
+    def _trial(self, largest: list[list[Example]], splits: int) -> DoesNotFit | None:
+        """Forward and backward of the largest piece, whose gradients are dropped; None if it fits."""
+        piece = cut(largest, splits)[0]
+        needed, free = self._needed_and_free(_tokens(piece))
         on_cpu = self.session.device.type == "cpu"
-        if agree(self.accelerator, on_cpu and needed > free):  # there the system kills instead of refusing
+        if any_process(self.accelerator, on_cpu and needed > free):  # there the system kills instead of refusing
             return DoesNotFit(f"{human_bytes(needed)} of activations, {human_bytes(free)} free")
         try:
             self.run(1, [piece] * self.accelerator.num_processes, 1.0, 1)
@@ -178,18 +167,18 @@ class MicroBatches:
         dropout = (recipe.seed, step) if session.recipe.adapter.dropout else None
         batch = session.collate(piece, dropout=dropout)
         _seed(recipe.seed, step, at, session.device)
-        with dropout_keys(session.layers, batch.dropout_keys):  # also for what the backward pass computes again
+        with dropout_keys(session.layers, batch.dropout_keys):  # also for what the backward pass recomputes
             loss, cross_entropy = training_loss(session.model, batch, z_loss=recipe.z_loss)
             self.scaler.scale(loss / weight).backward()
         return cross_entropy
 
     def _passes(self, pieces: Sequence[list[Example]]) -> int:
-        """Passes of all processes together. With a sharded base each makes as many: a pass needs them all."""
+        """Passes of all processes together. With a sharded base each makes the same number: a pass needs them all."""
         processes = self.accelerator.num_processes
         return -(-len(pieces) // processes) * processes if self.recipe.shard_base else len(pieces)
 
-    def _keep_company(self, piece: list[Example], step: int, at: int, weight: float) -> None:
-        """A pass whose loss and gradients are thrown away: the others need this process's shares of the base."""
+    def _dummy_pass(self, piece: list[Example], step: int, at: int, weight: float) -> None:
+        """A pass whose loss and gradients are dropped: the other processes need this one's shares of the base."""
         kept = [parameter.grad for parameter in self.parameters]
         for parameter in self.parameters:
             parameter.grad = None
@@ -200,13 +189,13 @@ class MicroBatches:
     def _too_large_to_share(self, piece: list[Example], problem: str) -> LoraError:
         return LoraError(
             f"a micro-batch of {_tokens(piece):,} tokens does not fit into memory ({problem}), and with "
-            "train.shard_base it cannot be cut smaller on the way",
+            "train.shard_base it cannot be cut smaller during training",
             fix="write train.gradient_checkpointing: full, or a smaller train.micro_batch_size and as much larger a "
             "train.gradient_accumulation_steps, with the same result",
         )
 
-    def _fewest_parts(self, batches: int) -> int:
-        """No process goes without: micro_batch_size: auto makes one micro-batch of a step."""
+    def _fewest_splits(self, batches: int) -> int:
+        """Enough for every process to get one: micro_batch_size: auto makes one micro-batch of a step."""
         return -(-self.accelerator.num_processes // batches) if self.recipe.batch_size is not None else 1
 
     def _forget_gradients(self) -> None:
@@ -217,9 +206,9 @@ class MicroBatches:
             torch.cuda.empty_cache()
 
     def _add_gradients(self) -> None:
-        """Sum the adapter's gradients over processes: all that they need to tell each other in a step.
+        """Sum the adapter's gradients over processes, all that they exchange in a step.
 
-        In one exchange: an adapter is hundreds of small tensors, and each exchange waits for the slowest process.
+        In one call: an adapter is hundreds of small tensors, and each call waits for the slowest process.
         """
         if self.accelerator.num_processes == 1:
             return
@@ -229,26 +218,28 @@ class MicroBatches:
             parameter.grad = part.view_as(parameter)
 
 
-def smaller_from_now_on(problem: DoesNotFit, parts: int) -> str:
-    return f"out of memory ({problem}): each micro-batch is now cut into {parts}; the result stays the same"
+def smaller_line(problem: DoesNotFit, splits: int) -> str:
+    return f"out of memory ({problem}): each micro-batch is now cut into {splits}; the result stays the same"
 
 
-def cut(batches: Sequence[Sequence[Example]], parts: int) -> list[list[Example]]:
-    """Each micro-batch in up to `parts` pieces of about equal numbers of tokens; the largest of all comes first.
+def cut(batches: Sequence[Sequence[Example]], splits: int) -> list[list[Example]]:
+    """Each micro-batch in up to `splits` pieces of about equal numbers of tokens; the largest of all comes first.
 
-    Largest first: what does not fit shows at once, and the memory that the others need is there.
+    Largest first: what does not fit fails at once, and the memory that the others need is allocated.
     """
-    pieces = [piece for batch in batches for piece in _in_parts(batch, parts)]
+    pieces = [piece for batch in batches for piece in _in_splits(batch, splits)]
     return sorted(pieces, key=lambda piece: -_tokens(piece))
 
 
-def _in_parts(examples: Sequence[Example], parts: int) -> list[list[Example]]:
-    """Neighbours stay together: each example goes where its middle lies among the tokens of all."""
+def _in_splits(examples: Sequence[Example], splits: int) -> list[list[Example]]:
+    """Neighbours stay together: each example goes to the piece that its middle token falls into."""
     total = _tokens(examples)
-    pieces: dict[int, list[Example]] = {}  # in order, and only those with examples: parts may be any number
+    pieces: dict[
+        int, list[Example]
+    ] = {}  # in order, and only those with examples: there may be more splits than examples
     before = 0
     for example in examples:
-        at = min(parts - 1, int((before + len(example.ids) / 2) * parts / total))
+        at = min(splits - 1, int((before + len(example.ids) / 2) * splits / total))
         pieces.setdefault(at, []).append(example)
         before += len(example.ids)
     return list(pieces.values())
@@ -267,13 +258,9 @@ def _tokens(examples: Sequence[Example]) -> int:
 
 
 def _seed(seed: int, step: int, micro_batch: int, device: torch.device) -> None:
-    """What a model may draw by itself is a function of seed, step and micro-batch: the same when it is resumed."""
+    """Make what a model's own code draws a function of seed, step and micro-batch, so resuming repeats it."""
     digest = hashlib.blake2b(f"{seed}/{step}/{micro_batch}".encode(), digest_size=4).digest()
     number = int.from_bytes(digest, "little")
-    torch.default_generator.manual_seed(number)  # torch.manual_seed keeps a stack trace for devices that are not there
+    torch.default_generator.manual_seed(number)  # torch.manual_seed keeps a stack trace for absent devices
     if device.type == "cuda":
         torch.cuda.manual_seed(number)
-
-
-def _first_line(error: BaseException) -> str:
-    return (str(error).strip() or type(error).__name__).splitlines()[0][:200]

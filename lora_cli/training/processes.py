@@ -1,4 +1,4 @@
-"""What the processes of one run tell each other, and what is said when one of them is gone."""
+"""What the processes of one run exchange, and the error when one of them is gone."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from lora_cli.data.prepared import micro_batches_per_step
 from lora_cli.errors import LoraError, ProcessLost
 from lora_cli.recipe import Recipe
 
-# By what gloo, NCCL and torch's store say, because all three raise a plain RuntimeError as well.
+# Said by gloo, NCCL and torch's store, which raise plain RuntimeErrors too.
 _LOST = (
     "connection closed by peer",
     "connection reset by peer",
@@ -33,9 +33,9 @@ _OF_PROCESSES = ("gloo", "nccl", "processgroup", "tcpstore", "store", "socket")
 
 
 def start_accelerator(recipe: Recipe) -> Accelerator:
-    """Raises LoraError for a recipe that so many processes cannot run."""
+    """Raises LoraError for a recipe that this number of processes cannot run."""
     # No autocast: the frozen weights are in the compute dtype already, and the layers cast A and B. Under autocast
-    # some operations would return fp32 beside it, and what need not be copied would be copied.
+    # some operations would return fp32 beside it, and tensors would be copied for nothing.
     accelerator = Accelerator(mixed_precision="no", cpu=pick_device(recipe.device).type == "cpu")
     micro_batches = micro_batches_per_step(recipe)
     if recipe.train.batch_size is None and accelerator.num_processes > micro_batches:
@@ -52,8 +52,8 @@ def start_accelerator(recipe: Recipe) -> Accelerator:
 
 
 @contextmanager
-def lost_process_is_told(resume: str | None = None) -> Iterator[None]:
-    """Within this block the loss of another process raises ProcessLost instead of what gloo or NCCL say about it.
+def process_lost_errors(resume: str | None = None) -> Iterator[None]:
+    """If a peer process dies inside this block, raise ProcessLost instead of gloo's or NCCL's error.
 
     resume: the command that continues this run.
     """
@@ -74,7 +74,7 @@ def lost_process_is_told(resume: str | None = None) -> Iterator[None]:
 
 
 def is_lost_process(error: BaseException) -> bool:
-    """Whether an exchange between processes failed because one of them is not there any more."""
+    """Whether an exchange between processes failed because one of them is gone."""
     said = str(error).lower()
     known = isinstance(error, torch.distributed.DistNetworkError | torch.distributed.DistBackendError)
     return any(words in said for words in _LOST) and (known or any(words in said for words in _OF_PROCESSES))
@@ -87,18 +87,18 @@ def sum_over_processes(accelerator: Accelerator, value: Tensor) -> Tensor:
     """
     if accelerator.num_processes == 1:
         return value
-    with lost_process_is_told():
+    with process_lost_errors():
         return accelerator.reduce(value.to(accelerator.device), "sum")  # type: ignore[return-value]
 
 
-def agree(accelerator: Accelerator, flag: bool) -> bool:
-    """Whether `flag` is true in any process: the same answer in all of them, which decide alike by it."""
+def any_process(accelerator: Accelerator, flag: bool) -> bool:
+    """Whether `flag` is true in any process; every process gets the same answer."""
     return bool(sum_over_processes(accelerator, torch.tensor(float(flag))).item())
 
 
 def wait_for_everyone(accelerator: Accelerator) -> None:
     """Return once all processes are here. Raises ProcessLost if one of them is gone."""
-    with lost_process_is_told():
+    with process_lost_errors():
         accelerator.wait_for_everyone()
 
 

@@ -15,7 +15,7 @@ from lora_cli.errors import Interrupted
 from lora_cli.recipe import Recipe
 from lora_cli.screen import say_on
 from lora_cli.training.loop import Run
-from lora_cli.training.processes import lost_process_is_told, start_accelerator, wait_for_everyone
+from lora_cli.training.processes import process_lost_errors, start_accelerator, wait_for_everyone
 from lora_cli.training.resume import (
     Change,
     changes_of_environment,
@@ -53,7 +53,7 @@ def train(
         console.show_cursor()  # a second signal ends the process before the live display can
 
     stop = Stop(say_and_show_cursor, max_seconds=max_hours and max_hours * 3600, processes=accelerator.num_processes)
-    with lost_process_is_told(folder.resume_command()), stop.listening(), ExitStack() as held:
+    with process_lost_errors(folder.resume_command()), stop.listening(), ExitStack() as held:
         try:
             if accelerator.is_main_process:
                 folder.refuse_if_taken(resume)
