@@ -153,11 +153,14 @@ def check(
         Path | None, typer.Option("--html", callback=_home, help="Write the preview to an HTML file too.")
     ] = None,
     prepare: Annotated[bool, typer.Option("--prepare", help="Keep the prepared tokens for `lora train`.")] = False,
+    try_model: Annotated[
+        bool, typer.Option("--model", help="Load the model too, and try it as training would.")
+    ] = False,
     as_json: Json = False,
 ) -> None:
     """Check recipe and data, and show what would be trained on.
 
-    Everything short of training; no weight is read.
+    Everything short of training; no weight is read without --model.
     """
     from lora_cli.recipe import load_recipe
     from lora_cli.trust import require_trust
@@ -171,13 +174,21 @@ def check(
         checking.write_page(checked, html, show)
     if not as_json:
         checking.print_checked(checked, _console(stderr=False), show)
+    document = checked.as_dict(show)
     try:
         checked.require_ok()
+        if try_model:
+            from lora_cli.screen import say_on
+            from lora_cli.training.session import open_model
+
+            document["model"] = said = []
+            say = said.append if as_json else say_on(_console(stderr=False))
+            open_model(loaded, checked.source, checked.tokenizer, checked.feed, say)
     except LoraError as error:
-        error.result = checked.as_dict(show)
+        error.result = document
         raise
     if as_json:
-        print_json(checked.as_dict(show))
+        print_json(document)
 
 
 @app.command("eval")

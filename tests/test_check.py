@@ -93,6 +93,29 @@ def test_check_writes_nothing_unless_asked(recipe_file, tmp_path):
     assert prepared.name == "prepared"
 
 
+def test_with_model_check_says_what_training_says_of_it(recipe_file, tmp_path):
+    """Every line from the model to the memory plan, and nothing is written."""
+    recipe = recipe_file()
+    before = set(tmp_path.rglob("*"))
+    said = checked_json(recipe, "--model")["model"]
+    assert set(tmp_path.rglob("*")) == before
+    result = CliRunner().invoke(app, ["train", str(recipe)])
+    assert result.exit_code == 0, result.output
+    trained = " ".join(result.stderr.split())  # a terminal may wrap it
+    assert [line.split()[0] for line in said if not line.startswith(" ")] == ["model", "adapter", "rows", "memory"]
+    for line in said:
+        assert " ".join(line.split()) in trained
+    plain = CliRunner().invoke(app, ["check", str(recipe), "--model"])
+    assert all(" ".join(line.split()) in " ".join(plain.stdout.split()) for line in said)
+
+
+def test_with_model_check_refuses_what_training_refuses(recipe_file, monkeypatch):
+    refusal = LoraError("Tiny is not causal: it sees the tokens that it is to predict")
+    monkeypatch.setattr("lora_cli.training.passes.require_causal", lambda *_: (_ for _ in ()).throw(refusal))
+    result = CliRunner().invoke(app, ["check", str(recipe_file()), "--model"])
+    assert "not causal" in str(result.exception)
+
+
 def test_train_uses_what_check_prepared(recipe_file, run_recipe, monkeypatch):
     checked_json(recipe_file(), "--prepare")
     monkeypatch.setattr("lora_cli.data.prepare.Preparation.build", lambda *_: pytest.fail("prepared again"))

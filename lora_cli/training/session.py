@@ -54,7 +54,7 @@ class Session:
 def open_session(recipe: Recipe, console: Console) -> Session:
     """Data first (seconds), then the model (minutes). Says what was derived from the recipe as it goes."""
     say = say_on(console)
-    device = _open_device(recipe)
+    open_device(recipe)  # one that is missing is refused before data are prepared
     source = find_base(recipe.base_model, recipe.revision, trust_remote_code=recipe.trust_remote_code)
     require_quantization(source, recipe.quantization)
     tokenizer = load_tokenizer(source, trust_remote_code=recipe.trust_remote_code)
@@ -66,10 +66,10 @@ def open_session(recipe: Recipe, console: Console) -> Session:
     config = model_config(source, recipe.trust_remote_code)
     feed.require_fit(config, source.name)
     text = general_text(tokenizer, config, Path(recipe.data.general_text) if recipe.data.general_text else None)
-    loaded = open_model(recipe, source, tokenizer, device, sum(len(example.ids) for example in feed.largest()), say)
+    loaded = open_model(recipe, source, tokenizer, feed, say)
     model = loaded.model
     session = Session(
-        *(recipe, source, tokenizer, model, loaded.layers, feed, device, model.dtype),
+        *(recipe, source, tokenizer, model, loaded.layers, feed, loaded.device, model.dtype),
         *(loaded.collate, loaded.activations, text),
     )
     trained = sum(parameter.numel() for parameter in trained_parameters(model))
@@ -80,14 +80,13 @@ def open_session(recipe: Recipe, console: Console) -> Session:
 
 
 def open_model(
-    recipe: Recipe,
-    source: BaseSource,
-    tokenizer: PreTrainedTokenizerBase,
-    device: torch.device,
-    largest: int,
-    say: Callable[[str], None],
+    recipe: Recipe, source: BaseSource, tokenizer: PreTrainedTokenizerBase, feed: Feed, say: Callable[[str], None]
 ) -> Loaded:
-    """The model as it trains: loaded, tried and changed by all passes. largest: tokens of the largest micro-batch."""
+    """The model as it trains: loaded, then tried and changed by all passes, which say what they found.
+
+    Raises LoraError where it cannot be trained as the recipe asks.
+    """
+    device = open_device(recipe)
     processes = PartialState().num_processes
     several = f", {processes} processes" if processes > 1 else ""
     say(f"model    {recipe.base_model}, {recipe.quantization}, on {describe_device(device)}{several}")
@@ -100,12 +99,13 @@ def open_model(
         double_quantization=recipe.double_quantization,
         trust_remote_code=recipe.trust_remote_code,
     )
+    largest = sum(len(example.ids) for example in feed.largest())
     loaded = Loaded(recipe, source, tokenizer, model, device, why, largest, say)
     run_passes(PASSES, loaded)
     return loaded
 
 
-def _open_device(recipe: Recipe) -> torch.device:
+def open_device(recipe: Recipe) -> torch.device:
     """The device to train on, with its allocator set up. Raises LoraError if it cannot do what the recipe asks."""
     device = pick_device(recipe.device)
     pick_dtype(recipe.dtype, device)
