@@ -60,8 +60,8 @@ TABLE_ROWS = 100_000  # that any table may have, and 100 for each of its bytes: 
 
 
 class LimitReached(LoraError):
-    """Foreign input asked for more than a limit allows. It stops a run, also where other faults of a row are findings:
-    every further row might take as long."""
+    """Foreign input asked for more than a limit allows. In a file it stops a run, also where other faults of a row are
+    findings; of a chat template a few rows may be findings. Every further row might take as long."""
 
 
 class Unpacked:

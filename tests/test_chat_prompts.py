@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 import time
 from typing import Any
 
@@ -183,11 +184,20 @@ def test_an_argument_that_the_template_does_not_read_is_refused_with_those_that_
     assert str(error.value.fix).startswith("remove it, or write one of those that it reads: enable_thinking")
     with pytest.raises(LoraError, match="does not read messages"):
         chat_template(tokenizer_of("qwen3"), None, arguments={"messages": "all"})
-    rows = write_rows(tmp_path / "rows.jsonl", [{"prompt": "a", "completion": "b"}])
-    data = {"train": str(rows), "template_arguments": {"enable_thinking": False}}
-    recipe = Recipe.model_validate({"base_model": "-", "output": str(tmp_path / "run"), "data": data})
-    with pytest.raises(LoraError, match="no row goes through a chat template"):
-        prepare(recipe, tokenizer_of("qwen3"))
+
+
+@pytest.mark.parametrize("setting", [{"template_arguments": {"enable_thinking": False}}, {"template": "chatml"}])
+@pytest.mark.parametrize("more", [{}, {"streaming": True}])
+def test_what_is_said_of_a_template_that_no_row_goes_through_is_refused_and_the_fix_works(
+    lora, recipe_file, tmp_path, setting, more
+):
+    rows = write_rows(tmp_path / "rows.jsonl", [{"prompt": "a", "completion": f"b {at}"} for at in range(9)])
+    recipe = recipe_file(data={"train": str(rows), **setting, **more}, train={"max_steps": 2} if more else {})
+    said = lora("check", recipe)
+    assert said.code == 2
+    assert f"data.{next(iter(setting))} is set, but no row goes through a chat template" in said.error
+    fixed = re.findall(r"--set (\S+=[^\s,)]+)", said.error)
+    assert lora("check", recipe, "--set", fixed[0]).code == 0
 
 
 @pytest.mark.parametrize("name", ["tulu-3", "llama-3.1", "zephyr"])

@@ -240,3 +240,23 @@ def test_what_an_error_says_to_write_for_a_setting_is_accepted(tmp_path, key):
             assert not [each for each in problems(recipe) if each.what.startswith(f"{key} is ")]
             break
     assert followed
+
+
+@pytest.mark.parametrize(
+    "row",
+    [
+        {"Question": "How many?", "Answer": "Four."},
+        {"task": "Add.", "context": "2 and 2", "answer": "Four.", "question": "How many?"},
+        {"text": "a", "prompt": "b", "completion": "c"},
+    ],
+)
+def test_the_fix_for_a_file_to_evaluate_on_works_without_a_recipe(lora, tiny_llama, tmp_path, row):
+    data = write_rows(tmp_path / "rows.jsonl", [row] * 3)
+    code, said = lora("eval", "--model", tiny_llama, "--data", data)
+    assert code == 2, said
+    assert "fits no format" in said or "fit no format" in said or "fit more than one format" in said
+    fix = said.partition("fix: ")[2]
+    assert "data." not in fix
+    renamed = dict(re.findall(r"(\w+) to (\w+)", fix)) or {"text": None}
+    row = {renamed.get(name, name): value for name, value in row.items() if renamed.get(name, name)}
+    assert lora("eval", "--model", tiny_llama, "--data", write_rows(tmp_path / "renamed.jsonl", [row] * 3))[0] == 0

@@ -3,6 +3,7 @@
 # ruff: noqa: E501  # templates, each on a line
 from __future__ import annotations
 
+import re
 import time
 from collections.abc import Callable
 from pathlib import Path
@@ -13,12 +14,18 @@ import pytest
 from chat_families import TEMPLATES
 from conftest import Said, write_rows
 from jinja2.sandbox import ImmutableSandboxedEnvironment
+from tiny_model import make_tokenizer
 
 from lora_cli import limits
 from lora_cli.data import jinja
+from lora_cli.data.findings import Encoded
+from lora_cli.data.gate import Findings
 from lora_cli.data.jinja import BoundedTemplate
+from lora_cli.data.readers import Row
+from lora_cli.data.row_encoder import RowEncoder
 from lora_cli.errors import LoraError
 from lora_cli.limits import LimitReached
+from lora_cli.recipe import DataRecipe
 
 TURNS = [{"role": "user", "content": "How many?"}, {"role": "assistant", "content": "Four."}]
 
@@ -176,10 +183,44 @@ def test_check_and_generate_refuse_such_a_template_and_the_fix_works(
     recipe = recipe_file(base_model=str(bombed), data={"train": str(rows)})
     asked = lora("train", recipe)
     assert asked.code == 2, asked.text
-    assert "chat.jsonl: row 1: the chat template takes more than" in asked.error
+    assert "chat.jsonl: row 1, 2, 3: 3 rows that cannot be read" in asked.error
+    assert "the chat template takes more than" in asked.error
     assert "data.template: plain" in asked.error
     assert lora("train", recipe, "--set", "data.template=plain").code == 0
     assert "takes more than" in lora("generate", "hi", "--chat", "--model", bombed).error
+
+
+def encoded(template: str, contents: list[str]) -> tuple[list[Encoded], Findings]:
+    tokenizer = make_tokenizer()
+    tokenizer.chat_template = template
+    turns = [[{"role": "user", "content": content}, TURNS[1]] for content in contents]
+    rows = [Row("chat.jsonl", number, {"messages": each}) for number, each in enumerate(turns, 1)]
+    data = DataRecipe.model_validate({"train": "chat.jsonl"})
+    findings = Findings()
+    return list(RowEncoder(data, tokenizer, rows).encode(iter(rows), findings)), findings
+
+
+SLOW_AT_BANG = "{% for m in messages %}{% if '!' in m.content %}" + LOOP * 2 + "{% endfor %}{% endfor %}{% endif %}"
+SLOW_AT_BANG += "{{ '<|im_start|>' + m.role + '\n' + m.content + '<|im_end|>' }}{% endfor %}"
+SLOW_AT_BANG += "{% if add_generation_prompt %}{{ '<|im_start|>assistant\n' }}{% endif %}"
+
+
+def test_a_row_at_which_the_template_reaches_a_limit_is_a_finding_of_that_row() -> None:
+    made, findings = encoded(SLOW_AT_BANG, ["a", "b!", "c", "d!", "e"])
+    assert [each.example is not None for each in made] == [True, False, True, False, True]
+    assert findings.places == {"malformed": [("chat.jsonl", 2), ("chat.jsonl", 4)]}
+    assert re.search(r"takes more than 2\d\d,\d{3} steps", findings.errors["malformed"][0].what)
+    assert "malformed" in findings.stopping()
+
+
+def test_a_template_that_reaches_a_limit_at_every_row_stops_after_a_few(monkeypatch: pytest.MonkeyPatch) -> None:
+    with pytest.raises(LimitReached, match=r"takes more than 2\d\d,\d{3} steps") as caught:
+        encoded(SLOW_AT_BANG, ["a!"] * 600)
+    assert caught.value.where == "chat.jsonl: row 5"
+    monkeypatch.setattr(limits, "TEMPLATE_MOST_STEPS", 300_000)  # rows that take very many: fewer
+    with pytest.raises(LimitReached) as caught:
+        encoded(SLOW_AT_BANG, ["a!"] * 600)
+    assert caught.value.where == "chat.jsonl: row 3"
 
 
 def test_leaving_early_does_not_wait_for_what_is_being_made() -> None:

@@ -79,6 +79,11 @@ class ChatTemplate:
                 "data.template",
             ) from None
 
+    @property
+    def steps(self) -> int:
+        """How many the last rendering took."""
+        return self._compiled.steps
+
     def special_in_text(self, turns: Turns, tools: Any = None) -> tuple[int, str] | None:
         """The first turn (counted from 1; 0 is the tools) whose text holds a special token, and that token."""
         for number, turn in enumerate(turns, 1):

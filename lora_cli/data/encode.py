@@ -4,12 +4,13 @@ from __future__ import annotations
 
 import unicodedata
 from collections.abc import Iterable, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from functools import cached_property
 from typing import Any
 
 from transformers import PreTrainedTokenizerBase
 
+from lora_cli import limits
 from lora_cli.data.chat import ChatTemplate, wants_bos
 from lora_cli.data.example import Example, Span
 from lora_cli.data.findings import Encoded, Finding, nothing_trained, refused, special_in_text, unstopped
@@ -20,6 +21,9 @@ from lora_cli.data.spans import NotPrompted, Rendered, render_whole, render_with
 from lora_cli.errors import LoraError
 from lora_cli.limits import LimitReached
 
+_MOST_OVER_LIMIT = (
+    5  # rows at which the template reaches a limit: so many are findings, then it is the template's fault
+)
 TRAIN_ON = {  # format → what may be trained, the default first
     "text": ("all",),
     "completion": ("completion", "all"),
@@ -71,6 +75,7 @@ class Encoder:
     tokenizer: PreTrainedTokenizerBase
     template: ChatTemplate | None = None
     train_on: str | None = None
+    _over_limit: list[int] = field(default_factory=list)  # of each row at which the template reached a limit: its steps
 
     def tokenize(self, prepared: Sequence[Prepared | Encoded]) -> Tokenized:
         """The second stage: all texts at once, in the tokenizers library, which needs no lock of the interpreter."""
@@ -111,8 +116,12 @@ class Encoder:
                     return nothing_trained(document)
                 return Prepared(document, document.prompt + document.completion, True, prompt=document.prompt)
             return self._prepared_conversation(document)
-        except LimitReached:  # of the template, and every further row might take as long
-            raise
+        except LimitReached as error:  # of the template; too many such rows would take all day
+            assert self.template is not None
+            self._over_limit.append(self.template.steps)
+            if len(self._over_limit) >= _MOST_OVER_LIMIT or sum(self._over_limit[1:]) >= limits.TEMPLATE_MOST_STEPS:
+                raise
+            return Encoded(row, None, Finding("malformed", error))
         except NotPrompted as error:
             return Encoded(row, None, Finding("not_prompted", error))
         except LoraError as error:

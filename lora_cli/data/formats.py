@@ -143,6 +143,12 @@ class Format:
         return None if column is None else row.values.get(column)
 
 
+class NoFormat(LoraError):
+    """The columns of rows fit no format, or more than one. renamed: (column, new name) with which they would fit."""
+
+    renamed: tuple[tuple[str, str], ...] = ()
+
+
 # ── which format ────────────────────────────────────────────────────────────────────────────────────────────────
 
 
@@ -252,13 +258,14 @@ def _require_read(form: Format, rows: Sequence[Row]) -> None:
     )
 
 
-def _no_format(rows: Sequence[Row], fitting: list[str]) -> LoraError:
+def _no_format(rows: Sequence[Row], fitting: list[str]) -> NoFormat:
     present = sorted({name for row in rows for name in row.values})
     known = "; ".join(f"{name}: {' or '.join(', '.join(needed) for needed in NEEDED[name])}" for name in NEEDED)
     fix = "rename the columns, or say what they mean in data.columns"
+    found = None if fitting else suggestion(rows)
     if fitting:
         fix = f"write data.format: {fitting[0]}, or remove a column"
-    elif (found := suggestion(rows)) is not None:
+    elif found is not None:
         form = "" if found.wanted == "auto" else f"data.format: {found.wanted} and "
         fix = f"write {form}data.columns: {_written(found.columns)}"
     details = [f"formats and their columns: {known}"]
@@ -266,12 +273,12 @@ def _no_format(rows: Sequence[Row], fitting: list[str]) -> LoraError:
         details.append(
             f"{' and '.join(preference)}: preference data are not supported; the chosen answers alone can be trained"
         )
-    return LoraError(
-        f"the columns {', '.join(present) or '(none)'} fit {'more than one format' if fitting else 'no format'}",
-        where=rows[0].where,
-        details=details,
-        fix=fix,
+    fits = "more than one format" if fitting else "no format"
+    error = NoFormat(
+        f"the columns {', '.join(present) or '(none)'} fit {fits}", where=rows[0].where, details=details, fix=fix
     )
+    error.renamed = tuple((str(column), meaning) for meaning, column in found.columns.items()) if found else ()
+    return error
 
 
 def _written(columns: Columns) -> str:

@@ -37,7 +37,7 @@ from lora_cli.data.identity import code_hash, tokenizer_hash
 from lora_cli.data.packing import Groups, rows_to_shuffle
 from lora_cli.data.prepared import PARTS, PreparedData, Summary, open_prepared, summary_values
 from lora_cli.data.readers import Row
-from lora_cli.data.row_encoder import ROWS_TO_DETECT, RowEncoder, fit_length, require_arguments_used, require_columns
+from lora_cli.data.row_encoder import ROWS_TO_DETECT, RowEncoder, fit_length, require_columns, require_template_used
 from lora_cli.data.sources import FileSource, Source, open_source
 from lora_cli.data.split import hold_out, repeated
 from lora_cli.data.store import ExampleWriter, checksum, write_groups, write_indices
@@ -211,7 +211,7 @@ class Preparation:
         with ExampleWriter(folder / "examples.arrow") as writer:
             train, validation = self._read_all(writer, names, formats)
         if not self.recipe.data.streaming:
-            require_arguments_used(self.recipe.data, self._template)
+            require_template_used(self.recipe.data, self._template)
         lengths, targets = writer.lengths, writer.targets
         rows = self._rows_of(lengths[train])
         write_indices(folder / "train.arrow", train)

@@ -89,12 +89,14 @@ class RowEncoder:
             return self._encoder.tokenize(prepared)
 
 
-def require_arguments_used(data: DataRecipe, template: ChatTemplate | None) -> None:
-    """Raises LoraError if arguments are set for a chat template, but no source goes through one."""
-    if data.template_arguments and template is None:
+def require_template_used(data: DataRecipe, template: ChatTemplate | None) -> None:
+    """Raises LoraError if the recipe says something of a chat template, but no source goes through one."""
+    given = {"template": data.template, "template_arguments": data.template_arguments}
+    for name in (name for name, value in given.items() if value and template is None):
         raise LoraError(
-            "data.template_arguments is set, but no row goes through a chat template",
-            fix="remove it, or give the rows as messages or instructions",
+            f"data.{name} is set, but no row goes through a chat template",
+            fix=f"remove it (--set data.{name}={'null' if name == 'template' else '{}'}), or give the rows as messages "
+            "or instructions",
         )
 
 

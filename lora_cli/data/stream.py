@@ -28,7 +28,7 @@ from lora_cli.data.packing import Groups, rows_to_shuffle
 from lora_cli.data.prepared import PreparedData, Summary, micro_batches_per_step, rows_per_micro_batch, split_in_step
 from lora_cli.data.readers import Row
 from lora_cli.data.report import stream_lines
-from lora_cli.data.row_encoder import RowEncoder, fit_length, require_arguments_used, require_columns
+from lora_cli.data.row_encoder import RowEncoder, fit_length, require_columns, require_template_used
 from lora_cli.data.sources import FileSource, open_source
 from lora_cli.data.store import Examples
 from lora_cli.errors import LoraError
@@ -63,7 +63,7 @@ class StreamFeed:
         self._step = 1
         self._given = 0  # units of this pass
         self._load_window()
-        require_arguments_used(recipe.data, self._template)
+        require_template_used(recipe.data, self._template)
         self._first = self._examples  # of the first window
 
     # ── what it is ──────────────────────────────────────────────────────────────────────────────────────────────

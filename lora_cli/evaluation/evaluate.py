@@ -17,6 +17,7 @@ from lora_cli.data.batches import collate
 from lora_cli.data.columns import NEEDED, applicable, column_of
 from lora_cli.data.encode import target_bytes
 from lora_cli.data.example import Example
+from lora_cli.data.formats import NoFormat
 from lora_cli.data.gate import Findings
 from lora_cli.data.prepare import prepare
 from lora_cli.data.readers import Row
@@ -165,7 +166,13 @@ def _file_examples(
         raise LoraError(f"--stride {stride} must be between 1 and {max_seq_len - 1}", fix="half of the window is usual")
     rows = list(open_source(SourceRecipe.model_validate({"path": str(data)}), held_out=True).rows())
     settings = _reading(own, data, rows)
-    reader = RowEncoder(settings, opened.tokenizer, rows)
+    try:
+        reader = RowEncoder(settings, opened.tokenizer, rows)
+    except NoFormat as error:  # its fix is for a recipe
+        fix = "remove or rename columns until they fit one format"
+        if error.renamed:
+            fix = f"rename the columns: {', '.join(f'{column} to {name}' for column, name in error.renamed)}"
+        raise LoraError(error.what, where=error.where, details=error.details, fix=fix) from None
     findings = Findings()
     examples = [each.example for each in reader.encode(iter(rows), findings) if each.example is not None]
     findings.require_none(settings.allow)
