@@ -2,8 +2,8 @@
 
 jinja2's sandbox keeps a template from running code and from changing data, not from running for ever or from making
 endless text. Here the code that it compiles to counts: each round of a loop, each call of a macro, filter or method,
-each operation on text, weighted by the size of what it works on, before it is done. See limits.py for how many steps
-there are. (transformers' documentation, "Writing a chat template", says what templates may use.)
+each operation on text, weighted by the size of what it works on, before it is done. jinja_count.py has the count, and
+limits.py says how many steps there are. (What templates may use: transformers' documentation, "Writing a chat template".)
 """
 
 from __future__ import annotations
@@ -13,26 +13,22 @@ import functools
 import json
 import re
 import threading
-import time
-from collections.abc import Callable, Iterator
-from itertools import chain
+from collections.abc import Callable
 from types import BuiltinMethodType, GeneratorType
 from typing import Any
 
 import jinja2
 import jinja2.ext
 import jinja2.meta
-from jinja2.sandbox import ImmutableSandboxedEnvironment
 from jinja2.utils import Namespace
 
 from lora_cli import limits
-from lora_cli.data.jinja_code import CountingGenerator, with_counts
+from lora_cli.data.jinja_count import SIMPLE, CountedEnvironment
 from lora_cli.errors import LoraError
 from lora_cli.limits import LimitReached
 
 # Some templates print today's date. A run that is prepared again, or resumed on another day, must see the same tokens.
 DATE = datetime.datetime(2024, 7, 26)
-_FIX = "use another chat template (such as data.template: plain), or shorten the row"
 
 
 class BoundedTemplate:
@@ -89,152 +85,23 @@ class _GenerationMarks(jinja2.ext.Extension):
         return parser.parse_statements(("name:endgeneration",), drop_needle=True)
 
 
-class _Environment(ImmutableSandboxedEnvironment):
-    """One template's. Its count is begun before each rendering; compiling spends from it too (constants are folded)."""
+class _Environment(CountedEnvironment):
+    """The filters, tests, methods and names that a chat template may use, each paid for by what it works on."""
 
-    code_generator_class = CountingGenerator
     intercepted_binops = frozenset(["*", "**", "%"])
 
     def __init__(self, name: str):
-        super().__init__(
-            trim_blocks=True,
-            lstrip_blocks=True,
-            extensions=[_GenerationMarks, jinja2.ext.loopcontrols],
-            optimized=False,
-        )
-        self.template_name = name
-        self.concat = self.joined  # type: ignore[assignment]
+        super().__init__(name, extensions=[_GenerationMarks, jinja2.ext.loopcontrols])
         self.filters["tojson"] = _to_json
         for each in (_GROWING | _SLOW_FILTERS | _LAZY_FILTERS) & self.filters.keys():
             self.filters[each] = self._metered(each, self.filters[each])
         self.filters |= {"trim": self._trimmed, "list": self._listed}
         for each in _COMPARING_TESTS:
             self.tests[each] = self._compared(self.tests[each])
-        self.filters["\0made"] = self.made
-        self.tests["\0tick"] = lambda _: self.spend(1) is None
         self.globals |= {"raise_exception": _refuse, "strftime_now": DATE.strftime, "namespace": _Namespace}
         del self.globals["lipsum"]
-        self.begin({})
 
-    def _generate(self, source: Any, *args: Any, **kwargs: Any) -> Any:
-        return super()._generate(with_counts(source), *args, **kwargs)
-
-    # ── the count ───────────────────────────────────────────────────────────────────────────────────────────────
-
-    def begin(self, variables: dict[str, Any]) -> None:
-        self._given: dict[str, Any] | None = variables
-        self._known: dict[int, tuple[int, int, Any]] = {}  # id → weight, depth, and the object, kept so that ids hold
-        self._left = self._steps = limits.TEMPLATE_STEPS
-        self._look = limits.TEMPLATE_STEPS - _STEPS_BETWEEN_LOOKS
-        self._ends = time.monotonic() + limits.TEMPLATE_SECONDS
-
-    def end(self) -> None:
-        self.taken = self._steps - self._left
-        self._given, self._known = None, {}
-
-    def spend(self, steps: int) -> None:
-        """Raises LimitReached if there are no more."""
-        self._left -= steps
-        if self._left < self._look:
-            self._look_up()
-
-    def _look_up(self) -> None:
-        if self._left < 0 and self._given:  # of a long row, more: ordinary ones do not pay for being weighed
-            given, self._given, left = self._given, None, self._left
-            self._left = self._look = limits.TEMPLATE_MOST_STEPS
-            more = limits.TEMPLATE_STEPS_PER_STEP_OF_INPUT * self._weight(given)
-            self._steps = min(limits.TEMPLATE_STEPS + more, limits.TEMPLATE_MOST_STEPS)
-            self._left = left + self._steps - limits.TEMPLATE_STEPS
-        self._look = self._left - _STEPS_BETWEEN_LOOKS
-        if self._left < 0:
-            raise self._too_much(f"takes more than {self._steps:,} steps, or makes as much text")
-        if time.monotonic() > self._ends:
-            raise self._too_much(f"takes more than {limits.TEMPLATE_SECONDS:.0f} s")
-
-    def _too_much(self, what: str) -> LimitReached:
-        return LimitReached(f"the chat template {what}", where=self.template_name, fix=_FIX)
-
-    def _weight(self, value: Any) -> int:
-        """Steps that it takes to go through a value once, with all that is in it."""
-        return self._size(value)[0]
-
-    def _size(self, value: Any) -> tuple[int, int]:
-        """Weight, and levels. Of what stands in a value twice, twice: written out, it will."""
-        if isinstance(value, str):
-            return 1 + (len(value) >> 5), 0
-        if isinstance(value, int):
-            return 1 + (value.bit_length() >> 8), 0
-        inside: Any = value
-        if isinstance(inside, range):
-            return 1 + len(inside), 1
-        if isinstance(value, dict):
-            inside = chain(value, value.values())
-        elif isinstance(value, _CONTAINERS):
-            inside = value
-        else:
-            return 1, 0
-        known = self._known.get(id(value))
-        if known is not None:
-            return known[:2]
-        weight, depth, count = 1, 0, 0
-        for each in inside:
-            more, deeper = self._size(each)
-            weight, depth, count = weight + more, max(depth, deeper), count + 1
-            if weight > limits.TEMPLATE_MOST_STEPS:
-                raise self._too_much("makes a value that is too large")
-        self.spend(count)
-        self._known[id(value)] = weight, depth + 1, value
-        return weight, depth + 1
-
-    # ── what the compiled code calls ────────────────────────────────────────────────────────────────────────────
-
-    def seen(self, value: Any) -> Any:
-        """The value, paid for as one that is gone through."""
-        self.spend(1 + (len(value) >> 5) if type(value) is str else self._weight(value))
-        return value
-
-    def made(self, value: Any) -> Any:
-        """The value, paid for as one that was made of others and will be used again."""
-        if type(value) is str:
-            self.spend(1 + (len(value) >> 5))
-        elif type(value) not in _SIMPLE:
-            if isinstance(value, list | tuple | dict):
-                self.spend(1 + (len(value) >> 5))  # others are pointed to, not copied
-            if self._weight(value) > max(self._left, 0):  # written out, it will be so much
-                self._look_up()
-                if self._weight(value) > self._left:
-                    raise self._too_much("makes a value that is too large")
-            if isinstance(value, GeneratorType):
-                return self._counted(value)
-        return value
-
-    def _counted(self, values: Iterator[Any]) -> Iterator[Any]:
-        for value in values:
-            self.spend(1)
-            yield value
-
-    def add(self, terms: tuple[Any, ...]) -> Any:
-        """a + b + …, from the left."""
-        if set(map(type, terms)) == {str}:
-            self.spend(1 + (sum(map(len, terms)) >> 5))
-            return "".join(terms)
-        total = terms[0]
-        for each in terms[1:]:
-            if isinstance(each, str | list | tuple):
-                self.spend(1 + ((len(each) + (len(total) if hasattr(total, "__len__") else 0)) >> 5))
-            total = total + each
-        return self.made(total)
-
-    def joined(self, pieces: Any) -> str:
-        """a ~ b, and all that a template or macro puts out."""
-        parts = list(pieces)
-        try:
-            self.spend(len(parts) + (sum(map(len, parts)) >> 5))
-            return "".join(parts)
-        except TypeError:
-            for each in parts:
-                self.seen(each)
-            return "".join(map(str, parts))
+    # ── what a template does ──────────────────────────────────────────────────────────────────────────────────────────
 
     def call_binop(self, context: Any, operator: str, left: Any, right: Any) -> Any:
         if type(left) is int and type(right) is int and operator == "%":
@@ -269,7 +136,7 @@ class _Environment(ImmutableSandboxedEnvironment):
             for each in kwargs.values():
                 __self.made(each)
         result = super().call(__context, __obj, *args, **kwargs)
-        return result if type(result) in _SIMPLE else __self.made(result)
+        return result if type(result) in SIMPLE else __self.made(result)
 
     def getattr(self, obj: Any, attribute: str) -> Any:
         """As the sandbox does it, which takes longest for what is asked most: a key of a turn, a method of a text."""
@@ -393,9 +260,6 @@ class _Environment(ImmutableSandboxedEnvironment):
             raise self._too_much(f"asks for more than {most:,} {what}")
 
 
-_STEPS_BETWEEN_LOOKS = 20_000  # at the clock
-_SIMPLE = {bool, int, float, range, type(None), jinja2.Undefined}
-_CONTAINERS = (list, tuple, set, frozenset, type({}.keys()), type({}.values()), type({}.items()))
 # Filters and methods of texts whose result can be longer than what they are given
 _WIDENING = {"center", "ljust", "rjust", "zfill", "expandtabs", "indent", "wordwrap", "batch", "slice", "round"}
 _WIDENING |= {"tojson"}
