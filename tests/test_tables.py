@@ -12,9 +12,8 @@ import pytest
 from pyarrow import compute, parquet
 
 from lora_cli.data.formats import Text, detect_format
-from lora_cli.data.hub import HubSource
 from lora_cli.data.readers import Row, read_file
-from lora_cli.data.sources import read_rows
+from lora_cli.data.sources import HubSource, read_rows
 from lora_cli.data.tables import rows_of
 from lora_cli.errors import LoraError
 

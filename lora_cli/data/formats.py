@@ -21,8 +21,7 @@ from lora_cli.data.columns import (
 )
 from lora_cli.data.readers import Row
 from lora_cli.data.tables import Unreadable
-from lora_cli.data.turn_keys import TurnKeys
-from lora_cli.data.turns import Reader, bounded, decoded, said_weight
+from lora_cli.data.turns import Reader, TurnKeys, bounded, decoded, said_weight
 from lora_cli.errors import LoraError
 
 

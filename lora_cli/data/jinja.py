@@ -3,7 +3,8 @@
 jinja2's sandbox keeps a template from running code and from changing data, not from running for ever or from making
 endless text. Here the code that it compiles to counts: each round of a loop, each call of a macro, filter or method,
 each operation on text, weighted by the size of what it works on, before it is done. jinja_count.py has the count, and
-limits.py says how many steps there are. (What templates may use: transformers' documentation, "Writing a chat template".)
+limits.py says how many steps there are. (What templates may
+use: transformers' documentation, "Writing a chat template".)
 """
 
 from __future__ import annotations
