@@ -267,23 +267,16 @@ class Encoder:
         That is done already where the bytes of all tokens are the text's own and each span's are the turn's.
         """
         expected = {id(each.document.row): each for each in prepared}
-        runs, texts, owners = [], [], []
+        checks: list[tuple[int, Sequence[int], str]] = []  # which example, tokens, what they are to spell
         for at, each in enumerate(encoded):
             if each.example is None or each.proved:
                 continue
-            for (first, last, _), text in zip(
-                each.example.spans, expected[id(each.row)].trained_texts(self), strict=True
-            ):
-                runs.append(each.example.ids[first:last])
-                texts.append(text)
-                owners.append(at)
-        for at, each in enumerate(encoded):  # what is not trained is to be there too
-            if each.example is not None and not each.proved:
-                runs.append(each.example.ids)
-                texts.append(expected[id(each.row)].text)
-                owners.append(at)
-        decoded = self._backend.decode_batch(runs, skip_special_tokens=False)
-        for at, text, back in zip(owners, texts, decoded, strict=True):
+            whole, source = each.example.ids, expected[id(each.row)]
+            runs = [whole[first:last] for first, last, _ in each.example.spans]
+            texts = [*source.trained_texts(self), source.text]  # what is not trained has to be there too
+            checks += [(at, run, text) for run, text in zip([*runs, whole], texts, strict=True)]
+        decoded = self._backend.decode_batch([run for _, run, _ in checks], skip_special_tokens=False)
+        for (at, _, text), back in zip(checks, decoded, strict=True):
             known = any(found.kind == "not_round_trip" for found in encoded[at].findings)
             if not known and not self._spells(back, text):
                 encoded[at] = self._lossy(encoded[at], text, back)

@@ -123,11 +123,29 @@ def _as_text(kind: Any) -> Any:
     import pyarrow
     from pyarrow import types
 
-    def inner(field: Any) -> Any:
-        return field.with_type(_as_text(field.type))
+    lacked = (types.is_temporal, types.is_decimal)
+    return _changed(kind, lambda leaf: pyarrow.string() if any(is_one(leaf) for is_one in lacked) else leaf)
 
-    if types.is_temporal(kind) or types.is_decimal(kind):
-        return pyarrow.string()
+
+def _in_utc(kind: Any) -> Any:
+    """The type with UTC in the place of time zones, some of which this machine may not know."""
+    import pyarrow
+    from pyarrow import types
+
+    def plain(leaf: Any) -> Any:
+        return pyarrow.timestamp(leaf.unit, "UTC") if types.is_timestamp(leaf) and leaf.tz is not None else leaf
+
+    return _changed(kind, plain)
+
+
+def _changed(kind: Any, change: Callable[[Any], Any]) -> Any:
+    """The type with all types changed that have no others inside."""
+    import pyarrow
+    from pyarrow import types
+
+    def inner(field: Any) -> Any:
+        return field.with_type(_changed(field.type, change))
+
     if types.is_struct(kind):
         return pyarrow.struct([inner(field) for field in _members(kind)])
     if types.is_list(kind):
@@ -137,25 +155,8 @@ def _as_text(kind: Any) -> Any:
     if types.is_fixed_size_list(kind):
         return pyarrow.list_(inner(kind.value_field), kind.list_size)
     if types.is_map(kind):
-        return pyarrow.map_(_as_text(kind.key_type), _as_text(kind.item_type))
-    return kind
-
-
-def _in_utc(kind: Any) -> Any:
-    """The type with UTC in the place of time zones, some of which this machine may not know."""
-    import pyarrow
-    from pyarrow import types
-
-    def inner(field: Any) -> Any:
-        return field.with_type(_in_utc(field.type))
-
-    if types.is_timestamp(kind) and kind.tz is not None:
-        return pyarrow.timestamp(kind.unit, "UTC")
-    if types.is_struct(kind):
-        return pyarrow.struct([inner(field) for field in _members(kind)])
-    if types.is_list(kind):
-        return pyarrow.list_(inner(kind.value_field))
-    return kind
+        return pyarrow.map_(_changed(kind.key_type, change), _changed(kind.item_type, change))
+    return change(kind)
 
 
 def _tidied(value: Any, kind: Any) -> Any:
