@@ -25,12 +25,12 @@ from lora_cli.recipe import TEMPLATES
 
 Turns = list[dict[str, Any]]
 
-THOUGHTS = ("reasoning_content", "thinking", "reasoning")  # what templates call thoughts beside the content
+THOUGHTS = ("reasoning_content", "thinking", "reasoning")  # what templates call thoughts apart from the content
 _OURS = ("messages", "tools", "documents", "add_generation_prompt", "bos_token", "eos_token", "pad_token", "unk_token")
 
 
 class CannotRender(LoraError):
-    """The template does not take a conversation: `raise_exception` in it, or an error of its own."""
+    """The template does not accept a conversation: `raise_exception` in it, or an error of its own."""
 
 
 class ChatTemplate:
@@ -247,7 +247,7 @@ def _openings(template: ChatTemplate) -> Iterator[str]:
 
 
 def generation_ends(tokenizer: PreTrainedTokenizerBase) -> set[int]:
-    """Tokens at which generation stops: those of the generation settings beside the tokenizer, and its end token."""
+    """Tokens at which generation stops: those in generation_config.json, and the end token."""
     end: Any = tokenizer.eos_token_id
     settings = Path(tokenizer.name_or_path) / "generation_config.json"
     if not settings.is_file():

@@ -1,4 +1,4 @@
-"""From what rows mean to examples: rendered, tokenized many at once, and masked; each mask is proved by decoding it."""
+"""From documents to examples: rendered, tokenized in batches, and masked; each mask is proved by decoding it."""
 
 from __future__ import annotations
 
@@ -36,7 +36,7 @@ TRAIN_ON = {  # format → what may be trained, the default first
 class Prepared:
     """A document as text for the tokenizer. special: whether it adds its own BOS. rendered: of a conversation.
 
-    prompt: of a completion. prompt_ends: what stands before each trained turn, from its last special token on.
+    prompt: of a completion. prompt_ends: what comes before each trained turn, from its last special token on.
     """
 
     document: Document
@@ -56,7 +56,7 @@ class Prepared:
 
 @dataclass(frozen=True)
 class Tokenized:
-    """Rows behind the tokenizer: an encoding of each text, and of each prompt alone; of conversations, of its end."""
+    """Tokenized rows: an encoding of each text, and of each prompt alone; of conversations, of its end."""
 
     prepared: Sequence[Prepared | Encoded]
     encodings: list[Any]
@@ -97,7 +97,7 @@ class Encoder:
                 examples.append(self._masked(each, next(encodings), prompt, tokenized.prompt_ends))
         return self._proved(examples, [each for each in tokenized.prepared if isinstance(each, Prepared)])
 
-    # ── before the tokenizer ────────────────────────────────────────────────────────────────────────────────────
+    # ── before tokenizing ────────────────────────────────────────────────────────────────────────────────────
 
     def prepare(self, row: Row) -> Prepared | Encoded:
         """The first stage: a row as text for the tokenizer. Errors are findings, not raised."""
@@ -172,7 +172,7 @@ class Encoder:
                 found[at] = encoding
         return found
 
-    # ── behind the tokenizer ────────────────────────────────────────────────────────────────────────────────────
+    # ── after tokenizing ────────────────────────────────────────────────────────────────────────────────────
 
     def _masked(self, each: Prepared, encoding: Any, prompt: Any, prompt_ends: dict[str, list[int]]) -> Encoded:
         document, ids, proved = each.document, encoding.ids, False
@@ -200,7 +200,7 @@ class Encoder:
                 return Encoded(document.row, None, Finding("not_round_trip", error))
             ids, proved = placed.ids, placed.proved
             spans = [(*at, document.weights[turn.turn]) for at, turn in zip(placed.spans, turns, strict=True)]
-            found, more = self._speaks_against(document, each.rendered, ids, spans)
+            found, more = self._turn_findings(document, each.rendered, ids, spans)
             notes += more
         if isinstance(document, Conversation):
             ids, spans = self._with_bos(ids, spans)
@@ -219,10 +219,10 @@ class Encoder:
             proved = kept and spelled is not None and b"".join(spelled) == each.text.encode()
         return Encoded(document.row, example, found[0] if found else None, tuple(notes), proved, tuple(found[1:]))
 
-    def _speaks_against(
+    def _turn_findings(
         self, document: Conversation, rendered: Rendered, ids: list[int], spans: Sequence[Span]
     ) -> tuple[list[Finding], list[str]]:
-        """What the gate has to know of the trained turns, and what it may."""
+        """Findings about the trained turns, and notes."""
         found: list[Finding] = []
         for turn, (_, last, _) in zip(rendered.spans, spans, strict=True):
             if not turn.stopped:
@@ -237,7 +237,7 @@ class Encoder:
         return found, notes + ["forgotten_thoughts"] * rendered.forgotten
 
     def _completion(self, document: Completion, together: list[int], prompt: list[int]) -> tuple[list[int], list[Span]]:
-        """Prompt, completion and the end token; the prompt is tokenized as it will be when it stands alone."""
+        """Prompt, completion and the end token; the prompt is tokenized as it will be on its own."""
         context, together = self._unended(prompt), self._unended(together)
         if together[: len(context)] == context:
             answer = together[len(context) :]
@@ -285,7 +285,7 @@ class Encoder:
     def _spells(self, back: str, text: str) -> bool:
         """Whether tokens give back a text, but for white space and Unicode's compatibility forms.
 
-        Beside it there may be the BOS in front and the end token behind, which were put there.
+        A BOS in front and an end token at the end may have been added.
         """
         bos, end = str(self.tokenizer.bos_token or ""), str(self.tokenizer.eos_token)
         wanted, plain = _plain(text), _plain(back)

@@ -1,6 +1,6 @@
 """Which files of a folder or a pattern are rows, and of which split they are by their names.
 
-Nothing is left out, or trained though its name says test, without a word: what is read and what is not is told.
+Nothing is left out silently, nor trained on though its name says test: what is read and what is not is reported.
 """
 
 from __future__ import annotations
@@ -199,7 +199,7 @@ def _inside(folder: Path) -> Iterator[str]:
 
 
 def _few(paths: Iterator[Path], name: str) -> Iterator[Path]:
-    """Raises LoraError where there is no end of them, as in a home folder or a whole disk."""
+    """Raises LoraError where there are too many, as in a home folder or on a whole disk."""
     for number, path in enumerate(paths):
         if number == _MOST_FILES:
             raise LoraError(f"more than {_MOST_FILES:,} files", where=name, fix="name a folder that holds data alone")

@@ -78,7 +78,7 @@ class Format:
     context: bool = True
     keys: TurnKeys = field(default_factory=TurnKeys, compare=False)
     _seen: set[str] = field(default_factory=set, compare=False)  # columns of the rows read so far
-    _weighed: set[str] = field(default_factory=set, compare=False)  # the column whose weights are in force
+    _weighed: set[str] = field(default_factory=set, compare=False)  # the column that weighs the loss
     _used: set[str] = field(default_factory=set, compare=False)  # which of messages and conversations they had
 
     def read(self, row: Row) -> Document | None:
@@ -237,7 +237,7 @@ def require_present(rows: Sequence[Row], columns: Columns, who: str = "the rows 
 
 
 def _require_read(form: Format, rows: Sequence[Row]) -> None:
-    """Raises LoraError for a column that is named for what the format does not read: it would be lost."""
+    """Raises LoraError for a column whose field the format does not read: it would be lost."""
     read = read_by(form.name, form.taken)
     if form.name == "chat" and not form.pair:
         read |= {meaning for names in NEEDED["chat"] for meaning in names}
@@ -281,7 +281,7 @@ def _no_format(rows: Sequence[Row], fitting: list[str]) -> NoFormat:
 
 
 def _written(columns: Columns) -> str:
-    """As a recipe has them; a name that YAML would read as something else in quotes."""
+    """As a recipe has them; names that YAML would read as something else are quoted."""
     import json
 
     def name(text: str | None) -> str:

@@ -77,7 +77,7 @@ class BoundedTemplate:
 
 
 class _GenerationMarks(jinja2.ext.Extension):
-    """{% generation %}…{% endgeneration %} renders its body; where turns stand is found in another way."""
+    """{% generation %}…{% endgeneration %} renders its body; where turns are is found in another way."""
 
     tags = {"generation"}  # noqa: RUF012
 
@@ -247,7 +247,7 @@ class _Environment(CountedEnvironment):
         return function(*args[: len(args) - len(given)], values, *given[1:], **kwargs)
 
     def _pay_for_format(self, text: Any, arguments: Any) -> None:
-        """'%10d' % n, and '{:10}'.format(n): what stands there as a width, and arguments that are put in many times."""
+        """'%10d' % n, and '{:10}'.format(n): widths in the text, and arguments that are inserted many times."""
         text = str(text)
         numbers = re.findall(r"[0-9]+", text)
         self._require_few(max(map(len, numbers), default=0), 4, "digits of a width")

@@ -146,7 +146,7 @@ class CountedEnvironment(ImmutableSandboxedEnvironment):
         self._given, self._known = None, {}
 
     def spend(self, steps: int) -> None:
-        """Raises LimitReached if there are no more."""
+        """Raises LimitReached if no steps are left."""
         self._left -= steps
         if self._left < self._look:
             self._look_up()
@@ -172,7 +172,7 @@ class CountedEnvironment(ImmutableSandboxedEnvironment):
         return self._size(value)[0]
 
     def _size(self, value: Any) -> tuple[int, int]:
-        """Weight, and levels. Of what stands in a value twice, twice: written out, it will."""
+        """Weight, and levels. What is in a value twice counts twice, as it will when it is written out."""
         if isinstance(value, str):
             return 1 + (len(value) >> 5), 0
         if isinstance(value, int):

@@ -1,6 +1,6 @@
 """From characters to tokens: the trained tokens of a turn follow those of its prompt, as at generation.
 
-A prompt is tokenized alone when a model generates. Where the tokens of the whole text begin otherwise, because one of
+A prompt is tokenized alone when a model generates. Where the tokens of the whole text begin differently, because one of
 them would span the border of prompt and answer, or because what follows changes how the prompt's end is cut, the prompt
 keeps the tokens that it has alone, and the answer gets its own.
 """
@@ -26,7 +26,7 @@ _KEPT = 4096  # prompts' ends whose tokens are remembered
 
 @dataclass(frozen=True)
 class Placed:
-    """Tokens of a text. spans: first token of each trained turn, and one behind its last. proved: they spell it."""
+    """Tokens of a text. spans: first token of each trained turn, and one past its last. proved: they spell the text."""
 
     ids: list[int]
     spans: list[tuple[int, int]]
@@ -49,7 +49,7 @@ class Masks:
     # ── prompts ─────────────────────────────────────────────────────────────────────────────────────────────────
 
     def prompt_ends(self, text: str, spans: Sequence[TurnSpan], special: re.Pattern[str]) -> list[str]:
-        """What stands before each span, from the last special token on: no token spans the border of one.
+        """What comes before each span, from the last special token on: no token crosses the edge of a special token.
 
         So its tokens are the same there as behind all that comes before.
         """
@@ -81,7 +81,7 @@ class Masks:
     def place(
         self, text: str, ids: list[int], spans: Sequence[TurnSpan], prompts: Sequence[tuple[str, list[int]]]
     ) -> Placed:
-        """ids: of the whole text. prompts: the end of what stands before each span, and its tokens alone.
+        """ids: of the whole text. prompts: the end of what comes before each span, and its tokens alone.
 
         Raises LookupError where a span has no tokens.
         """

@@ -65,7 +65,7 @@ def kind_of(path: Path) -> str | None:
 
 
 def require_kind(path: Path) -> str:
-    """How a file is read. Raises LoraError for one of an unknown kind, and for what is no file."""
+    """How a file is read. Raises LoraError for one of an unknown kind, and for what is not a regular file."""
     kind = kind_of(path)
     if kind is None:
         known = ", ".join((*_TEXT_KINDS, *TABLE_KINDS))
@@ -110,7 +110,7 @@ def _require_modest(path: Path, size: int, _written: int) -> None:
 
 @contextmanager
 def _opened(path: Path) -> Iterator[IO[bytes]]:
-    """The bytes of a file, decompressed. Raises LoraError for a damaged archive and for bytes that are no UTF-8."""
+    """The bytes of a file, decompressed. Raises LoraError for a damaged archive and for bytes that are not UTF-8."""
     packing = path.suffix.lower()
     try:
         if packing == ".gz":
@@ -337,7 +337,7 @@ def _table(head: list[str], delimiter: str) -> tuple[int, float]:
 
 
 def _blanks_follow(head: list[str], delimiter: str) -> bool:
-    """Whether the header shows that a blank stands behind each delimiter, in which quotes would not be seen."""
+    """Whether a blank follows each delimiter in the header; quotes behind it would not be recognized."""
     names = next(csv.reader(iter(head), delimiter=delimiter), [])
     return len(names) > 1 and all(name.startswith(" ") for name in names[1:])
 

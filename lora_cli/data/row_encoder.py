@@ -68,7 +68,7 @@ class RowEncoder:
         return f"{'; '.join(said)})"
 
     def encode(self, rows: Iterator[Row], findings: Findings) -> Iterator[Encoded]:
-        """One result a row, in order; what speaks against a row goes to the findings too.
+        """One result a row, in order; problems of a row go to the findings too.
 
         Rows are read and rendered in one thread and tokenized in another, while those before are masked and written.
         """

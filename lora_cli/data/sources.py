@@ -24,7 +24,7 @@ _ROWS_AT_ONCE = 1000
 class FileSource:
     """One or more files, read in the order of their names. name: as the recipe has it.
 
-    left: files beside them that are not read → why. one: the name is that of the one file.
+    left: other files there that are not read → why. one: the name is that of the one file.
     """
 
     name: str

@@ -2,7 +2,7 @@
 
 Found by rendering, never by looking for strings. What comes before a turn, rendered with the generation prompt, must be
 the beginning of the whole: that is the text the model will be given, so training begins in a turn exactly where
-generation begins. The conversation that ends with the turn shows how it ends, and whether it would look otherwise as
+generation begins. The conversation that ends with the turn shows how it ends, and whether it would look different as
 the last one. Marks behind what the others say show that the template left none of them out.
 """
 
@@ -46,7 +46,7 @@ class Span:
 class Rendered:
     """A conversation as text. spans: the assistant turns that were asked for.
 
-    two_forms: what speaks against a turn that would look otherwise as the last one. forgotten: turns that are context
+    two_forms: the error for a turn that would look different as the last one. forgotten: turns that are context
     and whose thoughts the template leaves out.
     """
 
@@ -264,7 +264,7 @@ class _Conversation:
                 )
         return spans
 
-    # ── what speaks against it ──────────────────────────────────────────────────────────────────────────────────
+    # ── errors ──────────────────────────────────────────────────────────────────────────────────
 
     def _require_said(self, text: str, turn: int) -> None:
         """Raises LoraError unless the text holds all that the turn says."""
@@ -339,7 +339,7 @@ def _what_works(template: ChatTemplate, turns: Turns, wanted: Sequence[int], whe
 
 
 def _thoughts(turn: dict[str, Any]) -> str:
-    """What the turn thinks before it answers, beside the content or in it; empty if nothing."""
+    """What the turn thinks before it answers, in a key of its own or in the content; empty if nothing."""
     if turn["role"] != "assistant":
         return ""
     beside = next((turn[key] for key in THOUGHTS if turn.get(key)), None)
@@ -348,7 +348,7 @@ def _thoughts(turn: dict[str, Any]) -> str:
 
 
 def _same(one: str, other: str) -> int:
-    """How many characters two texts begin with that are the same."""
+    """The length of the longest common prefix of two texts."""
     length = min(len(one), len(other))
     return next((at for at in range(length) if one[at] != other[at]), length)
 

@@ -92,7 +92,7 @@ class Reader:
         return found
 
     def _keys(self, given: dict[str, Any]) -> tuple[str, str]:
-        """Of who speaks and of what is said: OpenAI's, ShareGPT's or what the recipe calls them."""
+        """The keys of the speaker and of the text: OpenAI's, ShareGPT's, or those that the recipe names."""
         role, content = self._columns.get("role") or "role", self._columns.get("content") or "content"
         mapped = "role" in self._columns or "content" in self._columns
         if not mapped and "from" in given and (role not in given or "value" in given):
@@ -100,7 +100,7 @@ class Reader:
         return role, content
 
     def _weight(self, given: dict[str, Any]) -> float:
-        """What the keys train and weight, or those that the recipe names for them, say; they are taken out."""
+        """The weight that train and weight, or the keys that the recipe names for them, give; they are removed."""
         weight = 1.0
         names = [(self._columns.get("train"), self._columns.get("weight")), ("train", "weight")]
         for train, scale in dict.fromkeys(names):
@@ -110,7 +110,7 @@ class Reader:
         return weight
 
     def _calls(self, given: dict[str, Any], called: str) -> list[dict[str, Any]]:
-        """The calls of a turn, taken out: those of tool_calls, or the one of OpenAI's older function_call."""
+        """The calls of a turn, removed from it: those of tool_calls, or the one of OpenAI's older function_call."""
         calls, older = (self._without_nulls(decoded(given.pop(key, None))) for key in ("tool_calls", "function_call"))
         if calls and older:
             fix = "remove one of them"
@@ -188,7 +188,7 @@ def decoded(value: Any) -> Any:
     if isinstance(value, str) and value.lstrip()[:1] in ("[", "{"):
         try:
             found = json.loads(value)
-            if "\\ud" in value.lower():  # a half of a character is no text
+            if "\\ud" in value.lower():  # half of a character is not text
                 json.dumps(found, ensure_ascii=False).encode()
             return found
         except (ValueError, RecursionError):
@@ -254,7 +254,7 @@ def require_no_other_meaning(given: Mapping[str, Any], called: str, where: str) 
         if not {word.lower() for word in _WORD.findall(key)} & _ABOUT_LOSS:
             continue
         if isinstance(value, str) and value.strip().lower() not in ("true", "false") and not _is_number(value):
-            continue  # a text is nobody's mark
+            continue  # text does not say whether a turn is trained
         meaning = "train" if isinstance(value, bool) or str(value).strip().lower() in ("true", "false") else "weight"
         by_hand = f"write train: false on the turns that are not to be trained, and remove {key}"
         mapped = f"write data.columns: {{{meaning}: {key}}} if it says which turns are trained; else {by_hand}"
@@ -275,7 +275,7 @@ def _is_number(text: str) -> bool:
 
 
 class TurnKeys:
-    """Keys of the turns of one source. template: what they are rendered with, where they are."""
+    """Keys of the turns of one source. template: what renders them, if anything does."""
 
     def __init__(self) -> None:
         self.template: ChatTemplate | None = None
