@@ -267,7 +267,7 @@ class Encoder:
         That is done already where the bytes of all tokens are the text's own and each span's are the turn's.
         """
         expected = {id(each.document.row): each for each in prepared}
-        checks: list[tuple[int, Sequence[int], str]] = []  # which example, tokens, what they are to spell
+        checks: list[tuple[int, Any, str]] = []  # which example, tokens, what they are to spell
         for at, each in enumerate(encoded):
             if each.example is None or each.proved:
                 continue
