@@ -50,7 +50,7 @@ def fixes() -> Iterator[tuple[str, str]]:
             if isinstance(node, ast.Call):
                 found += [keyword.value for keyword in node.keywords if keyword.arg == "fix"]
                 called = node.func.id if isinstance(node.func, ast.Name) else ""
-                if called == "refuse" and len(node.args) == 4:
+                if called == "Rule" and len(node.args) == 4:
                     found.append(node.args[3])
                 if called == "Retired" and len(node.args) == 2:
                     found.append(node.args[1])

@@ -14,21 +14,3 @@ from lora_cli.recipe.schema import (
     all_keys,
     section_of,
 )
-
-__all__ = [
-    "FIELDS",
-    "TEMPLATES",
-    "AdapterRecipe",
-    "Allowed",
-    "DataRecipe",
-    "Recipe",
-    "SourceRecipe",
-    "TrainRecipe",
-    "all_keys",
-    "differences",
-    "dump_recipe",
-    "json_schema",
-    "load_recipe",
-    "recipe_values",
-    "section_of",
-]

@@ -7,8 +7,8 @@ from typing import Any
 
 import yaml
 
-from lora_cli.quantization import RULES
-from lora_cli.recipe.schema import Recipe, path_places
+from lora_cli.recipe.contradictions import idle_keys
+from lora_cli.recipe.schema import Recipe, holder_of, path_places
 from lora_cli.recipe.yaml import KeyPath
 
 
@@ -21,20 +21,10 @@ def dump_recipe(recipe: Recipe) -> str:
 
 
 def recipe_values(recipe: Recipe) -> dict[str, Any]:
-    """All settings as plain values, defaults included, less those that another setting rules out."""
+    """All settings as plain values, defaults included, except those that another setting makes idle."""
     values = recipe.model_dump(mode="json")
-    if recipe.adapter.target_modules != "attention":
-        del values["adapter"]["projections"]
-    if recipe.double_quantization and not RULES[recipe.quantization].double:
-        del values["double_quantization"]
-    if recipe.train.tokens_per_micro_batch is not None:
-        del values["train"]["micro_batch_size"]
-    if recipe.train.batch_size is not None:
-        del values["train"]["gradient_accumulation_steps"]
-    if recipe.data.streaming:
-        del values["train"]["epochs"]
-    if recipe.train.optimizer == "schedule_free_adamw" and recipe.train.schedule != "constant":
-        del values["train"]["schedule"]
+    for key in idle_keys(recipe):
+        holder_of(key, values).pop(key[-1], None)
     return values
 
 

@@ -13,11 +13,13 @@ from typing import Any
 import yaml
 
 from lora_cli import limits
-from lora_cli.errors import LoraError, RecipeErrors, home_expanded
+from lora_cli.errors import LoraError, RecipeErrors, home_expanded, reason_of
+from lora_cli.recipe.contradictions import contradictions
 from lora_cli.recipe.problems import validate
 from lora_cli.recipe.retired import drop_retired
-from lora_cli.recipe.schema import Recipe, path_places
+from lora_cli.recipe.schema import Recipe, holder_of, path_places
 from lora_cli.recipe.yaml import NO_VALUE, KeyPath, Positions, parse_value, place_of, read_recipe_yaml, where_of
+from lora_cli.streams import print_note
 
 _DEEPEST = 255  # parts of a path; the standard library makes missing folders by recursion
 
@@ -25,7 +27,8 @@ _DEEPEST = 255  # parts of a path; the standard library makes missing folders by
 def load_recipe(path: Path, overrides: list[str] | None = None) -> Recipe:
     """The recipe in `path` with `--set key.path=value` overrides applied, all paths in it made absolute.
 
-    Raises RecipeErrors with every problem: syntax, unknown or mistyped keys, wrong values, contradictions.
+    Raises RecipeErrors with every problem: syntax, unknown or mistyped keys, wrong values; contradictions once all
+    values are valid.
     """
     values, positions, problems = read_recipe_yaml(path)
     overridden: set[KeyPath] = set()
@@ -41,9 +44,15 @@ def load_recipe(path: Path, overrides: list[str] | None = None) -> Recipe:
     for section, name, key in path_places(values):
         base = Path.cwd() if any(key[: len(known)] == known for known in overridden) else path.resolve().parent
         problems += _resolve_path(section, name, key, base, positions, str(path))
-    recipe, found = validate(values, positions, str(path))
-    problems += found
-    if problems or recipe is None:
+    recipe = validate(values, positions, str(path))
+    if isinstance(recipe, Recipe):
+        recipe = _without_idle(recipe, values, overridden, positions, str(path))
+        for rule, what, fix in contradictions(recipe, values):
+            where = where_of(rule.path, positions, str(path))
+            problems.append(LoraError(f"{rule.key}: {what}", where=where, fix=fix))
+    else:
+        problems += recipe
+    if problems or not isinstance(recipe, Recipe):
         raise problems[0] if len(problems) == 1 else RecipeErrors(sorted(problems, key=place_of))
     return recipe
 
@@ -82,27 +91,46 @@ def _apply_override(values: dict[str, Any], override: str) -> KeyPath:
     return key
 
 
+def _without_idle(
+    recipe: Recipe, values: dict[str, Any], overridden: set[KeyPath], positions: Positions, file: str
+) -> Recipe:
+    """The recipe without those values of the file that a --set makes idle; a line on stderr names each of them."""
+
+    def is_set(key: KeyPath) -> bool:
+        return any(key[: len(known)] == known for known in overridden)
+
+    for rule, what, _ in contradictions(recipe, values):
+        if rule.idle_by is not None and is_set(tuple(rule.idle_by.split("."))) and not is_set(rule.path):
+            print_note(f"note: {where_of(rule.path, positions, file)}: {rule.key} is not used: {what}")
+            del holder_of(rule.path, values)[rule.path[-1]]
+            overridden.add(rule.path)  # what depended on this one goes with it
+            return _without_idle(Recipe.model_validate(values), values, overridden, positions, file)
+    return recipe
+
+
 def _resolve_path(
     section: Any, name: Any, key: KeyPath, base: Path, positions: Positions, file: str
 ) -> list[LoraError]:
-    value = section[name]
-    variables = [found[1] or found[2] for found in _VARIABLE.finditer(value)]
-    secret = next((each for each in variables if each and _SECRET.search(each)), None)
-    if secret:
-        what = f"{'.'.join(key)}: the environment variable {secret} may hold a secret, and paths are written into files"
-        fix = "use another variable, or write $$ for a dollar sign"
-        return [LoraError(what, where=where_of(key, positions, file), fix=fix)]
-    unset = [variable for variable in variables if variable and variable not in os.environ]
-    if unset:
-        what = f"{'.'.join(key)}: the environment variable {unset[0]} is not set"
-        fix = f"export {unset[0]}=…, or write $$ for a dollar sign"
-        return [LoraError(what, where=where_of(key, positions, file), fix=fix)]
-    expanded = _VARIABLE.sub(lambda found: os.environ.get(found[1] or found[2] or "", "$"), value)
+    """Expand a path of the recipe's values and make it absolute, in place. Returns what is wrong with it."""
     try:
-        expanded = home_expanded(expanded)
+        section[name] = _resolved(section[name], base, is_model=key == ("base_model",))
     except LoraError as problem:
         what = f"{'.'.join(key)}: {problem.what}"
         return [LoraError(what, where=where_of(key, positions, file), fix=problem.fix)]
+    return []
+
+
+def _resolved(value: str, base: Path, *, is_model: bool) -> str:
+    """The path that `value` means, seen from `base`; of a model's name the name. Raises LoraError without a place."""
+    names = [found[1] or found[2] for found in _VARIABLE.finditer(value) if found[0] != "$$"]
+    for each in names:
+        if _SECRET.search(each):
+            what = f"the environment variable {each} may hold a secret, and paths are written into files"
+            raise LoraError(what, fix="use another variable, or write $$ for a dollar sign")
+        if each not in os.environ:
+            what = f"the environment variable {each} is not set"
+            raise LoraError(what, fix=f"export {each}=…, or write $$ for a dollar sign")
+    expanded = home_expanded(_VARIABLE.sub(lambda found: os.environ.get(found[1] or found[2] or "", "$"), value))
     path = base / expanded
     try:
         if len(path.parts) > _DEEPEST:
@@ -111,14 +139,12 @@ def _resolve_path(
     except (FileNotFoundError, NotADirectoryError):
         pass
     except (OSError, ValueError) as error:  # too long for the file system, with a NUL character in it, …
-        reason = (error.strerror if isinstance(error, OSError) else None) or str(error)
-        what = f"{'.'.join(key)} is not a path that can be used here: {reason}"
-        fix = "write a shorter path of plain characters"
-        return [LoraError(what, where=where_of(key, positions, file), fix=fix)]
-    if key == ("base_model",) and not path.exists() and Path(expanded).is_dir():
-        fix = f"write {os.path.relpath(expanded, base)}, or an absolute path"
-        what = f"base_model: {value} is a folder seen from here, but relative paths start at the recipe's folder"
-        return [LoraError(what, where=positions.get(key, file), fix=fix)]
-    is_path = key != ("base_model",) or path.exists() or expanded.startswith((".", "/", "~")) or expanded != value
-    section[name] = os.path.normpath(path) if is_path else expanded
-    return []
+        what = f"this path cannot be used here: {reason_of(error)}"
+        raise LoraError(what, fix="write a shorter path of plain characters") from None
+    if not is_model:
+        return os.path.normpath(path)
+    if not path.exists() and Path(expanded).is_dir():
+        what = f"{value} is a folder seen from here, but relative paths start at the recipe's folder"
+        raise LoraError(what, fix=f"write {os.path.relpath(expanded, base)}, or an absolute path")
+    is_path = path.exists() or expanded.startswith((".", "/", "~")) or expanded != value
+    return os.path.normpath(path) if is_path else expanded

@@ -1,8 +1,7 @@
-"""What is wrong with the values of a recipe, in words: what, where, how to mend it."""
+"""What is wrong with the values of a recipe, in words: what, where, how to fix it."""
 
 from __future__ import annotations
 
-import copy
 import difflib
 import json
 from typing import Any, get_args
@@ -11,7 +10,6 @@ from pydantic import BaseModel, ValidationError
 
 from lora_cli import limits
 from lora_cli.errors import LoraError
-from lora_cli.recipe.contradictions import contradictions
 from lora_cli.recipe.schema import Recipe, SourceRecipe, all_keys, section_of
 from lora_cli.recipe.yaml import KeyPath, Positions, where_of
 
@@ -24,31 +22,20 @@ _EXAMPLES = {  # of settings that have no default
 }
 
 
-def validate(values: dict[str, Any], positions: Positions, file: str) -> tuple[Recipe | None, list[LoraError]]:
-    """The recipe of these values if it has none of the problems, which come with their places."""
+def validate(values: dict[str, Any], positions: Positions, file: str) -> Recipe | list[LoraError]:
+    """The recipe of these values, or every problem of them with its place."""
     try:
-        recipe, problems = Recipe.model_validate(values), []
+        return Recipe.model_validate(values)
     except ValidationError as error:
-        by_key = {}
+        by_key: dict[KeyPath, list[Any]] = {}
         for found in error.errors():
-            key = _known_part(tuple(str(part) for part in found["loc"]), values)
-            by_key.setdefault(key, []).append(found)
-        for key in [
-            key
-            for key in by_key
-            if _is_source(key) and any(other[: len(key)] == key for other in by_key if other != key)
-        ]:
-            del by_key[key]  # what is wrong inside a source says more than that it is no fraction either
-        problems = [
-            _problem(key, found, values, positions, file, suggest=at < limits.RECIPE_SUGGESTIONS)
-            for at, (key, found) in enumerate(by_key.items())
-        ]
-        recipe = _without(values, by_key)  # what is right can still contradict itself
-    if recipe is not None:
-        for key_text, what, fix in contradictions(recipe):
-            where = where_of(tuple(key_text.split(".")), positions, file)
-            problems.append(LoraError(f"{key_text}: {what}", where=where, fix=fix))
-    return recipe, problems
+            by_key.setdefault(_known_part(tuple(map(str, found["loc"])), values), []).append(found)
+    # What is wrong inside a source says more than that the source is no fraction either.
+    outer = [key for key in by_key if _is_source(key) and any(other[: len(key)] == key != other for other in by_key)]
+    return [
+        _problem(key, found, values, positions, file, suggest=at < limits.RECIPE_SUGGESTIONS)
+        for at, (key, found) in enumerate((key, found) for key, found in by_key.items() if key not in outer)
+    ]
 
 
 def _known_part(loc: KeyPath, values: Any) -> KeyPath:
@@ -66,22 +53,6 @@ def _known_part(loc: KeyPath, values: Any) -> KeyPath:
 
 def _is_source(key: KeyPath) -> bool:
     return key[:2] in (("data", "train"), ("data", "validation"))
-
-
-def _without(values: dict[str, Any], keys: Any) -> Recipe | None:
-    pruned = copy.deepcopy(values)
-    for key in keys:
-        section: Any = pruned
-        for part in key[: min(len(key), 2) - 1]:  # a setting goes as a whole, such as data.train with all its sources
-            section = section.get(part, {}) if isinstance(section, dict) else {}
-        if isinstance(section, dict):
-            section.pop(key[min(len(key), 2) - 1], None)
-    data = pruned.get("data")
-    pruned["data"] = {"train": "?"} | (data if isinstance(data, dict) else {})
-    try:
-        return Recipe.model_validate({"base_model": "?", "output": "?"} | pruned)
-    except ValidationError:
-        return None
 
 
 def _problem(
@@ -110,28 +81,12 @@ def _problem(
 
 
 def _shown(value: Any, longest: int = 200) -> str:
-    """A value as JSON, cut after about `longest` characters.
-
-    Made piece by piece: aliases of YAML can make a value that is written out too long for any memory, or without end.
-    """
-    if isinstance(value, str):
-        return json.dumps(value[:longest], ensure_ascii=False) + ("…" if len(value) > longest else "")
-    if not isinstance(value, (list, tuple, dict)):
-        try:
-            return json.dumps(value, ensure_ascii=False, default=str)[: longest + 1]
-        except ValueError:  # a whole number of thousands of digits
-            return "a number too long to show"
-    pairs: Any = value.items() if isinstance(value, dict) else ((None, each) for each in value)
-    pieces: list[str] = []
-    for key, inner in pairs:
-        left = longest - sum(map(len, pieces)) - 4 * len(pieces)
-        if left < 4:
-            pieces.append("…")
-            break
-        name = "" if key is None else f"{_shown(str(key), left // 2)}: "
-        pieces.append(name + _shown(inner, left // 2))
-    opening, closing = "{}" if isinstance(value, dict) else "[]"
-    return opening + ", ".join(pieces) + closing
+    """A value as JSON, cut after `longest` characters. Without aliases none is much longer than the file."""
+    try:
+        text = json.dumps(value, ensure_ascii=False, default=str)
+    except TypeError:  # a date as a key, on the right of --set
+        text = str(value)
+    return text if len(text) <= longest else f"{text[:longest]}…"
 
 
 def _wanted(error: Any) -> str:

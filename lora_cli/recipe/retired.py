@@ -5,6 +5,7 @@ from __future__ import annotations
 from typing import Any, NamedTuple
 
 from lora_cli.errors import LoraError
+from lora_cli.recipe.schema import holder_of
 from lora_cli.recipe.yaml import KeyPath, Positions, where_of
 
 
@@ -27,10 +28,7 @@ def drop_retired(values: dict[str, Any], positions: Positions, file: str) -> lis
     """Remove retired settings from a recipe's values; returns an error for each that was not at its default."""
     problems: list[LoraError] = []
     for key, (default, instead) in RETIRED.items():
-        section: Any = values
-        for part in key[:-1]:
-            section = section.get(part) if isinstance(section, dict) else None
-        if isinstance(section, dict) and key[-1] in section and section.pop(key[-1]) != default:
+        if holder_of(key, values).pop(key[-1], default) != default:
             where = where_of(key, positions, file)
             problems.append(LoraError(f"{'.'.join(key)} is no longer a setting", where=where, fix=instead))
     return problems

@@ -397,7 +397,7 @@ class Recipe(Section):
     output: str = Field(min_length=1, description="The run folder; it must not hold another run.")
 
 
-_PATHS = ("data.template", "data.general_text", "data.cache", "output", "base_model")  # beside those of sources
+_PATHS = (("data", "template"), ("data", "general_text"), ("data", "cache"), ("output",), ("base_model",))
 
 
 def section_of(annotation: Any) -> type[Section] | None:
@@ -414,15 +414,21 @@ def all_keys() -> list[tuple[str, ...]]:
     return found
 
 
+def holder_of(key: tuple[str, ...], values: dict[str, Any]) -> dict[str, Any]:
+    """The section of a recipe's values that a key belongs to; an empty one where it is missing or is no section."""
+    holder: Any = values
+    for part in key[:-1]:
+        holder = holder.get(part) if isinstance(holder, dict) else None
+    return holder if isinstance(holder, dict) else {}
+
+
 def path_places(values: dict[str, Any]) -> list[tuple[Any, Any, tuple[str, ...]]]:
     """(container, key in it, key path) of every text in the recipe's values that may be a path."""
     places: list[tuple[Any, Any, tuple[str, ...]]] = []
-    for key_text in _PATHS:
-        *sections, name = key_text.split(".")
-        section: Any = values.get(sections[0]) if sections else values
-        places += [(section, name, tuple(key_text.split(".")))] if isinstance(section, dict) else []
-    data: Any = values.get("data")
-    for name in ("train", "validation") if isinstance(data, dict) else ():
+    for key in _PATHS:
+        places.append((holder_of(key, values), key[-1], key))
+    data = holder_of(("data", ""), values)
+    for name in ("train", "validation"):
         entry = data.get(name)
         places.append((data, name, ("data", name)))
         places += [(entry, "path", ("data", name, "path"))] if isinstance(entry, dict) else []
