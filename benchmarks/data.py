@@ -122,7 +122,7 @@ def preparing(folder: Path, tokenizer: Any, count: int = 40_000, repeats: int = 
         place = folder / f"prepared-{repeat}"
         place.mkdir()
         began = time.perf_counter()
-        Preparation(recipe, tokenizer).build(place)
+        Preparation.of(recipe, tokenizer).build(place)
         ours = time.perf_counter() - began
         ratios.append(bare / ours)
         print(
@@ -140,7 +140,7 @@ from lora_cli.data.prepare import Preparation
 from lora_cli.recipe import Recipe
 place = Path(sys.argv[2])
 place.mkdir()
-Preparation(Recipe.model_validate_json(sys.argv[1]), AutoTokenizer.from_pretrained(sys.argv[3])).build(place)
+Preparation.of(Recipe.model_validate_json(sys.argv[1]), AutoTokenizer.from_pretrained(sys.argv[3])).build(place)
 print(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024)
 """
 

@@ -88,7 +88,7 @@ def test_the_same_recipe_opens_what_was_prepared(recipe, tokenizer, no_building)
     no_building()
     again = prepare(recipe, tokenizer, keep=True)
     assert content(again) == content(first)
-    assert again.folder == first.folder == cache_folder(recipe) / Preparation(recipe, tokenizer).key
+    assert again.folder == first.folder == cache_folder(recipe) / Preparation.of(recipe, tokenizer).key
     assert {path.name for path in first.folder.iterdir()} == {*PARTS, "summary.json"}
     assert content(prepare(recipe, tokenizer)) == content(first)
     assert content(prepare(recipe, make_tokenizer(), inspect=True)) == content(first)
@@ -141,7 +141,7 @@ CHATS = [
 
 
 def key(recipe: Recipe, tokenizer: Any) -> str:
-    return Preparation(recipe, tokenizer).key
+    return Preparation.of(recipe, tokenizer).key
 
 
 CHANGES: dict[str, dict[str, Any]] = {

@@ -34,7 +34,7 @@ from lora_cli.data.cache import (
 from lora_cli.data.chat import ChatTemplate, chat_template, generation_ends
 from lora_cli.data.gate import KINDS, TOO_LONG_SHARE, Findings, Lengths, Weights, duplicates
 from lora_cli.data.identity import code_hash, tokenizer_hash
-from lora_cli.data.packing import Groups, rows_to_shuffle
+from lora_cli.data.packing import rows_to_shuffle
 from lora_cli.data.prepared import PARTS, PreparedData, Summary, open_prepared, summary_values
 from lora_cli.data.readers import Row
 from lora_cli.data.row_encoder import ROWS_TO_DETECT, RowEncoder, fit_length, require_columns, require_template_used
@@ -45,7 +45,7 @@ from lora_cli.ending import make_temporary, remove_temporary
 from lora_cli.errors import LoraError
 from lora_cli.files import disk_errors, free_name, written_whole
 from lora_cli.foreign import kind, remove_ours
-from lora_cli.recipe import DataRecipe, Recipe, SourceRecipe
+from lora_cli.recipe import DataRecipe, Recipe
 
 
 def prepare(
@@ -56,7 +56,7 @@ def prepare(
     Raises LoraError, with file and row, for whatever is wrong with the data; with `inspect` only what cannot be read at
     all is raised, and the rest is in `findings`.
     """
-    preparation = Preparation(recipe, tokenizer)
+    preparation = Preparation.of(recipe, tokenizer)
     own = recipe.data.cache is None
     place = cache_folder(recipe) / preparation.key
     if keep:
@@ -66,10 +66,8 @@ def prepare(
         data = _build_in_place(preparation, place, own)
     elif data is None:
         data = build_for_now(preparation)
-    assert data is not None
     if not inspect:
-        data.findings.require_none(recipe.data.allow)
-        require_rows(data.summary, recipe.data)
+        require_trainable(data.summary, recipe.data)
     return data
 
 
@@ -85,7 +83,7 @@ def build_for_now(preparation: Preparation) -> PreparedData:
         with disk_errors(folder):
             preparation.build(folder)
         data = open_prepared(folder)
-        assert data is not None
+        assert data is not None, "what was just written can be opened"
     except BaseException:
         remove_temporary(folder)
         raise
@@ -102,13 +100,12 @@ def _build_in_place(preparation: Preparation, place: Path, own: bool) -> Prepare
     forget_killed(place.parent)
     building = free_name(place.with_name(f".{place.name}.building-{os.getpid()}"))
     try:
-        shown = Path(preparation.recipe.output) if own else place.parent
+        shown = place.parent.parent if own else place.parent
         with disk_errors(shown), written_whole(building, shown) as temporary:
             preparation.build(temporary)
         data = open_prepared(building)
         assert data is not None
-        data.findings.require_none(preparation.recipe.data.allow)
-        require_rows(data.summary, preparation.recipe.data)
+        require_trainable(data.summary, preparation.data)
         if kind(place) is not None and _open(place) is None:  # damaged, or made elsewhere
             remove_damaged(place)
         try:
@@ -126,8 +123,9 @@ def _build_in_place(preparation: Preparation, place: Path, own: bool) -> Prepare
     return replace(data, folder=place)
 
 
-def require_rows(made: Summary, data: DataRecipe) -> None:
-    """Raises LoraError if no row is left to train on, with what became of them."""
+def require_trainable(made: Summary, data: DataRecipe) -> None:
+    """Raises LoraError for findings that stop a run, or if no row is left to train on, with what became of them."""
+    made.findings.require_none(data.allow)
     if made.train.examples or data.streaming:
         return
     counts = made.findings.counts
@@ -138,7 +136,9 @@ def require_rows(made: Summary, data: DataRecipe) -> None:
         "raise the weight of a source": any(each.weight < 1 for each in data.train),
     }
     fix = "; or ".join(each for each, fits in fixes.items() if fits) or "name data with rows to train on"
-    raise LoraError("no row is left to train on", where=_name(data.train[0]), details=details, fix=fix)
+    raise LoraError(
+        "no row is left to train on", where=data.train[0].path or data.train[0].hub, details=details, fix=fix
+    )
 
 
 @dataclass
@@ -157,28 +157,43 @@ class _Seen:
 
 @dataclass
 class Preparation:
-    """One recipe's data on its way to disk."""
+    """Rows on their way to disk.
 
-    recipe: Recipe
+    training: sources, and how often each is seen in an epoch; none of a stream, whose rows are read later. held_out:
+    sources for validation. data: how rows are read, split and packed; its own sources are not looked at. row_tokens:
+    without packing, tokens of the groups of similar length that the order shuffles; None: it shuffles single examples.
+    """
+
+    training: list[tuple[float, Source]]
+    held_out: list[Source]
+    data: DataRecipe
     tokenizer: PreTrainedTokenizerBase
+    seed: int = 0
+    row_tokens: int | None = None
 
-    @cached_property
-    def sources(self) -> list[tuple[SourceRecipe, Source]]:
+    @classmethod
+    def of(cls, recipe: Recipe, tokenizer: PreTrainedTokenizerBase) -> Preparation:
+        data, written = recipe.data, (Path(recipe.output), cache_folder(recipe))
+        train = [] if data.streaming else data.train
+        held_out = data.validation if isinstance(data.validation, list) else []
+        return cls(
+            [(each.weight, open_source(each, written=written)) for each in train],
+            [open_source(each, held_out=True, written=written) for each in held_out],
+            data,
+            tokenizer,
+            recipe.train.seed,
+            recipe.train.tokens_per_micro_batch,
+        )
+
+    @property
+    def sources(self) -> list[Source]:
         """Of the training data, then of the validation data."""
-        written = (Path(self.recipe.output), cache_folder(self.recipe))
-        training = [(each, open_source(each, written=written)) for each in self._training]
-        held_out = _held_out(self.recipe.data)
-        return [*training, *((each, open_source(each, held_out=True, written=written)) for each in held_out)]
-
-    @cached_property
-    def _training(self) -> list[SourceRecipe]:
-        """Sources that are prepared to train on: none of a stream, whose rows are read later."""
-        return [] if self.recipe.data.streaming else self.recipe.data.train
+        return [*(source for _, source in self.training), *self.held_out]
 
     @cached_property
     def key(self) -> str:
         """Of everything that the result depends on: data, tokenizer, template, settings, code."""
-        data, train = self.recipe.data, self.recipe.train
+        data = self.data
         settings = data.model_dump(
             mode="json", exclude={"train", "validation", "cache", "allow", "template", "general_text"}
         )
@@ -186,14 +201,14 @@ class Preparation:
         if data.template is not None:
             template = chat_template(self.tokenizer, data.template).text  # arguments are among the settings
         parts = {
-            "data": [[each.weight, list(source.identity.items())] for each, source in self.sources],
-            "training_sources": len(self._training),
+            "training": [[weight, list(source.identity.items())] for weight, source in self.training],
+            "held_out": [list(source.identity.items()) for source in self.held_out],
             "fraction": data.validation if isinstance(data.validation, float) else None,
             "tokenizer": tokenizer_hash(self.tokenizer),
             "template": template,
             "settings": settings,
-            "micro_batch": None if data.packing else train.tokens_per_micro_batch,
-            "seed": train.seed,
+            "row_tokens": None if data.packing else self.row_tokens,
+            "seed": self.seed,
             "ends": sorted(generation_ends(self.tokenizer)),
             "code": code_hash(),
         }
@@ -210,10 +225,13 @@ class Preparation:
         self._listing: dict[str, dict[str, dict[str, Any]]] = {}
         with ExampleWriter(folder / "examples.arrow") as writer:
             train, validation = self._read_all(writer, names, formats)
-        if not self.recipe.data.streaming:
-            require_template_used(self.recipe.data, self._template)
+        data = self.data
+        if not data.streaming:
+            require_template_used(data, self._template)
         lengths, targets = writer.lengths, writer.targets
-        rows = self._rows_of(lengths[train])
+        rows = rows_to_shuffle(
+            lengths[train], packing=data.packing, max_seq_len=data.max_seq_len, tokens=self.row_tokens, seed=self.seed
+        )
         write_indices(folder / "train.arrow", train)
         write_indices(folder / "validation.arrow", validation)
         write_groups(folder / "rows.arrow", rows)
@@ -223,7 +241,7 @@ class Preparation:
         own = self.tokenizer.chat_template
         summary = Summary(
             formats,
-            {name: value for _, source in self.sources for name, value in source.identity.items()},
+            {name: value for source in self.sources for name, value in source.identity.items()},
             names,
             findings,
             Lengths.of(lengths[train], targets[train]),
@@ -252,10 +270,10 @@ class Preparation:
         seen, held = _Seen(), _Seen()
         ends = []
         if len(self.sources) > 1:
-            require_columns(self.recipe.data.columns, [source for _, source in self.sources])
-        for at, (_, source) in enumerate(self.sources):
+            require_columns(self.data.columns, self.sources)
+        for at, source in enumerate(self.sources):
             source.identity  # taken before the rows are read  # noqa: B018
-            self._read(source, held if at >= len(self._training) else seen, writer, names, formats)
+            self._read(source, held if at >= len(self.training) else seen, writer, names, formats)
             source.require_unchanged()
             ends.append(writer.count)
         self._close_gate(seen, held, names)
@@ -264,11 +282,11 @@ class Preparation:
     def _read(
         self, source: Source, seen: _Seen, writer: ExampleWriter, names: list[str], formats: dict[str, str]
     ) -> None:
-        rows = source.rows()
+        data, rows = self.data, source.rows()
         head = list(islice(rows, ROWS_TO_DETECT))
         if not head:
             raise LoraError("the source has no rows", where=source.name, fix="check what wrote it")
-        reader = RowEncoder(self.recipe.data, self.tokenizer, head, several=len(self.sources) > 1)
+        reader = RowEncoder(data, self.tokenizer, head, several=len(self.sources) > 1)
         self._template = reader.template or self._template
         number_of: dict[str, int] = {}
         rows_of: dict[str, int] = {}  # file → its rows
@@ -288,10 +306,9 @@ class Preparation:
             seen.file.append(file)
             seen.row.append(row.number)
             seen.content.append(content)
-            if self.recipe.data.group_by is not None:
-                seen.group.append(self._group(row, self.recipe.data.group_by))
+            if data.group_by is not None:
+                seen.group.append(_group(row, data.group_by))
             self._stops.add(int(ids[encoded.example.spans[-1][1] - 1]))
-            data = self.recipe.data
             pieces = fit_length(encoded.example, data.max_seq_len, data.too_long, reader.format.name, self._findings)
             for piece in pieces:
                 writer.add(piece, ids if piece is encoded.example else np.array(piece.ids, np.int32), file)
@@ -301,17 +318,10 @@ class Preparation:
         if isinstance(source, FileSource) and not source.one:
             self._listing[shown] = {"files": rows_of, "left": source.left}
 
-    def _group(self, row: Row, name: str) -> int:
-        if name not in row.values:
-            fix = f"its columns: {', '.join(row.values)}"
-            raise LoraError(f"data.group_by names {name}, but the row has no such column", where=row.where, fix=fix)
-        return xxhash.xxh3_64_intdigest(json.dumps(row.values[name], sort_keys=True, default=str).encode())
-
     # ── what can only be said when all rows were seen ───────────────────────────────────────────────────────────
 
     def _close_gate(self, seen: _Seen, held: _Seen, names: list[str]) -> None:
-        findings = self._findings
-        data = self.recipe.data
+        findings, data = self._findings, self.data
         if data.too_long != "error" or findings.counts.get("too_long", 0) <= TOO_LONG_SHARE * self._rows:
             findings.waived.add("too_long")
         content = _numbers(seen.content, np.uint64)
@@ -331,16 +341,15 @@ class Preparation:
 
         ends: one behind the last example of each source.
         """
-        data, seed = self.recipe.data, self.recipe.train.seed
-        sources = len(self._training)
-        last = ends[sources - 1] if sources else 0
+        data, seed = self.data, self.seed
+        last = ends[len(self.training) - 1] if self.training else 0
         held = np.zeros(last, bool)
         if isinstance(data.validation, float):
             groups = _numbers(seen.group if data.group_by is not None else seen.content, np.uint64)
             kept = np.flatnonzero(_numbers(seen.pieces, np.int32))  # rows that are in the data: none that was too long
             rows = np.zeros(len(groups), bool)
             try:
-                rows[kept[hold_out(groups[kept], data.validation, seed, _name(data.train[0]))]] = True
+                rows[kept[hold_out(groups[kept], data.validation, seed, self.sources[0].name)]] = True
             except LoraError:  # unless what the gate found, or that no row is left, says why
                 if len(kept) and not self._findings.stopping(data.allow):
                     raise
@@ -349,29 +358,19 @@ class Preparation:
                 self._findings.add("overlap", *seen.where(at, names))
             held = np.repeat(rows, _numbers(seen.pieces, np.int32))
         train = [np.empty(0, np.int64)]
-        for number, (recipe, start, end) in enumerate(zip(self._training, [0, *ends], ends, strict=False)):
+        for number, ((weight, _), start, end) in enumerate(zip(self.training, [0, *ends], ends, strict=False)):
             indices = np.arange(start, end)[~held[start:end]]
-            train += repeated(indices, recipe.weight, [seed, 0x3E16, number])
+            train += repeated(indices, weight, [seed, 0x3E16, number])
         validation = np.concatenate([np.flatnonzero(held), np.arange(last, ends[-1] if ends else 0)])
         return np.concatenate(train), validation.astype(np.int64)
 
-    def _rows_of(self, lengths: np.ndarray) -> Groups:
-        data, train = self.recipe.data, self.recipe.train
-        return rows_to_shuffle(
-            lengths,
-            packing=data.packing,
-            max_seq_len=data.max_seq_len,
-            tokens=train.tokens_per_micro_batch,
-            seed=train.seed,
-        )
 
-
-def _name(source: SourceRecipe) -> str:
-    return str(source.path or source.hub)
-
-
-def _held_out(data: DataRecipe) -> list[SourceRecipe]:
-    return data.validation if isinstance(data.validation, list) else []
+def _group(row: Row, name: str) -> int:
+    """Hash of what data.group_by names. Raises LoraError if the row has no such column."""
+    if name not in row.values:
+        fix = f"its columns: {', '.join(row.values)}"
+        raise LoraError(f"data.group_by names {name}, but the row has no such column", where=row.where, fix=fix)
+    return xxhash.xxh3_64_intdigest(json.dumps(row.values[name], sort_keys=True, default=str).encode())
 
 
 def _numbers(values: array, dtype: Any) -> np.ndarray:

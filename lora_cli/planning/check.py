@@ -21,7 +21,7 @@ from lora_cli.base.stored import require_quantization
 from lora_cli.data.example import Example
 from lora_cli.data.feed import Feed, open_feed
 from lora_cli.data.gate import KINDS
-from lora_cli.data.prepare import prepare, require_rows
+from lora_cli.data.prepare import prepare, require_trainable
 from lora_cli.data.preview import PAGE_MARK, as_page, as_text, tokens_of
 from lora_cli.errors import LoraError
 from lora_cli.files import disk_errors
@@ -85,8 +85,7 @@ class Checked:
 
     def require_ok(self) -> None:
         """Raises LoraError if the gate found something that stops a run, or no row is left."""
-        self.feed.summary.findings.require_none(self.recipe.data.allow)
-        require_rows(self.feed.summary, self.recipe.data)
+        require_trainable(self.feed.summary, self.recipe.data)
 
 
 def check(recipe: Recipe, *, keep: bool = False) -> Checked:

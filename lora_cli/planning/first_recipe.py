@@ -19,6 +19,7 @@ import torch
 from lora_cli.base.device import describe_device, pick_device, pick_dtype
 from lora_cli.data.prepared import PreparedData
 from lora_cli.data.report import finding_lines
+from lora_cli.data.sources import open_source
 from lora_cli.errors import LoraError
 from lora_cli.files import disk_errors
 from lora_cli.planning import choices
@@ -121,11 +122,13 @@ def _as_recipe(text: str, file: Path) -> Recipe:
 
 def _prepared(recipe: Recipe, chosen: Chosen) -> PreparedData:
     """The data as `lora check` prepares them, or of large data the sample. Raises LoraError as that does."""
-    trial = recipe.model_copy(update={"output": os.devnull})  # where nothing prepared can lie
-    if chosen.survey.sample and isinstance(recipe.data.validation, float):
-        whole = recipe.data.model_copy(update={"validation": choices.HELD_OUT})  # of a sample, a small share is no row
-        trial = trial.model_copy(update={"data": whole})
-    prepared = prepare_rows(trial, chosen.base.tokenizer, chosen.survey.sample)
+    data, train = recipe.data, recipe.train
+    if chosen.survey.sample and isinstance(data.validation, float):
+        data = data.model_copy(update={"validation": choices.HELD_OUT})  # of a sample, a small share is no row
+    source = chosen.survey.sample or open_source(data.train[0])
+    prepared = prepare_rows(
+        source, data, chosen.base.tokenizer, seed=train.seed, row_tokens=train.tokens_per_micro_batch
+    )
     prepared.require_fit(chosen.base.config, chosen.base.source.name)
     return prepared
 

@@ -2,11 +2,9 @@
 
 from __future__ import annotations
 
-import os
 import random
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
-from functools import cached_property
 from itertools import chain, islice
 
 import numpy as np
@@ -15,13 +13,13 @@ from transformers import PreTrainedTokenizerBase
 from lora_cli.data.columns import NEEDED, PREFERENCE
 from lora_cli.data.formats import detect_format, suggestion
 from lora_cli.data.packing import pack
-from lora_cli.data.prepare import Preparation, build_for_now, prepare
+from lora_cli.data.prepare import Preparation, build_for_now, require_trainable
 from lora_cli.data.prepared import PreparedData
 from lora_cli.data.readers import Row
 from lora_cli.data.row_encoder import ROWS_TO_DETECT
 from lora_cli.data.sources import FileSource, Source, open_source
 from lora_cli.errors import LoraError
-from lora_cli.recipe import Recipe, SourceRecipe
+from lora_cli.recipe import DataRecipe, SourceRecipe
 
 WHOLE_BYTES = 64 * 2**20  # of data files that are tokenized whole, in well under a minute; of larger ones a sample is
 SAMPLE_ROWS = 5_000
@@ -96,15 +94,6 @@ class RowSample(FileSource):
         return {}
 
 
-@dataclass
-class _OfSample(Preparation):
-    sample: RowSample
-
-    @cached_property
-    def sources(self) -> list[tuple[SourceRecipe, Source]]:
-        return [(self.recipe.data.train[0], self.sample)]
-
-
 @dataclass(frozen=True)
 class DataSurvey:
     """What is known of the data before the recipe is.
@@ -163,16 +152,15 @@ def survey_data(
 ) -> DataSurvey:
     """Tokenizes all rows, or of large data a sample. Raises LoraError with what the gate finds in them."""
     uncut = {"max_seq_len": 10**9, "packing": False, "train": source.name, "template": template}
-    settings = uncut | {"format": reading.wanted, "columns": reading.columns}
-    recipe = Recipe.model_validate({"base_model": "-", "data": settings, "output": os.devnull})
+    settings = DataRecipe.model_validate(uncut | {"format": reading.wanted, "columns": reading.columns})
     sample, rows, counted = _sample_of(source)
     train_on = None
     try:
-        data = prepare_rows(recipe, tokenizer, sample)
+        data = prepare_rows(sample or source, settings, tokenizer)
     except LoraError:
         if reading.name not in ("chat", "instruction"):
             raise
-        data = _last_turns_alone(recipe, tokenizer, sample)
+        data = _last_turns_alone(sample or source, settings, tokenizer)
         if data is None:
             raise
         train_on = (
@@ -198,24 +186,26 @@ def survey_data(
 
 
 def _last_turns_alone(
-    recipe: Recipe, tokenizer: PreTrainedTokenizerBase, sample: RowSample | None
+    source: FileSource, settings: DataRecipe, tokenizer: PreTrainedTokenizerBase
 ) -> PreparedData | None:
     """The data with only the last answers trained, if that is all it takes."""
-    last = recipe.data.model_copy(update={"train_on": "last_assistant"})
     try:
-        return prepare_rows(recipe.model_copy(update={"data": last}), tokenizer, sample)
+        return prepare_rows(source, settings.model_copy(update={"train_on": "last_assistant"}), tokenizer)
     except LoraError:
         return None
 
 
-def prepare_rows(recipe: Recipe, tokenizer: PreTrainedTokenizerBase, sample: RowSample | None) -> PreparedData:
-    """What prepare() makes of the recipe's data, or of a sample of them; raises as that does."""
-    if sample is None:
-        return prepare(recipe, tokenizer)
-    data = build_for_now(_OfSample(recipe, tokenizer, sample))
-    data.findings.require_none(recipe.data.allow)
-    if not len(data.train):
-        raise LoraError("no row of a sample is to be trained", where=sample.name, fix="look at train: false and weight")
+def prepare_rows(
+    source: Source,
+    settings: DataRecipe,
+    tokenizer: PreTrainedTokenizerBase,
+    *,
+    seed: int = 0,
+    row_tokens: int | None = None,
+) -> PreparedData:
+    """The rows of one source, prepared in a temporary folder. Raises LoraError for what would stop a run."""
+    data = build_for_now(Preparation([(1.0, source)], [], settings, tokenizer, seed, row_tokens))
+    require_trainable(data.summary, settings)
     return data
 
 
