@@ -146,7 +146,7 @@ print(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024)
 
 
 def memory(folder: Path, tokenizer: Any) -> None:
-    from lora_cli.data.prepared import open_prepared
+    from lora_cli.data.store import open_prepared
 
     peaks = {}
     for count in (20_000, 2_000_000):

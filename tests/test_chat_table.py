@@ -22,8 +22,7 @@ from tokenizers.processors import TemplateProcessing
 from transformers import PreTrainedTokenizerFast
 
 from lora_cli.data.chat import chat_template
-from lora_cli.data.findings import Encoded
-from lora_cli.data.gate import KINDS, Findings
+from lora_cli.data.gate import KINDS, Encoded, Findings
 from lora_cli.data.readers import Row
 from lora_cli.data.row_encoder import RowEncoder
 from lora_cli.recipe import TEMPLATES, DataRecipe

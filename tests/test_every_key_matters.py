@@ -23,7 +23,7 @@ from transformers import AttentionInterface
 
 from lora_cli.adapters.layer import LoRALinear
 from lora_cli.base.attention import PER_EXAMPLE, per_example_attention
-from lora_cli.data.prepared import PreparedData, open_prepared
+from lora_cli.data.store import PreparedData, open_prepared
 from lora_cli.errors import CheckFailed, LoraError
 from lora_cli.recipe import Allowed, SourceRecipe, all_keys, load_recipe
 from lora_cli.training.run_folder import read_metrics

@@ -23,7 +23,7 @@ from transformers import PreTrainedTokenizerFast
 
 from lora_cli.data.gate import KINDS, TOO_LONG_SHARE, Findings, Lengths, duplicates
 from lora_cli.data.prepare import prepare
-from lora_cli.data.prepared import PreparedData
+from lora_cli.data.store import PreparedData
 from lora_cli.errors import CheckFailed, LoraError
 from lora_cli.recipe import Allowed, Recipe
 

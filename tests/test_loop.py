@@ -16,8 +16,7 @@ import yaml
 from conftest import losses, quiet_console, write_rows
 from safetensors.torch import load_file
 
-from lora_cli.data.order import Order
-from lora_cli.data.packing import Groups
+from lora_cli.data.order import Groups, Order
 from lora_cli.recipe import TrainRecipe, load_recipe
 from lora_cli.training.optimizer import learning_rate
 from lora_cli.training.train import train

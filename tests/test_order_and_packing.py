@@ -20,9 +20,7 @@ from transformers import LlamaConfig
 from lora_cli.data.batches import collate, similar_length_batches
 from lora_cli.data.example import Example, cut, windows
 from lora_cli.data.feed import PreparedFeed
-from lora_cli.data.order import Order, permutation
-from lora_cli.data.packing import Groups, pack, similar_lengths
-from lora_cli.data.split import repeated
+from lora_cli.data.order import Groups, Order, pack, permutation, repeated, similar_lengths
 from lora_cli.evaluation.loss import summed_loss
 
 CPU = torch.device("cpu")

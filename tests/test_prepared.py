@@ -22,16 +22,15 @@ from tiny_model import make_tokenizer
 from tokenizers import Tokenizer, normalizers
 from transformers import AutoTokenizer, PreTrainedTokenizerFast
 
-from lora_cli.data import identity
+from lora_cli.data import cache as cache_module
 from lora_cli.data import prepare as module
 from lora_cli.data.encode import Encoder
 from lora_cli.data.example import Example
 from lora_cli.data.formats import detect_format
+from lora_cli.data.order import hold_out
 from lora_cli.data.prepare import Preparation, cache_folder, prepare
-from lora_cli.data.prepared import PARTS, PreparedData, open_prepared
 from lora_cli.data.readers import Row
-from lora_cli.data.split import hold_out
-from lora_cli.data.store import Examples, ExampleStore, ExampleWriter
+from lora_cli.data.store import PARTS, Examples, ExampleStore, ExampleWriter, PreparedData, open_prepared
 from lora_cli.errors import LoraError
 from lora_cli.recipe import Recipe
 
@@ -252,7 +251,7 @@ def test_the_code_and_its_libraries_make_a_new_key(recipe, tokenizer, monkeypatc
     changed.clear()
     for library in ("tokenizers", "transformers", "jinja2"):
         with monkeypatch.context() as patch:
-            patch.setattr(identity, "version", lambda name, own=library: "0" if name == own else real_version(name))
+            patch.setattr(cache_module, "version", lambda name, own=library: "0" if name == own else real_version(name))
             assert key(recipe, tokenizer) != before, library
 
 

@@ -683,7 +683,7 @@ SMALL = {"max_steps": 8, "micro_batch_size": 1, "gradient_accumulation_steps": 1
 
 def steps_with(run: Path, row: int) -> list[int]:
     """Steps whose examples include a row, by the order alone."""
-    from lora_cli.data.prepared import open_prepared
+    from lora_cli.data.store import open_prepared
 
     (place,) = (run / "prepared").iterdir()
     data = open_prepared(place)
@@ -696,7 +696,7 @@ def steps_with(run: Path, row: int) -> list[int]:
 
 
 def row_of_step(run: Path, step: int) -> int:
-    from lora_cli.data.prepared import open_prepared
+    from lora_cli.data.store import open_prepared
 
     (place,) = (run / "prepared").iterdir()
     data = open_prepared(place)

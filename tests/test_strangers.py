@@ -18,8 +18,7 @@ from conftest import quiet_console, write_rows
 from safetensors.torch import load_file, save_file
 
 from lora_cli.data import cache
-from lora_cli.data.prepared import open_prepared
-from lora_cli.data.store import checksum
+from lora_cli.data.store import checksum, open_prepared
 from lora_cli.errors import LoraError
 from lora_cli.evaluation.evaluate import evaluate_run
 from lora_cli.foreign import NotOurs

@@ -224,7 +224,7 @@ def test_a_template_that_reaches_a_limit_at_every_row_stops_after_a_few(monkeypa
 
 
 def test_leaving_early_does_not_wait_for_what_is_being_made() -> None:
-    from lora_cli.data.ahead import ahead
+    from lora_cli.data.row_encoder import ahead
 
     def slow() -> Any:
         yield 1

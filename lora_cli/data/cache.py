@@ -1,14 +1,20 @@
-"""Where prepared data are kept: what of that folder is ours, whether it was made here, and clearing it away."""
+"""Where prepared data is kept: under which key, what of that folder is ours, whether it was made here, clearing up."""
 
 from __future__ import annotations
 
+import hashlib
+import json
 import os
 import re
 import time
 from contextlib import suppress
+from importlib.metadata import version
 from pathlib import Path
+from typing import Any
 
-from lora_cli.data.prepared import PARTS
+from transformers import PreTrainedTokenizerBase
+
+from lora_cli.data.store import PARTS
 from lora_cli.errors import LoraError
 from lora_cli.foreign import NotOurs, Shape, kind, not_ours, parse_json, read_bytes, remove_ours
 from lora_cli.recipe import Recipe
@@ -93,3 +99,22 @@ def forget_killed(cache: Path) -> None:
         if not alive or int(left[1]) == os.getpid():  # of this number in an earlier life
             with suppress(OSError):
                 remove_ours(folder, FILES)
+
+
+# ── what the key depends on ───────────────────────────────────────────────────────────────────────────────────────────
+
+
+def tokenizer_hash(tokenizer: PreTrainedTokenizerBase) -> str:
+    backend: Any = tokenizer.backend_tokenizer
+    digest = hashlib.sha256(backend.to_str().encode())
+    digest.update(json.dumps([tokenizer.special_tokens_map, str(tokenizer.chat_template)], default=str).encode())
+    return digest.hexdigest()
+
+
+def code_hash() -> str:
+    """Of everything in this room, so that no change of it is forgotten, and of the libraries that make tokens."""
+    digest = hashlib.sha256("/".join(version(name) for name in ("tokenizers", "transformers", "jinja2")).encode())
+    for path in sorted(Path(__file__).parent.rglob("*")):
+        if path.suffix in (".py", ".jinja"):
+            digest.update(path.name.encode() + path.read_bytes())
+    return digest.hexdigest()

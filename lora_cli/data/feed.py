@@ -11,9 +11,8 @@ from transformers import PreTrainedTokenizerBase
 
 from lora_cli.data.example import Example
 from lora_cli.data.order import Order, split_by_length
-from lora_cli.data.prepared import PreparedData, Summary, split_in_step
 from lora_cli.data.report import data_lines
-from lora_cli.data.store import Examples
+from lora_cli.data.store import Examples, PreparedData, Summary, split_in_step
 from lora_cli.data.stream import StreamFeed
 from lora_cli.recipe import Recipe
 

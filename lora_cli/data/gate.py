@@ -1,4 +1,4 @@
-"""The gate: what is wrong with the data, found before a model is loaded. Whatever would change the result stops."""
+"""The checks of the data, before a model is loaded: whatever would change the result stops the run."""
 
 from __future__ import annotations
 
@@ -8,7 +8,10 @@ from typing import Any
 
 import numpy as np
 
+from lora_cli.data.chat import ChatTemplate
 from lora_cli.data.example import Example
+from lora_cli.data.formats import Conversation, Document
+from lora_cli.data.readers import Row
 from lora_cli.errors import CheckFailed, LoraError, shown
 
 TOO_LONG_SHARE = 0.01  # of the rows: up to this many are left out, above it the recipe has to say what shall happen
@@ -234,3 +237,68 @@ def duplicates(hashes: np.ndarray) -> np.ndarray:
     repeated = np.zeros(len(hashes), bool)
     repeated[order[1:]] = ordered[1:] == ordered[:-1]
     return np.flatnonzero(repeated)
+
+
+# ── what became of a row ──────────────────────────────────────────────────────────────────────────────────────────────
+
+
+@dataclass(frozen=True)
+class Finding:
+    """Something the gate has to know of a row. kind: one of those in gate.py. error: the same, for a person."""
+
+    kind: str
+    error: LoraError | None = None
+
+
+@dataclass(frozen=True)
+class Encoded:
+    """What became of a row: an example, the finding that stands against it, or both: then the recipe can allow it."""
+
+    row: Row
+    example: Example | None
+    finding: Finding | None = None
+    notes: tuple[str, ...] = ()
+    proved: bool = False  # the bytes of its tokens are those of its text
+    also: tuple[Finding, ...] = ()  # further ones, since a recipe may allow the first and not these
+
+    @property
+    def findings(self) -> tuple[Finding, ...]:
+        return () if self.finding is None else (self.finding, *self.also)
+
+
+def unstopped(document: Conversation, template: ChatTemplate | None, turn: int, token: str | None = None) -> Finding:
+    name = template.name if template is not None else ""
+    how = "without a special token" if token is None else f"in {token!r}, which is not a special token of the tokenizer"
+    error = LoraError(
+        f"the chat template ({name}) ends turn {turn + 1} {how}: the model would not learn to stop",
+        where=document.row.where,
+        fix="use a model whose template ends turns with a stop token, or data.template: alpaca or plain, which end "
+        "them with the model's end token",
+    )
+    return Finding("no_stop_token", error)
+
+
+def special_in_text(document: Conversation, template: ChatTemplate) -> Finding | None:
+    found = template.special_in_text(document.turns, document.tools)
+    if found is None:
+        return None
+    turn, token = found
+    error = LoraError(
+        f"{f'turn {turn} holds' if turn else 'the tools hold'} {token!r}, which the tokenizer reads as a special token",
+        where=document.row.where,
+        fix="remove or rewrite it",
+    )
+    return Finding("special_in_text", error)
+
+
+def refused(document: Document, kind: str, what: str, fix: str) -> Encoded:
+    return Encoded(document.row, None, Finding(kind, LoraError(what, where=document.row.where, fix=fix)))
+
+
+def nothing_trained(document: Document) -> Encoded:
+    return refused(
+        document,
+        "no_target",
+        "no target tokens: nothing in this row would be trained",
+        "give it a completion, an assistant turn or some text, or remove the row",
+    )

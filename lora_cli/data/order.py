@@ -1,18 +1,19 @@
-"""Order: which rows make up step N. A function of the seed and of N alone, found without looking at the steps before.
+"""Order: which examples share a row, which rows make up step N, and which are held out.
 
-So it is the same for any number of workers and processes, and a resumed run jumps to its place.
+All of it is a function of the seed and of N, so it is the same for any number of processes, and a resumed run jumps.
 """
 
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import lru_cache
 
 import numpy as np
 
 from lora_cli.data.example import Example
-from lora_cli.data.packing import Groups
+from lora_cli.errors import LoraError
 
 
 @lru_cache(maxsize=1)
@@ -64,3 +65,140 @@ def split_by_length(batches: list[list[Example]], size: int) -> list[list[Exampl
     """The same examples in micro-batches of `size`, of similar length each, the longest first."""
     examples = sorted((example for batch in batches for example in batch), key=lambda each: -len(each.ids))
     return [examples[at : at + size] for at in range(0, len(examples), size)]
+
+
+# ── packing: which examples share a row ───────────────────────────────────────────────────────────────────────────────
+
+
+_AT_ONCE = 1 << 16
+
+
+@dataclass(frozen=True)
+class Groups:
+    """Lists of indices in two arrays: group i is members[ends[i - 1] : ends[i]]."""
+
+    members: np.ndarray  # (indices,) int64
+    ends: np.ndarray  # (groups,) int64
+
+    def __len__(self) -> int:
+        return len(self.ends)
+
+    def __getitem__(self, at: int) -> list[int]:
+        start = self.ends[at - 1] if at else 0
+        return self.members[start : self.ends[at]].tolist()
+
+    def sums(self, values: np.ndarray) -> np.ndarray:
+        """Sum of the values of each group's members: (groups,)."""
+        up_to = np.concatenate([[0], np.cumsum(values[self.members])])
+        return np.diff(up_to[np.concatenate([[0], self.ends])])
+
+    @classmethod
+    def of(cls, lists: Sequence[Sequence[int]]) -> Groups:
+        members = np.fromiter((index for group in lists for index in group), np.int64)
+        return cls(members, np.cumsum([len(group) for group in lists], dtype=np.int64))
+
+
+def pack(lengths: Sequence[int] | np.ndarray, capacity: int) -> Groups:
+    """Rows of example indices, each of at most `capacity` tokens: best-fit decreasing.
+
+    Every index appears once. The longest examples come first, each into the fullest row that still has room; within
+    22 % of the fewest rows possible in the worst case, far closer in practice (Johnson 1974, Worst-case performance
+    bounds for simple one-dimensional packing algorithms). Deterministic: ties go by index. Rows with the same room are
+    kept on a stack, and a bit set says which rooms there are: time and memory grow with the number of examples alone.
+    """
+    lengths = np.asarray(lengths, np.int32)
+    if len(lengths) and lengths.max() > capacity:
+        longest = int(lengths.argmax())
+        raise ValueError(f"example {longest} has {lengths[longest]} tokens, above the capacity of {capacity}")
+    capacity = min(capacity, int(lengths.sum(dtype=np.int64)))  # all on one row need no more
+    by_length = np.argsort(-lengths, kind="stable").astype(np.int32)
+    row_of = np.empty(len(lengths), np.int32)
+    open_rows: list[list[int]] = [[] for _ in range(capacity + 1)]  # by room
+    rooms = 0  # bit set of the rooms that have an open row
+    rows = 0
+    for start in range(0, len(lengths), _AT_ONCE):  # numbers of Python are large: not all of them at once
+        part = by_length[start : start + _AT_ONCE]
+        placed = []
+        for length in lengths[part].tolist():
+            fitting = rooms >> length
+            if fitting:
+                room = length + (fitting & -fitting).bit_length() - 1
+                row = open_rows[room].pop()
+                if not open_rows[room]:
+                    rooms ^= 1 << room
+            else:
+                room, row, rows = capacity, rows, rows + 1
+            placed.append(row)
+            left = room - length
+            if left:
+                open_rows[left].append(row)
+                rooms |= 1 << left
+        row_of[part] = placed
+    members = np.argsort(row_of, kind="stable")
+    return Groups(members, np.cumsum(np.bincount(row_of, minlength=rows), dtype=np.int64))
+
+
+def rows_to_shuffle(lengths: np.ndarray, *, packing: bool, max_seq_len: int, tokens: int | None, seed: int) -> Groups:
+    """What the order shuffles: packed rows, groups of similar length that fill `tokens`, or single examples."""
+    if packing:
+        return pack(lengths, max_seq_len)
+    if tokens is not None:
+        return similar_lengths(lengths, tokens, seed)
+    return Groups(np.arange(len(lengths)), np.arange(1, len(lengths) + 1))
+
+
+def similar_lengths(lengths: np.ndarray, tokens: int, seed: int, *, pool: int = 4096) -> Groups:
+    """Groups of examples of similar length, as many as fit, padded to the longest, into `tokens`.
+
+    Examples are shuffled by the seed and sorted within pools: which of them share a group stays a matter of chance
+    beyond their length.
+    """
+    shuffled = np.random.default_rng([seed, 0xB0C]).permutation(len(lengths))
+    members, sizes = [], []
+    for start in range(0, len(shuffled), pool):
+        part = shuffled[start : start + pool]
+        part = part[np.argsort(-lengths[part], kind="stable")]
+        members.append(part)
+        at = 0
+        while at < len(part):
+            size = min(max(1, tokens // int(lengths[part[at]])), len(part) - at)
+            sizes.append(size)
+            at += size
+    return Groups(np.concatenate([np.empty(0, np.int64), *members]), np.cumsum(sizes, dtype=np.int64))
+
+
+# ── which rows are held out ───────────────────────────────────────────────────────────────────────────────────────────
+
+
+_FRACTIONS = (0.05, 0.1, 0.2, 0.3, 0.5)  # that an error suggests, where one of them works
+
+
+def hold_out(groups: np.ndarray, fraction: float, seed: int, where: str | None = None) -> np.ndarray:
+    """Rows to hold out, by a seeded choice of whole groups, until they are the fraction. groups: one number a row."""
+    _, first, group_of, sizes = np.unique(groups, return_index=True, return_inverse=True, return_counts=True)
+    by_appearance = np.argsort(first, kind="stable")
+    shuffled = by_appearance[np.random.default_rng([seed, 0x5EED]).permutation(len(sizes))]
+
+    def chosen(share: float) -> np.ndarray:
+        count = round(len(groups) * share)
+        return shuffled[: int(np.searchsorted(np.cumsum(sizes[shuffled]), count)) + 1] if count else shuffled[:0]
+
+    held = chosen(fraction)
+    if not 0 < len(held) < len(sizes):
+        in_groups = f"rows in {len(sizes)} group{'s' if len(sizes) > 1 else ''}"
+        what = "rows" if len(sizes) == len(groups) else in_groups
+        works = [share for share in _FRACTIONS if 0 < len(chosen(share)) < len(sizes)]
+        other = f"write data.validation: {works[0]:g}, or " if works else ""
+        raise LoraError(
+            f"data.validation: {fraction} of {len(groups)} {what} is {round(len(groups) * fraction)} rows",
+            where=where,
+            fix=f"{other}add data, name a file in data.validation, or write data.validation: null to hold nothing out",
+        )
+    return np.flatnonzero(np.isin(group_of, held))
+
+
+def repeated(indices: np.ndarray, weight: float, seed: list[int]) -> list[np.ndarray]:
+    """Indices to train on: all of them as often as the weight says, and of a fraction a seeded choice."""
+    whole, rest = divmod(weight, 1)
+    chosen = np.random.default_rng(seed).permutation(len(indices))[: round(len(indices) * rest)]
+    return [*[indices] * int(whole), indices[np.sort(chosen)]]

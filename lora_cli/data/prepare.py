@@ -24,23 +24,32 @@ from transformers import PreTrainedTokenizerBase
 from lora_cli.data.cache import (
     FILES,
     cache_folder,
+    code_hash,
     forget_killed,
     made_here,
     remove_damaged,
     remove_old,
     require_no_link,
     stamps,
+    tokenizer_hash,
 )
 from lora_cli.data.chat import ChatTemplate, chat_template, generation_ends
 from lora_cli.data.gate import KINDS, TOO_LONG_SHARE, Findings, Lengths, Weights, duplicates
-from lora_cli.data.identity import code_hash, tokenizer_hash
-from lora_cli.data.packing import rows_to_shuffle
-from lora_cli.data.prepared import PARTS, PreparedData, Summary, open_prepared, summary_values
+from lora_cli.data.order import hold_out, repeated, rows_to_shuffle
 from lora_cli.data.readers import Row
 from lora_cli.data.row_encoder import ROWS_TO_DETECT, RowEncoder, fit_length, require_columns, require_template_used
 from lora_cli.data.sources import FileSource, Source, open_source
-from lora_cli.data.split import hold_out, repeated
-from lora_cli.data.store import ExampleWriter, checksum, write_groups, write_indices
+from lora_cli.data.store import (
+    PARTS,
+    ExampleWriter,
+    PreparedData,
+    Summary,
+    checksum,
+    open_prepared,
+    summary_values,
+    write_groups,
+    write_indices,
+)
 from lora_cli.ending import make_temporary, remove_temporary
 from lora_cli.errors import LoraError
 from lora_cli.files import disk_errors, free_name, written_whole

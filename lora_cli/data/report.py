@@ -6,7 +6,7 @@ import os
 from typing import Any
 
 from lora_cli.data.gate import KINDS, Findings
-from lora_cli.data.prepared import PreparedData, Summary
+from lora_cli.data.store import PreparedData, Summary
 from lora_cli.recipe import Recipe
 
 _MOST_LISTED = 20

@@ -5,17 +5,18 @@ from __future__ import annotations
 from collections.abc import Iterator, Sequence
 from dataclasses import replace
 from itertools import islice
+from queue import Full, Queue
+from threading import Event, Thread
+from typing import Any, TypeVar
 
 from transformers import PreTrainedTokenizerBase
 
-from lora_cli.data.ahead import ahead
 from lora_cli.data.chat import ChatTemplate, chat_template
 from lora_cli.data.columns import applicable
 from lora_cli.data.encode import TRAIN_ON, Encoder, Prepared, Tokenized
 from lora_cli.data.example import Example, cut, windows
-from lora_cli.data.findings import Encoded
 from lora_cli.data.formats import Format, detect_format, require_present
-from lora_cli.data.gate import Findings
+from lora_cli.data.gate import Encoded, Findings
 from lora_cli.data.readers import Row
 from lora_cli.data.sources import Source
 from lora_cli.data.turns import Columns
@@ -157,3 +158,56 @@ def _require_train_on(data: DataRecipe, form: Format, where: str) -> None:
             where=where,
             fix=f"write one of {', '.join(known)}, or remove it",
         )
+
+
+# ── working ahead ─────────────────────────────────────────────────────────────────────────────────────────────────────
+
+
+Item = TypeVar("Item")
+_LEAVE_SECONDS = 1.0  # to wait for an item that nobody wants any more, such as after Ctrl+C
+
+
+def ahead(items: Iterator[Item], most: int) -> Iterator[Item]:
+    """The same items in the same order; up to `most` are made before they are asked for.
+
+    An exception of the iterator is raised where its item would have come. Leaving early stops the thread.
+    """
+    made: Queue[tuple[Any, BaseException | None]] = Queue(most)
+    end = object()
+    stopped = Event()
+
+    def put(item: Any, error: BaseException | None = None) -> None:
+        while not stopped.is_set():
+            try:
+                made.put((item, error), timeout=0.1)
+                return
+            except Full:
+                continue
+
+    def work() -> None:
+        try:
+            for item in items:
+                put(item)
+                if stopped.is_set():
+                    return
+            put(end)
+        except BaseException as error:  # raised again in the thread that asks
+            put(end, error)
+
+    thread = Thread(target=work, daemon=True)
+    try:
+        thread.start()
+    except RuntimeError:  # a system that starts no further one: then each item is made when it is asked for
+        yield from items
+        return
+    try:
+        while True:
+            item, error = made.get()
+            if error is not None:
+                raise error
+            if item is end:
+                return
+            yield item
+    finally:
+        stopped.set()
+        thread.join(_LEAVE_SECONDS)

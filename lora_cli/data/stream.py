@@ -23,14 +23,19 @@ from lora_cli.base.text import positions, vocabulary
 from lora_cli.data.chat import ChatTemplate
 from lora_cli.data.example import Example
 from lora_cli.data.gate import TOO_LONG_SHARE, Findings, Lengths, Weights, weight_range
-from lora_cli.data.order import permutation, split_by_length
-from lora_cli.data.packing import Groups, rows_to_shuffle
-from lora_cli.data.prepared import PreparedData, Summary, micro_batches_per_step, rows_per_micro_batch, split_in_step
+from lora_cli.data.order import Groups, permutation, rows_to_shuffle, split_by_length
 from lora_cli.data.readers import Row
 from lora_cli.data.report import stream_lines
 from lora_cli.data.row_encoder import RowEncoder, fit_length, require_columns, require_template_used
 from lora_cli.data.sources import FileSource, open_source
-from lora_cli.data.store import Examples
+from lora_cli.data.store import (
+    Examples,
+    PreparedData,
+    Summary,
+    micro_batches_per_step,
+    rows_per_micro_batch,
+    split_in_step,
+)
 from lora_cli.errors import LoraError
 from lora_cli.recipe import Recipe
 

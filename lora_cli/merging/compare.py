@@ -77,7 +77,7 @@ def comparison_tokens(source: Path, model: Any) -> tuple[Tensor, str]:
 
 
 def _prepared_ids(run: Path) -> list[int]:
-    from lora_cli.data.prepared import open_prepared
+    from lora_cli.data.store import open_prepared
 
     try:
         expected = json.loads((run / "environment.json").read_text(encoding="utf-8"))["data_fingerprint"]

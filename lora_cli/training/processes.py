@@ -10,7 +10,7 @@ from accelerate import Accelerator
 from torch import Tensor
 
 from lora_cli.base.device import pick_device
-from lora_cli.data.prepared import micro_batches_per_step
+from lora_cli.data.store import micro_batches_per_step
 from lora_cli.errors import LoraError, ProcessLost
 from lora_cli.recipe import Recipe
 

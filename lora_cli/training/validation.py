@@ -9,7 +9,7 @@ from accelerate import Accelerator
 from torch import Tensor
 
 from lora_cli.adapters.trained import adapters_disabled, cast_once
-from lora_cli.data.prepared import rows_per_micro_batch
+from lora_cli.data.store import rows_per_micro_batch
 from lora_cli.errors import LoraError
 from lora_cli.evaluation.perplexity import example_losses
 from lora_cli.training.processes import sum_over_processes
