@@ -18,8 +18,7 @@ from tiny_model import make_tokenizer
 
 from lora_cli import limits
 from lora_cli.data import jinja
-from lora_cli.data.findings import Encoded
-from lora_cli.data.gate import Findings
+from lora_cli.data.gate import Encoded, Findings
 from lora_cli.data.jinja import BoundedTemplate
 from lora_cli.data.readers import Row
 from lora_cli.data.row_encoder import RowEncoder
