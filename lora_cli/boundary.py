@@ -75,7 +75,7 @@ def _problem(error: BaseException) -> LoraError:
         return LoraError(error.strerror or str(error), where=os.fsdecode(error.filename), fix=fix)
     if isinstance(error, RuntimeError) and "can't start new thread" in str(error):
         return LoraError(
-            "no further thread can be started",
+            "no more threads can be started",
             fix="raise or remove the limits of this shell or container (ulimit -v, ulimit -u, pids.max), or set "
             "OMP_NUM_THREADS=1",
         )
@@ -112,8 +112,8 @@ def _unexpected(error: BaseException) -> LoraError:
             fix="close other programs, or use a smaller model, fewer rows or a shorter data.max_seq_len",
         )
     if place is None:
-        return Unexpected(f"a mistake in lora: {what}", details=text.splitlines(), fix="please report this")
-    return Unexpected(f"a mistake in lora: {what}", where=place, fix="please report it, with this file")
+        return Unexpected(f"a bug in lora: {what}", details=text.splitlines(), fix="please report this")
+    return Unexpected(f"a bug in lora: {what}", where=place, fix="please report it, with this file")
 
 
 def _traceback(error: BaseException) -> str:

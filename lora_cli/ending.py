@@ -48,7 +48,7 @@ def exit_within(seconds: float) -> None:
     def begin() -> None:
         last = threading.Timer(seconds, lambda: os._exit(_exit_code))
         last.daemon = True
-        with suppress(RuntimeError):  # no further thread can be started
+        with suppress(RuntimeError):  # no more threads can be started
             last.start()
 
     # Before Python waits for threads, which atexit is not.

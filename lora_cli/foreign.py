@@ -127,7 +127,7 @@ def read_bytes(path: Path, at_most: int = MOST_JSON_BYTES) -> bytes:
         content = stream.read(at_most + 1)
     if len(content) > at_most:
         raise LoraError(
-            f"this file is larger than the {at_most:,} bytes that it may have",
+            f"this file is larger than the limit of {at_most:,} bytes",
             where=str(path),
             fix="put back the file that was here before, or remove it",
         )
@@ -157,7 +157,7 @@ def parse_json(content: bytes) -> Any:
     except RecursionError:
         raise ValueError("it is nested too deeply") from None
     if b"\\u" in content and _HALF_CHARACTER.search(json.dumps(found, ensure_ascii=False)):
-        raise ValueError("it has half a character")
+        raise ValueError("it contains a lone surrogate")
     return found
 
 

@@ -78,5 +78,5 @@ class Unpacked:
             raise LimitReached(
                 f"this file holds more than {self.most:,} bytes, {UNPACKED_TIMES} times its own size",
                 where=str(self._file),
-                fix="look at what wrote it; if the data are right, write them as .jsonl without packing",
+                fix="look at what wrote it; if the data is right, write it as .jsonl without compression",
             )

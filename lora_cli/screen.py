@@ -62,7 +62,7 @@ def status(console: Console, what: str) -> Iterator[None]:
         yield
         return
     shown = console.status(styled(what))
-    with suppress(RuntimeError):  # no further thread can be started
+    with suppress(RuntimeError):  # no more threads can be started
         shown.start()
     try:
         yield

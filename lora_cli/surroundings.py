@@ -56,7 +56,7 @@ def _require_whole_launch() -> None:
         return
     missing = [name for name in _OF_A_LAUNCHER if name not in present]
     said = ", ".join(f"{name}={value}" for name, value in present.items())
-    _refuse(f"{said} of a launcher, but {', '.join(missing)} not set: the other processes cannot be found", present)
+    _refuse(f"{said} set by a launcher, but {', '.join(missing)} missing: the other processes cannot be found", present)
 
 
 def _refuse(what: str, present: dict[str, str]) -> None:

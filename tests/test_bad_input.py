@@ -574,7 +574,7 @@ def test_a_tokenizer_that_fails_once_it_is_used(refused_later: Any, model: Any, 
 def test_truncated_weights(refused: Any, model: Any, tiny_gpt2: Path):
     whole = (tiny_gpt2 / "model.safetensors").read_bytes()
     message = refused(base_model=str(model({"model.safetensors": whole[:-100]})))
-    assert f"incomplete safetensors file: {len(whole) - 100} bytes, but the header speaks of {len(whole)}" in message
+    assert f"incomplete safetensors file: {len(whole) - 100} bytes, but the header describes {len(whole)}" in message
 
 
 def test_a_model_that_is_no_causal_language_model(refused_later: Any, model: Any):
@@ -781,7 +781,7 @@ def test_a_weight_file_with_a_gap(refused_later: Any, model: Any, tiny_gpt2: Pat
     del header["transformer.h.0.attn.c_proj.weight"]
     text = json.dumps(header).encode()
     folder = model({"model.safetensors": len(text).to_bytes(8, "little") + text + data[8 + length :]})
-    assert "the header has a hole between tensors" in refused_later(base_model=str(folder))
+    assert "the header has gaps between tensors" in refused_later(base_model=str(folder))
 
 
 def test_what_the_file_system_refuses_is_no_traceback(lora: Any):

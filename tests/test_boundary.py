@@ -125,7 +125,7 @@ def test_a_traceback_that_cannot_be_made_or_written_hides_nothing(temporary, cap
     error = too_deep()
     assert boundary.run(raising(error), ["train"]) == 1
     err = capsys.readouterr().err
-    assert err.startswith("error: a mistake in lora: RecursionError")
+    assert err.startswith("error: a bug in lora: RecursionError")
     assert f"{__file__}:" in err  # the places, at least
 
 
@@ -291,5 +291,5 @@ def test_a_damaged_model_folder_is_refused_in_words(damage, command_line, recipe
     assert boundary.run(app, arguments) in (0, 2)  # 0 where what is damaged is not used
     err = capsys.readouterr().err
     assert "Traceback" not in err
-    assert "a mistake in lora" not in err
+    assert "a bug in lora" not in err
     assert not list(temporary.glob("lora-traceback-*"))

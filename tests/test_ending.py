@@ -253,9 +253,9 @@ def test_a_system_that_starts_no_thread_is_told_in_words(monkeypatch, capsys):
     monkeypatch.setattr(threading.Thread, "start", start)
     assert boundary.run(lambda *_, **__: threading.Thread().start(), ["train"]) == 2
     said = capsys.readouterr().err
-    assert "no further thread can be started" in said
+    assert "no more threads can be started" in said
     assert "ulimit" in said
-    assert "mistake in lora" not in said
+    assert "bug in lora" not in said
 
 
 def test_a_terminal_on_a_system_that_starts_no_thread_has_no_live_display(monkeypatch):

@@ -204,5 +204,5 @@ def test_check_lists_files_also_of_a_stream(recipe_file, tmp_path):
 
 def test_a_folder_without_data_says_what_lies_there(tmp_path):
     fill(tmp_path / "notes", "a.md", "b.md")
-    with pytest.raises(LoraError, match=r"no data files in this folder; what lies there ends in \.md"):
+    with pytest.raises(LoraError, match=r"no data files in this folder; the files there end in \.md"):
         find_files(str(tmp_path / "notes"))

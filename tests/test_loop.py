@@ -251,7 +251,7 @@ def test_ctrl_c_writes_a_checkpoint_and_says_how_to_resume(recipe_file, tmp_path
     assert [p.name for p in (tmp_path / "run" / "checkpoints").iterdir()] == [f"step_{done:06d}"]
     # and it goes on from there
     changed = load_recipe(recipe)
-    with pytest.raises(Exception, match="not the run that was started any more"):
+    with pytest.raises(Exception, match="no longer the run that was started"):
         train(load_recipe(recipe, ["train.seed=5"]), quiet_console(), resume=True)
     assert changed.train.max_steps == 2000
 

@@ -187,7 +187,7 @@ def test_a_damaged_or_deep_json_file_is_refused_in_words(
 ) -> None:
     said = checked(model({name: content}))
     assert said.code == 2, said.text
-    assert "a mistake in lora" not in said.text
+    assert "a bug in lora" not in said.text
 
 
 @pytest.mark.parametrize("ends", [10**30, -1, [0, 10**12], "x", 1.5])
@@ -420,7 +420,7 @@ def test_a_tokenizer_that_would_take_all_memory_or_panic_is_refused_in_words(
     assert said.code == 2, said.text
     assert "tokenizer" in said.error
     assert "fix: " in said.error
-    assert "a mistake in lora" not in said.text
+    assert "a bug in lora" not in said.text
 
 
 def test_settings_of_length_in_tokenizer_json_change_no_row(

@@ -62,7 +62,7 @@ def test_training_and_its_report_say_that_weights_are_in_force(streaming, recipe
     recipe = load_recipe(recipe_file(data=data, train={"max_steps": 2, "eval_every": None}))
     heard = io.StringIO()
     train(recipe, Screen(file=heard, width=200))
-    said = "weights of the loss are in force: 0.2 to 70.5, in 8 examples"
+    said = "the loss is weighted: 0.2 to 70.5, in 8 examples"
     assert heard.getvalue().count(said) == 2  # before it begins, and at its end
     report = json.loads((Path(recipe.output) / "report.json").read_text())
     assert round(report["weights"]["largest"], 4) == 70.5

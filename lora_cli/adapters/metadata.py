@@ -63,7 +63,7 @@ def read_metadata(texts: Mapping[str, str], path: Path) -> AdapterMetadata:
     except ValidationError as error:
         key = str(error.errors()[0]["loc"][0])
         raise LoraError(
-            f"the file's metadata have {key}: {texts[key]!r}, which this version of lora does not know",
+            f"the file's metadata has {key}: {texts[key]!r}, which this version of lora does not know",
             where=str(path),
             fix="copy the adapter again; if a newer version of lora made it, use that one",
         ) from None

@@ -56,10 +56,10 @@ def read_header(file: Path) -> tuple[dict[str, StoredTensor], dict[str, str]]:
     end = 8 + length
     for tensor in sorted(tensors.values(), key=lambda each: (each.start, each.end)):
         if tensor.start != end:
-            raise _damaged(file, "the header has a hole between tensors, or tensors on each other")
+            raise _damaged(file, "the header has gaps between tensors, or tensors that overlap")
         end = tensor.end
     if end != size:
-        raise _damaged(file, f"{size} bytes, but the header speaks of {end}")
+        raise _damaged(file, f"{size} bytes, but the header describes {end}")
     return tensors, metadata
 
 

@@ -94,7 +94,7 @@ def _of_folder(folder: Path, name: str, held_out: bool, written: Sequence[Path])
             if not _hidden(each, folder)
         )
         others = sorted({each.suffix for each in there if each.suffix})[:_SHOWN]
-        ends = f"; what lies there ends in {', '.join(others)}" if others and not left else ""
+        ends = f"; the files there end in {', '.join(others)}" if others and not left else ""
         fix = "name a folder that holds some, or a file (.jsonl, .csv, .parquet, .txt, …)"
         raise LoraError(f"no data files in this folder{ends}", where=name, fix=fix)
     splits: dict[str | None, list[Path]] = {}

@@ -50,38 +50,38 @@ KINDS = {
     "overlap": Kind(
         "validation rows that are training rows too", True, "remove them from one side, or set validation: 0.05"
     ),
-    "duplicate": Kind("rows that repeat an earlier row", False, "remove them if they are not meant"),
+    "duplicate": Kind("rows that repeat an earlier row", False, "remove them if they are not intended"),
     "not_prompted": Kind(
-        "turns that generation would begin in another place than training",
+        "turns where generation would begin in another place than training",
         True,
         "use a template whose generation prompt is the beginning of its turns",
     ),
     "two_forms": Kind(
-        "turns that the template renders otherwise as the last one, as which they are generated",
+        "turns that the template renders differently when they come last, as in generation",
         True,
         "write data.train_on: last_assistant, or data.allow: [two_forms] to train them as they are",
     ),
     "empty_thoughts": Kind(
         "rows that train an empty think block",
         False,
-        "nothing, if the model is not to think; else write the thinking into the rows",
+        "none needed if the model should not think; else write the thinking into the rows",
     ),
     "forgotten_thoughts": Kind(
         "earlier turns whose thinking the template leaves out, as it does at generation",
         False,
-        "nothing, if that is meant",
+        "none needed if that is intended",
     ),
     "null_members": Kind(
         "rows of a table with null members in tool calls, tools or tool results: left out",
         False,
-        "nothing: tables fill them in; where a null is meant, keep the arguments as JSON text, or write JSON Lines",
+        "none needed: tables fill them in; where a null is intended, keep the arguments as JSON text, or use JSON Lines",
     ),
     "result_as_json": Kind(
         "rows with a tool result that is not text: written as JSON",
         False,
-        "nothing, if the model will be given such results as JSON",
+        "none needed if the model will receive such results as JSON",
     ),
-    "left_out": Kind("rows left out by train: false or weight: 0", False, "nothing, if that is meant"),
+    "left_out": Kind("rows left out by train: false or weight: 0", False, "none needed if that is intended"),
     "stop_not_end": Kind(
         "trained stop tokens at which the model does not stop by itself",
         False,
@@ -92,7 +92,7 @@ KINDS = {
 
 @dataclass
 class Findings:
-    """What the gate found so far, by kind: how often, where, and the first errors in full."""
+    """What the checks found so far, by kind: how often, where, and the first errors in full."""
 
     counts: dict[str, int] = field(default_factory=dict)
     places: dict[str, list[tuple[str, int]]] = field(default_factory=dict)  # (file, row)
@@ -162,13 +162,14 @@ class Findings:
 
 
 class GateClosed(CheckFailed):
-    """The data gate found what would change the result."""
+    """The checks found problems in the data that would change the result."""
 
     def __init__(self, findings: Findings, stopping: list[str]):
         self.findings, self.stopping = findings, stopping
         if set(stopping) <= {"malformed"}:
             self.exit_code = 2
-        super().__init__(f"the data gate found {len(stopping)} problems")
+        kinds = "1 kind" if len(stopping) == 1 else f"{len(stopping)} kinds"
+        super().__init__(f"the checks found problems of {kinds} in the data")
 
     def render(self) -> str:
         lines = []
@@ -222,7 +223,7 @@ class Weights:
             f"{self.smallest:.4g}" if self.smallest == self.largest else f"{self.smallest:.4g} to {self.largest:.4g}"
         )
         plural = "" if self.examples == 1 else "s"
-        return f"weights of the loss are in force: {range_of}, in {self.examples:,} example{plural}"
+        return f"the loss is weighted: {range_of}, in {self.examples:,} example{plural}"
 
 
 def weight_range(example: Example) -> tuple[float, float]:

@@ -1,4 +1,4 @@
-"""What a person is told of prepared data, in lines: the same before training and in `lora check`."""
+"""The lines that describe prepared data, the same before training and in `lora check`."""
 
 from __future__ import annotations
 
@@ -20,28 +20,26 @@ def counted(count: int, name: str) -> str:
 
 
 def data_lines(data: PreparedData, recipe: Recipe) -> list[str]:
-    """Formats and why, lengths, how much is trained, how full the rows are, and steps."""
+    """Formats and why, lengths, target tokens, how full the sequences are, and steps."""
     summary, settings = data.summary, recipe.data
     tokens, limit = summary.train.tokens, settings.max_seq_len
     lines = _source_lines(summary)
     if summary.template is not None:
         lines.append(f"chat template: {summary.template}")
     if summary.stop_tokens:
-        lines.append(f"what is trained ends in {', '.join(summary.stop_tokens)}")
-    held_out = f", {len(data.validation):,} held out" if len(data.validation) else ", none held out"
-    lines.append(f"{counted(len(data.train), 'example')} an epoch{held_out}")
+        lines.append(f"trained turns end with {', '.join(summary.stop_tokens)}")
+    lines.append(f"{counted(len(data.train), 'example')} an epoch, {_validation(len(data.validation))}")
     if not tokens:
         return lines
     share = summary.train.target_tokens / tokens
-    lines.append(f"{tokens:,} tokens an epoch, {summary.train.target_tokens:,} trained ({share:.0%})")
+    lines.append(f"{tokens:,} tokens an epoch, {summary.train.target_tokens:,} target tokens ({share:.0%})")
     lines += _example_lines(summary)
     order = data.order(recipe)
     if settings.packing:
-        lines.append(
-            f"packed into {counted(len(data.rows), 'row')} of {limit:,}, {tokens / len(data.rows) / limit:.1%} full"
-        )
+        full = tokens / len(data.rows) / limit
+        lines.append(f"packed into {counted(len(data.rows), 'sequence')} of {limit:,} tokens, {full:.1%} full")
     else:
-        lines.append("not packed; the examples of a step are split by length")
+        lines.append("not packed; the examples of a step are grouped by length")
     total = order.total_steps(recipe.train.epochs, recipe.train.max_steps)
     lines.append(
         f"{counted(total, 'step')} ({total / order.steps_per_epoch:.2f} epochs), about "
@@ -74,7 +72,7 @@ def _first(lines: list[str], what: str) -> list[str]:
 
 
 def finding_lines(findings: Findings) -> list[str]:
-    """What the gate found that does not stop this run."""
+    """What the checks found that does not stop this run."""
     return [
         f"{count:,} {KINDS[kind].title}{f': {findings.rows(kind)}' if findings.places[kind] else ''}"
         for kind, count in sorted(findings.counts.items(), key=lambda each: list(KINDS).index(each[0]))
@@ -82,17 +80,21 @@ def finding_lines(findings: Findings) -> list[str]:
     ]
 
 
-def stream_lines(summary: Summary, held_out: int, steps: int) -> list[str]:
+def stream_lines(summary: Summary, validation: int, steps: int) -> list[str]:
     """What the first window of a stream shows; the rest is checked as it comes."""
     window = summary.train
     return [
         *_source_lines(summary),
         f"streaming; in the first window {window.examples:,} examples, {window.tokens:,} tokens, "
-        f"{window.target_tokens:,} trained ({window.target_tokens / window.tokens:.0%})",
+        f"{window.target_tokens:,} target tokens ({window.target_tokens / window.tokens:.0%})",
         *_example_lines(summary),
-        f"{held_out:,} examples held out" if held_out else "none held out",
+        _validation(validation),
         f"{steps:,} steps",
     ]
+
+
+def _validation(examples: int) -> str:
+    return counted(examples, "validation example") if examples else "no validation data"
 
 
 def _source_lines(summary: Summary) -> list[str]:

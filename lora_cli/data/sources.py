@@ -50,7 +50,9 @@ class FileSource:
         for path, before in self._stamps.items():
             if not path.exists() or _stamp(path) != before:
                 raise LoraError(
-                    "the file was changed while it was read", where=str(path), fix="wait for its writer, run again"
+                    "the file was changed while it was read",
+                    where=str(path),
+                    fix="wait until it is written, then run again",
                 )
 
 

@@ -246,7 +246,7 @@ def _arrow(path: Path) -> Iterator[Values]:
             else:
                 file.seek(max(0, file.size() - len(_END_OF_STREAM)))
                 if file.read() != _END_OF_STREAM:
-                    raise ValueError("the stream has no end; it was cut")
+                    raise ValueError("the stream is incomplete")
                 file.seek(0)
                 batches = iter(pyarrow.ipc.open_stream(file))
             for batch in batches:

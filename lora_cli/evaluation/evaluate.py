@@ -53,7 +53,7 @@ def evaluate_run(
     recipe = load_recipe(run / "recipe.yaml")
     if recipe.trust_remote_code and not trust_remote_code:
         raise LoraError(
-            f"this run wants to run the Python code of {recipe.base_model}, and a run may be a stranger's",
+            f"this run asks to execute the Python code of {recipe.base_model}, and a run may be a stranger's",
             where=str(run / "recipe.yaml"),
             fix="read that code, then add --trust-remote-code",
         )

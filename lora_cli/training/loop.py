@@ -227,7 +227,7 @@ class Run:
         scale = self.scaler.get_scale()
         self.state.skipped.append(step)
         why = f"gradients overflow fp16 at a loss scale of {scale:g}"
-        self.say(f"step {step}: {why}; its update is left out, and the scale is halved")
+        self.say(f"step {step}: {why}; its update is skipped, and the scale is halved")
         return why
 
     def _gradients(self, step: int, batches: list[list[Example]], weight: float) -> float:
@@ -272,7 +272,7 @@ class Run:
         if self.recipe.on_nan == "skip" and can_skip:
             state.skipped.append(step)
             if state.skipped[-_SKIPPED_IN_A_ROW:] != list(range(step - _SKIPPED_IN_A_ROW + 1, step + 1)):
-                self.say(f"step {step}: {wrong}; its update is left out")
+                self.say(f"step {step}: {wrong}; its update is skipped")
                 return False
             wrong = f"{wrong}, as in each of the last {_SKIPPED_IN_A_ROW} steps,"
         if self.recipe.on_nan == "rewind":
@@ -304,7 +304,7 @@ class Run:
         restored.position = self.session.feed.position()
         self.keep.checkpoint(restored)  # so that a run that is killed now goes on the same way
         self.say(
-            f"step {step}: {wrong}; back to step {restored.step}, and on without the data of these {left_out} steps"
+            f"step {step}: {wrong}; back to step {restored.step}, continuing without the data of these {left_out} steps"
         )
 
     # ── how a run ends ──────────────────────────────────────────────────────────────────────────────────────────

@@ -107,7 +107,7 @@ def _adapters(loaded: Loaded) -> Lines:
     model, recipe = loaded.model, loaded.recipe
     loaded.layers = attach_from_recipe(model, recipe)
     dtype = str(model.dtype).removeprefix("torch.")
-    yield "", f"compute in {dtype} ({loaded.why_dtype}), {human_bytes(held_bytes(model))} held"
+    yield "", f"compute in {dtype} ({loaded.why_dtype}), {human_bytes(held_bytes(model))} of weights"
     yield from (("", line) for line in _other_layers(model, recipe, loaded.source))
     names = unreached(model, loaded.layers, lambda: _backward(loaded))
     left_out = left_out_lines(recipe.adapter.target_modules, names, some=len(names) < len(loaded.layers))
@@ -161,11 +161,11 @@ def _attention(loaded: Loaded) -> Lines:
     except LoraError as error:
         if loaded.recipe.data.packing:
             raise
-        yield "rows", f"padded, because {error.what}"
+        yield "packing", f"none: examples are padded, because {error.what}"
         return
     loaded.side_by_side = True
     how = packed_attention_name(model.config, device, model.dtype)
-    yield "rows", f"examples side by side without padding, by {how}; each sees only itself (tried on this model)"
+    yield "packing", f"examples side by side without padding, by {how}; each sees only itself (tested on this model)"
 
 
 def _loss(loaded: Loaded) -> Lines:
@@ -195,7 +195,7 @@ def _checkpointing(loaded: Loaded) -> Lines:
     again = sum(plan.recomputed)
     recomputed = f", {again} of {len(plan.recomputed)} blocks recomputed" if again else ""
     kept = human_bytes(plan.kept_bytes(loaded.largest))
-    yield "memory", f"activations of up to {loaded.largest:,} tokens at once: {kept} kept{recomputed}"
+    yield "memory", f"activations of up to {loaded.largest:,} tokens at once: {kept}{recomputed}"
 
 
 def _kept_of_a_token(loaded: Loaded) -> list[float]:

@@ -64,7 +64,7 @@ def changes_of_environment(began: dict[str, Any], now: dict[str, Any]) -> list[C
 def rounding_note(began: dict[str, Any], now: dict[str, Any]) -> str | None:
     """What changed that leaves the run the same but for rounding; None if nothing did."""
     found = [f"{key}: {began.get(key)} → {now[key]}" for key in _ROUNDING if began.get(key) != now[key]]
-    return f"not bitwise the same from here, but for rounding: {'; '.join(found)}" if found else None
+    return f"the same from here except for rounding: {'; '.join(found)}" if found else None
 
 
 def require_known(allow: Sequence[str]) -> None:
@@ -87,10 +87,10 @@ def refuse_other_run(changes: Sequence[Change], allow: Sequence[str], where: Pat
         return
     names = list(dict.fromkeys(each.allow for each in refused))
     raise LoraError(
-        "this is not the run that was started any more: these have changed",
+        "this is no longer the run that was started: these have changed",
         where=str(where),
         details=[each.said for each in refused],
-        fix=f"undo these changes; or, if they are meant, add {' '.join(f'--allow {name}' for name in names)}",
+        fix=f"undo these changes; or, if they are intended, add {' '.join(f'--allow {name}' for name in names)}",
     )
 
 

@@ -89,7 +89,8 @@ def open_model(
     device = open_device(recipe)
     processes = PartialState().num_processes
     several = f", {processes} processes" if processes > 1 else ""
-    say(f"model    {recipe.base_model}, {recipe.quantization}, on {describe_device(device)}{several}")
+    held = "not quantized" if recipe.quantization == "none" else recipe.quantization
+    say(f"model    {recipe.base_model}, {held}, on {describe_device(device)}{several}")
     dtype, why = pick_dtype(recipe.dtype, device)
     model = load_model(
         source,
