@@ -74,7 +74,7 @@ KINDS = {
     "null_members": Kind(
         "rows of a table with null members in tool calls, tools or tool results: left out",
         False,
-        "none needed: tables fill them in; where a null is intended, keep the arguments as JSON text, or use JSON Lines",
+        "none needed: tables fill them in; where a null is intended, keep arguments as JSON text, or use JSON Lines",
     ),
     "result_as_json": Kind(
         "rows with a tool result that is not text: written as JSON",
