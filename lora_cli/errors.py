@@ -106,8 +106,8 @@ def reading(what: str, where: str | os.PathLike[str] | None = None, fix: str | N
 
     For reading what comes from others: a model's configuration, a tokenizer, a template, weights, data, an adapter, a
     run folder. A damaged file can make a library raise anything: RecursionError, OverflowError, MemoryError, and the
-    tokenizers library PanicException, which is no Exception. LoraErrors pass as they are, and so does what is no error
-    at all (Ctrl+C, an exit).
+    tokenizers library PanicException, which does not inherit from Exception. LoraErrors pass as they are, and so do
+    Ctrl+C and SystemExit.
     """
     try:
         yield

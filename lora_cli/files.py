@@ -95,7 +95,7 @@ def write_json(path: Path, value: Any) -> None:
 
 
 def _readable(value: Any) -> Any:
-    """The value as every reader of JSON can read it: without NaN, infinity and halves of characters."""
+    """The value as every reader of JSON can read it: without NaN, infinity and lone surrogates."""
     if isinstance(value, dict):
         return {_readable(key): _readable(inner) for key, inner in value.items()}
     if isinstance(value, list | tuple):

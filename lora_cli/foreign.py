@@ -150,7 +150,7 @@ def parse_json(content: bytes) -> Any:
     """The value of a JSON document whose numbers and characters every program can read.
 
     Raises ValueError with the reason for anything else: no JSON, nested too deeply, NaN and infinity, whole numbers
-    above 2**53, halves of characters.
+    above 2**53, lone surrogates.
     """
     try:
         found = json.loads(content.decode("utf-8"), parse_constant=_no_number, parse_int=_whole, parse_float=_finite)

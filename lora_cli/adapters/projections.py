@@ -27,7 +27,7 @@ from lora_cli.errors import LoraError
 def output_parts(model: Any, names: list[str]) -> dict[str, np.ndarray]:
     """For each named attention layer, (out_features,) of "q", "k", "v" or "o".
 
-    Runs two tokens forward once per layer kind of each attention. Raises LoraError where the parts cannot be told.
+    Runs two tokens forward once per layer kind of each attention. Raises LoraError where the parts are unclear.
     """
     modules = dict(model.named_modules())
     attention_of = {name: _enclosing_attention(modules, name) for name in names}

@@ -46,7 +46,7 @@ def pick_device(request: str) -> torch.device:
 
 
 def pick_dtype(request: str, device: torch.device) -> tuple[torch.dtype, str]:
-    """Compute dtype and the reason for it, to be said aloud.
+    """Compute dtype and the reason for it, to be printed.
 
     bf16 needs no loss scaling, so it comes first where the device computes in it; older GPUs get fp16; a CPU without
     bf16 instructions gets fp32, because emulated bf16 is slower there than fp32.

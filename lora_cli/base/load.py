@@ -35,7 +35,7 @@ def load_model(
     """The base model, frozen, in eval mode, each shard quantized as it is read.
 
     What is not quantized (embeddings, norms, lm_head) is held in `dtype`. No parameter requires a gradient.
-    Raises LoraError for an architecture that is no causal LM, or weights that do not fit the architecture.
+    Raises LoraError for an architecture that is not a causal LM, or weights that do not fit the architecture.
     """
     config = model_config(source, trust_remote_code)
     require_quantization(source, quantization)
@@ -107,7 +107,7 @@ def require_weights_fit(source: BaseSource, config: Any, skeleton: Any) -> None:
 
 
 def load_tokenizer(source: BaseSource, *, trust_remote_code: bool = False) -> PreTrainedTokenizerBase:
-    """The model's tokenizer. Raises LoraError if it has none, is no fast tokenizer, or has no end token."""
+    """The model's tokenizer. Raises LoraError if it has none, if it is not a fast one, or has no end token."""
     fix = "the folder needs the model's own tokenizer.json and tokenizer_config.json; download them again"
     with reading("the tokenizer cannot be loaded", source.folder, fix):
         require_modest_tokenizer_files(source.folder)

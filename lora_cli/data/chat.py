@@ -107,7 +107,7 @@ class ChatTemplate:
 
     @cached_property
     def stop_token(self) -> str | None:
-        """What the template ends the last assistant turn with; None if that is no special token."""
+        """What the template ends the last assistant turn with; None if that is not a special token."""
         turns: Turns = [{"role": "user", "content": "Hello."}, {"role": "assistant", "content": "Yes."}]
         try:
             text = self.render(turns, self.name)

@@ -1,4 +1,4 @@
-"""An example: token ids, and which of them carry loss."""
+"""An example: token ids, and which of them are targets."""
 
 from __future__ import annotations
 
@@ -43,7 +43,7 @@ class Example:
 
     @property
     def trained(self) -> np.ndarray:
-        """Whether each token carries loss: (tokens,) bool."""
+        """Whether each token is a target: (tokens,) bool."""
         return self.weights > 0
 
 

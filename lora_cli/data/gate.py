@@ -109,7 +109,7 @@ class Findings:
             errors.append(error)
 
     def note(self, kind: str, error: LoraError) -> None:
-        """Something that is no row's fault."""
+        """Note a problem that no single row has."""
         self.counts[kind] = self.counts.get(kind, 0) + 1
         self.places.setdefault(kind, [])
         self.errors.setdefault(kind, []).append(error)
@@ -204,7 +204,7 @@ class Lengths:
 
 @dataclass(frozen=True)
 class Weights:
-    """Weights of the loss that are in force: the range over all trained spans, and how many examples have any but 1."""
+    """Loss weights other than 1: their range over all trained spans, and how many examples have any."""
 
     smallest: float
     largest: float

@@ -78,7 +78,7 @@ def target_logits(model: Any, batch: MicroBatch) -> Tensor:
 
 
 def logit_rule(model: Any) -> LogitRule | None:
-    """What the model does to its head's output, tried on the model; None if it is nothing that is known here.
+    """What the model does to its head's output, tried on the model; None if it is unknown here.
 
     Then logits of all targets are made at once by the model's own code: right as well, but not as small.
     """

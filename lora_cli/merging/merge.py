@@ -92,7 +92,7 @@ def merge(
 ) -> MergeReport:
     """Merge the adapter of a run folder or adapter folder into its base and write the model to `output`.
 
-    dtype: of the written weights: bf16, fp16, fp32, or keep for that of each tensor of the base. say: is told what is
+    dtype: of the written weights: bf16, fp16, fp32, or keep for that of each tensor of the base. say: prints what is
     slow or left out. Works on the CPU. Raises CheckFailed, leaving `output` as it was, if the written model does not
     compute what base + adapter compute.
     """

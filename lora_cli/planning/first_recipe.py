@@ -34,7 +34,7 @@ from lora_cli.recipe import Recipe, load_recipe
 
 @dataclass(frozen=True)
 class FirstRecipe:
-    """What was written. notes: what the gate found in the data that does not stop a run."""
+    """What was written. notes: what the checks found in the data that does not stop a run."""
 
     path: Path
     recipe: Recipe

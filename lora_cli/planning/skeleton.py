@@ -163,7 +163,7 @@ def look_at_model(name: str, *, trust_remote_code: bool = False) -> BaseModel:
 
 
 def base_model(source: BaseSource, *, trust_remote_code: bool = False) -> BaseModel:
-    """Raises LoraError, as loading it would, if it is no causal language model, or has no usable tokenizer."""
+    """Raises LoraError, as loading it would, if it is not a causal language model, or has no usable tokenizer."""
     tokenizer = load_tokenizer(source, trust_remote_code=trust_remote_code)
     config = model_config(source, trust_remote_code)
     skeleton = skeleton_of(source, config, trust_remote_code)

@@ -76,7 +76,7 @@ def parse_value(text: str, where: str) -> Any:
 
 
 def read_recipe_yaml(path: Path) -> tuple[dict[str, Any], Positions, list[LoraError]]:
-    """Values, where each key stands, and keys that stand twice. Raises LoraError for what cannot be read at all."""
+    """Values, positions of keys, and keys that are set twice. Raises LoraError for what cannot be read at all."""
     text = _text_of(path)
     try:
         loader = _Loader(text, str(path))
@@ -109,7 +109,7 @@ def read_recipe_yaml(path: Path) -> tuple[dict[str, Any], Positions, list[LoraEr
 
 
 def _text_of(path: Path) -> str:
-    """Raises LoraError for what is no recipe by its kind or size, before any of it is read: a device has no end."""
+    """Raises LoraError for what cannot be a recipe by its kind or size, before reading: a device has no end."""
     try:
         entry = path.stat()
         if stat.S_ISDIR(entry.st_mode):
@@ -138,7 +138,7 @@ def _nearby_file(path: Path) -> str:
 
 
 def _locate(node: yaml.MappingNode, at: KeyPath, file: str, positions: Positions) -> list[LoraError]:
-    """Fills `positions`, of list items too; returns an error for every key that stands twice."""
+    """Fills `positions`, of list items too; returns an error for every key that is set twice."""
     twice: list[LoraError] = []
     for key_node, value_node in node.value:
         mark = key_node.start_mark

@@ -91,7 +91,7 @@ class Keeper:
     def restore(self, *, planned: bool = False) -> State | None:
         """Go back to the newest intact checkpoint: model, optimizer, random states, metrics.jsonl and adapter/.
 
-        planned: to one of those alone. A damaged one is told, set aside, and the one
+        planned: to one of those alone. A damaged one is reported, set aside, and the one
         before it used. None if there is none: the run has not begun.
         """
         candidates = self.planned if planned else self.folder.list_checkpoints

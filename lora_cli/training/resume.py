@@ -62,7 +62,7 @@ def changes_of_environment(began: dict[str, Any], now: dict[str, Any]) -> list[C
 
 
 def rounding_note(began: dict[str, Any], now: dict[str, Any]) -> str | None:
-    """What changed that leaves the run the same but for rounding; None if nothing did."""
+    """Changes that leave the run the same except for rounding; None if nothing did."""
     found = [f"{key}: {began.get(key)} → {now[key]}" for key in _ROUNDING if began.get(key) != now[key]]
     return f"the same from here except for rounding: {'; '.join(found)}" if found else None
 

@@ -48,6 +48,6 @@ class Part:
 
 
 def part_of(name: str) -> Part | None:
-    """What a stored tensor of this name is part of; None of weights, and of all that are no part of one."""
+    """What a stored tensor of this name is part of; None for weights, and for tensors that belong to none."""
     found = ((kind, kind.beside(name)) for kind in KINDS)
     return next((Part(kind, *names) for kind, names in found if names is not None), None)
