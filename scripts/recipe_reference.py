@@ -31,7 +31,7 @@ def table(title: str, model: type) -> str:
 
 
 def _shown(value: object) -> str:
-    plain = {None: "nothing", True: "true", False: "false"}
+    plain = {None: "null", True: "true", False: "false"}
     return plain[value] if value is None or isinstance(value, bool) else str(value).replace("'", "")
 
 

@@ -35,7 +35,7 @@ class AdapterRecipe(Section):
         32.0,
         gt=0,
         le=1e6,
-        description="Strength of the update: it is scaled by alpha / rank (Hu et al. 2021, section 4.1).",
+        description="Strength of the update: B @ A is scaled by alpha / rank (Hu et al. 2021, section 4.1).",
     )
     rank_stabilized: bool = Field(
         False,
@@ -61,7 +61,7 @@ class AdapterRecipe(Section):
     layers: list[int] | None = Field(
         None,
         min_length=1,
-        description="Indices of the transformer blocks to adapt; negative ones count from the end. Nothing: all.",
+        description="Indices of the transformer blocks to adapt; negative ones count from the end. null: all.",
     )
     rank_pattern: dict[str, Annotated[int, Field(ge=1, le=_MOST)]] = Field(
         {}, description="Another rank for some modules: name, last part of a name, or regular expression → rank."
@@ -88,7 +88,7 @@ class SourceRecipe(Section):
     hub: str | None = Field(None, min_length=1, description="A data set of the Hugging Face hub: owner/name.")
     config: str | None = Field(None, description="Hub only: which configuration of the data set.")
     split: str = Field("train", min_length=1, description="Hub only: which split of the data set.")
-    revision: str | None = Field(None, description="Hub only: branch, tag or commit. Nothing: main.")
+    revision: str | None = Field(None, description="Hub only: branch, tag or commit. null: main.")
     weight: Number = Field(
         1.0,
         gt=0,
@@ -155,8 +155,8 @@ class DataRecipe(Section):
         ),
     ] = Field(
         None,
-        description="Held-out data: the fraction of the training rows to hold out (chosen by the seed; equal rows stay "
-        "together), or sources as in `train`.",
+        description="Validation data: a fraction of the training rows to hold out (chosen by the seed; equal rows "
+        "stay together), or sources as in `train`.",
     )
     group_by: str | None = Field(
         None,
@@ -170,7 +170,7 @@ class DataRecipe(Section):
     )
     columns: dict[str, str | None] = Field(
         {},
-        description="Where the columns have other names: field → your column, such as {prompt: Question}; nothing as "
+        description="Where the columns have other names: field → your column, such as {prompt: Question}; null as "
         "the column: do not use it. Fields: "
         + ", ".join(FIELDS)
         + ". question and answer, user and assistant, input and output mean prompt and completion; with format: "
@@ -180,7 +180,7 @@ class DataRecipe(Section):
         None,
         min_length=1,
         description="Chat template: a .jinja file, or a built-in one for base models that have none (chatml, llama-3, "
-        "mistral, gemma, alpaca, plain). Nothing: the model's own.",
+        "mistral, gemma, alpaca, plain). null: the model's own.",
     )
     template_arguments: dict[str, bool | int | float | str] = Field(
         {},
@@ -189,14 +189,16 @@ class DataRecipe(Section):
     )
     train_on: Literal["assistant", "last_assistant", "completion", "all"] | None = Field(
         None,
-        description="Which tokens carry loss: all assistant turns, the last one, the completion, or everything. "
-        "Nothing: what answers (assistant turns, completions), or the whole text.",
+        description="Which tokens are trained: all assistant turns, the last one, the completion, or everything. "
+        "null: answers (assistant turns, completions), or the whole text.",
     )
     max_seq_len: int = Field(
-        1024, ge=2, le=_MOST, description="Longest example in tokens, and the length of a packed row."
+        1024, ge=2, le=_MOST, description="Longest example in tokens, and the length of a packed sequence."
     )
     packing: bool = Field(
-        True, description="Lay several examples on one row, each seeing only itself. Off: rows of similar length."
+        True,
+        description="Pack several examples into one sequence, each seeing only itself. Off: examples of similar length "
+        "in a micro-batch.",
     )
     too_long: Literal["error", "drop", "truncate", "split"] = Field(
         "error",
@@ -212,12 +214,10 @@ class DataRecipe(Section):
         None,
         min_length=1,
         description="Text file whose loss is measured with and without the adapter at the end, to see what was "
-        "forgotten. Nothing: English prose that comes with the program.",
+        "forgotten. null: English prose that comes with the program.",
     )
     cache: str | None = Field(
-        None,
-        min_length=1,
-        description="Folder for prepared tokens that several runs share. Nothing: in the run folder.",
+        None, min_length=1, description="Folder for prepared tokens that several runs share. null: in the run folder."
     )
 
     @field_validator("columns")
@@ -247,24 +247,20 @@ class TrainRecipe(Section):
     max_steps: int | None = Field(None, ge=1, le=_MOST, description="Stop after this many steps even if epochs remain.")
     micro_batch_size: Annotated[int, Field(ge=1, le=_MOST)] | Literal["auto"] = Field(
         4,
-        description="Rows per forward: examples, or packed rows of max_seq_len; `auto`: as many of batch_size as fit "
-        "into memory. One that does not fit is halved; the result does not depend on it.",
+        description="Sequences per forward pass: examples, or packed sequences of max_seq_len; `auto`: as many of "
+        "batch_size as fit into memory. What does not fit is halved; the result does not depend on it.",
     )
     batch_size: int | None = Field(
-        None, ge=1, le=_MOST, description="With micro_batch_size: auto: rows per optimizer step."
+        None, ge=1, le=_MOST, description="With micro_batch_size: auto: sequences per optimizer step."
     )
     tokens_per_micro_batch: int | None = Field(
         None,
         ge=2,
         le=_MOST,
-        description="Instead of micro_batch_size: as many rows per forward as fit into this many tokens.",
+        description="Instead of micro_batch_size: as many sequences per forward pass as fit into this many tokens.",
     )
     gradient_accumulation_steps: int = Field(
-        4,
-        ge=1,
-        le=_MOST,
-        description="Micro-batches per optimizer step over all processes; the result does not depend on how many there "
-        "are.",
+        4, ge=1, le=_MOST, description="Micro-batches per optimizer step, over all processes."
     )
     learning_rate: Number = Field(
         2e-4, gt=0, description="Peak learning rate; 2e-4 is what QLoRA used up to 13B (Dettmers et al. 2023, table 9)."
@@ -315,7 +311,7 @@ class TrainRecipe(Section):
     activation_memory: Number | None = Field(
         None,
         gt=0,
-        description="With gradient_checkpointing: selective: GiB that activations may keep. Nothing: 80 % of what is "
+        description="With gradient_checkpointing: selective: GiB that activations may keep. null: 80 % of what is "
         "free when the model is loaded.",
     )
     compile: bool = Field(
@@ -334,20 +330,20 @@ class TrainRecipe(Section):
         None,
         ge=1,
         le=_MOST,
-        description="Steps between evaluations on the validation data. Nothing: only before and after training.",
+        description="Steps between evaluations on the validation data. null: only before and after training.",
     )
     checkpoint_every: int | None = Field(
         None,
         ge=1,
         le=_MOST,
-        description="Steps between resumable checkpoints. Nothing: those of checkpoint_minutes, at the end, and when "
+        description="Steps between resumable checkpoints. null: those of checkpoint_minutes, at the end, and when "
         "interrupted.",
     )
     checkpoint_minutes: Number | None = Field(
         15.0,
         gt=0,
         description="Minutes after which a checkpoint is written that is for resuming alone; the newest of them is "
-        "kept, beside the others. Nothing: never by the clock.",
+        "kept, beside the others. null: never by the clock.",
     )
     keep_checkpoints: int = Field(
         2, ge=1, le=_MOST, description="How many of the newest checkpoints to keep, beside that of the best step."
@@ -370,7 +366,7 @@ class Recipe(Section):
     base_model: str = Field(
         min_length=1, description="Hub id, or a local folder with config.json and safetensors weights."
     )
-    revision: str | None = Field(None, description="Hub branch, tag or commit of the base model. Nothing: main.")
+    revision: str | None = Field(None, description="Hub branch, tag or commit of the base model. null: main.")
     trust_remote_code: bool = Field(False, description="Run Python code that the model's repository ships.")
     quantization: Quantization = Field(
         DEFAULT,
