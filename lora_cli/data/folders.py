@@ -120,7 +120,7 @@ def _wanted(splits: dict[str | None, list[Path]], name: str, held_out: bool) -> 
         raise LoraError(
             f"by their names all files of this folder are for {' or '.join(others)}, none to train on: {_shown(held)}",
             where=name,
-            fix=f"if they are meant, name them: data.train: {_as_list(held)}",
+            fix=f"if they are intended, name them: data.train: {_as_list(held)}",
         )
     rest = sorted([*splits.get("train", []), *splits[None]])
     raise LoraError(

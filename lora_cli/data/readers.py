@@ -241,7 +241,7 @@ def _json(path: Path) -> Iterator[Values]:
 
 
 def _parsed(text: str) -> Any:
-    """JSON, with what the standard library lets pass refused (ValueError): repeated keys, halves of characters."""
+    """JSON, stricter than the standard library: ValueError for repeated keys and lone surrogates."""
     value = _DECODER.decode(text)
     if "\\ud" in text or "\\uD" in text:  # the only way for half of a surrogate pair to come in
         json.dumps(value, ensure_ascii=False).encode()

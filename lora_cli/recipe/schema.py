@@ -411,7 +411,7 @@ def all_keys() -> list[tuple[str, ...]]:
 
 
 def holder_of(key: tuple[str, ...], values: dict[str, Any]) -> dict[str, Any]:
-    """The section of a recipe's values that a key belongs to; an empty one where it is missing or is no section."""
+    """The section of a recipe's values that a key belongs to; an empty one where it is missing or not a section."""
     holder: Any = values
     for part in key[:-1]:
         holder = holder.get(part) if isinstance(holder, dict) else None
