@@ -245,7 +245,7 @@ def duplicates(hashes: np.ndarray) -> np.ndarray:
 
 @dataclass(frozen=True)
 class Finding:
-    """Something the gate has to know of a row. kind: one of those in gate.py. error: the same, for a person."""
+    """A problem of a row, or a note about it. kind: one of those in gate.py. error: the same, for a person."""
 
     kind: str
     error: LoraError | None = None
@@ -253,7 +253,7 @@ class Finding:
 
 @dataclass(frozen=True)
 class Encoded:
-    """What became of a row: an example, the finding that stands against it, or both: then the recipe can allow it."""
+    """The result of encoding a row: an example, a finding that rejects it, or both, where the recipe can allow it."""
 
     row: Row
     example: Example | None

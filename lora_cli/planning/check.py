@@ -84,7 +84,7 @@ class Checked:
         return self.feed.summary.findings.as_list(self.recipe.data.allow)
 
     def require_ok(self) -> None:
-        """Raises LoraError if the gate found something that stops a run, or no row is left."""
+        """Raises LoraError if the checks found something that stops a run, or no row is left."""
         require_trainable(self.feed.summary, self.recipe.data)
 
 
