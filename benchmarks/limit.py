@@ -49,7 +49,7 @@ class Step:
 
         from lora_cli.adapters.attach import attach
         from lora_cli.adapters.targets import block_lists, find_targets
-        from lora_cli.adapters.trained import trained_parameters
+        from lora_cli.adapters.trained import parameters_by_group, trained_parameters
         from lora_cli.base.compiled import compile_blocks
         from lora_cli.base.load import load_model, quiet_libraries
         from lora_cli.base.recompute import save_only_inputs
@@ -63,8 +63,8 @@ class Step:
         quantization = "none" if fp32 else "nf4"
         self.model = load_model(source, quantization=quantization, dtype=self.dtype, device=self.device)
         self.layers = attach(self.model, find_targets(self.model, "attention", rank=16, alpha=32))
-        for layer in self.layers.values():
-            torch.nn.init.normal_(layer.lora_B, std=0.01)
+        for parameter in parameters_by_group(self.model)["B"]:
+            torch.nn.init.normal_(parameter, std=0.01)
         if compiled:
             blocks = [block for name in block_lists(self.model) for block in self.model.get_submodule(name)]
             compile_blocks(blocks, print)
@@ -126,8 +126,8 @@ def products(step: Step) -> Callable[[], float]:
         inputs, outputs = features(layer)
         shapes += [((tokens, inputs), (inputs, outputs)), ((tokens, outputs), (outputs, inputs))]
     for layer in step.layers.values():
-        rank, inputs = layer.lora_A.shape
-        outputs = layer.lora_B.shape[0]
+        shapes_of = {name: parameter.shape for name, parameter in layer.state().items()}
+        (rank, inputs), outputs = shapes_of["lora_A"], shapes_of["lora_B"][0]
         shapes += [((tokens, inputs), (inputs, rank)), ((tokens, rank), (rank, outputs))]  # forward
         shapes += [((tokens, outputs), (outputs, rank)), ((tokens, rank), (rank, inputs))]  # gradient of the input
         shapes += [((rank, tokens), (tokens, inputs)), ((outputs, tokens), (tokens, rank))]  # of A and B
@@ -137,10 +137,10 @@ def products(step: Step) -> Callable[[], float]:
     def run() -> float:
         started = time.perf_counter()
         for left, right in pairs:
-            left @ right
+            torch.mm(left, right)
         for start in range(0, targets, logits):
             made_logits = hidden[start : start + logits] @ head.T
-            made_logits @ head
+            torch.mm(made_logits, head)
         return time.perf_counter() - started
 
     return run
@@ -343,7 +343,7 @@ def main() -> None:
     if unknown := sorted(set(arguments.sections) - set(SECTIONS)):
         parser.error(f"no section {', '.join(unknown)}; there are {', '.join(SECTIONS)}")
     sys.path.insert(0, str(ROOT / "scripts"))
-    from real_model import make_real_model  # pyright: ignore[reportMissingImports]
+    from real_model import make_real_model
 
     make_real_model(MODEL, ROOT / "build" / "downloads")
     results = json.loads(arguments.json.read_text()) if arguments.json and arguments.json.exists() else {}

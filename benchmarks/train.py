@@ -146,7 +146,7 @@ def compare(name: str, work: Work) -> dict[str, Any]:
 
 
 def real_model() -> Path:
-    from real_model import make_real_model  # pyright: ignore[reportMissingImports]
+    from real_model import make_real_model
 
     return make_real_model(MODEL, ROOT / "build" / "downloads")
 
