@@ -56,19 +56,19 @@ def cost(steps: int) -> None:
     from rich.console import Console
 
     from lora_cli.base.load import quiet_libraries
-    from lora_cli.training.keeping import Keeper
     from lora_cli.training.train import train
+    from lora_cli.training.writer import RunWriter
 
     quiet_libraries()
     taken: list[float] = []
-    own = Keeper.checkpoint
+    own = RunWriter.checkpoint
 
-    def timed(self: Keeper, state: Any) -> None:
+    def timed(self: RunWriter, state: Any) -> None:
         began = time.monotonic()
         own(self, state)
         taken.append(time.monotonic() - began)
 
-    Keeper.checkpoint = timed
+    RunWriter.checkpoint = timed
     with tempfile.TemporaryDirectory() as place:
         folder = Path(place)
         recipe = real_recipe(folder, "run", max_steps=steps, checkpoint_every=1)

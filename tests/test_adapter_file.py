@@ -159,7 +159,7 @@ def test_peft_opens_ours_on_the_quantized_base(name, base_of, tmp_path):
     theirs: Any = peft.PeftModel.from_pretrained(load(base, "nf4"), folder)
     assert_close(logits(theirs), logits(model), rtol=1e-6, atol=1e-5)
     stored = read_adapter(folder)
-    assert (stored.quantization, stored.double_quantization) == ("nf4", True)
+    assert (stored.metadata.quantization, stored.metadata.double_quantization) == ("nf4", True)
 
 
 # E9: PEFT's, opened by us
@@ -403,7 +403,8 @@ def test_a_resharded_base_is_the_same_base(base_of, saved, tmp_path):
 
 
 def test_without_a_fingerprint_names_and_shapes_decide(base_of, saved):
-    stored = replace(read_adapter(saved), base_fingerprint=None)
+    stored = read_adapter(saved)
+    stored = replace(stored, metadata=stored.metadata.model_copy(update={"base_fingerprint": None}))
     attach_adapter(load(base_of("llama")), stored, base_of("llama"))
     message = refused(lambda: attach_adapter(load(base_of("gpt2")), stored, base_of("gpt2")))
     assert f"(of {base_of('llama').name}) does not fit {base_of('gpt2').name}: 8 layers differ" in message

@@ -10,7 +10,7 @@ from conftest import losses, quiet_console
 from safetensors.torch import load_file
 
 from lora_cli.recipe import TrainRecipe, load_recipe
-from lora_cli.training import keeping, loop, micro_batches
+from lora_cli.training import loop, micro_batches, writer
 from lora_cli.training.run_folder import RunFolder, read_metrics
 from lora_cli.training.train import train
 
@@ -90,8 +90,8 @@ def test_a_run_that_is_killed_goes_on_from_the_clocks_checkpoint_to_the_same_byt
 def test_by_default_a_run_without_any_other_setting_writes_one_each_15_minutes(run_recipe, monkeypatch, tmp_path):
     """On a clock that goes on by four minutes a step."""
     now, written = [0.0], []
-    monkeypatch.setattr(keeping, "time", SimpleNamespace(monotonic=lambda: now[0]))
-    own_step, own_save = loop.Run._one_step, keeping.save_checkpoint
+    monkeypatch.setattr(writer, "time", SimpleNamespace(monotonic=lambda: now[0]))
+    own_step, own_save = loop.Run._one_step, writer.save_checkpoint
 
     def one_step(self: Any, step: int, *rest: Any) -> None:
         own_step(self, step, *rest)
@@ -102,14 +102,14 @@ def test_by_default_a_run_without_any_other_setting_writes_one_each_15_minutes(r
         own_save(folder, *arguments, **settings)
 
     monkeypatch.setattr(loop.Run, "_one_step", one_step)
-    monkeypatch.setattr(keeping, "save_checkpoint", save)
+    monkeypatch.setattr(writer, "save_checkpoint", save)
     run_recipe(train={"max_steps": 10})
     assert written == ["step_000004", "step_000008", "step_000010"]
     assert TrainRecipe().checkpoint_minutes == 15
 
 
 def test_null_turns_it_off(run_recipe, monkeypatch):
-    monkeypatch.setattr(keeping, "time", SimpleNamespace(monotonic=iter(range(0, 10**9, 10**5)).__next__))
+    monkeypatch.setattr(writer, "time", SimpleNamespace(monotonic=iter(range(0, 10**9, 10**5)).__next__))
     run, _ = run_recipe(train={"max_steps": 4, "checkpoint_minutes": None})
     assert names(run) == ["step_000004"]
 
@@ -166,8 +166,8 @@ def test_one_that_was_written_when_a_run_was_stopped_is_for_resuming_alone_too(r
     settings = {"train": {"max_steps": 8, "checkpoint_every": 4, "on_nan": "rewind"}}
     run, _ = run_recipe(**settings)
     session = SimpleNamespace(recipe=SimpleNamespace(train=load_recipe(run / "recipe.yaml").train), total_steps=9)
-    keeper = keeping.Keeper(session, RunFolder(run), *[None] * 6)  # type: ignore[arg-type]
+    run_writer = writer.RunWriter(session, RunFolder(run), *[None] * 6)  # type: ignore[arg-type]
     (run / "checkpoints" / "step_000006").mkdir()
-    assert [each.name for each in keeper.planned()] == ["step_000004", "step_000008"]
-    keeper.planned_too = 6
-    assert [each.name for each in keeper.planned()] == ["step_000004", "step_000006", "step_000008"]
+    assert [each.name for each in run_writer.planned()] == ["step_000004", "step_000008"]
+    run_writer.planned_too = 6
+    assert [each.name for each in run_writer.planned()] == ["step_000004", "step_000006", "step_000008"]

@@ -22,7 +22,7 @@ from lora_cli.data.prepare import Preparation
 from lora_cli.errors import Interrupted, LoraError
 from lora_cli.recipe import load_recipe
 from lora_cli.screen import Screen, status
-from lora_cli.training import keeping, train
+from lora_cli.training import train, writer
 from lora_cli.training.progress import Progress
 from lora_cli.training.stopping import Stop
 
@@ -64,7 +64,7 @@ def test_ctrl_c_while_the_program_is_still_being_imported_shows_no_traceback():
 
 
 def send_in_step(monkeypatch, step: int, *numbers: int) -> None:
-    own = keeping.Keeper.metrics
+    own = writer.RunWriter.metrics
 
     def metrics(self: Any, line: dict[str, Any]) -> None:
         own(self, line)
@@ -72,7 +72,7 @@ def send_in_step(monkeypatch, step: int, *numbers: int) -> None:
             for number in numbers:
                 os.kill(os.getpid(), number)
 
-    monkeypatch.setattr(keeping.Keeper, "metrics", metrics)
+    monkeypatch.setattr(writer.RunWriter, "metrics", metrics)
 
 
 @pytest.mark.parametrize("numbers", [[signal.SIGHUP], [signal.SIGHUP] * 3, [signal.SIGHUP, signal.SIGTERM]])

@@ -635,15 +635,15 @@ def test_compile(runs: Runs, monkeypatch: pytest.MonkeyPatch, tmp_path: Path):
 
 def test_checkpoint_minutes(runs: Runs, monkeypatch: pytest.MonkeyPatch):
     """Of three steps, those after which one is written; the last has its own anyway."""
-    from lora_cli.training import keeping
+    from lora_cli.training import writer
 
-    own, after = keeping.save_checkpoint, []
+    own, after = writer.save_checkpoint, []
 
     def save(folder: Path, *arguments: Any, **settings: Any) -> None:
         after.append(folder.name)
         own(folder, *arguments, **settings)
 
-    monkeypatch.setattr(keeping, "save_checkpoint", save)
+    monkeypatch.setattr(writer, "save_checkpoint", save)
     seen = {}
     for minutes in (1e-9, 15, None):
         after.clear()
@@ -677,9 +677,9 @@ def test_on_nan(runs: Runs, monkeypatch: pytest.MonkeyPatch):
 
 def test_on_write_error(runs: Runs, monkeypatch: pytest.MonkeyPatch):
     """The first checkpoint finds no space: the run stops, or tries again."""
-    from lora_cli.training import checkpoint, keeping
+    from lora_cli.training import checkpoint, writer
 
-    monkeypatch.setattr(keeping, "_TRY_AGAIN_SECONDS", 0.01)
+    monkeypatch.setattr(writer, "_TRY_AGAIN_SECONDS", 0.01)
     own, calls = checkpoint.save_file, []
 
     def full_once(*arguments: Any, **settings: Any) -> None:

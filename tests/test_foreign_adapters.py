@@ -196,10 +196,10 @@ def test_metadata_of_the_first_format_are_read_as_made_before(tiny_llama, tmp_pa
     old |= {"base_revision": "", "quantization": "nf4", "double_quantization": "false"}
     save_file(load_file(tmp_path / "adapter" / TENSORS), tmp_path / "adapter" / TENSORS, old)
     stored_adapter = read_adapter(tmp_path / "adapter")
-    assert (stored_adapter.quantization, stored_adapter.double_quantization) == ("nf4", False)
+    said = stored_adapter.metadata
+    assert (said.quantization, said.double_quantization) == ("nf4", False)
     assert stored_adapter.base_revision is None
-    assert {stored_adapter.method, stored_adapter.prompting, stored_adapter.compute_dtype} == {None}
-    assert stored_adapter.unquantized_modules is None
+    assert {said.method, said.prompting, said.compute_dtype, said.unquantized_modules is None} == {None, True}
 
 
 # Names and extra tensors

@@ -20,7 +20,7 @@ from torch.testing import assert_close
 
 from lora_cli.data.example import Example
 from lora_cli.errors import LoraError
-from lora_cli.training import keeping, micro_batches
+from lora_cli.training import micro_batches, writer
 from lora_cli.training.micro_batches import cut, is_out_of_memory
 
 DROPOUT = {"adapter": {"dropout": 0.3}}
@@ -100,9 +100,9 @@ def test_what_does_not_fit_late_is_cut_smaller_and_changes_nothing(run_recipe, t
     plain, _ = run_recipe(**settings, output=str(tmp_path / "plain"))
     memory = Memory(monkeypatch, tokens=120, since=3)
     written: list[str] = []
-    save = keeping.save_checkpoint
+    save = writer.save_checkpoint
     monkeypatch.setattr(
-        keeping, "save_checkpoint", lambda at, *rest, **more: (written.append(at.name), save(at, *rest, **more))
+        writer, "save_checkpoint", lambda at, *rest, **more: (written.append(at.name), save(at, *rest, **more))
     )
     short, _ = run_recipe(**settings, output=str(tmp_path / "short"))
     assert_same_run(short, plain)

@@ -21,11 +21,13 @@ from safetensors.torch import load_file
 
 from lora_cli.errors import CheckFailed, DiskError, Interrupted, LoraError
 from lora_cli.recipe import load_recipe
-from lora_cli.training import checkpoint, keeping, loop, micro_batches, run_folder, run_lock, session
+from lora_cli.training import checkpoint, loop, micro_batches, run_folder, run_lock, session, writer
 from lora_cli.training.divergence import what_is_wrong
+from lora_cli.training.random_states import restore_random_states
 from lora_cli.training.run_folder import RunFolder, read_metrics
 from lora_cli.training.run_lock import locked
 from lora_cli.training.stopping import Stop
+from lora_cli.training.stored import Random
 from lora_cli.training.train import train
 
 MEASURED = ("seconds", "tokens_per_second", "peak_memory_bytes")  # of the machine, not of the run
@@ -217,13 +219,13 @@ def test_random_states_of_every_generator_go_on(run_recipe, tmp_path):
     run, _ = run_recipe(train={"checkpoint_every": 4})
     newest = RunFolder(run).list_checkpoints()[-1]
     states = load_file(newest / "state.safetensors")
-    values = json.loads((newest / "state.json").read_text())
-    checkpoint._set_random_states(states, values)
+    randoms = Random.model_validate_json(json.dumps(json.loads((newest / "state.json").read_text())["random"]))
+    restore_random_states(states, randoms)
     expected = (random.random(), random.gauss(0, 1), np.random.rand(), np.random.randn(), torch.rand(3).tolist())
     random.seed(7)
     np.random.seed(7)
     torch.manual_seed(7)
-    checkpoint._set_random_states(states, values)
+    restore_random_states(states, randoms)
     again = (random.random(), random.gauss(0, 1), np.random.rand(), np.random.randn(), torch.rand(3).tolist())
     assert again == expected
 
@@ -565,7 +567,7 @@ def test_a_checkpoint_that_cannot_be_written_leaves_the_last_one_and_stops(crash
 
 
 def test_a_full_disk_pauses_a_run_that_shall_wait_and_the_result_is_the_same(crashed, heard, monkeypatch):
-    monkeypatch.setattr(keeping, "_TRY_AGAIN_SECONDS", 0.01)
+    monkeypatch.setattr(writer, "_TRY_AGAIN_SECONDS", 0.01)
     run, straight = crashed(train={"on_write_error": "pause"})
     with monkeypatch.context() as patch:
         failing(patch, checkpoint, "save_file", lambda call: call in (2, 5, 6), errno.ENOSPC)
@@ -575,7 +577,7 @@ def test_a_full_disk_pauses_a_run_that_shall_wait_and_the_result_is_the_same(cra
 
 
 def test_a_run_that_waits_for_a_disk_can_be_stopped(crashed, monkeypatch):
-    monkeypatch.setattr(keeping, "_TRY_AGAIN_SECONDS", 60)
+    monkeypatch.setattr(writer, "_TRY_AGAIN_SECONDS", 60)
     run, straight = crashed(train={"on_write_error": "pause"})
     with monkeypatch.context() as patch:
         failing(patch, checkpoint, "save_file", lambda call: True, errno.ENOSPC)

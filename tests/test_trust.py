@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shlex
 from collections.abc import Callable
 from pathlib import Path
 
@@ -63,3 +64,21 @@ def test_a_run_folder_cannot_say_so_by_itself_and_the_fix_works(
     assert "a run may be a stranger's" not in lora(command, source, *fix).text
     assert marker.exists() or command != "check"
     assert json.loads((folder / "config.json").read_text())["model_type"] == "evil"
+
+
+def test_the_command_that_goes_on_with_a_run_says_it_again(
+    lora: Callable[..., Said], recipe_file: Callable[..., Path], evil: tuple, tmp_path: Path
+) -> None:
+    folder, _ = evil
+    recipe = recipe_file(
+        base_model=str(folder),
+        trust_remote_code=True,
+        output=str(tmp_path / "run"),
+        train={"epochs": 1, "max_steps": 1},
+    )
+    assert lora("train", recipe).code in (0, 3)
+    words = shlex.split(lora("train", recipe).error.split("train it longer with: ")[1].partition(";")[0])
+    assert words[:2] == ["lora", "train"]
+    longer = lora(*words[1:])
+    assert longer.code in (0, 3), longer.text
+    assert f"note: runs the Python code of {folder}" in longer.text

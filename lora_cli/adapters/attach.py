@@ -7,24 +7,21 @@ from typing import Any
 
 import torch
 
-from lora_cli.adapters.layer import LoRALinear
-from lora_cli.adapters.targets import Target
+from lora_cli.adapters.layer import Target
 from lora_cli.adapters.trained import Trained, trained_modules, trained_parameters
 
 
 def attach(
     model: Any, targets: Sequence[Target], *, dropout: float = 0.0, init: str = "kaiming", seed: int = 0
 ) -> dict[str, Trained]:
-    """Wrap each target layer in a LoRALinear with a fresh A (from `seed`) and B = 0; returns them by module name.
+    """Wrap each target layer in a fresh adapter, drawn from `seed`; returns these by module name.
 
     Everything but what is trained is frozen.
     """
     generator = torch.Generator().manual_seed(seed)
     for target in targets:
         base_layer = model.get_submodule(target.name)
-        layer = LoRALinear(base_layer, target.rank, target.alpha, dropout, target.output_mask)
-        layer.init_A(init, generator)
-        model.set_submodule(target.name, layer.train(base_layer.training))
+        model.set_submodule(target.name, target.wrap(base_layer, dropout, init, generator))
     trained = {id(parameter) for parameter in trained_parameters(model)}
     for parameter in model.parameters():
         parameter.requires_grad_(id(parameter) in trained)

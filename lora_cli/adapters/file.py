@@ -19,12 +19,13 @@ from torch import Tensor
 
 from lora_cli.adapters.attach import attach
 from lora_cli.adapters.keys import by_module
+from lora_cli.adapters.kinds import KINDS, kind_of
 from lora_cli.adapters.metadata import FORMAT, AdapterMetadata, read_metadata
 from lora_cli.adapters.peft_config import CONFIG, alphas, elsewhere, read_config, require_ranks, whole_matching
-from lora_cli.adapters.targets import Target, linear_layers
+from lora_cli.adapters.targets import linear_layers
 from lora_cli.adapters.trained import Trained, trained_modules
 from lora_cli.base.device import DTYPES
-from lora_cli.base.linear import features, is_linear, stored_transposed, unquantized_layers
+from lora_cli.base.linear import is_linear, stored_transposed, unquantized_layers
 from lora_cli.base.source import BaseSource
 from lora_cli.base.tensor_files import write_tensors
 from lora_cli.errors import LoraError, command
@@ -38,23 +39,44 @@ _PICKLED = "adapter_model.bin"
 
 @dataclass(frozen=True)
 class AdapterFile:
-    """An adapter on disk, read and understood, not yet attached to a model."""
+    """An adapter on disk, read and understood, not yet attached to a model.
+
+    config: PEFT's. metadata: what the file says of itself; little, in those of other programs. alphas: by module; the
+    scaling is alpha / rank. tensors: by module, as `Trained.to_peft` names them. base_weights: by parameter, copies of
+    the base's own, which PEFT adds for embeddings.
+    """
 
     folder: Path
-    base_model: str | None
-    base_revision: str | None
-    base_fingerprint: str | None  # absent in adapters of other programs, as are those down to prompting
-    quantization: str | None  # how the base was held in training
-    double_quantization: bool
-    compute_dtype: str | None
-    unquantized_modules: list[str] | None  # linear layers that a quantized base held as they are
-    method: str | None
-    prompting: str | None  # `template` or `raw`
-    target_modules: str | list[str] | None
-    whole: bool  # whether target_modules alone says which layers there must be
-    alphas: dict[str, float]  # by module; scaling is alpha / rank
-    tensors: dict[str, dict[str, Tensor]]  # module → {"lora_A.weight": (rank, in), "lora_B.weight": (out, rank)}
-    base_weights: dict[str, Tensor]  # parameter → a copy of the base's own, which PEFT adds for embeddings
+    config: dict[str, Any]
+    metadata: AdapterMetadata
+    alphas: dict[str, float]
+    tensors: dict[str, dict[str, Tensor]]
+    base_weights: dict[str, Tensor]
+
+    @property
+    def base_model(self) -> str | None:
+        return self.metadata.base_model or self.config.get("base_model_name_or_path")
+
+    @property
+    def base_revision(self) -> str | None:
+        return self.metadata.base_revision or self.config.get("revision")
+
+    def own_base(self) -> tuple[str, str | None]:
+        """The base model that it names, and its revision. Raises LoraError if it names none."""
+        if self.base_model is None:
+            what = "the adapter does not say which base model it is for"
+            raise LoraError(what, where=str(self.folder), fix="name it with --base")
+        return self.base_model, None if Path(self.base_model).is_dir() else self.base_revision or None
+
+    def kind(self, name: str) -> type[Trained]:
+        """The kind of module that a module's tensors belong to."""
+        found = kind_of(self.tensors[name], self.config)
+        assert found is not None, "by_module lets no others pass"
+        return found
+
+    def target(self, name: str) -> Any:
+        """What `attach` makes a module of."""
+        return self.kind(name).of_peft(name, self.tensors[name], self.alphas[name])
 
 
 def save_adapter(
@@ -74,7 +96,9 @@ def save_adapter(
     layers: dict[str, Any] = trained_modules(model)
     alpha = _commonest({name: layer.alpha for name, layer in layers.items()})
     tensors: dict[str, Tensor] = {}
+    settings: dict[str, Any] = {}
     for name, layer in layers.items():
+        settings |= layer.peft_settings
         tensors |= {f"base_model.model.{name}.{key}": value for key, value in layer.to_peft(alpha).items()}
     compute = model.get_input_embeddings().weight.dtype
     metadata = AdapterMetadata(
@@ -86,14 +110,14 @@ def save_adapter(
         double_quantization=double_quantization,
         compute_dtype=next((name for name, dtype in DTYPES.items() if dtype == compute), None),  # type: ignore[arg-type]
         unquantized_modules=_unquantized(model) if quantization != "none" else None,
-        method="lora",
+        method=next(name for name, kind in KINDS.items() if any(type(layer) is kind for layer in layers.values())),
         prompting=prompting,  # type: ignore[arg-type]
         alpha=alpha,
     )
     write_tensors(folder / TENSORS, dict(sorted(tensors.items())), metadata.as_texts())
     if chat_template is not None:
         (folder / CHAT_TEMPLATE).write_text(chat_template, encoding="utf-8")
-    config = _peft_config(model, layers, base, alpha)
+    config = _peft_config(model, layers, base, alpha) | settings
     (folder / CONFIG).write_text(json.dumps(config, indent=2) + "\n", encoding="utf-8")
 
 
@@ -104,7 +128,7 @@ def put_saved(model: Any, folder: Path) -> None:
 
 def _load(modules: Mapping[str, Trained], saved: AdapterFile) -> None:
     for name, module in modules.items():
-        module.load_peft(saved.tensors[name], saved.alphas[name])
+        module.load(module.from_peft(saved.tensors[name], saved.alphas[name]))
 
 
 def _unquantized(model: Any) -> list[str]:
@@ -166,28 +190,12 @@ def read_adapter(folder: Path) -> AdapterFile:
             fix="copy it again, or use an earlier checkpoint",
         ) from None
     metadata = read_metadata(texts, path)
-    tensors, base_weights = by_module(flat, path, elsewhere(folder, config))
+    tensors, base_weights = by_module(flat, path, config, elsewhere(folder, config))
     ranks = {name: each["lora_A.weight"].shape[0] for name, each in tensors.items()}
     require_ranks(config, ranks, folder)
-    by_layer = alphas(config, ranks, folder)
+    by_module_alphas = alphas(config, ranks, folder)
     _require_alpha(config, metadata, folder)
-    return AdapterFile(
-        folder=folder,
-        base_model=metadata.base_model or config.get("base_model_name_or_path"),
-        base_revision=metadata.base_revision or config.get("revision"),
-        base_fingerprint=metadata.base_fingerprint,
-        quantization=metadata.quantization,
-        double_quantization=metadata.double_quantization is not False,
-        compute_dtype=metadata.compute_dtype,
-        unquantized_modules=metadata.unquantized_modules,
-        method=metadata.method,
-        prompting=metadata.prompting,
-        target_modules=config.get("target_modules"),
-        whole=not any(config.get(key) for key in ("layers_to_transform", "layers_pattern", "exclude_modules")),
-        alphas=by_layer,
-        tensors=tensors,
-        base_weights=base_weights,
-    )
+    return AdapterFile(folder, config, metadata, by_module_alphas, tensors, base_weights)
 
 
 def _no_tensors(folder: Path) -> LoraError:
@@ -220,7 +228,7 @@ def attach_adapter(model: Any, adapter: AdapterFile, base: BaseSource) -> dict[s
     Raises LoraError when it was trained on another base (by the base's fingerprint; without one, by names and shapes),
     or when any tensor has no place or any place no tensor.
     """
-    if adapter.base_fingerprint is not None and adapter.base_fingerprint != base.fingerprint:
+    if adapter.metadata.base_fingerprint not in (None, base.fingerprint):
         raise LoraError(
             f"the adapter was trained on another base model: on {adapter.base_model}, not on {base.name}",
             where=str(adapter.folder),
@@ -238,12 +246,8 @@ def attach_adapter(model: Any, adapter: AdapterFile, base: BaseSource) -> dict[s
             details=problems[:6],
             fix="use the base model that it was trained on",
         )
-    targets = [
-        Target(name, adapter.tensors[name]["lora_A.weight"].shape[0], adapter.alphas[name])
-        for name in modules
-        if name in adapter.tensors
-    ]
-    layers = attach(model, targets)
+    named = [name for name in modules if name in adapter.tensors]
+    layers = attach(model, [adapter.target(name) for name in named])
     _load(layers, adapter)
     return layers
 
@@ -258,7 +262,7 @@ def _require_base_weights(model: Any, adapter: AdapterFile) -> None:
                 f"the adapter brings weights of its own for {name}: trained or resized embeddings, which this program "
                 "cannot put into a model",
                 where=str(adapter.folder),
-                fix=elsewhere(adapter.folder, read_config(adapter.folder)),
+                fix=elsewhere(adapter.folder, adapter.config),
             )
 
 
@@ -267,22 +271,14 @@ def _equal_in_either_dtype(one: Tensor, other: Tensor) -> bool:
 
 
 def _misfits(modules: Mapping[str, Any], adapter: AdapterFile) -> list[str]:
-    problems = []
-    for name, pair in adapter.tensors.items():
-        A, B = pair["lora_A.weight"].shape, pair["lora_B.weight"].shape
-        shapes = f"A {tuple(A)}, B {tuple(B)}"
-        if name not in modules or not is_linear(modules[name]):
-            problems.append(f"{name}: {shapes}, but there is no such linear layer")
-            continue
-        in_features, out_features = features(modules[name])
-        if (A[1], B[0]) != (in_features, out_features) or A[0] != B[1]:
-            problems.append(f"{name}: {shapes}, but the layer is {in_features} → {out_features}")
-    return problems
+    reasons = {name: adapter.kind(name).misfit(modules.get(name), parts) for name, parts in adapter.tensors.items()}
+    return [f"{name}: {reason}" for name, reason in reasons.items() if reason is not None]
 
 
 def _unfilled(model: Any, adapter: AdapterFile) -> list[str]:
-    wanted = adapter.target_modules
-    if not adapter.whole or not wanted or wanted == "all-linear":
+    wanted = adapter.config.get("target_modules")
+    narrowed = any(adapter.config.get(key) for key in ("layers_to_transform", "layers_pattern", "exclude_modules"))
+    if narrowed or not wanted or wanted == "all-linear":
         return []
     names = list(linear_layers(model))
     if isinstance(wanted, str):

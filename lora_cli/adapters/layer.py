@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping
-from typing import Any
+from dataclasses import dataclass
+from typing import Any, ClassVar
 
 import torch
 from torch import Tensor, nn
@@ -12,7 +13,7 @@ from torch.autograd.function import once_differentiable
 
 from lora_cli.adapters.dropout import dropped, feature_keys
 from lora_cli.adapters.trained import Trained
-from lora_cli.base.linear import features
+from lora_cli.base.linear import features, is_linear
 from lora_cli.errors import LoraError
 
 
@@ -28,6 +29,8 @@ class LoRALinear(Trained):
 
     Source: Hu et al. 2021, arXiv:2106.09685, section 4.1.
     """
+
+    peft_parts: ClassVar = {"lora_A.weight": 2, "lora_B.weight": 2}
 
     def __init__(
         self, base_layer: nn.Module, rank: int, alpha: float, dropout: float = 0.0, output_mask: Tensor | None = None
@@ -117,9 +120,28 @@ class LoRALinear(Trained):
         state = self.state()
         return {"lora_A.weight": state["lora_A"], "lora_B.weight": _rescaled(state["lora_B"], self.alpha, alpha)}
 
-    def load_peft(self, tensors: Mapping[str, Tensor], alpha: float) -> None:
+    @classmethod
+    def size(cls, base_layer: nn.Module, rank: int) -> int:
+        """How many numbers are trained in the place of this layer."""
+        return rank * sum(features(base_layer))
+
+    @classmethod
+    def of_peft(cls, name: str, tensors: Mapping[str, Tensor], alpha: float) -> Target:
+        return Target(name, len(tensors["lora_A.weight"]), alpha, kind=cls)
+
+    @classmethod
+    def misfit(cls, base_layer: nn.Module | None, tensors: Mapping[str, Tensor]) -> str | None:
+        A, B = tensors["lora_A.weight"].shape, tensors["lora_B.weight"].shape
+        shapes = f"A {tuple(A)}, B {tuple(B)}"
+        if base_layer is None or not is_linear(base_layer):
+            return f"{shapes}, but there is no such linear layer"
+        inputs, outputs = features(base_layer)
+        fits = (A[1], B[0]) == (inputs, outputs) and A[0] == B[1]
+        return None if fits else f"{shapes}, but the layer is {inputs} → {outputs}"
+
+    def from_peft(self, tensors: Mapping[str, Tensor], alpha: float) -> dict[str, Tensor]:
         B = _rescaled(tensors["lora_B.weight"], alpha, self.alpha)
-        self.load({"lora_A": tensors["lora_A.weight"], "lora_B": B})
+        return {"lora_A": tensors["lora_A.weight"], "lora_B": B}
 
     def hold_cast(self, dtype: torch.dtype | None) -> None:
         # past nn.Module.__setattr__, which costs as much as the rest of a small step's cast
@@ -144,6 +166,26 @@ class LoRALinear(Trained):
 
     def extra_repr(self) -> str:
         return f"rank={self.rank}, alpha={self.alpha}, dropout={self.dropout}"
+
+
+@dataclass(frozen=True)
+class Target:
+    """One layer to adapt: its module name, rank and alpha, where B may differ from zero, and the kind of adapter."""
+
+    name: str
+    rank: int
+    alpha: float
+    output_mask: Tensor | None = None  # (out_features, rank)
+    kind: type[LoRALinear] = LoRALinear
+
+    def size(self, base_layer: nn.Module) -> int:
+        return self.kind.size(base_layer, self.rank)
+
+    def wrap(self, base_layer: nn.Module, dropout: float, init: str, generator: torch.Generator) -> LoRALinear:
+        """A fresh adapter around this layer, in its mode: A as `init_A` draws it, B = 0."""
+        layer = self.kind(base_layer, self.rank, self.alpha, dropout, self.output_mask)
+        layer.init_A(init, generator)
+        return layer.train(base_layer.training)
 
 
 def _rescaled(B: Tensor, alpha: float, new: float) -> Tensor:

@@ -10,8 +10,9 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
-from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, ValidationError
+from pydantic import AfterValidator, BaseModel, BeforeValidator, ConfigDict, Field, ValidationError
 
+from lora_cli.adapters.kinds import KINDS
 from lora_cli.errors import LoraError
 from lora_cli.quantization import Quantization
 
@@ -23,6 +24,12 @@ def _from_json(value: Any) -> Any:
         return json.loads(value) if isinstance(value, str) else value
     except (ValueError, RecursionError):
         return value  # refused by its type
+
+
+def _a_kind(value: str | None) -> str | None:
+    if value is not None and value not in KINDS:
+        raise ValueError("it is not a method")
+    return value
 
 
 class AdapterMetadata(BaseModel):
@@ -44,7 +51,7 @@ class AdapterMetadata(BaseModel):
     group_size: Annotated[int | None, BeforeValidator(_from_json)] = None
     compute_dtype: Literal["bf16", "fp16", "fp32"] | None = None
     unquantized_modules: Annotated[list[str] | None, BeforeValidator(_from_json)] = None
-    method: Literal["lora"] | None = None
+    method: Annotated[str | None, AfterValidator(_a_kind)] = None
     prompting: Literal["template", "raw"] | None = None
     alpha: Annotated[float | None, BeforeValidator(_from_json)] = None
 

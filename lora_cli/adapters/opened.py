@@ -66,13 +66,11 @@ def open_model(
     stored = read_adapter(adapter_folder(adapter)) if adapter is not None else None
     named = base
     if base is None:
-        if stored is None or stored.base_model is None:
+        if stored is None:
             raise LoraError("which base model?", fix="name it with --model (or --base)")
-        base, revision = stored.base_model, stored.base_revision or None
-        if Path(base).is_dir():
-            revision = None
+        base, revision = stored.own_base()
     source = find_base(base, revision, trust_remote_code=trust_remote_code)
-    how = quantization or (stored.quantization if stored else None) or _stored_as(source)
+    how = quantization or (stored.metadata.quantization if stored else None) or _stored_as(source)
     at = pick_device(device)
     compute, _ = pick_dtype(dtype, at)
     tokenizer = load_tokenizer(source, trust_remote_code=trust_remote_code)
@@ -81,7 +79,7 @@ def open_model(
         quantization=how,
         dtype=compute,
         device=at,
-        double_quantization=stored.double_quantization if stored else True,
+        double_quantization=stored is None or stored.metadata.double_quantization is not False,
         trust_remote_code=trust_remote_code,
     )
     require_computes(model)
@@ -115,7 +113,7 @@ def _stored_as(source: BaseSource) -> str:
 
 def other_base(adapter: AdapterFile, named: str | None) -> list[str]:
     """Without a fingerprint only names and shapes are compared, which other models have too."""
-    if named is None or adapter.base_fingerprint is not None:
+    if named is None or adapter.metadata.base_fingerprint is not None:
         return []
     if adapter.base_model is None:
         return [f"the adapter does not say which base it was trained on; it is used on {named}, as asked"]

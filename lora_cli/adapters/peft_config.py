@@ -8,6 +8,9 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+from pydantic import BaseModel, ConfigDict, ValidationError
+
+from lora_cli.adapters.kinds import SETTINGS
 from lora_cli.adapters.patterns import BadPattern, matching
 from lora_cli.errors import LoraError, command
 from lora_cli.foreign import MOST_JSON_BYTES, read_bytes
@@ -53,15 +56,14 @@ def read_config(folder: Path) -> dict[str, Any]:
         config = None
     if not isinstance(config, dict):
         raise LoraError("the adapter's configuration is not valid JSON", where=str(path), fix=_COPY)
-    _require_types(config, path)
     kind = config.get("peft_type")
     if kind != "LORA":
         raise LoraError(
             f"this is a {kind} adapter; only LORA can be opened", where=str(path), fix=elsewhere(folder, config)
         )
-    lost = [
-        f"{key}: {config[key]}" for key, plain in _PLAIN.items() if config.get(key, plain) not in (plain, None, [], {})
-    ]
+    _require_types(config, path)
+    plain = {key: value for key, value in _PLAIN.items() if key not in SETTINGS}
+    lost = [f"{key}: {config[key]}" for key in plain if config.get(key, plain[key]) not in (plain[key], None, [], {})]
     start = config.get("init_lora_weights")
     if isinstance(start, str) and start.lower().startswith(_CHANGED_BASE):
         lost.append(f"init_lora_weights: {start}, which changes the base model's weights")
@@ -123,14 +125,10 @@ def require_ranks(config: dict[str, Any], ranks: dict[str, int], folder: Path) -
 def _by_pattern(value: Any, pattern: dict[str, Any], setting: str, names: Mapping[str, Any], folder: Path) -> dict:
     found: dict[str, Any] = dict.fromkeys(names, value)
     for key, other in reversed(pattern.items()):  # the first that matches counts
-        for name in _peft_matching(key, list(names), setting, folder):
+        # PEFT lets a key match the end of a name
+        for name in whole_matching(key, list(names), setting, folder, before=r"(.*\.)?"):
             found[name] = other
     return found
-
-
-def _peft_matching(key: str, names: Sequence[str], setting: str, folder: Path) -> list[str]:
-    """The names that PEFT takes a key of rank_pattern or alpha_pattern to mean: it may match the end of a name."""
-    return whole_matching(key, names, setting, folder, before=r"(.*\.)?")
 
 
 def whole_matching(key: str, names: Sequence[str], setting: str, folder: Path, *, before: str = "") -> list[str]:
@@ -141,20 +139,22 @@ def whole_matching(key: str, names: Sequence[str], setting: str, folder: Path, *
         raise LoraError(f"{setting}: {key!r} {error}", where=str(folder / CONFIG), fix=_COPY) from None
 
 
+class _Types(BaseModel):
+    """Of what is used: a wrong type would otherwise come up far from here."""
+
+    model_config = ConfigDict(strict=True)
+
+    base_model_name_or_path: str | None = None
+    revision: str | None = None
+    target_modules: str | list[str] | None = None
+    alpha_pattern: dict[str, Any] | None = None
+    rank_pattern: dict[str, int] | None = None
+    r: int = _DEFAULT_RANK
+
+
 def _require_types(config: dict[str, Any], path: Path) -> None:
-    """Of what is used: a wrong type would else come up far from here."""
-
-    def is_texts(value: Any) -> bool:
-        return isinstance(value, str) or (isinstance(value, list) and all(isinstance(each, str) for each in value))
-
-    def is_rank(value: Any) -> bool:
-        return isinstance(value, int) and not isinstance(value, bool)
-
-    wrong = [key for key in ("base_model_name_or_path", "revision") if not isinstance(config.get(key), str | None)]
-    wrong += [key for key in ("target_modules",) if config.get(key) is not None and not is_texts(config[key])]
-    wrong += [key for key in ("alpha_pattern", "rank_pattern") if not isinstance(config.get(key), dict | None)]
-    if not wrong:
-        wrong += [key for key in ("r",) if config.get("peft_type") == "LORA" and not is_rank(config.get(key, 1))]
-        wrong += [key for key in ("rank_pattern",) if not all(map(is_rank, (config.get(key) or {}).values()))]
-    if wrong:
-        raise LoraError(f"{wrong[0]} is of the wrong type: {config[wrong[0]]!r}", where=str(path), fix=_COPY)
+    try:
+        _Types.model_validate(config)
+    except ValidationError as error:
+        key = str(error.errors()[0]["loc"][0])
+        raise LoraError(f"{key} is of the wrong type: {config[key]!r}", where=str(path), fix=_COPY) from None

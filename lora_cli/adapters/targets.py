@@ -6,12 +6,13 @@ import difflib
 import math
 from collections import Counter
 from collections.abc import Sequence
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import nn
 
+from lora_cli.adapters.layer import Target
 from lora_cli.adapters.patterns import BadPattern, matching
 from lora_cli.adapters.projections import output_parts
 from lora_cli.base.linear import features, is_linear
@@ -20,34 +21,9 @@ from lora_cli.errors import LoraError
 from lora_cli.recipe import AdapterRecipe
 
 
-@dataclass(frozen=True)
-class Target:
-    """One layer to adapt: its module name, rank and alpha, and where B may differ from zero."""
-
-    name: str
-    rank: int
-    alpha: float
-    output_mask: Tensor | None = None  # (out_features, rank)
-
-    def size(self, layer: nn.Module) -> int:
-        """How many numbers an adapter in the place of this layer trains."""
-        return self.rank * sum(features(layer))
-
-
 def targets_of(model: Any, adapter: AdapterRecipe) -> list[Target]:
     """The layers to adapt by a recipe's adapter section; raises as find_targets does."""
-    return find_targets(
-        model,
-        adapter.target_modules,
-        rank=adapter.rank,
-        alpha=adapter.alpha,
-        projections=adapter.projections,
-        exclude_modules=adapter.exclude_modules,
-        layers=adapter.layers,
-        rank_pattern=adapter.rank_pattern,
-        alpha_pattern=adapter.alpha_pattern,
-        rank_stabilized=adapter.rank_stabilized,
-    )
+    return find_targets(model, **adapter.model_dump(exclude={"dropout", "init"}))
 
 
 def find_targets(

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
+from typing import Any, ClassVar
 
 import torch
 from torch import Tensor, nn
@@ -23,6 +24,9 @@ class Trained(nn.Module):
     would then say which of them are added, with a weight each or one for each row of the micro-batch, and the methods
     below would speak of the trained one.
     """
+
+    peft_parts: ClassVar[Mapping[str, int]]  # its tensors in PEFT's layout: name within the module → dimensions
+    peft_settings: ClassVar[Mapping[str, Any]] = {}  # what adapter_config.json has to say for it
 
     def __init__(self, base_layer: nn.Module):
         super().__init__()
@@ -52,8 +56,18 @@ class Trained(nn.Module):
         """Tensors as PEFT stores them, by their names within the module, for a file whose lora_alpha is `alpha`."""
         raise NotImplementedError
 
-    def load_peft(self, tensors: Mapping[str, Tensor], alpha: float) -> None:
-        """Take the values of `to_peft`'s tensors, from a file in which this module's lora_alpha is `alpha`."""
+    @classmethod
+    def of_peft(cls, name: str, tensors: Mapping[str, Tensor], alpha: float) -> Any:
+        """What `attach` makes a module of this name of, for tensors as `to_peft` gives them."""
+        raise NotImplementedError
+
+    @classmethod
+    def misfit(cls, base_layer: nn.Module | None, tensors: Mapping[str, Tensor]) -> str | None:
+        """Why these tensors cannot be around this layer of the base; None if they can."""
+        raise NotImplementedError
+
+    def from_peft(self, tensors: Mapping[str, Tensor], alpha: float) -> dict[str, Tensor]:
+        """A `state`, of tensors as `to_peft` gives them, from a file in which this module's lora_alpha is `alpha`."""
         raise NotImplementedError
 
     def state(self) -> dict[str, Tensor]:

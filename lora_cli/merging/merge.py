@@ -148,10 +148,11 @@ class _Merge:
         self.adapter: AdapterFile = read_adapter(self.folder)
         self.notes: list[str] = []
         self.quantized: set[str] = set()
-        self.source = self._find_base()
+        name, revision = (base, None) if base is not None else self.adapter.own_base()
+        self.source: BaseSource = find_base(name, revision, trust_remote_code=remote_code)
         self.stored = stored_tensors(self.source.folder)
         self.held = held = stored_quantization(self.source)  # as the checkpoint itself is
-        self.quantization = self.adapter.quantization or held or "none"
+        self.quantization = self.adapter.metadata.quantization or held or "none"
         if held is not None and onto == "original":
             raise LoraError(
                 f"the base is stored in {held}: there are no original weights in it to merge onto",
@@ -184,16 +185,6 @@ class _Merge:
         self.notes.append(text)
         self.say(text)
 
-    def _find_base(self) -> BaseSource:
-        name, revision = self.base or self.adapter.base_model, None
-        if name is None:
-            raise LoraError(
-                "the adapter does not say which base model it is for", where=str(self.folder), fix="name it with --base"
-            )
-        if self.base is None and not Path(name).is_dir():
-            revision = self.adapter.base_revision or None
-        return find_base(name, revision, trust_remote_code=self.remote_code)
-
     def _vocabulary(self) -> int:
         """Rows of the largest table; the logits of the comparison are that wide."""
         tables = (each.shape[0] for each in self.stored.values() if len(each.shape) == 2)
@@ -221,7 +212,7 @@ class _Merge:
         if self.quantization == "none":
             opened = self._open("none", "fp32" if self.fp32 else "auto")
         else:
-            opened = self._open(self.quantization, self.adapter.compute_dtype or "auto")
+            opened = self._open(self.quantization, self.adapter.metadata.compute_dtype or "auto")
             self.quantized = _quantized(opened.model)
             self._say_of_other_layers(opened.model)
             if self.fp32:
@@ -245,7 +236,7 @@ class _Merge:
 
     def _say_of_other_layers(self, model: Any) -> None:
         """Some layers cannot be held in 4 bits on a CPU; if they were in training, this is not quite that model."""
-        trained = self.adapter.unquantized_modules
+        trained = self.adapter.metadata.unquantized_modules
         if trained is None:
             self._note(
                 "the adapter does not say which layers were quantized in training (it was made before that was kept)"
@@ -274,7 +265,7 @@ class _Merge:
         named = str(self.dtype).removeprefix("torch.") if self.dtype is not None else None
         files.write_config(self.source.folder, place, dtype=named, dequantized=self.held is not None)
         files.write_chat_template(place, self.template)
-        added = files.add_stop_tokens(self.source.folder, place, trained_stops(opened, self.adapter.prompting))
+        added = files.add_stop_tokens(self.source.folder, place, trained_stops(opened, self.adapter.metadata.prompting))
         names = [str(opened.tokenizer.convert_ids_to_tokens(each)) for each in added]
         if names:
             self._note(f"generation now also ends at {', '.join(names)}, which the base's settings leave out")
@@ -284,7 +275,7 @@ class _Merge:
         base = self.source.name if self.source.revision is not None else Path(self.source.folder).name
         facts = report.as_dict() | {"base_model": base, "base_revision": self.source.revision}
         facts |= {"base_fingerprint": self.source.fingerprint, "quantization": self.quantization}
-        facts |= {"prompting": self.adapter.prompting, "method": self.adapter.method}
+        facts |= {"prompting": self.adapter.metadata.prompting, "method": self.adapter.metadata.method}
         del facts["output"]
         files.write_notes(place, {"format": 1, **facts}, Path(report.output).resolve().name)
 

@@ -17,14 +17,11 @@ from __future__ import annotations
 import hashlib
 import json
 import os
-import random
 import re
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-import numpy as np
-import torch
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
@@ -46,6 +43,7 @@ from lora_cli.foreign import (
     read_json,
 )
 from lora_cli.training.optimizer import state_after_a_step
+from lora_cli.training.random_states import random_states, require_random_states, restore_random_states
 from lora_cli.training.state import State, StateFile
 from lora_cli.training.stored import Manifest
 
@@ -87,11 +85,11 @@ def save_checkpoint(
     """
     tensors: dict[str, Tensor] = {}
     described = _take_tensors(optimizer.state_dict(), "", tensors)
-    states, random_values = _random_states()
+    randoms, random_values = random_states()
     with written_whole(folder, replaces=FILES) as place:
         save_file(state_of(model), place / "adapter.safetensors")
         save_file(tensors, place / "optimizer.safetensors")
-        save_file(states | state.tensors, place / "state.safetensors")
+        save_file(randoms | state.tensors, place / "state.safetensors")
         values = {**state.values(), "schedule": dict(schedule), "random": random_values, "optimizer": described}
         write_json(place / "state.json", values)
         if metrics.exists():
@@ -100,7 +98,7 @@ def save_checkpoint(
             (place / "metrics.jsonl").touch()
         if best is not None:
             (place / BEST).mkdir()
-            copy_files(best, place / BEST, ADAPTER_FILES, _link_or_copy)
+            copy_files(best, place / BEST, ADAPTER_FILES, link_or_copy)
         manifest = {"format": FORMAT, "step": state.step, "files": _checksums(place), **belongs_to}
         write_json(place / "manifest.json", {**manifest, "checksum": _checksum(manifest)})
 
@@ -110,7 +108,7 @@ def load_checkpoint(folder: Path, model: nn.Module, optimizer: Any) -> State:
 
     Nothing is changed unless all of it can be. Raises LoraError if it belongs to another adapter or optimizer.
     """
-    stored, states = _read_state(folder)
+    stored, randoms, losses = _read_state(folder)
     adapter, tensors = _load(folder / "adapter.safetensors"), _load(folder / "optimizer.safetensors")
     if (problem := _misfit(adapter, state_of(model))) is not None:
         raise LoraError(
@@ -119,11 +117,10 @@ def load_checkpoint(folder: Path, model: nn.Module, optimizer: Any) -> State:
             fix="resume with the recipe of the run",
         )
     described = _optimizer_state(stored.optimizer, tensors, optimizer, folder)
-    randoms = {name: states.pop(name) for name in list(states) if name.startswith("random.")}
     load_state(model, adapter)
     optimizer.load_state_dict(described)
-    _set_random_states(randoms, {"random": stored.random.model_dump()})
-    return stored.state(states)
+    restore_random_states(randoms, stored.random)
+    return stored.state(losses)
 
 
 def verify(folder: Path) -> dict[str, Any]:
@@ -154,25 +151,26 @@ def verify(folder: Path) -> dict[str, Any]:
             raise _damaged(folder, f"{name} is missing")
         if name not in stated.files or stated.files[name].model_dump() != found[name]:
             raise _damaged(folder, f"{name} is not what was written")
-    state, _ = _read_state(folder)
+    state, _, _ = _read_state(folder)
     if NAME.fullmatch(folder.name) and int(folder.name.removeprefix("step_")) != state.step:
         raise _damaged(folder, f"its state is that of step {state.step}")
     return manifest
 
 
-def _read_state(folder: Path) -> tuple[StateFile, dict[str, Tensor]]:
-    """state.json and state.safetensors, by their schemas. Raises Damaged."""
+def _read_state(folder: Path) -> tuple[StateFile, dict[str, Tensor], dict[str, Tensor]]:
+    """state.json by its schema; of state.safetensors the random states, and the losses. Raises Damaged."""
     try:
         stored = read_json(folder / "state.json", StateFile, fix="the one before it can be used")
     except LoraError as problem:
         raise _damaged(folder, f"state.json: {problem.what}") from None
-    states = _load(folder / "state.safetensors")
+    losses = _load(folder / "state.safetensors")
+    randoms = {name: losses.pop(name) for name in list(losses) if name.startswith("random.")}
     try:
-        _require_losses({name: each for name, each in states.items() if not name.startswith("random.")}, stored)
-        _require_random_states(states, {"random": stored.random.model_dump()})
+        _require_losses(losses, stored)
+        require_random_states(randoms, stored.random)
     except (ValueError, TypeError, KeyError, IndexError, OverflowError, RuntimeError) as error:
         raise _damaged(folder, f"state.safetensors: {error}") from None
-    return stored, states
+    return stored, randoms, losses
 
 
 def _load(path: Path) -> dict[str, Tensor]:
@@ -301,59 +299,12 @@ def _checksum(manifest: dict[str, Any]) -> str:
     return hashlib.sha256(json.dumps(manifest, sort_keys=True).encode()).hexdigest()
 
 
-def _link_or_copy(source: Path, target: Path) -> None:
+def link_or_copy(source: Path, target: Path) -> None:
     """A second name for the same bytes where the disk can: adapter files are replaced whole and never changed."""
     try:
         os.link(source, target, follow_symlinks=False)
     except (OSError, NotImplementedError):
         copy_file(source, target)
-
-
-# ── random states ───────────────────────────────────────────────────────────────────────────────────────────────
-
-
-def _random_states() -> tuple[dict[str, Tensor], dict[str, Any]]:
-    """(tensors, the rest in JSON values) of every generator that a model or a library may draw from."""
-    version, words, gauss = random.getstate()
-    numpy: dict[str, Any] = np.random.get_state(legacy=False)  # type: ignore[assignment]
-    tensors = {
-        "random.python": torch.tensor(words, dtype=torch.int64),
-        "random.numpy": torch.from_numpy(numpy["state"]["key"].astype(np.int64)),
-        "random.torch": torch.get_rng_state(),
-    }
-    if torch.cuda.is_available() and torch.cuda.is_initialized():
-        tensors |= {f"random.cuda.{at}": state for at, state in enumerate(torch.cuda.get_rng_state_all())}
-    rest = {key: numpy[key] for key in ("bit_generator", "has_gauss", "gauss")} | {"pos": numpy["state"]["pos"]}
-    return tensors, {"python": [version, gauss], "numpy": rest}
-
-
-def _require_random_states(tensors: dict[str, Tensor], values: dict[str, Any]) -> None:
-    """Raises what the generators raise for states that are not theirs."""
-    python, numpy = _random_values(tensors, values)
-    random.Random().setstate(python)
-    np.random.RandomState().set_state(numpy)
-    torch.Generator().set_state(tensors["random.torch"])
-    for name, each in tensors.items():
-        if name.startswith("random.cuda.") and (each.dtype != torch.uint8 or each.shape != (16,)):
-            raise ValueError(f"{name[:40]} is not the state of a generator")
-
-
-def _random_values(tensors: dict[str, Tensor], values: dict[str, Any]) -> tuple[Any, Any]:
-    """What Python's and NumPy's generators take back."""
-    version, gauss = values["random"]["python"]
-    numpy = dict(values["random"]["numpy"])
-    numpy["state"] = {"key": tensors["random.numpy"].numpy().astype(np.uint32), "pos": numpy.pop("pos")}
-    return (version, tuple(tensors["random.python"].tolist()), gauss), numpy
-
-
-def _set_random_states(tensors: dict[str, Tensor], values: dict[str, Any]) -> None:
-    python, numpy = _random_values(tensors, values)
-    random.setstate(python)
-    np.random.set_state(numpy)
-    torch.set_rng_state(tensors["random.torch"])
-    cuda = [tensors[f"random.cuda.{at}"] for at in range(len(tensors)) if f"random.cuda.{at}" in tensors]
-    if cuda and torch.cuda.is_available() and len(cuda) == torch.cuda.device_count():
-        torch.cuda.set_rng_state_all(cuda)
 
 
 # ── tensors of nested state ─────────────────────────────────────────────────────────────────────────────────────

@@ -24,7 +24,6 @@ from lora_cli.errors import CheckFailed, DiskError, Interrupted, LoraError
 from lora_cli.evaluation.perplexity import EvaluationStopped
 from lora_cli.screen import say_on
 from lora_cli.training.divergence import what_is_wrong
-from lora_cli.training.keeping import Keeper
 from lora_cli.training.micro_batches import DoesNotFit, MicroBatches, smaller_line
 from lora_cli.training.optimizer import averaged_weights, learning_rate, make_optimizer, set_learning_rate
 from lora_cli.training.processes import any_process, sum_over_processes, wait_for_everyone
@@ -37,6 +36,7 @@ from lora_cli.training.state import State
 from lora_cli.training.stopping import EXIT_CODES, Stop
 from lora_cli.training.trackers import open_trackers
 from lora_cli.training.validation import Validator
+from lora_cli.training.writer import RunWriter
 
 _SKIPPED_IN_A_ROW = 10  # then it is not the data that are at fault
 _REWINDS = 3
@@ -74,14 +74,14 @@ class Run:
             "base_fingerprint": session.source.fingerprint,
             "environment": {name: environment[name] for name in identity},
         }
-        self.keep = Keeper(session, folder, accelerator, self.optimizer, self.scaler, stop, belongs_to, self.say)
+        self.writer = RunWriter(session, folder, accelerator, self.optimizer, self.scaler, stop, belongs_to, self.say)
         # What a model's own code or a library may draw from; torch is seeded in each step.
         random.seed(self.recipe.seed)
         np.random.seed(self.recipe.seed)
 
     def go_back(self, changes: Sequence[Change] = ()) -> None:
         """To the newest checkpoint, or the beginning if there is none."""
-        state = self.keep.restore()
+        state = self.writer.restore()
         self.state = state or State()
         if state is not None:
             self.session.feed.seek(state.position)
@@ -118,18 +118,18 @@ class Run:
         if self.state.pending is not None:
             self._complete(self.state.pending, progress, track)
         first = self.accelerator.is_main_process
-        if self.recipe.on_nan == "rewind" and any_process(self.accelerator, first and not self.keep.planned()):
+        if self.recipe.on_nan == "rewind" and any_process(self.accelerator, first and not self.writer.planned()):
             # There must be something to go back to.
-            self.keep.planned_too = self.state.step
-            self.keep.checkpoint(self.state)
+            self.writer.planned_too = self.state.step
+            self.writer.checkpoint(self.state)
         reset_peak_memory(self.session.device)
         if not self.tried:
             self.state.parts = self.micro_batches.try_largest(self.state.step + 1, self.state.parts, progress.say)
-        self.keep.start_clock()
+        self.writer.start_clock()
         while self.state.step < self.session.total_steps:
             stop, due = self._asked()
             if stop or (due and self.state.step):
-                self.keep.checkpoint(self.state)
+                self.writer.checkpoint(self.state)
                 self._say_state("running")
             if stop:
                 raise self._interrupted()
@@ -170,10 +170,10 @@ class Run:
                 return
             line["validation_loss"] = loss
             self.state.pending = None
-        self.keep.metrics(line)
+        self.writer.metrics(line)
         track(line, step)
         if last or (self.recipe.checkpoint_every and step % self.recipe.checkpoint_every == 0):
-            self.keep.checkpoint(self.state)
+            self.writer.checkpoint(self.state)
             self._say_state("running")
         progress.step(line)
 
@@ -239,7 +239,7 @@ class Run:
                 self.state.parts = self.micro_batches.smaller(batches, self.state.parts, problem)
                 self.say(smaller_line(problem, self.state.parts))
                 if self.state.step:  # the last step that is complete
-                    self.keep.checkpoint(self.state)
+                    self.writer.checkpoint(self.state)
 
     # ── evaluation ──────────────────────────────────────────────────────────────────────────────────────────────
 
@@ -258,9 +258,9 @@ class Run:
             with averaged_weights(self.optimizer):
                 loss, best = self.validator.score_step(self.state)
                 if best:
-                    self.keep.adapter(self.folder.adapter)
+                    self.writer.adapter(self.folder.adapter)
         except EvaluationStopped:  # the step is complete, and its evaluation comes first when the run goes on
-            self.keep.checkpoint(self.state)
+            self.writer.checkpoint(self.state)
             raise self._interrupted() from None
         return loss
 
@@ -276,7 +276,7 @@ class Run:
                 return False
             wrong = f"{wrong}, as in each of the last {_SKIPPED_IN_A_ROW} steps,"
         if self.recipe.on_nan == "rewind":
-            back_to = self.keep.planned()[-1:]
+            back_to = self.writer.planned()[-1:]
             if back_to and sum(to == back_to[0].name for _, to in state.rewound) < _REWINDS:
                 self._rewind(wrong, step)
                 return True
@@ -295,14 +295,14 @@ class Run:
     def _rewind(self, wrong: str, step: int) -> None:
         """Back to the last checkpoint, and on with the data that lie behind this step."""
         before = self.state
-        restored = self.keep.restore(planned=True)
+        restored = self.writer.restore(planned=True)
         assert restored is not None
         self.state = restored
         left_out = step - restored.step
         restored.data_offset = before.data_offset + left_out
         restored.rewound = [*before.rewound, (step, self.folder.checkpoint(restored.step).name)]
         restored.position = self.session.feed.position()
-        self.keep.checkpoint(restored)  # so that a run that is killed now goes on the same way
+        self.writer.checkpoint(restored)  # so that a run that is killed now goes on the same way
         self.say(
             f"step {step}: {wrong}; back to step {restored.step}, continuing without the data of these {left_out} steps"
         )
@@ -311,7 +311,7 @@ class Run:
 
     def _asked(self) -> tuple[bool, bool]:
         """(whether to stop, as any process was asked to; whether the clock of the first wants a checkpoint)."""
-        due = self.accelerator.is_main_process and self.keep.is_due()
+        due = self.accelerator.is_main_process and self.writer.is_due()
         if self.accelerator.num_processes > 1:
             asked = torch.zeros(len(EXIT_CODES) + 1, dtype=torch.int64)
             asked[-1] = due
@@ -347,11 +347,11 @@ class Run:
             )
 
     def _finish(self) -> dict[str, Any]:
-        self.keep.adapter(self.folder.last_adapter if self.validator.has_data else self.folder.adapter)
+        self.writer.adapter(self.folder.last_adapter if self.validator.has_data else self.folder.adapter)
         wait_for_everyone(self.accelerator)  # the shipped adapter is there for all
         report = make_report(self.session, self.state, self.folder, self.accelerator)
         if self.accelerator.is_main_process:
-            self.keep.written(lambda: write_report(self.folder, report, self.say))
+            self.writer.written(lambda: write_report(self.folder, report, self.say))
         wait_for_everyone(self.accelerator)
         say_result(report, self.folder, self.say)
         return report

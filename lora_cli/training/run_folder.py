@@ -32,10 +32,13 @@ _OF_A_KILLED = re.compile(r"environment\.json|\.(environment\.json|recipe\.yaml)
 
 
 class RunFolder:
-    """The files of one run. adapter: the best by validation loss; without validation data, the last."""
+    """The files of one run. adapter: the best by validation loss; without validation data, the last.
 
-    def __init__(self, path: Path):
-        self.path = path
+    remote_code: whether the person let the model's own code run, which a command that goes on has to say again.
+    """
+
+    def __init__(self, path: Path, *, remote_code: bool = False):
+        self.path, self.remote_code = path, remote_code
         self.recipe, self.environment, self.status = (path / name for name in _FILES[:3])
         self.metrics, self.report, self.page = (path / name for name in _FILES[3:6])
         self.checkpoints, self.adapter, self.last_adapter = (path / name for name in _FOLDERS[:3])
@@ -87,11 +90,15 @@ class RunFolder:
         return LoraError("the output folder already holds a finished run", where=str(self.path), fix=other)
 
     def resume_command(self) -> str:
-        return command("lora", "train", self.recipe, "--resume")
+        return command(*self._resumed())
+
+    def _resumed(self) -> list[str]:
+        own_code = ["--set", "trust_remote_code=true"] if self.remote_code else []
+        return ["lora", "train", str(self.recipe), "--resume", *own_code]
 
     def longer_command(self) -> str:
         """The command that trains a finished run for twice as long. Both epochs and max_steps are raised."""
-        train, words = self.stored_recipe().train, ["lora", "train", str(self.recipe), "--resume"]
+        train, words = self.stored_recipe().train, self._resumed()
         values = {"train.epochs": None if self.stored_recipe().data.streaming else f"{2 * train.epochs:g}"}
         values["train.max_steps"] = None if train.max_steps is None else str(2 * train.max_steps)
         longer = {name: value for name, value in values.items() if value is not None}

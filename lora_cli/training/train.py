@@ -42,7 +42,7 @@ def train(
     is not finite or nothing was learned; DiskError when a checkpoint, metrics or the adapter cannot be written.
     """
     require_known(allow)
-    folder = RunFolder(Path(recipe.output))
+    folder = RunFolder(Path(recipe.output), remote_code=recipe.trust_remote_code)
     require_trackers(recipe.trackers)
     accelerator = start_accelerator(recipe)
     console.quiet |= not accelerator.is_main_process

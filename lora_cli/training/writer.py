@@ -15,8 +15,8 @@ from lora_cli.adapters.file import save_adapter
 from lora_cli.adapters.trained import is_neutral
 from lora_cli.errors import DiskError, Interrupted
 from lora_cli.files import disk_errors, free_name, remove_folder, replacing, written_whole
-from lora_cli.foreign import NotOurs, copy_files, copy_over, files_of, is_real_folder, open_binary
-from lora_cli.training.checkpoint import BEST, FILES, Damaged, load_checkpoint, save_checkpoint, verify
+from lora_cli.foreign import copy_files, copy_over, is_real_folder
+from lora_cli.training.checkpoint import BEST, FILES, Damaged, link_or_copy, load_checkpoint, save_checkpoint, verify
 from lora_cli.training.optimizer import apply_settings, learning_rate
 from lora_cli.training.processes import wait_for_everyone
 from lora_cli.training.run_folder import RunFolder
@@ -28,8 +28,8 @@ _TRY_AGAIN_SECONDS = 10.0
 Result = TypeVar("Result")
 
 
-class Keeper:
-    """Writes what a run keeps. One process of several writes; all read.
+class RunWriter:
+    """Writes what a run leaves behind. Of several processes one writes; all read.
 
     A write that fails leaves what was there before; then the run stops or waits, as train.on_write_error says.
     """
@@ -99,13 +99,15 @@ class Keeper:
             self._set_damaged_aside(candidates())
         wait_for_everyone(self.accelerator)
         checkpoints = candidates()
-        state = load_checkpoint(checkpoints[-1], self.session.model, self.optimizer) if checkpoints else None
-        if state is not None:
+        newest = checkpoints[-1] if checkpoints else None
+        state = None
+        if newest is not None:
+            state = load_checkpoint(newest, self.session.model, self.optimizer)
             apply_settings(self.optimizer, self.recipe, self.session.model)
-        if state is not None and state.loss_scale:
-            self.scaler.load_state_dict(state.loss_scale)
+            if state.loss_scale:
+                self.scaler.load_state_dict(state.loss_scale)
         if self.accelerator.is_main_process:
-            self.written(lambda: self._put_back(checkpoints[-1] if checkpoints else None))
+            self.written(lambda: self._put_back(newest))
         wait_for_everyone(self.accelerator)
         return state
 
@@ -189,9 +191,8 @@ class Keeper:
                 with replacing(self.folder.metrics) as temporary:
                     copy_over(checkpoint / "metrics.jsonl", temporary)
             if checkpoint is not None and is_real_folder(best := checkpoint / BEST):
-                if not _same_files(best, self.folder.adapter):
-                    with written_whole(self.folder.adapter, replaces=ADAPTER_FILES) as place:
-                        copy_files(best, place, ADAPTER_FILES)
+                with written_whole(self.folder.adapter, replaces=ADAPTER_FILES) as place:
+                    copy_files(best, place, ADAPTER_FILES, link_or_copy)
             elif self.session.feed.validation:
                 remove_folder(self.folder.adapter, ADAPTER_FILES)
 
@@ -208,20 +209,3 @@ class Keeper:
 
 def _step(checkpoint: Path) -> int:
     return int(checkpoint.name.removeprefix("step_"))
-
-
-def _same_files(one: Path, other: Path) -> bool:
-    """Whether both adapter folders hold the same files with the same bytes, and nothing else."""
-    try:
-        first, second = ({path.name: path for path in files_of(each, ADAPTER_FILES)} for each in (one, other))
-    except (NotOurs, OSError):
-        return False
-    return first.keys() == second.keys() and all(_same_bytes(first[name], second[name]) for name in first)
-
-
-def _same_bytes(one: Path, other: Path) -> bool:
-    with open_binary(one) as first, open_binary(other) as second:
-        while piece := first.read(2**20):
-            if second.read(len(piece)) != piece:
-                return False
-        return not second.read(1)
