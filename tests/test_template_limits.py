@@ -227,7 +227,7 @@ def test_leaving_early_does_not_wait_for_what_is_being_made() -> None:
 
     def slow() -> Any:
         yield 1
-        time.sleep(20)
+        time.sleep(8)
         yield 2
 
     items = ahead(slow(), 1)

@@ -53,6 +53,11 @@ class ChatTemplate:
         self.stops_at_end = re.compile(rf"{either}(?:\s*{either})*\s*\Z")
         self._compiled = BoundedTemplate(text, name)
 
+    @property
+    def own_text(self) -> str | None:
+        """Its text, unless it is the model's own."""
+        return None if self.text == self.tokenizer.chat_template else self.text
+
     def render(self, turns: Turns, where: str, tools: Any = None, *, generation_prompt: bool = False) -> str:
         """The conversation as text. Raises CannotRender, with the template's own words, if it refuses it."""
         variables = {"tools": tools, "documents": None, "add_generation_prompt": generation_prompt, **self._variables}

@@ -114,6 +114,11 @@ class Findings:
         self.places.setdefault(kind, [])
         self.errors.setdefault(kind, []).append(error)
 
+    def settle_too_long(self, policy: str, rows: int) -> None:
+        """Rows above max_seq_len do not stop a run if the recipe says what becomes of them, or if they are few."""
+        if policy != "error" or self.counts.get("too_long", 0) <= TOO_LONG_SHARE * rows:
+            self.waived.add("too_long")
+
     def stopping(self, allowed: Sequence[str] = ()) -> list[str]:
         waived = self.waived | set(allowed)
         return [kind for kind in KINDS if kind in self.counts and KINDS[kind].stops and kind not in waived]

@@ -138,10 +138,10 @@ def pack(lengths: Sequence[int] | np.ndarray, capacity: int) -> Groups:
     return Groups(members, np.cumsum(np.bincount(row_of, minlength=rows), dtype=np.int64))
 
 
-def rows_to_shuffle(lengths: np.ndarray, *, packing: bool, max_seq_len: int, tokens: int | None, seed: int) -> Groups:
-    """What the order shuffles: packed rows, groups of similar length that fill `tokens`, or single examples."""
-    if packing:
-        return pack(lengths, max_seq_len)
+def rows_to_shuffle(lengths: np.ndarray, packed: int | None, tokens: int | None, seed: int) -> Groups:
+    """What the order shuffles: rows of `packed` tokens, groups of similar length that fill `tokens`, or examples."""
+    if packed is not None:
+        return pack(lengths, packed)
     if tokens is not None:
         return similar_lengths(lengths, tokens, seed)
     return Groups(np.arange(len(lengths)), np.arange(1, len(lengths) + 1))

@@ -34,7 +34,7 @@ from lora_cli.data.cache import (
     tokenizer_hash,
 )
 from lora_cli.data.chat import ChatTemplate, chat_template, generation_ends
-from lora_cli.data.gate import KINDS, TOO_LONG_SHARE, Findings, Lengths, Weights, duplicates
+from lora_cli.data.gate import KINDS, Findings, Lengths, Weights, duplicates
 from lora_cli.data.order import hold_out, repeated, rows_to_shuffle
 from lora_cli.data.readers import Row
 from lora_cli.data.row_encoder import ROWS_TO_DETECT, RowEncoder, fit_length, require_columns, require_template_used
@@ -238,16 +238,14 @@ class Preparation:
         if not data.streaming:
             require_template_used(data, self._template)
         lengths, targets = writer.lengths, writer.targets
-        rows = rows_to_shuffle(
-            lengths[train], packing=data.packing, max_seq_len=data.max_seq_len, tokens=self.row_tokens, seed=self.seed
-        )
+        rows = rows_to_shuffle(lengths[train], data.max_seq_len if data.packing else None, self.row_tokens, self.seed)
         write_indices(folder / "train.arrow", train)
         write_indices(folder / "validation.arrow", validation)
         write_groups(folder / "rows.arrow", rows)
         digest = hashlib.sha256(writer.fingerprint.encode())
         for indices in (train, validation):
             digest.update(indices.tobytes() + b"|")
-        own = self.tokenizer.chat_template
+        template = self._template
         summary = Summary(
             formats,
             {name: value for source in self.sources for name, value in source.identity.items()},
@@ -258,8 +256,8 @@ class Preparation:
             digest.hexdigest(),
             writer.largest_id,
             writer.longest,
-            self._template.name if self._template is not None else None,
-            self._template.text if self._template is not None and self._template.text != own else None,
+            template and template.name,
+            template and template.own_text,
             [str(self.tokenizer.convert_ids_to_tokens(id)) for id in sorted(self._stops)],
             Weights.of(writer.weights[train]),
             self._listing,
@@ -331,12 +329,11 @@ class Preparation:
 
     def _close_gate(self, seen: _Seen, held: _Seen, names: list[str]) -> None:
         findings, data = self._findings, self.data
-        if data.too_long != "error" or findings.counts.get("too_long", 0) <= TOO_LONG_SHARE * self._rows:
-            findings.waived.add("too_long")
-        content = _numbers(seen.content, np.uint64)
+        findings.settle_too_long(data.too_long, self._rows)
+        content = np.asarray(seen.content)
         for at in duplicates(content).tolist():
             findings.add("duplicate", *seen.where(at, names))
-        other = _numbers(held.content, np.uint64)
+        other = np.asarray(held.content)
         for at in np.flatnonzero(np.isin(other, content)).tolist():
             findings.add("overlap", *held.where(at, names))
         if unknown := self._stops - generation_ends(self.tokenizer):
@@ -354,18 +351,18 @@ class Preparation:
         last = ends[len(self.training) - 1] if self.training else 0
         held = np.zeros(last, bool)
         if isinstance(data.validation, float):
-            groups = _numbers(seen.group if data.group_by is not None else seen.content, np.uint64)
-            kept = np.flatnonzero(_numbers(seen.pieces, np.int32))  # rows that are in the data: none that was too long
+            groups = np.asarray(seen.content if data.group_by is None else seen.group)
+            kept = np.flatnonzero(np.asarray(seen.pieces))  # rows that are in the data: none that was too long
             rows = np.zeros(len(groups), bool)
             try:
                 rows[kept[hold_out(groups[kept], data.validation, seed, self.sources[0].name)]] = True
             except LoraError:  # unless what the gate found, or that no row is left, says why
                 if len(kept) and not self._findings.stopping(data.allow):
                     raise
-            content = _numbers(seen.content, np.uint64)
+            content = np.asarray(seen.content)
             for at in np.flatnonzero(rows & np.isin(content, content[~rows])).tolist():  # equal rows of other groups
                 self._findings.add("overlap", *seen.where(at, names))
-            held = np.repeat(rows, _numbers(seen.pieces, np.int32))
+            held = np.repeat(rows, np.asarray(seen.pieces))
         train = [np.empty(0, np.int64)]
         for number, ((weight, _), start, end) in enumerate(zip(self.training, [0, *ends], ends, strict=False)):
             indices = np.arange(start, end)[~held[start:end]]
@@ -380,7 +377,3 @@ def _group(row: Row, name: str) -> int:
         fix = f"its columns: {', '.join(row.values)}"
         raise LoraError(f"data.group_by names {name}, but the row has no such column", where=row.where, fix=fix)
     return xxhash.xxh3_64_intdigest(json.dumps(row.values[name], sort_keys=True, default=str).encode())
-
-
-def _numbers(values: array, dtype: Any) -> np.ndarray:
-    return np.frombuffer(values, dtype) if values else np.empty(0, dtype)

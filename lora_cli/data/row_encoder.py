@@ -2,11 +2,11 @@
 
 from __future__ import annotations
 
+from collections import deque
 from collections.abc import Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
 from itertools import islice
-from queue import Full, Queue
-from threading import Event, Thread
 from typing import Any, TypeVar
 
 from transformers import PreTrainedTokenizerBase
@@ -164,50 +164,23 @@ def _require_train_on(data: DataRecipe, form: Format, where: str) -> None:
 
 
 Item = TypeVar("Item")
-_LEAVE_SECONDS = 1.0  # to wait for an item that nobody wants any more, such as after Ctrl+C
 
 
 def ahead(items: Iterator[Item], most: int) -> Iterator[Item]:
-    """The same items in the same order; up to `most` are made before they are asked for.
+    """The same items in the same order; up to `most` are made in another thread before they are asked for.
 
-    An exception of the iterator is raised where its item would have come. Leaving early stops the thread.
+    An exception of the iterator is raised where its item would have come. Leaving early waits for nothing.
     """
-    made: Queue[tuple[Any, BaseException | None]] = Queue(most)
-    end = object()
-    stopped = Event()
-
-    def put(item: Any, error: BaseException | None = None) -> None:
-        while not stopped.is_set():
-            try:
-                made.put((item, error), timeout=0.1)
-                return
-            except Full:
-                continue
-
-    def work() -> None:
-        try:
-            for item in items:
-                put(item)
-                if stopped.is_set():
-                    return
-            put(end)
-        except BaseException as error:  # raised again in the thread that asks
-            put(end, error)
-
-    thread = Thread(target=work, daemon=True)
+    end: Any = object()
+    pool = ThreadPoolExecutor(1)
     try:
-        thread.start()
-    except RuntimeError:  # a system that starts no further one: then each item is made when it is asked for
+        made = deque([pool.submit(next, items, end) for _ in range(most)])
+    except RuntimeError:  # the system starts no further thread: then each item is made when it is asked for
         yield from items
         return
     try:
-        while True:
-            item, error = made.get()
-            if error is not None:
-                raise error
-            if item is end:
-                return
+        while (item := made.popleft().result()) is not end:
+            made.append(pool.submit(next, items, end))
             yield item
     finally:
-        stopped.set()
-        thread.join(_LEAVE_SECONDS)
+        pool.shutdown(wait=False, cancel_futures=True)

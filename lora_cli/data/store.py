@@ -6,7 +6,7 @@ import hashlib
 import json
 from array import array
 from collections.abc import Iterator, Sequence
-from dataclasses import asdict, dataclass, field
+from dataclasses import dataclass, field
 from functools import lru_cache
 from pathlib import Path
 from typing import Any, overload
@@ -77,18 +77,16 @@ class ExampleWriter:
     @property
     def lengths(self) -> np.ndarray:
         """Tokens of each example so far that was flushed: (examples,) int32."""
-        return np.frombuffer(self._lengths, np.int32) if self._lengths else np.empty(0, np.int32)
+        return np.asarray(self._lengths)
 
     @property
     def targets(self) -> np.ndarray:
-        return np.frombuffer(self._targets, np.int32) if self._targets else np.empty(0, np.int32)
+        return np.asarray(self._targets)
 
     @property
     def weights(self) -> np.ndarray:
         """Smallest and largest weight of the loss in each example: (examples, 2) float32."""
-        return (
-            np.frombuffer(self._weights, np.float32).reshape(-1, 2) if self._weights else np.empty((0, 2), np.float32)
-        )
+        return np.asarray(self._weights).reshape(-1, 2)
 
     def _flush(self) -> None:
         waiting = self._waiting
@@ -319,10 +317,7 @@ def open_prepared(folder: Path) -> PreparedData | None:
 
 def _summary_from(stored: dict[str, Any]) -> Summary:
     findings = stored["findings"]
-    errors = {
-        kind: [LoraError(error["what"], where=error["where"], fix=error["fix"]) for error in each]
-        for kind, each in findings["errors"].items()
-    }
+    errors = {kind: [LoraError(**error) for error in each] for kind, each in findings["errors"].items()}
     places = {kind: [(file, row) for file, row in each] for kind, each in findings["places"].items()}
     return Summary(
         **stored
@@ -337,18 +332,14 @@ def _summary_from(stored: dict[str, Any]) -> Summary:
 
 
 def summary_values(summary: Summary) -> dict[str, Any]:
-    findings = summary.findings
-    errors = {
-        kind: [{"what": error.what, "where": error.where, "fix": error.fix} for error in each]
-        for kind, each in findings.errors.items()
-    }
-    stored = {"counts": findings.counts, "places": findings.places, "waived": sorted(findings.waived), "errors": errors}
-    return {name: getattr(summary, name) for name in Summary.__dataclass_fields__} | {
-        "findings": stored,
-        "train": asdict(summary.train),
-        "validation": asdict(summary.validation),
-        "weights": summary.weights and asdict(summary.weights),
-    }
+    """As JSON has it: without tuples, sets, errors and dataclasses."""
+
+    def plain(value: Any) -> Any:
+        if isinstance(value, LoraError):
+            return {"what": value.what, "where": value.where, "fix": value.fix}
+        return sorted(value) if isinstance(value, set) else vars(value)
+
+    return json.loads(json.dumps(summary, default=plain))
 
 
 def rows_per_micro_batch(recipe: Recipe) -> int:

@@ -22,7 +22,7 @@ from transformers import PreTrainedTokenizerBase
 from lora_cli.base.text import positions, vocabulary
 from lora_cli.data.chat import ChatTemplate
 from lora_cli.data.example import Example
-from lora_cli.data.gate import TOO_LONG_SHARE, Findings, Lengths, Weights, weight_range
+from lora_cli.data.gate import Findings, Lengths, Weights, weight_range
 from lora_cli.data.order import Groups, permutation, rows_to_shuffle, split_by_length
 from lora_cli.data.readers import Row
 from lora_cli.data.report import stream_lines
@@ -84,7 +84,6 @@ class StreamFeed:
         several = [each for _, each in self._sources if isinstance(each, FileSource) and not each.one]
         listing = {each.name: {"files": dict.fromkeys(map(str, each.paths)), "left": each.left} for each in several}
         template = self._template
-        own = template.text if template is not None and template.text != self._tokenizer.chat_template else None
         return replace(
             data,
             formats={self._sources[at][1].name: encoder.said for at, encoder in encoders} | data.formats,
@@ -93,7 +92,7 @@ class StreamFeed:
             train=self._lengths,
             fingerprint=f"{digest} {data.fingerprint}",
             template=data.template if template is None else template.name,
-            own_template=data.own_template if template is None else own,
+            own_template=data.own_template if template is None else template.own_text,
             weights=Weights.of(np.array([weight_range(each) for each in self._first], np.float32).reshape(-1, 2)),
         )
 
@@ -193,40 +192,26 @@ class StreamFeed:
         self._require_known_tokens()
         lengths = np.array([len(example.ids) for example in self._examples], np.int64)
         seed = (train.seed, self._place["pass"], self._place["rows"])
-        self._units = rows_to_shuffle(
-            lengths,
-            packing=data.packing,
-            max_seq_len=data.max_seq_len,
-            tokens=train.tokens_per_micro_batch,
-            seed=train.seed,
-        )
+        packed = data.max_seq_len if data.packing else None
+        self._units = rows_to_shuffle(lengths, packed, train.tokens_per_micro_batch, train.seed)
         self._given += len(self._units)
         self._shuffled = permutation(len(self._units), seed)
 
     def _encoded(self, rows: list[tuple[int, Row]]) -> list[Example]:
-        data = self._recipe.data
-        findings = Findings()
-        made: dict[int, Iterator[list[Example]]] = {}
+        """Examples of a window's rows, source by source."""
+        data, findings = self._recipe.data, Findings()
+        examples: list[Example] = []
         for at in sorted({at for at, _ in rows}):
             own = [row for owner, row in rows if owner == at]
             if at not in self._encoders:  # the first window shows a source's format, for all of them
                 self._encoders[at] = RowEncoder(data, self._tokenizer, own, several=self._several)
             encoder = self._encoders[at]
-            made[at] = iter(
-                [
-                    [] if each.example is None else self._fitted(each.example, encoder.format.name, findings)
-                    for each in encoder.encode(iter(own), findings)
-                ]
-            )
-        examples = [example for at, _ in rows for example in next(made[at])]
-        if data.too_long != "error" or findings.counts.get("too_long", 0) <= TOO_LONG_SHARE * len(rows):
-            findings.waived.add("too_long")
+            for each in encoder.encode(iter(own), findings):
+                if each.example is not None:
+                    examples += fit_length(each.example, data.max_seq_len, data.too_long, encoder.format.name, findings)
+        findings.settle_too_long(data.too_long, len(rows))
         findings.require_none(data.allow)
         return examples
-
-    def _fitted(self, example: Example, data_format: str, findings: Findings) -> list[Example]:
-        data = self._recipe.data
-        return fit_length(example, data.max_seq_len, data.too_long, data_format, findings)
 
     def _require_unchanged(self) -> None:
         """A run that read some rows of one version of a file and some of another could not be repeated."""
