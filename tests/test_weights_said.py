@@ -1,4 +1,4 @@
-"""Weights of the loss are said to be in force, with their range, wherever a person looks."""
+"""That the loss is weighted is said, with the range, wherever a person looks."""
 
 from __future__ import annotations
 
@@ -43,7 +43,7 @@ def test_check_says_that_weights_are_in_force_and_their_range(case, recipe_file,
     checked = check(load_recipe(path))
     found = checked.as_dict(0)["weights"]
     lines = checked.feed.lines()
-    told = [line for line in lines if "weights of the loss are in force" in line]
+    told = [line for line in lines if "the loss is weighted" in line]
     if expected is None:
         assert (found, told) == (None, [])
         return

@@ -96,7 +96,7 @@ def forget_killed(cache: Path) -> None:
         if left is None:
             continue
         alive = Path(f"/proc/{left[1]}").exists() or not Path("/proc").exists()
-        if not alive or int(left[1]) == os.getpid():  # of this number in an earlier life
+        if not alive or int(left[1]) == os.getpid():  # an earlier process had this number
             with suppress(OSError):
                 remove_ours(folder, FILES)
 

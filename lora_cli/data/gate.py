@@ -14,7 +14,7 @@ from lora_cli.data.formats import Conversation, Document
 from lora_cli.data.readers import Row
 from lora_cli.errors import CheckFailed, LoraError, shown
 
-TOO_LONG_SHARE = 0.01  # of the rows: up to this many are left out, above it the recipe has to say what shall happen
+TOO_LONG_SHARE = 0.01  # of the rows: up to this many are left out, above it the recipe must say what happens
 _KEPT_ROWS = 1000  # of one kind that are named; all are counted
 _SHOWN_ROWS = 5
 

@@ -356,7 +356,7 @@ class Preparation:
             rows = np.zeros(len(groups), bool)
             try:
                 rows[kept[hold_out(groups[kept], data.validation, seed, self.sources[0].name)]] = True
-            except LoraError:  # unless what the gate found, or that no row is left, says why
+            except LoraError:  # unless a finding, or that no row is left, says why
                 if len(kept) and not self._findings.stopping(data.allow):
                     raise
             content = np.asarray(seen.content)
