@@ -219,7 +219,7 @@ def same_output(mlp: Any, forward: Forward, first: Any) -> bool:
         for module in modes:
             if module is mlp or isinstance(module, nn.Dropout):  # adapters keep their mode
                 module.training = True
-        weight = next(mlp.down_proj.parameters())
+        weight = next(getattr(mlp.down_proj, "base_layer", mlp.down_proj).parameters())  # A and B are fp32
         width = features(getattr(first, "base_layer", first))[0]
         dtype = weight.dtype if weight.is_floating_point() else torch.get_default_dtype()
         x = torch.randn(1, 3, width, generator=torch.Generator().manual_seed(0)).to(weight.device, dtype)

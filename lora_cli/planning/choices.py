@@ -9,6 +9,7 @@ from dataclasses import dataclass
 from functools import cache, partial
 
 import numpy as np
+import torch
 
 from lora_cli.adapters.reach import kind_of
 from lora_cli.adapters.targets import find_targets
@@ -40,6 +41,11 @@ class Device:
     memory: int
     value_bytes: int = 2
     on_cpu: bool = False
+
+    @property
+    def dtype(self) -> torch.dtype:
+        """The compute dtype, or one of its size."""
+        return torch.float32 if self.value_bytes == 4 else torch.bfloat16
 
 
 @dataclass(frozen=True)

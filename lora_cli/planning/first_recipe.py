@@ -94,7 +94,7 @@ def _choose(base: BaseModel, survey: DataSurvey, device: Device, template: tuple
     adapter = choices.choose_adapter(base, survey.target_tokens)
     ranks = dict.fromkeys(adapter.layers, adapter.rank)
     kind, at = base.stored or DEFAULT, "cpu" if device.on_cpu else "cuda"
-    shape = shape_of(base.skeleton, ranks, quantization=kind, device=at)
+    shape = shape_of(base, ranks, device.dtype, quantization=kind, device=at)
     epochs = choices.choose_epochs(survey.tokens)
     validation = choices.choose_validation(survey.rows, survey.distinct)
     fit = choices.choose_sizes(base, survey, device, shape, epochs)
