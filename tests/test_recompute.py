@@ -63,6 +63,13 @@ def assert_close(actual: list[Tensor], expected: list[Tensor]) -> None:
         torch.testing.assert_close(one, right, rtol=0, atol=1e-5 * right.abs().max().item())
 
 
+def test_a_base_in_half_precision_is_replaced_as_well_though_its_adapters_are_in_fp32():
+    config, replaced = MODELS["llama"]
+    model = hf.AutoModelForCausalLM.from_config(config(), dtype=torch.bfloat16)
+    attach(model, find_targets(model, "all-linear", rank=4, alpha=8))
+    assert save_only_inputs(model) == replaced
+
+
 @pytest.mark.parametrize("target_modules", ["all-linear", "attention"])
 @pytest.mark.parametrize("name", MODELS)
 def test_same_values_same_gradients_less_kept(name, target_modules):
