@@ -11,7 +11,8 @@ from collections.abc import Callable, Iterator
 from typing import Any, NamedTuple
 
 from lora_cli.quantization import RULES, named
-from lora_cli.recipe.schema import FIELDS, OTHER_FIELDS, TEMPLATES, Recipe, SourceRecipe, holder_of
+from lora_cli.recipe.keys import holder_of
+from lora_cli.recipe.schema import FIELDS, OTHER_FIELDS, TEMPLATES, Recipe, SourceRecipe
 
 
 class Rule(NamedTuple):

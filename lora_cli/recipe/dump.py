@@ -8,7 +8,8 @@ from typing import Any
 import yaml
 
 from lora_cli.recipe.contradictions import idle_keys
-from lora_cli.recipe.schema import Recipe, holder_of, path_places
+from lora_cli.recipe.keys import holder_of, path_places
+from lora_cli.recipe.schema import Recipe
 from lora_cli.recipe.yaml import KeyPath
 
 

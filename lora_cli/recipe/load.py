@@ -15,9 +15,10 @@ import yaml
 from lora_cli import limits
 from lora_cli.errors import LoraError, RecipeErrors, home_expanded, reason_of
 from lora_cli.recipe.contradictions import contradictions
+from lora_cli.recipe.keys import holder_of, path_places
 from lora_cli.recipe.problems import validate
 from lora_cli.recipe.retired import drop_retired
-from lora_cli.recipe.schema import Recipe, holder_of, path_places
+from lora_cli.recipe.schema import Recipe
 from lora_cli.recipe.yaml import NO_VALUE, KeyPath, Positions, parse_value, place_of, read_recipe_yaml, where_of
 from lora_cli.streams import print_note
 

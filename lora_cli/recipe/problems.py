@@ -10,7 +10,8 @@ from pydantic import BaseModel, ValidationError
 
 from lora_cli import limits
 from lora_cli.errors import LoraError
-from lora_cli.recipe.schema import Recipe, SourceRecipe, all_keys, section_of
+from lora_cli.recipe.keys import all_keys, section_of
+from lora_cli.recipe.schema import Recipe, SourceRecipe
 from lora_cli.recipe.yaml import KeyPath, Positions, where_of
 
 _EXAMPLES = {  # of settings that have no default

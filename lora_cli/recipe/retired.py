@@ -5,7 +5,7 @@ from __future__ import annotations
 from typing import Any, NamedTuple
 
 from lora_cli.errors import LoraError
-from lora_cli.recipe.schema import holder_of
+from lora_cli.recipe.keys import holder_of
 from lora_cli.recipe.yaml import KeyPath, Positions, where_of
 
 
