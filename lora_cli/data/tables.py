@@ -14,7 +14,6 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from lora_cli import limits
-from lora_cli.data.arrow_headers import require_modest_batches
 from lora_cli.errors import LoraError
 from lora_cli.limits import LimitReached, Unpacked
 
@@ -22,6 +21,7 @@ if TYPE_CHECKING:
     import pyarrow
 
 _ROWS_AT_ONCE = 1000
+_MAGIC = b"ARROW1"  # at the start and end of an Arrow file
 _END_OF_STREAM = b"\xff\xff\xff\xff\0\0\0\0"  # of an Arrow stream (format specification, "IPC streaming format")
 _OUT_OF_RANGE = "<value out of range"  # as Arrow's cast to text begins
 _NO_FRACTION = re.compile(r"\.0+(?![0-9])")
@@ -233,30 +233,73 @@ def _require_modest_chunks(metadata: Any, path: Path) -> tuple[int, set[str]]:
 
 
 def _arrow(path: Path) -> Iterator[Values]:
-    """An Arrow file, or an Arrow stream as `datasets` saves it."""
+    """An Arrow stream, as `datasets` saves it, or an Arrow file: the same stream between a mark and an index."""
     import pyarrow
+    from pyarrow import ipc
 
     try:
-        require_modest_batches(path)
-        counted, read = Unpacked(path), 0
         with pyarrow.OSFile(str(path)) as file:
-            if file.read(6) == b"ARROW1":
-                reader = pyarrow.ipc.open_file(file)
-                batches = (reader.get_batch(at) for at in range(reader.num_record_batches))
-            else:
-                file.seek(max(0, file.size() - len(_END_OF_STREAM)))
-                if file.read() != _END_OF_STREAM:
-                    raise ValueError("the stream is incomplete")
-                file.seek(0)
-                batches = iter(pyarrow.ipc.open_stream(file))
-            for batch in batches:
+            start, end = (8, _MAGIC) if file.read(6) == _MAGIC else (0, _END_OF_STREAM)
+            file.seek(max(0, file.size() - len(end)))
+            if file.read() != end:
+                raise ValueError("it has no end; it was cut")
+            file.seek(start)
+            _require_modest_batches(ipc.MessageReader.open_stream(file), path)
+            file.seek(start)
+            counted, batches, rows = Unpacked(path), 0, 0
+            for batch in ipc.open_stream(file):
                 batch.validate(full=True)  # offsets that point outside would crash the interpreter
-                read += batch.num_rows
-                require_possible_rows(read, batch.num_columns, path)
+                batches, rows = batches + 1, rows + batch.num_rows
+                require_possible_rows(rows, batch.num_columns, path)
                 for part in small_parts(batch, path, counted):
                     yield from rows_of(part, str(path))
+            if start and ipc.open_file(file).num_record_batches != batches:
+                raise ValueError("its index and its batches differ")
     except (pyarrow.ArrowException, OSError, ValueError, struct.error) as error:
         raise _unreadable(path, "Arrow", error) from None
+
+
+def _require_modest_batches(messages: Any, path: Path) -> None:
+    """Raises LimitReached for a batch, or all of them, of more bytes than a file of this size may hold.
+
+    pyarrow unpacks a batch whole, and a few compressed bytes can hold gigabytes. Each compressed buffer begins with its
+    own length (Arrow format, "Recordbatch body compression"); where the buffers are, the message's metadata say.
+    """
+    counted, most = Unpacked(path), limits.UNPACKED_WHOLE + limits.UNPACKED_WHOLE_TIMES * path.stat().st_size
+    for message in messages:
+        unpacked = 0
+        for offset, length in _compressed(message.metadata.to_pybytes(), message.type):
+            (size,) = struct.unpack("<q", message.body[offset : offset + 8].to_pybytes())
+            unpacked += length if size < 0 else size  # -1: the buffer is not compressed
+        counted.add(unpacked)
+        if unpacked > most:
+            what = f"a batch has {unpacked:,} bytes, unpacked; {most:,} is the limit"
+            raise LimitReached(what, where=str(path), fix="write it in smaller batches")
+
+
+def _compressed(data: bytes, kind: str) -> Iterator[tuple[int, int]]:
+    """(offset, length) of the buffers of a compressed batch, by its metadata: a FlatBuffer as in Message.fbs."""
+
+    def follow(at: int) -> int:
+        return at + struct.unpack_from("<I", data, at)[0]
+
+    def field(table: int, number: int) -> int | None:
+        """Where a field of a table is, if it is set."""
+        fields, at = table - struct.unpack_from("<i", data, table)[0], 4 + 2 * number
+        offset = struct.unpack_from("<H", data, fields + at)[0] if at < struct.unpack_from("<H", data, fields)[0] else 0
+        return table + offset if offset else None
+
+    batch = field(follow(0), 2) if kind in ("record batch", "dictionary") else None
+    if batch is not None and kind == "dictionary":
+        batch = field(follow(batch), 1)
+    if batch is None or field(follow(batch), 3) is None:  # not compressed, so no larger than the file
+        return
+    if (buffers := field(follow(batch), 2)) is not None:
+        vector = follow(buffers)
+        for at in range(struct.unpack_from("<I", data, vector)[0]):
+            offset, length = struct.unpack_from("<qq", data, vector + 4 + 16 * at)
+            if length > 0:
+                yield offset, length
 
 
 def require_possible_rows(rows: int, columns: int, path: Path) -> None:
