@@ -9,17 +9,24 @@ from typing import Any, get_args
 import pytest
 import torch
 import transformers as hf
-from conftest import ROOT, save_tiny
+from conftest import ROOT, randomize_adapter, save_tiny
 from torch import nn
 from transformers.pytorch_utils import Conv1D
 
-from lora_cli.base.linear import dense_weight, held_bytes, stored_transposed
+from lora_cli.adapters.attach import attach
+from lora_cli.adapters.targets import find_targets
+from lora_cli.adapters.trained import trained_parameters
+from lora_cli.base.linear import dense_weight, features, held_bytes, is_quantized, stored_transposed, unquantized_layers
 from lora_cli.base.load import load_model
 from lora_cli.base.source import find_base
+from lora_cli.base.storage import registry
+from lora_cli.base.storage.kind import Storage
 from lora_cli.base.storage.registry import KINDS, part_of, storage_named, storage_of
 from lora_cli.base.stored import dense_tensor
 from lora_cli.base.weight_files import stored_tensors
-from lora_cli.merging.compare import parameters_stored
+from lora_cli.merging.compare import make_dense, parameters_stored
+from lora_cli.planning.memory import estimate_memory, shape_of
+from lora_cli.planning.skeleton import look_at_model
 from lora_cli.quantization import RULES, Quantization
 
 CPU = torch.device("cpu")
@@ -96,6 +103,76 @@ def test_held_bytes_are_those_of_the_stored_file(quantization: str, double: bool
     assert held_bytes(model, frozen_alone=True) == expected - shared
     model.lm_head.weight.requires_grad_(True)
     assert held_bytes(model, frozen_alone=True) == expected - shared - model.lm_head.weight.nbytes
+
+
+class BlocksOf32(nn.Module):
+    """(q · d + m) of 4-bit q, fp16 d and m for blocks of 32 numbers of a row, as llama.cpp's Q4_1."""
+
+    def __init__(self, plain: Any):
+        super().__init__()
+        self.in_features, self.out_features, self.bias = plain.in_features, plain.out_features, plain.bias
+        blocks = plain.weight.data.float().view(plain.out_features, -1, 32)
+        low, high = blocks.amin(-1, keepdim=True), blocks.amax(-1, keepdim=True)
+        self.register_buffer("d", ((high - low) / 15).half())
+        self.register_buffer("m", low.half())
+        q = ((blocks - low) / (high - low) * 15).round().to(torch.uint8)
+        self.weight = nn.Parameter(q[..., ::2] | q[..., 1::2] << 4, requires_grad=False)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return nn.functional.linear(x, dense_weight(self).to(x.dtype), self.bias)
+
+
+class Q41(Storage):
+    """All that a new kind writes."""
+
+    name = "q4_1"
+    weights_per_number = 2
+
+    def is_layer(self, module: nn.Module) -> bool:
+        return isinstance(module, BlocksOf32)
+
+    def dense(self, layer: Any) -> torch.Tensor:
+        packed = layer.weight.data
+        q = torch.stack([packed & 15, packed >> 4], -1).flatten(-2).float()
+        return (q * layer.d.float() + layer.m.float()).flatten(1)
+
+    def hold(self, layer: nn.Module) -> nn.Module:
+        return BlocksOf32(layer) if features(layer)[0] % 32 == 0 else layer
+
+    def bits(self, value_bytes: int, double: bool) -> float:
+        return 4 + 2 * 16 / 32
+
+
+def test_a_new_kind_is_one_class_and_one_line(monkeypatch: pytest.MonkeyPatch, tiny_llama: Path):
+    """Loaded, adapted, trained on, counted, estimated and made dense for a merge, without another line anywhere."""
+    kind = Q41()
+    monkeypatch.setattr(registry, "KINDS", (kind, *KINDS))
+    monkeypatch.setitem(registry._BY_NAME, "q4_1", kind)
+    source = find_base(str(tiny_llama))
+    plain = load_model(source, quantization="none", dtype=torch.float32, device=CPU)
+    model = load_model(source, quantization="q4_1", dtype=torch.float32, device=CPU)
+    held = {name: layer for name, layer in model.named_modules() if isinstance(layer, BlocksOf32)}
+    assert len(held) == 14
+    assert storage_of(model.get_output_embeddings()) is storage_named("none")
+    assert all(is_quantized(layer) for layer in held.values())
+    assert unquantized_layers(model) == []
+    for name, layer in held.items():
+        weight = plain.get_submodule(name).weight
+        blocks = weight.view(len(weight), -1, 32)
+        step = ((blocks.amax(-1) - blocks.amin(-1)) / 15).max().item()
+        assert (dense_weight(layer) - weight).abs().max() <= 0.6 * step  # half a step, and fp16
+    shape = shape_of(look_at_model(str(tiny_llama)), {}, torch.float32, quantization="q4_1", device="cpu")
+    nothing = {"tokens": 0, "target_tokens": 0, "gradient_checkpointing": False}
+    estimated = estimate_memory(shape, quantization="q4_1", value_bytes=4, **nothing).weights - 4 * shape.largest_layer
+    assert estimated == pytest.approx(held_bytes(model), rel=0.01)
+    attach(model, find_targets(model, "all-linear", rank=4, alpha=8))
+    randomize_adapter(model)
+    ids = torch.arange(20)[None]
+    model(input_ids=ids).logits.sum().backward()
+    assert all(each.grad is not None and each.grad.any() for each in trained_parameters(model))
+    logits = model(input_ids=ids).logits
+    make_dense(model)
+    torch.testing.assert_close(model(input_ids=ids).logits, logits, rtol=0, atol=1e-5)
 
 
 def test_nothing_outside_the_registry_speaks_of_a_kind():

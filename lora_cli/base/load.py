@@ -13,7 +13,7 @@ from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING
 
 from lora_cli.base.attention import attention_implementation, watch_rows
 from lora_cli.base.bounds import require_modest_tokenizer, require_modest_tokenizer_files, require_own_tokens
-from lora_cli.base.linear import settle_layers
+from lora_cli.base.linear import hold_layers, settle_layers
 from lora_cli.base.source import BaseSource
 from lora_cli.base.storage.registry import storage_named
 from lora_cli.base.stored import require_quantization, stored_quantization
@@ -66,6 +66,8 @@ def load_model(
     _require_all_weights(source, info)
     for parameter in model.parameters():
         parameter.requires_grad_(False)
+    if not as_stored:
+        hold_layers(model, quantization)
     settle_layers(model, dtype)
     model.unused_tensors = sorted(map(str, info["unexpected_keys"]))
     watch_rows(model)

@@ -46,8 +46,15 @@ class Storage:
     # ── loading and checkpoints ─────────────────────────────────────────────────────────────────────────────────
 
     def load_settings(self, dtype: torch.dtype, double: bool) -> Any:
-        """The quantization_config for transformers that quantizes plain weights while they are loaded."""
+        """The quantization_config for transformers that quantizes plain weights while they are loaded.
+
+        None for a kind that transformers does not know: it holds layers with `hold`.
+        """
         return None
+
+    def hold(self, layer: nn.Module) -> nn.Module:
+        """A plain layer that was just loaded, held as this kind stores it."""
+        return layer
 
     def stated(self, settings: dict[str, Any]) -> str | None:
         """What config.json's quantization_config says, if it speaks of this family: a recipe's name, or another."""
