@@ -10,7 +10,7 @@ from pathlib import Path
 
 from lora_cli.errors import LoraError
 
-# ── chat templates (data/jinja.py) ──────────────────────────────────────────────────────────────────────────────
+# ── chat templates (data/chat/jinja.py) ──────────────────────────────────────────────────────────────────────────────
 # A step is one round of a loop, one call, one operation, or 32 characters of text. The templates of well-known models
 # take 5 to 40 steps a turn. Steps are counted, not timed, so a row is refused on every machine or on none.
 TEMPLATE_CHARACTERS = 128 << 10  # the longest known, gpt-oss, has 17,000; compiling as much as this takes 2 to 4 s

@@ -25,7 +25,7 @@ from tokenizers.processors import TemplateProcessing
 from transformers import PreTrainedTokenizerFast
 
 from lora_cli.data.batches import collate
-from lora_cli.data.chat import ChatTemplate
+from lora_cli.data.chat.template import ChatTemplate
 from lora_cli.data.example import Example
 from lora_cli.data.gate import KINDS, Encoded, Findings
 from lora_cli.data.readers import Row

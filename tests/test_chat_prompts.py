@@ -12,7 +12,7 @@ from more_chat_families import tokenizer_of
 from test_chat_masks import encode, example_of, refusal, trained
 from test_chat_table import CONVERSATIONS, Q2, SYSTEM, TOOLS, A, Q, calls, pieces, result, says, thinks, user
 
-from lora_cli.data.chat import ChatTemplate, chat_template
+from lora_cli.data.chat.template import ChatTemplate, chat_template
 from lora_cli.data.prepare import prepare
 from lora_cli.data.preview import as_text, tokens_of
 from lora_cli.errors import LoraError

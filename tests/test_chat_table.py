@@ -21,7 +21,7 @@ from tokenizers import AddedToken, Tokenizer, decoders, models, pre_tokenizers
 from tokenizers.processors import TemplateProcessing
 from transformers import PreTrainedTokenizerFast
 
-from lora_cli.data.chat import chat_template
+from lora_cli.data.chat.template import chat_template
 from lora_cli.data.gate import KINDS, Encoded, Findings
 from lora_cli.data.readers import Row
 from lora_cli.data.row_encoder import RowEncoder

@@ -245,7 +245,7 @@ def test_the_code_and_its_libraries_make_a_new_key(recipe, tokenizer, monkeypatc
     monkeypatch.setattr(Path, "read_bytes", read)
     assert key(recipe, tokenizer) == before
     folder = Path(module.__file__).parent
-    for path in [*folder.glob("*.py"), *folder.glob("templates/*.jinja")]:
+    for path in [*folder.rglob("*.py"), *folder.glob("templates/*.jinja")]:
         changed[:] = [path.name]
         assert key(recipe, tokenizer) != before, path
     changed.clear()

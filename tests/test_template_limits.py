@@ -17,9 +17,9 @@ from jinja2.sandbox import ImmutableSandboxedEnvironment
 from tiny_model import make_tokenizer
 
 from lora_cli import limits
-from lora_cli.data import jinja
+from lora_cli.data.chat import jinja
+from lora_cli.data.chat.jinja import BoundedTemplate
 from lora_cli.data.gate import Encoded, Findings
-from lora_cli.data.jinja import BoundedTemplate
 from lora_cli.data.readers import Row
 from lora_cli.data.row_encoder import RowEncoder
 from lora_cli.errors import LoraError

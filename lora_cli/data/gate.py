@@ -8,7 +8,7 @@ from typing import Any
 
 import numpy as np
 
-from lora_cli.data.chat import ChatTemplate
+from lora_cli.data.chat.template import ChatTemplate
 from lora_cli.data.example import Example
 from lora_cli.data.formats import Conversation, Document
 from lora_cli.data.readers import Row

@@ -33,7 +33,7 @@ from lora_cli.data.cache import (
     stamps,
     tokenizer_hash,
 )
-from lora_cli.data.chat import ChatTemplate, chat_template, generation_ends
+from lora_cli.data.chat.template import ChatTemplate, chat_template, generation_ends
 from lora_cli.data.gate import KINDS, Findings, Lengths, Weights, duplicates
 from lora_cli.data.order import hold_out, repeated, rows_to_shuffle
 from lora_cli.data.readers import Row

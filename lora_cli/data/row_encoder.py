@@ -11,7 +11,7 @@ from typing import Any, TypeVar
 
 from transformers import PreTrainedTokenizerBase
 
-from lora_cli.data.chat import ChatTemplate, chat_template
+from lora_cli.data.chat.template import ChatTemplate, chat_template
 from lora_cli.data.columns import applicable
 from lora_cli.data.encode import TRAIN_ON, Encoder, Prepared, Tokenized
 from lora_cli.data.example import Example, cut, windows

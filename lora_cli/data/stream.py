@@ -20,7 +20,7 @@ import numpy as np
 from transformers import PreTrainedTokenizerBase
 
 from lora_cli.base.text import positions, vocabulary
-from lora_cli.data.chat import ChatTemplate
+from lora_cli.data.chat.template import ChatTemplate
 from lora_cli.data.example import Example
 from lora_cli.data.gate import Findings, Lengths, Weights, weight_range
 from lora_cli.data.order import Groups, permutation, rows_to_shuffle, split_by_length

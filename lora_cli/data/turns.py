@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING, Any
 from lora_cli.errors import LoraError
 
 if TYPE_CHECKING:
-    from lora_cli.data.chat import ChatTemplate
+    from lora_cli.data.chat.template import ChatTemplate
 
 Columns = Mapping[str, str | None]  # what a row means → its column; None: not used
 _SMALLEST, _LARGEST = 1e-6, 1e6  # weights of the loss that float32 sums well

@@ -13,7 +13,7 @@ from transformers import PreTrainedTokenizerBase
 
 from lora_cli.adapters.trained import adapters_disabled
 from lora_cli.base.text import positions, vocabulary
-from lora_cli.data.chat import wants_bos
+from lora_cli.data.chat.template import wants_bos
 from lora_cli.data.example import Example
 from lora_cli.errors import LoraError
 from lora_cli.evaluation.gain import paired_gain

@@ -12,7 +12,7 @@ from accelerate.utils import set_seed
 
 from lora_cli.adapters.opened import Opened, open_model
 from lora_cli.adapters.trained import adapters_disabled
-from lora_cli.data.chat import ChatTemplate, chat_template, wants_bos
+from lora_cli.data.chat.template import ChatTemplate, chat_template, wants_bos
 from lora_cli.errors import LoraError
 from lora_cli.evaluation.generation import complete, generation_config
 from lora_cli.streams import print_json, print_note, print_piece

@@ -26,7 +26,7 @@ from lora_cli.base.linear import dense_weight, features, is_quantized, stored_tr
 from lora_cli.base.source import BaseSource, find_base
 from lora_cli.base.stored import stored_quantization
 from lora_cli.base.weight_files import stored_tensors
-from lora_cli.data.chat import chat_template
+from lora_cli.data.chat.template import chat_template
 from lora_cli.errors import CheckFailed, LoraError
 from lora_cli.files import human_bytes, require_space, written_whole
 from lora_cli.merging import files

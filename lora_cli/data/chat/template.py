@@ -17,7 +17,7 @@ from typing import Any
 
 from transformers import PreTrainedTokenizerBase
 
-from lora_cli.data.jinja import BoundedTemplate, Refused
+from lora_cli.data.chat.jinja import BoundedTemplate, Refused
 from lora_cli.errors import LoraError
 from lora_cli.files import require_regular
 from lora_cli.limits import LimitReached

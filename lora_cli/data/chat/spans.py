@@ -13,7 +13,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
-from lora_cli.data.chat import THOUGHTS, CannotRender, ChatTemplate, Turns
+from lora_cli.data.chat.template import THOUGHTS, CannotRender, ChatTemplate, Turns
 from lora_cli.errors import LoraError
 from lora_cli.limits import LimitReached
 

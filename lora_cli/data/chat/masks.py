@@ -18,7 +18,7 @@ from typing import Any
 from tokenizers import decoders
 from transformers import PreTrainedTokenizerBase
 
-from lora_cli.data.spans import Span as TurnSpan
+from lora_cli.data.chat.spans import Span as TurnSpan
 
 _LOOK_BACK = 96  # characters in front of an answer in which its prompt nearly always has a special token
 _KEPT = 4096  # prompts' ends whose tokens are remembered

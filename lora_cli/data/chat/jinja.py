@@ -24,7 +24,7 @@ import jinja2.meta
 from jinja2.utils import Namespace
 
 from lora_cli import limits
-from lora_cli.data.jinja_count import SIMPLE, CountedEnvironment
+from lora_cli.data.chat.jinja_count import SIMPLE, CountedEnvironment
 from lora_cli.errors import LoraError
 from lora_cli.limits import LimitReached
 
