@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import shutil
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -13,6 +13,7 @@ from typing import Any
 import pytest
 import torch
 import yaml
+from safetensors.torch import load_file
 
 ROOT = Path(__file__).parents[1]
 sys.path.insert(0, str(ROOT / "scripts"))
@@ -180,15 +181,24 @@ def model(tiny_gpt2: Path, tmp_path: Path) -> Callable[..., Path]:
 @pytest.fixture
 def adapted(tiny_llama: Path) -> Any:
     """The tiny Llama in fp32 with a random adapter."""
-    from lora_cli.adapters.attach import attach
-    from lora_cli.adapters.targets import find_targets
+    return with_adapter(open_base(tiny_llama))
+
+
+def open_base(folder: Path, quantization: Any = "none", dtype: torch.dtype = torch.float32) -> Any:
+    """A base model on the CPU, as training opens it."""
     from lora_cli.base.load import load_model
     from lora_cli.base.source import find_base
 
-    cpu = torch.device("cpu")
-    model = load_model(find_base(str(tiny_llama)), quantization="none", dtype=torch.float32, device=cpu)
-    attach(model, find_targets(model, rank=4, alpha=8))
-    randomize_adapter(model)
+    return load_model(find_base(str(folder)), quantization=quantization, dtype=dtype, device=torch.device("cpu"))
+
+
+def with_adapter(model: Any, target_modules: Any = "attention", *, scale: float = 0.1, **settings: Any) -> Any:
+    """The model with a random adapter, of rank 4 and alpha 8 unless `settings` of find_targets say otherwise."""
+    from lora_cli.adapters.attach import attach
+    from lora_cli.adapters.targets import find_targets
+
+    attach(model, find_targets(model, target_modules, **({"rank": 4, "alpha": 8.0} | settings)))
+    randomize_adapter(model, scale=scale)
     return model
 
 
@@ -197,7 +207,19 @@ def refusal(call: Callable[[], Any]) -> LoraError:
     with pytest.raises(LoraError) as error:
         call()
     assert error.value.exit_code == 2
+    assert error.value.fix
     return error.value
+
+
+def assert_near(
+    actual: Sequence[torch.Tensor], expected: Sequence[torch.Tensor], tolerance: float, least: float = 0.0
+) -> None:
+    """Each tensor within `tolerance` of its largest expected element, or of `least` where that is more."""
+    for at, (one, right) in enumerate(zip(actual, expected, strict=True)):
+        largest = max(least, right.abs().max().item() if right.numel() else 0.0)
+        torch.testing.assert_close(
+            one.to(right.dtype), right, rtol=0, atol=tolerance * largest, msg=lambda text, at=at: f"tensor {at}: {text}"
+        )
 
 
 def quiet_console() -> Screen:
@@ -206,6 +228,10 @@ def quiet_console() -> Screen:
 
 def losses(run: Path) -> list[float]:
     return [json.loads(line)["loss"] for line in (run / "metrics.jsonl").read_text().splitlines()]
+
+
+def adapter_tensors(run: Path) -> dict[str, torch.Tensor]:
+    return load_file(run / "adapter" / "adapter_model.safetensors")
 
 
 def randomize_adapter(model: Any, seed: int = 0, scale: float = 0.1) -> None:

@@ -8,13 +8,12 @@ from typing import Any
 import pytest
 import torch
 import transformers as hf
-from conftest import quiet_console, randomize_adapter
+from conftest import quiet_console, with_adapter
 from hypothesis import given
 from hypothesis import strategies as st
 from torch import Tensor, nn
 
-from lora_cli.adapters.attach import attach
-from lora_cli.adapters.targets import block_lists, find_targets
+from lora_cli.adapters.targets import block_lists
 from lora_cli.adapters.trained import trained_parameters
 from lora_cli.base.activations import ActivationPlan, measured, plan_activations
 from lora_cli.recipe import load_recipe
@@ -125,9 +124,7 @@ def tiny(**where: Any) -> Any:
     )  # fmt: skip
     torch.manual_seed(0)
     model = hf.AutoModelForCausalLM.from_config(config, dtype=torch.float32)
-    attach(model, find_targets(model, rank=4, alpha=8, **where))
-    randomize_adapter(model)
-    return model.train()
+    return with_adapter(model, **where).train()
 
 
 def blocks_of(model: Any) -> list[nn.Module]:

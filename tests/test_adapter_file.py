@@ -13,20 +13,16 @@ from typing import Any
 import peft
 import pytest
 import torch
-from conftest import randomize_adapter, save_tiny
+from conftest import open_base, refusal, save_tiny, with_adapter
 from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 from torch.testing import assert_close
 from transformers import AutoModelForCausalLM, GPT2Config, GPTNeoXConfig, LlamaConfig, Phi3Config
 
-from lora_cli.adapters.attach import attach
 from lora_cli.adapters.file import CONFIG, TENSORS, attach_adapter, read_adapter, save_adapter
-from lora_cli.adapters.targets import find_targets
 from lora_cli.adapters.trained import trained_modules, trained_parameters
-from lora_cli.base.load import load_model
 from lora_cli.base.source import BaseSource, find_base
-from lora_cli.errors import LoraError
 
 IDS = {"vocab_size": 512, "bos_token_id": 0, "eos_token_id": 0, "pad_token_id": 0, "initializer_range": 0.2}
 WIDE = IDS | {"hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 2, "num_attention_heads": 4}
@@ -52,14 +48,12 @@ def base_of(tmp_path_factory: pytest.TempPathFactory, tokenizer: Any) -> Callabl
 
 
 def load(base: BaseSource, quantization: str = "none") -> Any:
-    return load_model(base, quantization=quantization, dtype=torch.float32, device=torch.device("cpu"))
+    return open_base(base.folder, quantization)
 
 
 def trained(base: BaseSource, target_modules: Any = "attention", quantization: str = "none", **settings: Any) -> Any:
     """A model with a random adapter, as after training: B is zero where a mask says so."""
-    model = load(base, quantization)
-    attach(model, find_targets(model, target_modules, **({"rank": 4, "alpha": 6.0} | settings)))
-    randomize_adapter(model, scale=0.3)
+    model = with_adapter(load(base, quantization), target_modules, scale=0.3, **({"alpha": 6.0} | settings))
     with torch.no_grad():
         for layer in trained_modules(model).values():
             if layer.output_mask is not None:
@@ -102,10 +96,7 @@ def rewrite(folder: Path, edit: Callable[[dict[str, Tensor]], None]) -> None:
 
 
 def refused(act: Callable[[], Any]) -> str:
-    with pytest.raises(LoraError) as error:
-        act()
-    assert error.value.exit_code == 2
-    return str(error.value)
+    return str(refusal(act))
 
 
 # E9: ours, opened by PEFT

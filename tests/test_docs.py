@@ -67,5 +67,5 @@ def test_every_script_that_is_named_takes_the_options_that_are_given(document):
         script = ROOT / name
         assert script.is_file(), f"{document.name} names {name}"
         parts = " ".join(path.read_text() for path in script.parent.glob("*.py"))
-        for option in set(re.findall(r"--[a-z-]+", rest)) - {"--help"}:
-            assert option in parts, f"{document.name}: {name} has no {option}"
+        for word in set(re.findall(r"(?<= )(?:--[a-z-]+|[a-z][a-z0-9-]*)(?= |$)", rest)) - {"--help"}:
+            assert word in parts, f"{document.name}: {name} takes no {word}"

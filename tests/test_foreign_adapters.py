@@ -11,27 +11,23 @@ from typing import Any
 import peft
 import pytest
 import torch
-from conftest import randomize_adapter, refusal
+from conftest import open_base, refusal, with_adapter
 from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 from torch.testing import assert_close
 from transformers import AutoModelForCausalLM
 
-from lora_cli.adapters.attach import attach
 from lora_cli.adapters.file import CONFIG, TENSORS, attach_adapter, put_saved, read_adapter, save_adapter
 from lora_cli.adapters.opened import open_model
-from lora_cli.adapters.targets import find_targets
 from lora_cli.adapters.trained import trained_modules
-from lora_cli.base.load import load_model
 from lora_cli.base.source import find_base
 
 TOKENS = torch.arange(3, 35).reshape(2, 16)
 
 
 def load(base: Path, quantization: str = "none") -> Any:
-    source = find_base(str(base))
-    return load_model(source, quantization=quantization, dtype=torch.float32, device=torch.device("cpu"))
+    return open_base(base, quantization)
 
 
 def logits(model: Any) -> Tensor:
@@ -40,9 +36,7 @@ def logits(model: Any) -> Tensor:
 
 
 def ours(base: Path, folder: Path, **settings: Any) -> Any:
-    model = load(base)
-    attach(model, find_targets(model, **({"target_modules": "attention", "rank": 4, "alpha": 8.0} | settings)))
-    randomize_adapter(model, scale=0.3)
+    model = with_adapter(load(base), scale=0.3, **settings)
     folder.mkdir()
     save_adapter(model, folder, find_base(str(base)), quantization="none", double_quantization=True)
     return model

@@ -7,15 +7,12 @@ from pathlib import Path
 
 import pytest
 import torch
-from conftest import randomize_adapter
+from conftest import open_base, with_adapter
 from transformers import AutoModelForCausalLM, AutoTokenizer, GPTNeoXConfig
 
-from lora_cli.adapters.attach import attach
 from lora_cli.adapters.file import save_adapter
 from lora_cli.adapters.layer import LoRALinear
 from lora_cli.adapters.opened import open_model
-from lora_cli.adapters.targets import find_targets
-from lora_cli.base.load import load_model
 from lora_cli.base.source import find_base
 from lora_cli.errors import CheckFailed, LoraError
 from lora_cli.merging.merge import merge
@@ -24,12 +21,9 @@ TOKENS = torch.tensor([[5, 9, 2, 77, 301, 40, 8, 8, 19, 250]])
 
 
 def saved_adapter(base: Path, folder: Path, quantization: str, dtype: torch.dtype = torch.float32, **targets) -> Path:
-    source = find_base(str(base))
-    model = load_model(source, quantization=quantization, dtype=dtype, device=torch.device("cpu"))
-    attach(model, find_targets(model, **({"target_modules": "all-linear", "rank": 4, "alpha": 8} | targets)))
-    randomize_adapter(model)
+    model = with_adapter(open_base(base, quantization, dtype), **({"target_modules": "all-linear"} | targets))
     folder.mkdir()
-    save_adapter(model, folder, source, quantization=quantization, double_quantization=True)
+    save_adapter(model, folder, find_base(str(base)), quantization=quantization, double_quantization=True)
     return folder
 
 
