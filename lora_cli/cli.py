@@ -320,7 +320,7 @@ def generate(
     adapter = adapter or run
     if model is None and adapter is None:
         raise LoraError("which model?", fix="give --model, --adapter or --run")
-    _heavy("lora_cli.evaluation.talk").talk(
+    _heavy("lora_cli.evaluation.generate").generate(
         prompt if prompt not in (None, "-") else None,
         model=model,
         adapter=adapter,

@@ -7,6 +7,7 @@ import math
 import subprocess
 import sys
 from functools import partial
+from typing import Any
 
 import pytest
 import torch
@@ -25,11 +26,17 @@ from lora_cli.data.prepare import prepare
 from lora_cli.data.sources import read_rows
 from lora_cli.errors import CheckFailed, LoraError
 from lora_cli.evaluation.evaluate import evaluate_model, evaluate_run
-from lora_cli.evaluation.perplexity import EvaluationStopped, example_losses, mean_loss
+from lora_cli.evaluation.perplexity import EvaluationStopped, example_losses
 from lora_cli.merging.merge import merge
 from lora_cli.recipe import load_recipe
 
 CPU = torch.device("cpu")
+
+
+def mean_loss(model: Any, examples: Any, lay_out: Any, max_tokens: int) -> tuple[float, int]:
+    """(nats per target token, target tokens) of all examples together."""
+    losses, targets = example_losses(model, examples, lay_out, max_tokens)
+    return losses.sum().item() / int(targets.sum()), int(targets.sum())
 
 
 def test_loss_does_not_depend_on_batch_size_order_or_packing(adapted, tokenizer, recipe_file):

@@ -15,8 +15,8 @@ from safetensors.torch import load_file, save_file
 from lora_cli.adapters.opened import open_model
 from lora_cli.errors import CheckFailed, LoraError
 from lora_cli.evaluation.evaluate import evaluate_model
+from lora_cli.evaluation.generate import generate
 from lora_cli.evaluation.generation import complete, generation_config
-from lora_cli.evaluation.talk import talk
 
 PROMPT = "question answer user"
 
@@ -96,7 +96,7 @@ def test_an_empty_completion_is_said(tiny_llama, tmp_path, capsys):
     settings: Any = {"use_adapter": True, "chat": False, "system": None, "quantization": None, "dtype": "fp32"}
     settings |= {"device": "cpu", "trust_remote_code": False, "seed": 0}
     for as_json in (False, True):
-        talk(PROMPT, model=str(base), adapter=None, as_json=as_json, sampling={"max_new_tokens": 4}, **settings)
+        generate(PROMPT, model=str(base), adapter=None, as_json=as_json, sampling={"max_new_tokens": 4}, **settings)
         said = capsys.readouterr()
         assert "note: the completion is empty" in said.err
     assert json.loads(said.out)["completion"] == ""

@@ -15,7 +15,7 @@ from lora_cli.data.batches import collate
 from lora_cli.data.example import Example
 from lora_cli.evaluation.evaluate import evaluate_model, evaluate_run
 from lora_cli.evaluation.generation import complete, generation_config
-from lora_cli.evaluation.perplexity import mean_loss
+from lora_cli.evaluation.perplexity import example_losses
 from lora_cli.recipe import load_recipe
 from lora_cli.training.train import train
 
@@ -74,7 +74,8 @@ def test_int8_has_one_loss_for_every_grouping_in_training_and_evaluation(real_mo
     tokenized = [np.array(opened.tokenizer(row["prompt"] + row["completion"])["input_ids"]) for row in rows]
     examples = [Example(ids, [(1, len(ids), 1.0)]) for ids in tokenized]
     lay_out = partial(collate, packed=True, pad_id=0, device=torch.device("cpu"))
-    grouped = [mean_loss(opened.model, examples, lay_out, most)[0] for most in (128, 512, 4096)]
+    scored = [example_losses(opened.model, examples, lay_out, most) for most in (128, 512, 4096)]
+    grouped = [losses.sum().item() / int(targets.sum()) for losses, targets in scored]
     assert grouped == pytest.approx([grouped[0]] * 3, abs=1e-6)
 
 

@@ -83,15 +83,10 @@ def evaluate_model(
     *,
     max_seq_len: int | None = None,
     stride: int | None = None,
-    quantization: str | None = None,
-    dtype: str = "auto",
-    device: str = "auto",
-    trust_remote_code: bool = False,
+    **opening: Any,
 ) -> dict[str, Score]:
-    """Scores of any base model, and of an adapter on it, on a data file."""
-    opened = open_model(
-        model, adapter, quantization=quantization, dtype=dtype, device=device, trust_remote_code=trust_remote_code
-    )
+    """Scores of any base model, and of an adapter on it, on a data file. opening: further arguments of `open_model`."""
+    opened = open_model(model, adapter, **opening)
     longest = positions(opened.model.config) or _DEFAULT_LENGTH
     if max_seq_len is not None and max_seq_len > longest:
         raise LoraError(

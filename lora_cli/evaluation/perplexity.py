@@ -39,7 +39,7 @@ class Score:
 
 
 class EvaluationStopped(Exception):
-    """`should_stop` said so: an evaluation ended before its last batch, and has no result."""
+    """An evaluation ended before its last batch, as `should_stop` asked, and has no result."""
 
 
 def example_losses(
@@ -53,8 +53,8 @@ def example_losses(
 ) -> tuple[Tensor, Tensor]:
     """(losses, targets): nats summed over each example's target tokens, and their number; (examples,) on the CPU.
 
-    float64 and int64, in the order of the examples, each target counted once whatever its weight in training. Neither
-    batches nor packing change more of them than rounding. Leaves training mode and random state as they were.
+    float64 and int64, in the order of the examples, each target counted once whatever its weight in training. Batches
+    and packing change nothing but rounding. Leaves training mode and random state as they were.
 
     max_tokens: positions of one forward, unless one example has more. share: (process, processes); only this process's
     batches are computed, the entries of the others are zero, so that summed over processes they are complete. Every
@@ -77,7 +77,7 @@ def example_losses(
             batch = batches[min(at, len(batches) - 1)]
             chosen = [examples[index] for index in batch]
             each = target_losses(model, collate(chosen)).cpu().double()
-            if at < len(batches):  # else it was computed to keep step with the others
+            if at < len(batches):  # else it was computed because the others needed this process
                 counts = torch.tensor([np.count_nonzero(example.weights[1:]) for example in chosen])
                 where = torch.tensor(batch)
                 targets[where] = counts
@@ -87,17 +87,10 @@ def example_losses(
     return losses, targets
 
 
-def mean_loss(model: Any, examples: Sequence[Example], collate: Collate, max_tokens: int) -> tuple[float, int]:
-    """(nats per target token, target tokens) of all examples together; otherwise as `example_losses`."""
-    losses, targets = example_losses(model, examples, collate, max_tokens)
-    count = int(targets.sum())
-    return losses.sum().item() / count, count
-
-
 def score(
     name: str, model: Any, examples: Sequence[Example], collate: Collate, max_tokens: int, text_bytes: int
 ) -> Score:
-    """Raises CheckFailed where the loss is not a number; name: of what is measured, for the message."""
+    """Raises CheckFailed if the loss is NaN or infinite. name: of what is measured, for the message."""
     losses, targets = example_losses(model, examples, collate, max_tokens)
     count = int(targets.sum())
     loss = losses.sum().item() / count
