@@ -179,7 +179,7 @@ def check(
         checked.require_ok()
         if try_model:
             from lora_cli.screen import say_on
-            from lora_cli.training.session import open_model
+            from lora_cli.training.opening import open_model
 
             document["model"] = said = []
             say = said.append if as_json else say_on(_console(stderr=False))

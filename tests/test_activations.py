@@ -17,7 +17,7 @@ from lora_cli.adapters.targets import block_lists
 from lora_cli.adapters.trained import trained_parameters
 from lora_cli.base.activations import ActivationPlan, measured, plan_activations
 from lora_cli.recipe import load_recipe
-from lora_cli.training.session import open_session
+from lora_cli.training.opening import open_session
 
 # ── planning ────────────────────────────────────────────────────────────────────────────────────────────────────
 

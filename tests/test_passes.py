@@ -11,8 +11,8 @@ from conftest import quiet_console
 from lora_cli.adapters.targets import block_lists
 from lora_cli.base.surgery import forward_layers
 from lora_cli.recipe import load_recipe
+from lora_cli.training.opening import open_session
 from lora_cli.training.passes import PASSES, Pass, run_passes
-from lora_cli.training.session import open_session
 
 
 def opened(recipe_file: Any, **settings: Any) -> Any:

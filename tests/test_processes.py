@@ -24,8 +24,8 @@ from lora_cli.errors import LoraError, ProcessLost
 from lora_cli.recipe import load_recipe
 from lora_cli.training import micro_batches
 from lora_cli.training.micro_batches import MicroBatches
+from lora_cli.training.opening import open_session
 from lora_cli.training.processes import is_lost_process, process_lost_errors
-from lora_cli.training.session import open_session
 from lora_cli.training.train import train
 
 TORCHRUN = ["torch.distributed.run", "--standalone", "--nproc-per-node"]

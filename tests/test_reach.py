@@ -17,7 +17,7 @@ from lora_cli.adapters.targets import block_lists, find_targets, linear_layers
 from lora_cli.errors import LoraError
 from lora_cli.planning.check import _lines, check
 from lora_cli.recipe import load_recipe
-from lora_cli.training.session import open_session
+from lora_cli.training.opening import open_session
 from lora_cli.training.train import train
 
 # Per type: where the adapters lie, and what is left out because text never reaches it.

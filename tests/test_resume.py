@@ -21,7 +21,7 @@ from safetensors.torch import load_file
 
 from lora_cli.errors import CheckFailed, DiskError, Interrupted, LoraError
 from lora_cli.recipe import load_recipe
-from lora_cli.training import checkpoint, loop, micro_batches, run_folder, run_lock, session, writer
+from lora_cli.training import checkpoint, loop, micro_batches, opening, run_folder, run_lock, writer
 from lora_cli.training.divergence import what_is_wrong
 from lora_cli.training.random_states import restore_random_states
 from lora_cli.training.run_folder import RunFolder, read_metrics
@@ -392,7 +392,7 @@ def test_a_signal_while_the_base_is_evaluated_ends_the_run_before_it_begins(run_
 
 
 def test_a_signal_while_the_model_is_loaded_ends_the_run_at_once(run_recipe, monkeypatch, tmp_path):
-    real = session.open_session
+    real = opening.open_session
 
     def signalled(*arguments: Any) -> Any:
         os.kill(os.getpid(), signal.SIGTERM)
@@ -626,7 +626,7 @@ def test_too_little_space_is_told_before_the_first_step_with_what_the_run_will_w
 
 
 def test_what_a_run_writes_is_no_more_than_it_said(run_recipe, heard, recipe_file):
-    from lora_cli.training.session import disk_needed
+    from lora_cli.training.opening import disk_needed
 
     recipe = load_recipe(
         recipe_file(data={"validation": 0.25}, train={"max_steps": 12, "checkpoint_every": 2, "eval_every": 1})

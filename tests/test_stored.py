@@ -20,7 +20,7 @@ from lora_cli.base.source import find_base
 from lora_cli.planning.check import check
 from lora_cli.planning.skeleton import look_at_model
 from lora_cli.recipe import load_recipe
-from lora_cli.training.session import open_session
+from lora_cli.training.opening import open_session
 from lora_cli.training.train import train
 
 CPU = torch.device("cpu")

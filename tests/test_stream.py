@@ -113,9 +113,9 @@ def test_what_is_wrong_stops_in_the_window_that_holds_it(feed, tmp_path):
 
 
 def test_the_first_window_is_checked_before_the_model_is_loaded(run_recipe, tmp_path, monkeypatch):
-    from lora_cli.training import session
+    from lora_cli.training import opening
 
-    monkeypatch.setattr(session, "load_model", lambda *_, **__: pytest.fail("the model was loaded"))
+    monkeypatch.setattr(opening, "load_model", lambda *_, **__: pytest.fail("the model was loaded"))
     data = write_rows(tmp_path / "rows.jsonl", [{"prompt": "a", "completion": ""}] * 3)
     with pytest.raises(LoraError, match="no target"):
         run_recipe(**STREAM | {"data": {"train": str(data), "streaming": True}})

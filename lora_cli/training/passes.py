@@ -7,21 +7,18 @@ with `base.surgery.replace_forward`, which checks the order.
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass, field
-from functools import cached_property
+from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
 import torch
 from accelerate import PartialState
-from torch import nn
-from transformers import PreTrainedTokenizerBase
 
 from lora_cli.adapters.attach import attach, leave_out
 from lora_cli.adapters.reach import left_out_lines, unreached
-from lora_cli.adapters.targets import block_lists, not_adapted, targets_of
+from lora_cli.adapters.targets import not_adapted, targets_of
 from lora_cli.adapters.trained import Trained, cast_once, dropout_keys, trained_parameters
-from lora_cli.base.activations import ActivationPlan, measured, plan_activations
+from lora_cli.base.activations import measured, plan_activations
 from lora_cli.base.attention import packed_attention_name
 from lora_cli.base.compiled import compile_blocks
 from lora_cli.base.device import free_memory_bytes
@@ -33,47 +30,19 @@ from lora_cli.base.source import BaseSource
 from lora_cli.base.stored import stored_quantization
 from lora_cli.base.text import hidden_size, positions, vocabulary
 from lora_cli.base.trials import ordinary_tokens, require_causal, require_no_leak
-from lora_cli.data.batches import MicroBatch, collate
+from lora_cli.data.batches import collate
 from lora_cli.data.example import Example
 from lora_cli.errors import LoraError
 from lora_cli.evaluation.loss import logit_rule, summed_loss
 from lora_cli.files import human_bytes
 from lora_cli.recipe import Recipe
 from lora_cli.training.optimizer import paging_note
+from lora_cli.training.session import Session
 
 _SAMPLE_TOKENS = 64  # enough to see what a token keeps
 _FREE_SHARE = 0.8  # of free memory, for activations: the rest is for what kernels need while they run
 
 Lines = Iterator[tuple[str, str]]
-
-
-@dataclass
-class Loaded:
-    """A loaded model on its way to training, and what the passes found out about it.
-
-    device: where it trains; a base that is to be sharded is on the CPU at first. largest: tokens of the largest
-    micro-batch. say: for what happens later than its pass.
-    """
-
-    recipe: Recipe
-    source: BaseSource
-    tokenizer: PreTrainedTokenizerBase
-    model: Any
-    device: torch.device
-    why_dtype: str
-    largest: int
-    say: Callable[[str], None]
-    layers: dict[str, Trained] = field(default_factory=dict)
-    side_by_side: bool = False
-    activations: ActivationPlan = field(default_factory=lambda: ActivationPlan((), (), 0.0))
-
-    @cached_property
-    def blocks(self) -> list[nn.Module]:
-        return [block for name in block_lists(self.model) for block in self.model.get_submodule(name)]
-
-    def collate(self, examples: Sequence[Example], *, dropout: tuple[int, int] | None = None) -> MicroBatch:
-        pad_id: Any = self.tokenizer.eos_token_id
-        return collate(examples, packed=self.side_by_side, pad_id=pad_id, device=self.device, dropout=dropout)
 
 
 @dataclass(frozen=True)
@@ -85,15 +54,15 @@ class Pass:
     """
 
     name: str
-    apply: Callable[[Loaded], Lines]
+    apply: Callable[[Session], Lines]
     applies: Callable[[Recipe], bool] = lambda recipe: True
 
 
-def run_passes(passes: Sequence[Pass], loaded: Loaded) -> None:
+def run_passes(passes: Sequence[Pass], session: Session) -> None:
     for each in passes:
-        if each.applies(loaded.recipe):
-            for title, text in each.apply(loaded):
-                loaded.say(f"{title:9}{text}")
+        if each.applies(session.recipe):
+            for title, text in each.apply(session):
+                session.say(f"{title:9}{text}")
 
 
 def attach_from_recipe(model: Any, recipe: Recipe) -> dict[str, Trained]:
@@ -102,30 +71,30 @@ def attach_from_recipe(model: Any, recipe: Recipe) -> dict[str, Trained]:
     return attach(model, targets, dropout=adapter.dropout, init=adapter.init, seed=recipe.train.seed)
 
 
-def _adapters(loaded: Loaded) -> Lines:
+def _adapters(session: Session) -> Lines:
     """Attach adapters, and take those out again that no gradient of text reaches."""
-    model, recipe = loaded.model, loaded.recipe
-    loaded.layers = attach_from_recipe(model, recipe)
+    model, recipe = session.model, session.recipe
+    session.layers = attach_from_recipe(model, recipe)
     dtype = str(model.dtype).removeprefix("torch.")
-    yield "", f"compute in {dtype} ({loaded.why_dtype}), {human_bytes(held_bytes(model))} of weights"
-    yield from (("", line) for line in _other_layers(model, recipe, loaded.source))
-    names = unreached(model, loaded.layers, lambda: _backward(loaded))
-    left_out = left_out_lines(recipe.adapter.target_modules, names, some=len(names) < len(loaded.layers))
+    yield "", f"compute in {dtype} ({session.why_dtype}), {human_bytes(held_bytes(model))} of weights"
+    yield from (("", line) for line in _other_layers(model, recipe, session.source))
+    names = unreached(model, session.layers, lambda: _backward(session))
+    left_out = left_out_lines(recipe.adapter.target_modules, names, some=len(names) < len(session.layers))
     if names:
-        loaded.layers = leave_out(model, names)
+        session.layers = leave_out(model, names)
     sizes = [parameter.numel() for parameter in trained_parameters(model)]
-    yield "adapter", f"{len(loaded.layers)} layers, {sum(sizes):,} trained parameters"
+    yield "adapter", f"{len(session.layers)} layers, {sum(sizes):,} trained parameters"
     yield from (("", line) for line in left_out)
-    if note := paging_note(recipe.train.optimizer, sizes, loaded.device.type):
+    if note := paging_note(recipe.train.optimizer, sizes, session.device.type):
         yield "", note
 
 
-def _backward(loaded: Loaded) -> None:
-    model = loaded.model
+def _backward(session: Session) -> None:
+    model = session.model
     ids = ordinary_tokens(model, min(_SAMPLE_TOKENS, positions(model.config) or _SAMPLE_TOKENS), 0).numpy()
     sample = [Example(ids, [(1, len(ids), 1.0)])]
     batch = collate(sample, packed=False, pad_id=0, device=model.device, dropout=(0, 0))
-    with dropout_keys(loaded.layers, batch.dropout_keys):
+    with dropout_keys(session.layers, batch.dropout_keys):
         summed_loss(model, batch).backward()
 
 
@@ -139,77 +108,78 @@ def _other_layers(model: Any, recipe: Recipe, source: BaseSource) -> Iterator[st
     yield from not_adapted(model)
 
 
-def _recomputation(loaded: Loaded) -> Lines:
-    save_only_inputs(loaded.model)
+def _recomputation(session: Session) -> Lines:
+    save_only_inputs(session.model)
     return iter(())
 
 
-def _sharding(loaded: Loaded) -> Lines:
+def _sharding(session: Session) -> Lines:
     """Leave this process its share of the frozen weights, on the device that trains."""
-    whole = held_bytes(loaded.model, frozen_alone=True)
-    shard_base(loaded.model, loaded.blocks, trained_parameters(loaded.model), loaded.device)
-    held, processes = held_bytes(loaded.model, frozen_alone=True), PartialState().num_processes
+    whole = held_bytes(session.model, frozen_alone=True)
+    shard_base(session.model, session.blocks, trained_parameters(session.model), session.device)
+    held, processes = held_bytes(session.model, frozen_alone=True), PartialState().num_processes
     yield "", f"each of {processes} processes holds {human_bytes(held)} of {human_bytes(whole)}"
 
 
-def _attention(loaded: Loaded) -> Lines:
+def _attention(session: Session) -> Lines:
     """Require causality; lay examples side by side on one row, without padding, if the model keeps them apart."""
-    model, device = loaded.model, loaded.device
+    model, device = session.model, session.device
     require_causal(model, device)
     try:
         require_no_leak(model, device)
     except LoraError as error:
-        if loaded.recipe.data.packing:
+        if session.recipe.data.packing:
             raise
         yield "packing", f"none: examples are padded, because {error.what}"
         return
-    loaded.side_by_side = True
+    session.side_by_side = True
     how = packed_attention_name(model.config, device, model.dtype)
     yield "packing", f"examples side by side without padding, by {how}; each sees only itself (tested on this model)"
 
 
-def _loss(loaded: Loaded) -> Lines:
-    if logit_rule(loaded.model) is None:
-        name = type(loaded.model).__name__
+def _loss(session: Session) -> Lines:
+    if logit_rule(session.model) is None:
+        name = type(session.model).__name__
         yield "loss", f"logits of all targets at once: what {name} does to them is not known here"
 
 
-def _compilation(loaded: Loaded) -> Lines:
-    compile_blocks(loaded.blocks, loaded.say)
+def _compilation(session: Session) -> Lines:
+    compile_blocks(session.blocks, session.say)
     yield "compile", "transformer blocks, at their first use: this takes minutes once"
 
 
-def _checkpointing(loaded: Loaded) -> Lines:
+def _checkpointing(session: Session) -> Lines:
     """Measure what autograd keeps of each block, plan with it for the largest micro-batch, recompute what has to be."""
-    model, train = loaded.model, loaded.recipe.train
+    model, train = session.model, session.recipe.train
+    largest = sum(len(example.ids) for example in session.feed.largest())
     budget = train.activation_memory and train.activation_memory * 2**30
     plan = plan_activations(
         train.gradient_checkpointing,
-        _kept_of_a_token(loaded),
+        _kept_of_a_token(session),
         hidden_size(model) * torch.finfo(model.dtype).bits // 8,
-        tokens=loaded.largest,
-        budget_bytes=budget or _FREE_SHARE * free_memory_bytes(loaded.device),
+        tokens=largest,
+        budget_bytes=budget or _FREE_SHARE * free_memory_bytes(session.device),
     )
-    plan.apply(loaded.blocks)
-    loaded.activations = plan
+    plan.apply(session.blocks)
+    session.activations = plan
     again = sum(plan.recomputed)
     recomputed = f", {again} of {len(plan.recomputed)} blocks recomputed" if again else ""
-    kept = human_bytes(plan.kept_bytes(loaded.largest))
-    yield "memory", f"activations of up to {loaded.largest:,} tokens at once: {kept}{recomputed}"
+    kept = human_bytes(plan.kept_bytes(largest))
+    yield "memory", f"activations of up to {largest:,} tokens at once: {kept}{recomputed}"
 
 
-def _kept_of_a_token(loaded: Loaded) -> list[float]:
+def _kept_of_a_token(session: Session) -> list[float]:
     """Bytes that autograd keeps of one token in each block. Where blocks are compiled, this compiles them."""
-    model, layers = loaded.model, loaded.layers
+    model, layers = session.model, session.layers
     ids = np.arange(_SAMPLE_TOKENS) % vocabulary(model.config)
-    batch = loaded.collate([Example(ids, [(1, _SAMPLE_TOKENS, 1.0)])], dropout=(0, 0))
+    batch = session.collate([Example(ids, [(1, _SAMPLE_TOKENS, 1.0)])], dropout=(0, 0))
     training = model.training
     model.train()
-    with cast_once(layers, model.dtype), dropout_keys(layers, batch.dropout_keys), measured(loaded.blocks) as kept:
+    with cast_once(layers, model.dtype), dropout_keys(layers, batch.dropout_keys), measured(session.blocks) as kept:
         try:
             summed_loss(model, batch)
         except Exception as error:
-            if not loaded.recipe.train.compile:
+            if not session.recipe.train.compile:
                 raise
             raise LoraError(
                 f"train.compile: the blocks cannot be compiled: {str(error).strip().splitlines()[0][:200]}",

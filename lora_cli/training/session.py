@@ -1,130 +1,60 @@
-"""Everything a run needs before its first step: data, model, passes, plan. Cheap checks come before expensive ones."""
+"""A run before its first step: what it trains, on what, and what the passes found out about the model."""
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from dataclasses import dataclass
-from pathlib import Path
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+from functools import cached_property
 from typing import Any
 
 import torch
-from accelerate import PartialState
-from rich.console import Console
+from torch import nn
 from transformers import PreTrainedTokenizerBase
 
-from lora_cli.adapters.trained import Trained, trained_parameters
+from lora_cli.adapters.targets import block_lists
+from lora_cli.adapters.trained import Trained
 from lora_cli.base.activations import ActivationPlan
-from lora_cli.base.device import describe_device, make_memory_errors_real, pick_device, pick_dtype, share_one_heap
-from lora_cli.base.load import load_model, load_tokenizer, model_config
-from lora_cli.base.sharding import require_shardable
-from lora_cli.base.source import BaseSource, find_base
-from lora_cli.base.stored import require_quantization
-from lora_cli.data.feed import Feed, open_feed
-from lora_cli.data.prepare import prepare
-from lora_cli.data.report import finding_lines
-from lora_cli.evaluation.forgetting import GeneralText, general_text
-from lora_cli.files import human_bytes, require_space
+from lora_cli.base.source import BaseSource
+from lora_cli.data.batches import MicroBatch, collate
+from lora_cli.data.example import Example
+from lora_cli.data.feed import Feed
+from lora_cli.evaluation.forgetting import GeneralText
 from lora_cli.recipe import Recipe
-from lora_cli.screen import say_on
-from lora_cli.training.passes import PASSES, Loaded, run_passes
-
-Collate = Any  # (examples) -> MicroBatch
-_METRICS_BYTES = 300  # of one line
 
 
-@dataclass(frozen=True)
+@dataclass
 class Session:
+    """device: where it trains; a base that is to be sharded is on the CPU at first. say: prints a line.
+
+    The last three are set by passes. side_by_side: whether examples share a row, without padding.
+    """
+
     recipe: Recipe
     source: BaseSource
     tokenizer: PreTrainedTokenizerBase
-    model: Any
-    layers: dict[str, Trained]
     feed: Feed
+    model: Any
     device: torch.device
-    dtype: torch.dtype
-    collate: Collate
-    activations: ActivationPlan
-    general_text: GeneralText | None
+    why_dtype: str
+    say: Callable[[str], None]
+    general_text: GeneralText | None = None
+    layers: dict[str, Trained] = field(default_factory=dict)
+    side_by_side: bool = False
+    activations: ActivationPlan = field(default_factory=lambda: ActivationPlan((), (), 0.0))
 
     @property
     def total_steps(self) -> int:
         return self.feed.total_steps
 
+    @property
+    def dtype(self) -> torch.dtype:
+        return self.model.dtype
 
-def open_session(recipe: Recipe, console: Console) -> Session:
-    """Data first (seconds), then the model (minutes). Says what was derived from the recipe as it goes."""
-    say = say_on(console)
-    open_device(recipe)  # one that is missing is refused before data are prepared
-    source = find_base(recipe.base_model, recipe.revision, trust_remote_code=recipe.trust_remote_code)
-    require_quantization(source, recipe.quantization)
-    tokenizer = load_tokenizer(source, trust_remote_code=recipe.trust_remote_code)
-    with PartialState().main_process_first():  # the others then find it prepared
-        data = prepare(recipe, tokenizer, keep=True)
-    feed = open_feed(recipe, data, tokenizer)
-    for number, line in enumerate([*feed.lines(), *finding_lines(feed.summary.findings)]):
-        say(f"{'' if number else 'data':9}{line}")
-    config = model_config(source, recipe.trust_remote_code)
-    feed.require_fit(config, source.name)
-    text = general_text(tokenizer, config, Path(recipe.data.general_text) if recipe.data.general_text else None)
-    loaded = open_model(recipe, source, tokenizer, feed, say)
-    model = loaded.model
-    session = Session(
-        *(recipe, source, tokenizer, model, loaded.layers, feed, loaded.device, model.dtype),
-        *(loaded.collate, loaded.activations, text),
-    )
-    trained = sum(parameter.numel() for parameter in trained_parameters(model))
-    needed = disk_needed(recipe, trained, session.total_steps)
-    require_space(Path(recipe.output), needed, "the run (adapter and checkpoints)")
-    say(f"disk     up to {human_bytes(needed)} in {recipe.output}")
-    return session
+    @cached_property
+    def blocks(self) -> list[nn.Module]:
+        """The transformer blocks, in the model's order."""
+        return [block for name in block_lists(self.model) for block in self.model.get_submodule(name)]
 
-
-def open_model(
-    recipe: Recipe, source: BaseSource, tokenizer: PreTrainedTokenizerBase, feed: Feed, say: Callable[[str], None]
-) -> Loaded:
-    """The model as it trains: loaded, then tried and changed by all passes, which say what they found.
-
-    Raises LoraError where it cannot be trained as the recipe asks.
-    """
-    device = open_device(recipe)
-    processes = PartialState().num_processes
-    several = f", {processes} processes" if processes > 1 else ""
-    held = "not quantized" if recipe.quantization == "none" else recipe.quantization
-    say(f"model    {recipe.base_model}, {held}, on {describe_device(device)}{several}")
-    dtype, why = pick_dtype(recipe.dtype, device)
-    model = load_model(
-        source,
-        quantization=recipe.quantization,
-        dtype=dtype,
-        device=torch.device("cpu") if recipe.train.shard_base else device,  # where all of it fits
-        double_quantization=recipe.double_quantization,
-        trust_remote_code=recipe.trust_remote_code,
-    )
-    largest = sum(len(example.ids) for example in feed.largest())
-    loaded = Loaded(recipe, source, tokenizer, model, device, why, largest, say)
-    run_passes(PASSES, loaded)
-    return loaded
-
-
-def open_device(recipe: Recipe) -> torch.device:
-    """The device to train on, with its allocator set up. Raises LoraError if it cannot do what the recipe asks."""
-    device = pick_device(recipe.device)
-    pick_dtype(recipe.dtype, device)
-    if device.type == "cpu":
-        share_one_heap()
-    make_memory_errors_real(device)
-    if recipe.train.shard_base:
-        require_shardable(PartialState().num_processes)
-    return device
-
-
-def disk_needed(recipe: Recipe, trained_parameters: int, steps: int) -> int:
-    """Bytes a run writes at most.
-
-    fp32 adapters: best, last, one being written. Checkpoints, each with A and B and two moments, and the metrics of all
-    steps: those kept, that of the best step, that of the clock, one being written; the best adapter in them costs
-    nothing where links can.
-    """
-    adapter, metrics = 4 * trained_parameters, _METRICS_BYTES * steps
-    checkpoints = (recipe.train.keep_checkpoints + 3) * (3 * adapter + metrics)
-    return 3 * adapter + checkpoints + metrics + 10_000_000
+    def collate(self, examples: Sequence[Example], *, dropout: tuple[int, int] | None = None) -> MicroBatch:
+        pad_id: Any = self.tokenizer.eos_token_id
+        return collate(examples, packed=self.side_by_side, pad_id=pad_id, device=self.device, dropout=dropout)

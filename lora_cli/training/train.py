@@ -15,6 +15,7 @@ from lora_cli.errors import Interrupted
 from lora_cli.recipe import Recipe
 from lora_cli.screen import say_on
 from lora_cli.training.loop import Run
+from lora_cli.training.opening import open_session
 from lora_cli.training.processes import process_lost_errors, start_accelerator, wait_for_everyone
 from lora_cli.training.resume import (
     Change,
@@ -27,7 +28,6 @@ from lora_cli.training.resume import (
 )
 from lora_cli.training.run_folder import RunFolder
 from lora_cli.training.run_lock import locked
-from lora_cli.training.session import open_session
 from lora_cli.training.stopping import Stop
 from lora_cli.training.trackers import require_trackers
 

@@ -1,0 +1,103 @@
+"""Everything a run needs before its first step: data, model, passes, plan. Cheap checks come before expensive ones."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from pathlib import Path
+
+import torch
+from accelerate import PartialState
+from rich.console import Console
+from transformers import PreTrainedTokenizerBase
+
+from lora_cli.adapters.trained import trained_parameters
+from lora_cli.base.device import describe_device, make_memory_errors_real, pick_device, pick_dtype, share_one_heap
+from lora_cli.base.load import load_model, load_tokenizer, model_config
+from lora_cli.base.sharding import require_shardable
+from lora_cli.base.source import BaseSource, find_base
+from lora_cli.base.stored import require_quantization
+from lora_cli.data.feed import Feed, open_feed
+from lora_cli.data.prepare import prepare
+from lora_cli.data.report import finding_lines
+from lora_cli.evaluation.forgetting import general_text
+from lora_cli.files import human_bytes, require_space
+from lora_cli.recipe import Recipe
+from lora_cli.screen import say_on
+from lora_cli.training.passes import PASSES, run_passes
+from lora_cli.training.session import Session
+
+_METRICS_BYTES = 300  # of one line
+
+
+def open_session(recipe: Recipe, console: Console) -> Session:
+    """Data first (seconds), then the model (minutes). Says what was derived from the recipe as it goes."""
+    say = say_on(console)
+    open_device(recipe)  # one that is missing is refused before data are prepared
+    source = find_base(recipe.base_model, recipe.revision, trust_remote_code=recipe.trust_remote_code)
+    require_quantization(source, recipe.quantization)
+    tokenizer = load_tokenizer(source, trust_remote_code=recipe.trust_remote_code)
+    with PartialState().main_process_first():  # the others then find it prepared
+        data = prepare(recipe, tokenizer, keep=True)
+    feed = open_feed(recipe, data, tokenizer)
+    for number, line in enumerate([*feed.lines(), *finding_lines(feed.summary.findings)]):
+        say(f"{'' if number else 'data':9}{line}")
+    config = model_config(source, recipe.trust_remote_code)
+    feed.require_fit(config, source.name)
+    text = general_text(tokenizer, config, Path(recipe.data.general_text) if recipe.data.general_text else None)
+    session = open_model(recipe, source, tokenizer, feed, say)
+    session.general_text = text
+    trained = sum(parameter.numel() for parameter in trained_parameters(session.model))
+    needed = disk_needed(recipe, trained, session.total_steps)
+    require_space(Path(recipe.output), needed, "the run (adapter and checkpoints)")
+    say(f"disk     up to {human_bytes(needed)} in {recipe.output}")
+    return session
+
+
+def open_model(
+    recipe: Recipe, source: BaseSource, tokenizer: PreTrainedTokenizerBase, feed: Feed, say: Callable[[str], None]
+) -> Session:
+    """The model as it trains: loaded, then tried and changed by all passes, which say what they found.
+
+    Raises LoraError where it cannot be trained as the recipe asks.
+    """
+    device = open_device(recipe)
+    processes = PartialState().num_processes
+    several = f", {processes} processes" if processes > 1 else ""
+    held = "not quantized" if recipe.quantization == "none" else recipe.quantization
+    say(f"model    {recipe.base_model}, {held}, on {describe_device(device)}{several}")
+    dtype, why = pick_dtype(recipe.dtype, device)
+    model = load_model(
+        source,
+        quantization=recipe.quantization,
+        dtype=dtype,
+        device=torch.device("cpu") if recipe.train.shard_base else device,  # where all of it fits
+        double_quantization=recipe.double_quantization,
+        trust_remote_code=recipe.trust_remote_code,
+    )
+    session = Session(recipe, source, tokenizer, feed, model, device, why, say)
+    run_passes(PASSES, session)
+    return session
+
+
+def open_device(recipe: Recipe) -> torch.device:
+    """The device to train on, with its allocator set up. Raises LoraError if it cannot do what the recipe asks."""
+    device = pick_device(recipe.device)
+    pick_dtype(recipe.dtype, device)
+    if device.type == "cpu":
+        share_one_heap()
+    make_memory_errors_real(device)
+    if recipe.train.shard_base:
+        require_shardable(PartialState().num_processes)
+    return device
+
+
+def disk_needed(recipe: Recipe, trained_parameters: int, steps: int) -> int:
+    """Bytes a run writes at most.
+
+    fp32 adapters: best, last, one being written. Checkpoints, each with A and B and two moments, and the metrics of all
+    steps: those kept, that of the best step, that of the clock, one being written; the best adapter in them costs
+    nothing where links can.
+    """
+    adapter, metrics = 4 * trained_parameters, _METRICS_BYTES * steps
+    checkpoints = (recipe.train.keep_checkpoints + 3) * (3 * adapter + metrics)
+    return 3 * adapter + checkpoints + metrics + 10_000_000
