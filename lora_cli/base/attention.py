@@ -28,7 +28,7 @@ try:
 except ImportError:  # torch before 2.10
     varlen_attn = None
 if varlen_attn is not None and not {"scale", "window_size", "enable_gqa"} <= {*signature(varlen_attn).parameters}:
-    varlen_attn = None  # an earlier form, such as torch 2.10's, knows no windows and no shared keys and values
+    varlen_attn = None  # an earlier form, such as torch 2.10's, has no windows and no shared keys and values
 
 PER_EXAMPLE = "sdpa_per_example"
 _row_is_packed: ContextVar[bool] = ContextVar("row_is_packed", default=False)
@@ -86,7 +86,7 @@ def per_example_attention(
     if varlen_fits(query.device, query.dtype, max(query.shape[-1], value.shape[-1])):
         return _varlen(query, key, value, sliding_window, scaling, cu_seq_lens_q, kwargs["max_length_q"]), None
     one_example = len(cu_seq_lens_q) == 2 and (sliding_window is None or sliding_window >= query.shape[-2])
-    if one_example and query.device.type != "cpu":  # no need to ask where examples end, which a GPU would wait for
+    if one_example and query.device.type != "cpu":  # reading where examples end would make a GPU wait
         kwargs["is_causal"] = True
         return sdpa_attention_forward(module, query, key, value, None, dropout, scaling, **kwargs)
     assert dropout == 0, "the frozen path never drops"  # base/load.py switches it off
@@ -118,7 +118,7 @@ def packed_attention_name(config: Any, device: torch.device, dtype: torch.dtype)
 
 
 def head_dim(config: Any) -> int:
-    """Numbers of a head's query, key or value; the most of them where layers or the three differ."""
+    """Width of a head's query, key or value; the largest where layers or the three differ."""
     latent = [largest(config, name) or 0 for name in ("qk_nope_head_dim", "qk_rope_head_dim")]
     stated = [largest(config, name) for name in ("head_dim", "global_head_dim", "swa_head_dim", "v_head_dim")]
     known = [sum(latent), *(size for size in stated if size)]
@@ -137,7 +137,7 @@ def _varlen(
     ends: Tensor,  # (examples + 1,)
     longest: int,
 ) -> Tensor:
-    """(1, tokens, heads, head_dim); nothing is copied to the host, so the GPU never waits."""
+    """(1, tokens, heads, head_dim), without copying anything to the host, so the GPU never waits."""
     assert varlen_attn is not None
     # The kernel wants one head_dim, while latent attention has narrower values: zeros beside them change nothing.
     wide = max(query.shape[-1], value.shape[-1])
@@ -172,9 +172,9 @@ def _mask(
     """No mask for a packed row, whose block mask would be quadratic in all of its tokens; else the one of SDPA.
 
     Whether the row is packed is known from the call of the model (`watch_rows`): architectures forbid the causal
-    shortcut for other reasons too, such as Doge, which adds to the mask. Some tell a sliding window (local_size) to the
-    mask alone, such as Qwen2-MoE: the mask of a packed row then is that number, expanded to the shape of a mask without
-    its memory.
+    shortcut for other reasons too, such as Doge, which adds to the mask. Some pass a sliding window (local_size) to the
+    mask alone, such as Qwen2-MoE: the mask of a packed row is then that number, expanded to the shape of a mask, which
+    takes no memory.
     """
     plain = attention_mask is None and q_length == kv_length and not allow_is_causal_skip and not use_vmap
     if plain and _row_is_packed.get() and _by_example(kwargs):
@@ -191,7 +191,7 @@ def _mask(
 
 
 def watch_rows(model: nn.Module) -> None:
-    """From now on masks know whether the model was called with packed rows."""
+    """Let masks know whether the model was called with packed rows."""
 
     def before(_module: nn.Module, _inputs: Any, named: dict[str, Any]) -> None:
         _row_is_packed.set(named.get("cu_seq_lens_q") is not None)

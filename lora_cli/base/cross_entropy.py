@@ -49,7 +49,7 @@ def linear_cross_entropy(
 ) -> tuple[Tensor, Tensor]:
     """(loss, cross-entropy alone), both summed over the targets, in nats, fp32; only the first has a gradient.
 
-    head: whatever makes logits of hidden states; if it or its adapter is trained, it gets its gradients. hidden:
+    head: turns hidden states into logits; if it or its adapter is trained, it gets its gradients. hidden:
     (targets, hidden). targets: (targets,) ids. weights: (targets,) of the loss of each. z_loss: adds z_loss · log² Z of
     each target, which keeps logits from drifting (Chowdhery et al. 2022, arXiv:2204.02311, section 5).
 
@@ -64,7 +64,7 @@ def linear_cross_entropy(
 def cross_entropy_of_each(
     head: nn.Module, hidden: Tensor, targets: Tensor, *, rule: LogitRule, chunk_bytes: int = CHUNK_BYTES
 ) -> Tensor:
-    """Cross-entropy of every target, in nats: (targets,) in fp32; without a gradient, so also none of the logits stays.
+    """Cross-entropy of every target, in nats: (targets,) in fp32; without a gradient, so no logits are kept.
 
     head, hidden, targets, rule: as in `linear_cross_entropy`.
     """
@@ -139,15 +139,21 @@ class _LinearCrossEntropy(torch.autograd.Function):
 
     @staticmethod
     @once_differentiable
-    def backward(ctx: Any, upstream: Tensor, _: Tensor) -> tuple[Tensor | None, ...]:  # type: ignore[override]
-        of_hidden = None if ctx.of_hidden is None else ctx.of_hidden * upstream.to(ctx.of_hidden.dtype)
-        return of_hidden, None, None, None, *((t * upstream).to(k) for t, k in zip(ctx.totals, ctx.kinds, strict=True))
+    def backward(ctx: Any, grad_output: Tensor, _: Tensor) -> tuple[Tensor | None, ...]:  # type: ignore[override]
+        of_hidden = None if ctx.of_hidden is None else ctx.of_hidden * grad_output.to(ctx.of_hidden.dtype)
+        return (
+            of_hidden,
+            None,
+            None,
+            None,
+            *((t * grad_output).to(k) for t, k in zip(ctx.totals, ctx.kinds, strict=True)),
+        )
 
 
 def _losses_(
     raw: Tensor, targets: Tensor, weights: Tensor | None, buffer: Tensor, settings: _Settings, wanted: bool
 ) -> Tensor:
-    """(loss, cross-entropy) summed over a chunk; in place of `raw`, the head's output, stands its gradient if wanted.
+    """(loss, cross-entropy) summed over a chunk; `raw`, the head's output, is overwritten by its gradient if wanted.
 
     Everything happens in `buffer`, or in `raw` itself if it is as precise: passes over the logits are what a chunk
     costs beside its matrix products.
@@ -174,7 +180,7 @@ def _losses_(
 def _cross_entropy_(logits: Tensor, targets: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """(cross-entropy, log of the partition, highest logit, partition) of each target: (chunk, 1) each.
 
-    The partition is the sum of exp(logit - highest); in `logits` stands partition · softmax afterwards.
+    The partition is the sum of exp(logit - highest); `logits` is overwritten by partition · softmax.
     """
     highest = logits.amax(-1, keepdim=True)
     logits.sub_(highest)

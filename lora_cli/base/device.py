@@ -16,10 +16,10 @@ from lora_cli.errors import LoraError
 
 try:
     import resource
-except ImportError:  # Windows, which has no counterpart to what is asked of it here
+except ImportError:  # Windows has no counterpart
     resource = None
 
-_UNKNOWN_MEMORY = 4 * 2**30  # counted on where the system does not say
+_UNKNOWN_MEMORY = 4 * 2**30  # assumed where the system does not say
 _M_ARENA_MAX = -8  # malloc.h
 DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}
 
@@ -77,8 +77,8 @@ def reset_peak_memory(device: torch.device) -> None:
 def make_memory_errors_real(device: torch.device) -> None:
     """Let torch take no more of a GPU than is free now, so that a run that needs more fails instead of crawling.
 
-    Drivers on Windows and WSL lend host memory beyond that, at a tenth of the speed and without a word: whatever is
-    tried then seems to fit. It also leaves a desktop its share.
+    Beyond that, drivers on Windows and WSL silently use host memory, at a tenth of the speed: every trial would seem to
+    fit. It also leaves a desktop its share.
     """
     if device.type == "cuda":
         free, total = torch.cuda.mem_get_info(device)
@@ -86,17 +86,16 @@ def make_memory_errors_real(device: torch.device) -> None:
 
 
 def reserved_memory_bytes(device: torch.device) -> int | None:
-    """Most memory that torch took from a GPU so far, with what it holds unused: this is what a card has to have.
+    """Peak of what torch reserved on a GPU, unused blocks included: what a card has to have.
 
-    The driver's own share (0.4 to 0.8 GiB) comes on top. None on other devices, where nothing of the kind is counted.
+    The driver's own share (0.4 to 0.8 GiB) comes on top. None on other devices, which do not count it.
     """
     return torch.cuda.max_memory_reserved(device) if device.type == "cuda" else None
 
 
 def peak_memory_bytes(device: torch.device) -> int:
-    """Most memory held so far: allocated by torch on a GPU, resident in the process on a CPU.
-
-    Where the system does not say, as on Windows, 0.
+    """Peak memory so far: allocated by torch on a GPU, resident in the process on a CPU; 0 where the system does not
+    say, as on Windows.
     """
     if device.type == "cuda":
         return torch.cuda.max_memory_allocated(device)
@@ -146,7 +145,7 @@ def _limits() -> list[int]:
 def share_one_heap() -> None:
     """Let all threads allocate from one heap, where the C library is glibc.
 
-    It would give the thread of the backward pass a heap of its own, in which the forward pass cannot use what is free.
+    Otherwise the backward pass's thread gets a heap of its own, whose free memory the forward pass cannot use.
     """
     mallopt = getattr(ctypes.CDLL(None), "mallopt", None) if sys.platform == "linux" else None
     if mallopt is not None:

@@ -1,7 +1,7 @@
 """The language model inside a model: of its configuration, and of its modules.
 
 Many checkpoints are composite: a configuration of text beside ones of pictures and sound, a decoder beside towers
-(Gemma 3 from 4B on, Gemma 4, Qwen3.5). Whoever needs a number of the language model asks here.
+(Gemma 3 from 4B on, Gemma 4, Qwen3.5). All numbers of the language model are read here.
 """
 
 from __future__ import annotations
@@ -58,8 +58,8 @@ def hidden_size(model: Any) -> int:
 def in_language_model(model: Any) -> Callable[[str], bool]:
     """Whether the module of this name computes text; False for those of pictures and sound.
 
-    Of a composite model that is its decoder alone. Elsewhere it is all but the towers, which are known by what they
-    take: not token ids.
+    In a composite model that is the decoder alone. Elsewhere it is all but the towers, recognised by their input: not
+    token ids.
     """
     decoder = _decoder(model)
     towers = [] if decoder else _towers(model)
@@ -72,7 +72,7 @@ def in_language_model(model: Any) -> Callable[[str], bool]:
 
 
 def left_out(model: Any, linear: Iterable[str]) -> dict[str, int]:
-    """Of the linear layers of these names, those that compute no text: how many in which part of the model."""
+    """How many of the linear layers of these names compute no text, by part of the model."""
     is_text = in_language_model(model)
     decoder = _decoder(model)
     depth = decoder.count(".") + 1 if decoder else 0
@@ -98,8 +98,7 @@ def _decoder(model: Any) -> str:
 
 
 def _towers(model: nn.Module) -> list[str]:
-    """Names of the models inside this one that take something else than token ids, by what they or their part of the
-    configuration say."""
+    """Names of the models inside this one whose input is not token ids, by what they or their configuration say."""
     if not isinstance(model, PreTrainedModel):
         return []
     embeddings = model.get_input_embeddings()

@@ -1,9 +1,9 @@
 """Trials: what has to be true of a model before it is trained this way, tried on the model that was loaded.
 
 Causality and packed rows (does a token see only what it may?), replaced norms and MLPs (same gradient, same output?),
-and logits (what is done to the output of the head?). No list of architectures is asked. Rounding is told from a leak by
-what the same model does where it may look: in fp32 sums are equal to about 1e-5, in 16 bits a router of experts may
-choose another one.
+and logits (what is done to the output of the head?). No list of architectures is asked. A leak is
+distinguished from rounding by what the same model does where it may look: in fp32 sums are equal to about 1e-5, in 16
+bits a router of experts may choose another one.
 """
 
 from __future__ import annotations

@@ -42,7 +42,7 @@ def evaluate_run(
 ) -> dict[str, Score]:
     """Scores of a run's base model and adapter, on its validation data or on `data`.
 
-    trust_remote_code: said by the user; the run's own recipe may be a stranger's.
+    trust_remote_code: from the command line; the run's own recipe may be a stranger's.
     """
     if not (run / "recipe.yaml").is_file():
         raise LoraError(

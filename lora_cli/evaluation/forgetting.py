@@ -34,7 +34,7 @@ class GeneralText:
 
 
 def general_text(tokenizer: PreTrainedTokenizerBase, config: Any, path: Path | None = None) -> GeneralText | None:
-    """The first 4,096 tokens of a UTF-8 text of the user's, or of 3,300 words that come with the program.
+    """The first 4,096 tokens of the user's UTF-8 text, or of 3,300 words that come with the program.
 
     Each window begins with BOS where the tokenizer puts one. None if the tokenizer cannot spell the built-in text, as
     one for another alphabet, or the model has no embedding for it: a loss on unknown tokens would say nothing.
@@ -111,7 +111,7 @@ def _own_text() -> str:
 def _read(path: Path) -> str:
     try:
         with path.open(encoding="utf-8-sig") as stream:
-            return stream.read(64 * MOST_TOKENS)  # characters: no need to spell a whole book
+            return stream.read(64 * MOST_TOKENS)  # characters: no need to tokenize a whole book
     except OSError as error:
         raise LoraError(
             f"the general text cannot be read: {error.strerror}", where=str(path), fix="name a text file"

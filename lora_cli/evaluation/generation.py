@@ -28,7 +28,7 @@ class _Streamer(TextStreamer):
 
 
 class _Finite(LogitsProcessor):
-    """Raises CheckFailed once the model's logits are NaN or infinite: a choice among them would mean nothing."""
+    """Raises CheckFailed if the model's logits are NaN or infinite: choosing a token would be meaningless."""
 
     def __call__(self, input_ids: Any, scores: Tensor) -> Tensor:  # type: ignore[override]
         if not torch.isfinite(scores.amax(-1)).all() or scores.isnan().any():
@@ -113,9 +113,9 @@ def complete(
 
 
 def _within_positions(config: GenerationConfig, prompt: int, model: Any) -> GenerationConfig:
-    """The settings with no more new tokens than the model has positions for behind a prompt of so many tokens.
+    """The settings with at most as many new tokens as the model has positions left after the prompt.
 
-    Raises LoraError for a prompt that leaves none.
+    Raises LoraError if there are none left.
     """
     seen = positions(model.config)
     if not seen or prompt + config.max_new_tokens <= seen:  # type: ignore[operator]
@@ -131,7 +131,7 @@ def _within_positions(config: GenerationConfig, prompt: int, model: Any) -> Gene
 
 
 def require_token(largest: int, model: Any) -> None:
-    """Raises LoraError for an id that the model has no embedding of: a tokenizer that is not the model's own."""
+    """Raises LoraError for an id without an embedding in the model: the tokenizer is not the model's own."""
     known = model.get_input_embeddings().weight.shape[0]
     if largest >= known:
         raise LoraError(
@@ -142,7 +142,7 @@ def require_token(largest: int, model: Any) -> None:
 
 @contextmanager
 def _no_other_settings(model: Any) -> Iterator[None]:
-    """Within this block the model brings no settings of its own, such as num_beams: only those that were asked for."""
+    """Within this block the model has no settings of its own, such as num_beams: only those that were asked for."""
     own = model.generation_config
     model.generation_config = GenerationConfig()
     try:

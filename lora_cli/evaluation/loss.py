@@ -80,7 +80,7 @@ def target_logits(model: Any, batch: MicroBatch) -> Tensor:
 def logit_rule(model: Any) -> LogitRule | None:
     """What the model does to its head's output, tried on the model; None if it is unknown here.
 
-    Then logits of all targets are made at once by the model's own code: right as well, but not as small.
+    Then the model's own code makes the logits of all targets at once: as correct, but it takes more memory.
     """
     if model not in _rules:
         rule = _stated_rule(text_config(model.config))
@@ -102,7 +102,7 @@ def _target_hidden(model: Any, batch: MicroBatch) -> Tensor:
 
     def take(_head: Any, inputs: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
         taken.append(inputs[0].flatten(0, 1).index_select(0, batch.positions))
-        return (inputs[0][:, :0], *inputs[1:])  # nothing is left for the head to do
+        return (inputs[0][:, :0], *inputs[1:])  # the head gets no tokens
 
     with_head_hook(model, take, batch.inputs)
     return taken[0]

@@ -38,7 +38,7 @@ from lora_cli.training.trackers import open_trackers
 from lora_cli.training.validation import Validator
 from lora_cli.training.writer import RunWriter
 
-_SKIPPED_IN_A_ROW = 10  # then it is not the data that are at fault
+_SKIPPED_IN_A_ROW = 10  # then the data are not to blame
 _REWINDS = 3
 
 
@@ -60,10 +60,10 @@ class Run:
         self.recipe = session.recipe.train
         self.parameters = trained_parameters(session.model)
         self.optimizer = make_optimizer(self.recipe, session.model)
-        # Gradients of fp16 would vanish in its narrow range without; for other dtypes it passes everything on.
+        # Without it fp16's gradients would vanish in its narrow range; with other dtypes it does nothing.
         self.scaler = torch.amp.GradScaler(session.device.type, enabled=session.dtype == torch.float16)
         self.state = State()
-        self.tried = False  # whether this run, on this machine, has had its largest micro-batch before
+        self.tried = False  # whether the largest micro-batch has been tried on this machine
         self.wall_seconds_before = folder.wall_seconds()
         self.micro_batches = MicroBatches(session, accelerator, self.parameters, self.scaler)
         self.validator = Validator(session, accelerator, lambda: stop.requested)
@@ -201,8 +201,8 @@ class Run:
             norm = float(nn.utils.clip_grad_norm_(self.parameters, self.recipe.max_grad_norm))
             wrong = is_wrong(norm)
         if wrong is None:
-            self.scaler.step(self.optimizer)  # leaves the update out where gradients are infinite
-        overflow = self._tell_overflow(step, norm) if wrong is None else None
+            self.scaler.step(self.optimizer)  # skips the update if gradients are infinite
+        overflow = self._say_overflow(step, norm) if wrong is None else None
         if norm is not None:
             self.scaler.update()
         self.optimizer.zero_grad()
@@ -210,7 +210,7 @@ class Run:
         tokens = sum(len(example.ids) for batch in batches for example in batch)
         line = {
             "step": step,
-            "loss": mean if math.isfinite(mean) else None,  # JSON has no other numbers
+            "loss": mean if math.isfinite(mean) else None,  # JSON cannot hold NaN or infinity
             "learning_rate": rate,
             "grad_norm": norm if norm is not None and math.isfinite(norm) else None,
             "target_tokens": targets,
@@ -220,8 +220,8 @@ class Run:
             line["skipped"] = overflow
         return line, wrong
 
-    def _tell_overflow(self, step: int, norm: float | None) -> str | None:
-        """Of fp16: why the scaler left out the update of this step, if it did; it goes on with half the scale."""
+    def _say_overflow(self, step: int, norm: float | None) -> str | None:
+        """Why the fp16 scaler skipped the update of this step, if it did; it then halves its scale."""
         if not self.scaler.is_enabled() or norm is None or math.isfinite(norm):
             return None
         scale = self.scaler.get_scale()
@@ -231,7 +231,7 @@ class Run:
         return why
 
     def _gradients(self, step: int, batches: list[list[Example]], weight: float) -> float:
-        """Cross-entropy summed over a step, whose gradients are then there; in smaller micro-batches if need be."""
+        """Cross-entropy summed over a step; leaves its gradients, in smaller micro-batches if need be."""
         while True:
             try:
                 return self.micro_batches.run(step, batches, weight, self.state.parts)
@@ -293,7 +293,7 @@ class Run:
         )
 
     def _rewind(self, wrong: str, step: int) -> None:
-        """Back to the last checkpoint, and on with the data that lie behind this step."""
+        """Go back to the last checkpoint, and continue with the data after this step."""
         before = self.state
         restored = self.writer.restore(planned=True)
         assert restored is not None
