@@ -178,12 +178,9 @@ def check(
     try:
         checked.require_ok()
         if try_model:
-            from lora_cli.screen import say_on
-            from lora_cli.training.opening import open_model
+            from lora_cli.training.opening import try_model as tried
 
-            document["model"] = said = []
-            say = said.append if as_json else say_on(_console(stderr=False))
-            open_model(loaded, checked.source, checked.tokenizer, checked.feed, say)
+            document["model"] = tried(loaded, checked, None if as_json else _console(stderr=False))
     except LoraError as error:
         error.result = document
         raise

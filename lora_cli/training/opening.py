@@ -21,6 +21,7 @@ from lora_cli.data.prepare import prepare
 from lora_cli.data.report import finding_lines
 from lora_cli.evaluation.forgetting import general_text
 from lora_cli.files import human_bytes, require_space
+from lora_cli.planning.check import Checked
 from lora_cli.recipe import Recipe
 from lora_cli.screen import say_on
 from lora_cli.training.passes import PASSES, run_passes
@@ -77,6 +78,22 @@ def open_model(
     session = Session(recipe, source, tokenizer, feed, model, device, why, say)
     run_passes(PASSES, session)
     return session
+
+
+def try_model(recipe: Recipe, checked: Checked, console: Console | None) -> list[str]:
+    """What training would say of the model, from loading it to its memory; printed on the console too, if there is one.
+
+    Raises LoraError as training would.
+    """
+    said: list[str] = []
+    say = say_on(console) if console is not None else lambda line: None
+
+    def note(line: str) -> None:
+        said.append(line)
+        say(line)
+
+    open_model(recipe, checked.source, checked.tokenizer, checked.feed, note)
+    return said
 
 
 def open_device(recipe: Recipe) -> torch.device:
