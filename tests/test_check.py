@@ -102,7 +102,7 @@ def test_with_model_check_says_what_training_says_of_it(recipe_file, tmp_path):
     result = CliRunner().invoke(app, ["train", str(recipe)])
     assert result.exit_code == 0, result.output
     trained = " ".join(result.stderr.split())  # a terminal may wrap it
-    assert [line.split()[0] for line in said if not line.startswith(" ")] == ["model", "adapter", "rows", "memory"]
+    assert [line.split()[0] for line in said if not line.startswith(" ")] == ["model", "adapter", "packing", "memory"]
     for line in said:
         assert " ".join(line.split()) in trained
     plain = CliRunner().invoke(app, ["check", str(recipe), "--model"])
