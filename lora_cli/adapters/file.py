@@ -20,6 +20,7 @@ from torch import Tensor
 from lora_cli.adapters.attach import attach
 from lora_cli.adapters.keys import by_module
 from lora_cli.adapters.kinds import KINDS, kind_of
+from lora_cli.adapters.layer import LoRALinear
 from lora_cli.adapters.metadata import FORMAT, AdapterMetadata, read_metadata
 from lora_cli.adapters.peft_config import CONFIG, alphas, elsewhere, read_config, require_ranks, whole_matching
 from lora_cli.adapters.targets import linear_layers
@@ -76,7 +77,7 @@ class AdapterFile:
 
     def target(self, name: str) -> Any:
         """What `attach` makes a module of."""
-        return self.kind(name).of_peft(name, self.tensors[name], self.alphas[name])
+        return self.kind(name).of_peft(name, self.tensors[name], self.alphas.get(name, 1.0), self.config)
 
 
 def save_adapter(
@@ -93,8 +94,9 @@ def save_adapter(
 
     prompting: whether training went through a chat template, `template` or `raw`.
     """
-    layers: dict[str, Any] = trained_modules(model)
-    alpha = _commonest({name: layer.alpha for name, layer in layers.items()})
+    layers = trained_modules(model)
+    lora = {name: layer for name, layer in layers.items() if isinstance(layer, LoRALinear)}
+    alpha = _commonest({name: layer.alpha for name, layer in lora.items()})
     tensors: dict[str, Tensor] = {}
     settings: dict[str, Any] = {}
     for name, layer in layers.items():
@@ -117,7 +119,7 @@ def save_adapter(
     write_tensors(folder / TENSORS, dict(sorted(tensors.items())), metadata.as_texts())
     if chat_template is not None:
         (folder / CHAT_TEMPLATE).write_text(chat_template, encoding="utf-8")
-    config = _peft_config(model, layers, base, alpha) | settings
+    config = _peft_config(model, lora, base, alpha) | settings
     (folder / CONFIG).write_text(json.dumps(config, indent=2) + "\n", encoding="utf-8")
 
 
@@ -128,14 +130,14 @@ def put_saved(model: Any, folder: Path) -> None:
 
 def _load(modules: Mapping[str, Trained], saved: AdapterFile) -> None:
     for name, module in modules.items():
-        module.load(module.from_peft(saved.tensors[name], saved.alphas[name]))
+        module.load(module.from_peft(saved.tensors[name], saved.alphas.get(name, 1.0)))
 
 
 def _unquantized(model: Any) -> list[str]:
     return [name.removesuffix(".base_layer") for name in unquantized_layers(model)]
 
 
-def _peft_config(model: Any, layers: Mapping[str, Any], base: BaseSource, alpha: float) -> dict[str, Any]:
+def _peft_config(model: Any, layers: Mapping[str, LoRALinear], base: BaseSource, alpha: float) -> dict[str, Any]:
     ranks = {name: layer.rank for name, layer in layers.items()}
     rank = _commonest(ranks)
     dropout = max(layer.dropout for layer in layers.values())
@@ -191,7 +193,7 @@ def read_adapter(folder: Path) -> AdapterFile:
         ) from None
     metadata = read_metadata(texts, path)
     tensors, base_weights = by_module(flat, path, config, elsewhere(folder, config))
-    ranks = {name: each["lora_A.weight"].shape[0] for name, each in tensors.items()}
+    ranks = {name: len(each["lora_A.weight"]) for name, each in tensors.items() if "lora_A.weight" in each}
     require_ranks(config, ranks, folder)
     by_module_alphas = alphas(config, ranks, folder)
     _require_alpha(config, metadata, folder)

@@ -11,6 +11,7 @@ from lora_cli.adapters.trained import Trained
 KINDS: dict[str, type[Trained]] = {"lora": LoRALinear}  # by the `method` of the file's metadata
 PARTS = {name: dimensions for kind in KINDS.values() for name, dimensions in kind.peft_parts.items()}
 SETTINGS = {key for kind in KINDS.values() for key in kind.peft_settings}
+COMPUTED = SETTINGS.union(*(kind.peft_keys for kind in KINDS.values()))  # settings of PEFT that some kind stands for
 
 
 def kind_of(parts: Collection[str], config: Mapping[str, Any]) -> type[Trained] | None:

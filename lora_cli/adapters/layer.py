@@ -126,7 +126,7 @@ class LoRALinear(Trained):
         return rank * sum(features(base_layer))
 
     @classmethod
-    def of_peft(cls, name: str, tensors: Mapping[str, Tensor], alpha: float) -> Target:
+    def of_peft(cls, name: str, tensors: Mapping[str, Tensor], alpha: float, config: Mapping[str, Any]) -> Target:
         return Target(name, len(tensors["lora_A.weight"]), alpha, kind=cls)
 
     @classmethod

@@ -10,7 +10,7 @@ from typing import Any
 
 from pydantic import BaseModel, ConfigDict, ValidationError
 
-from lora_cli.adapters.kinds import SETTINGS
+from lora_cli.adapters.kinds import COMPUTED
 from lora_cli.adapters.patterns import BadPattern, matching
 from lora_cli.errors import LoraError, command
 from lora_cli.foreign import MOST_JSON_BYTES, read_bytes
@@ -62,7 +62,7 @@ def read_config(folder: Path) -> dict[str, Any]:
             f"this is a {kind} adapter; only LORA can be opened", where=str(path), fix=elsewhere(folder, config)
         )
     _require_types(config, path)
-    plain = {key: value for key, value in _PLAIN.items() if key not in SETTINGS}
+    plain = {key: value for key, value in _PLAIN.items() if key not in COMPUTED}
     lost = [f"{key}: {config[key]}" for key in plain if config.get(key, plain[key]) not in (plain[key], None, [], {})]
     start = config.get("init_lora_weights")
     if isinstance(start, str) and start.lower().startswith(_CHANGED_BASE):

@@ -46,15 +46,10 @@ def unreached(
             ) from error
         finally:
             model.train(training)
-    reached = {_beside(name) for name, module in modules.items() if _has_gradient(module)}
+    reached = {_beside(name) for name, module in modules.items() if module.has_gradient()}
     for parameter in parameters:
         parameter.grad = None
     return [name for name in modules if _beside(name) not in reached]
-
-
-def _has_gradient(module: Trained) -> bool:
-    parameters = [each for group in module.parameters_by_group().values() for each in group]
-    return any(each.grad is not None and bool(each.grad.any()) for each in parameters)
 
 
 def left_out_lines(target_modules: Any, names: list[str], *, some: bool = True) -> list[str]:

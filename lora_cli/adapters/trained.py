@@ -6,7 +6,7 @@ new kind of adapter is a new subclass.
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Collection, Iterator, Mapping
 from contextlib import contextmanager
 from typing import Any, ClassVar
 
@@ -26,7 +26,8 @@ class Trained(nn.Module):
     """
 
     peft_parts: ClassVar[Mapping[str, int]]  # its tensors in PEFT's layout: name within the module → dimensions
-    peft_settings: ClassVar[Mapping[str, Any]] = {}  # what adapter_config.json has to say for it
+    peft_settings: Mapping[str, Any] = {}  # what adapter_config.json has to say of it
+    peft_keys: ClassVar[Collection[str]] = ()  # beside these, what it may say there of each module
 
     def __init__(self, base_layer: nn.Module):
         super().__init__()
@@ -36,6 +37,11 @@ class Trained(nn.Module):
     def parameters_by_group(self) -> dict[str, list[nn.Parameter]]:
         """What is trained, by the optimizer's group: `A`, or `B`, whose learning rate LoRA+ multiplies."""
         raise NotImplementedError
+
+    def has_gradient(self) -> bool:
+        """Whether a gradient of any text arrives here."""
+        parameters = [each for group in self.parameters_by_group().values() for each in group]
+        return any(each.grad is not None and bool(each.grad.any()) for each in parameters)
 
     def is_neutral(self) -> bool:
         """Whether the model still computes what its base computes."""
@@ -57,8 +63,8 @@ class Trained(nn.Module):
         raise NotImplementedError
 
     @classmethod
-    def of_peft(cls, name: str, tensors: Mapping[str, Tensor], alpha: float) -> Any:
-        """What `attach` makes a module of this name of, for tensors as `to_peft` gives them."""
+    def of_peft(cls, name: str, tensors: Mapping[str, Tensor], alpha: float, config: Mapping[str, Any]) -> Any:
+        """What `attach` makes a module of, for tensors as `to_peft` gives them and PEFT's configuration."""
         raise NotImplementedError
 
     @classmethod

@@ -31,6 +31,8 @@ def features(layer: nn.Module) -> tuple[int, int]:
     """(in_features, out_features)."""
     if isinstance(layer, Conv1D):
         return layer.nx, layer.nf
+    if isinstance(layer, nn.Embedding):
+        return layer.embedding_dim, layer.num_embeddings
     return layer.in_features, layer.out_features  # type: ignore[return-value]
 
 
@@ -44,6 +46,8 @@ def dense_weight(layer: nn.Module) -> Tensor:
 
     Of a base that is spread over processes it is brought together, which all of them must do.
     """
+    if isinstance(layer, nn.Embedding):
+        return layer.weight.data
     kind = storage_of(layer)
     assert kind is not None, f"{type(layer).__name__} is not a linear layer"
     return kind.dense(layer)
