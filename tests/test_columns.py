@@ -6,6 +6,7 @@ import json
 from pathlib import Path
 from typing import Any
 
+import conftest
 import pyarrow
 import pytest
 import yaml
@@ -43,10 +44,7 @@ def conversation(values: dict[str, Any], columns: dict[str, Any] | None = None, 
 
 
 def refusal(values: dict[str, Any], columns: dict[str, Any] | None = None) -> LoraError:
-    with pytest.raises(LoraError) as caught:
-        read(values, columns)
-    assert caught.value.fix
-    return caught.value
+    return conftest.refusal(lambda: read(values, columns))
 
 
 def suggested(error: LoraError) -> dict[str, Any]:

@@ -7,16 +7,13 @@ from importlib import resources
 
 import pytest
 import torch
-from conftest import randomize_adapter
 from tokenizers import Tokenizer
 from tokenizers.models import WordLevel
 from tokenizers.pre_tokenizers import Whitespace
 from transformers import PreTrainedTokenizerFast
 
-from lora_cli.adapters.attach import attach
-from lora_cli.adapters.targets import find_targets
 from lora_cli.adapters.trained import adapters_disabled, trained_modules
-from lora_cli.base.load import load_model, load_tokenizer
+from lora_cli.base.load import load_tokenizer
 from lora_cli.base.source import find_base
 from lora_cli.data.batches import collate
 from lora_cli.errors import LoraError
@@ -31,14 +28,6 @@ def quick_reports() -> None:
 
 CPU = torch.device("cpu")
 LAY_OUT = partial(collate, packed=True, pad_id=0, device=CPU)
-
-
-@pytest.fixture(scope="module")
-def adapted(tiny_llama):
-    model = load_model(find_base(str(tiny_llama)), quantization="none", dtype=torch.float32, device=CPU)
-    attach(model, find_targets(model, rank=4, alpha=8))
-    randomize_adapter(model)
-    return model
 
 
 @pytest.fixture

@@ -8,6 +8,7 @@ from datetime import date, datetime
 from decimal import Decimal
 from typing import Any
 
+import conftest
 import pytest
 import yaml
 from hypothesis import given, settings
@@ -50,11 +51,9 @@ def conversation(values: dict[str, Any], *words: Any) -> Conversation:
 
 
 def refusal(values: dict[str, Any], *words: Any) -> LoraError:
-    with pytest.raises(LoraError) as caught:
-        read(values, *words)
-    assert caught.value.where == "rows.jsonl: row 1"
-    assert caught.value.fix
-    return caught.value
+    error = conftest.refusal(lambda: read(values, *words))
+    assert error.where == "rows.jsonl: row 1"
+    return error
 
 
 # ── which format ────────────────────────────────────────────────────────────────────────────────────────────────

@@ -13,6 +13,7 @@ from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
+import conftest
 import pyarrow as pa
 import pytest
 from conftest import write_rows
@@ -276,10 +277,7 @@ def test_identity_follows_bytes_alone(tmp_path):
 
 
 def refusal(path: Path) -> LoraError:
-    with pytest.raises(LoraError) as caught:
-        read_rows(path)
-    assert caught.value.fix
-    return caught.value
+    return conftest.refusal(lambda: read_rows(path))
 
 
 BROKEN = {  # name → bytes, and where it is broken: line, line:column or row

@@ -7,18 +7,14 @@ from typing import Any
 
 import pytest
 import torch
-from conftest import randomize_adapter
+from conftest import open_base, with_adapter
 from torch import nn
 from transformers.pytorch_utils import Conv1D
 
-from lora_cli.adapters.attach import attach
 from lora_cli.adapters.layer import LoRALinear
-from lora_cli.adapters.targets import find_targets
 from lora_cli.adapters.trained import trained_modules
 from lora_cli.adapters.update_size import UpdateSize, update_sizes, weight_norm
 from lora_cli.base.linear import dense_weight
-from lora_cli.base.load import load_model
-from lora_cli.base.source import find_base
 
 CPU = torch.device("cpu")
 
@@ -59,9 +55,7 @@ def test_an_update_that_cancels_is_zero_and_not_an_error():
 
 @pytest.mark.parametrize("quantization", ["none", "nf4", "int8"])
 def test_of_a_model_every_ratio_is_that_of_the_dense_weights(tiny_llama, quantization):
-    model = load_model(find_base(str(tiny_llama)), quantization=quantization, dtype=torch.float32, device=CPU)
-    attach(model, find_targets(model, "all-linear", rank=4, alpha=8))
-    randomize_adapter(model)
+    model = with_adapter(open_base(tiny_llama, quantization), "all-linear")
     layers = trained_modules(model)
     sizes = update_sizes(layers)
     assert list(sizes) == list(layers)
@@ -71,9 +65,7 @@ def test_of_a_model_every_ratio_is_that_of_the_dense_weights(tiny_llama, quantiz
 
 
 def test_gpt2s_fused_layer_counts_what_its_mask_lets_through(tiny_gpt2):
-    model = load_model(find_base(str(tiny_gpt2)), quantization="none", dtype=torch.float32, device=CPU)
-    attach(model, find_targets(model, "attention", rank=4, alpha=8, projections=["q"]))
-    randomize_adapter(model)
+    model = with_adapter(open_base(tiny_gpt2), projections=["q"])
     masked = [layer for layer in trained_modules(model).values() if layer.output_mask is not None]
     assert masked
     for layer in masked:
