@@ -1,0 +1,45 @@
+"""`lora merge`."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Annotated, Literal
+
+import typer
+
+from lora_cli.cli.common import Json, RemoteCode, heavy, home
+from lora_cli.streams import print_json, print_note
+
+
+def merge(
+    source: Annotated[
+        Path, typer.Argument(help="A run folder or an adapter folder (ours or PEFT's).", show_default=False)
+    ],
+    output: Annotated[
+        Path, typer.Option("--output", callback=home, help="Folder to write the merged model to.", show_default=False)
+    ],
+    base: Annotated[str | None, typer.Option("--base", help="Base model. Default: the one the adapter names.")] = None,
+    dtype: Annotated[
+        Literal["keep", "bf16", "fp16", "fp32"],
+        typer.Option(help="Dtype of the written weights. keep: as in the base."),
+    ] = "keep",
+    onto: Annotated[
+        Literal["trained", "original"],
+        typer.Option(help="Add the update to the weights as trained on, or to the original ones."),
+    ] = "trained",
+    trust_remote_code: RemoteCode = False,
+    as_json: Json = False,
+) -> None:
+    """Fuse base and adapter, and measure the result.
+
+    Writes an ordinary Hugging Face folder; the merge fails if it is not the model that was trained.
+    """
+    merging = heavy("lora_cli.merging.merge", output)
+    report = merging.merge(
+        source, output, base=base, dtype=dtype, onto=onto, trust_remote_code=trust_remote_code, say=print_note
+    )
+    if as_json:
+        print_json(report.as_dict())
+        return
+    for line in merging.result_lines(report):
+        print_note(line)
