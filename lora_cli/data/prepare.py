@@ -10,6 +10,7 @@ import json
 import os
 import weakref
 from array import array
+from collections import Counter
 from contextlib import suppress
 from dataclasses import dataclass, field, replace
 from functools import cached_property
@@ -47,8 +48,7 @@ from lora_cli.data.store import (
     checksum,
     open_prepared,
     summary_values,
-    write_groups,
-    write_indices,
+    write_arrays,
 )
 from lora_cli.ending import make_temporary, remove_temporary
 from lora_cli.errors import LoraError
@@ -225,32 +225,32 @@ class Preparation:
 
     def build(self, folder: Path) -> None:
         """Writes everything into `folder`. Findings that stop a run are written too; who reads them decides."""
-        names: list[str] = []
-        formats: dict[str, str] = {}
-        self._findings = findings = Findings()
+        self._files: dict[str, int] = {}  # file → its number in the examples
+        self._formats: dict[str, str] = {}
+        self._findings = Findings()
         self._rows = 0
         self._template: ChatTemplate | None = None
         self._stops: set[int] = set()
         self._listing: dict[str, dict[str, dict[str, Any]]] = {}
         with ExampleWriter(folder / "examples.arrow") as writer:
-            train, validation = self._read_all(writer, names, formats)
+            train, validation = self._read_all(writer)
         data = self.data
         if not data.streaming:
             require_template_used(data, self._template)
         lengths, targets = writer.lengths, writer.targets
         rows = rows_to_shuffle(lengths[train], data.max_seq_len if data.packing else None, self.row_tokens, self.seed)
-        write_indices(folder / "train.arrow", train)
-        write_indices(folder / "validation.arrow", validation)
-        write_groups(folder / "rows.arrow", rows)
+        write_arrays(folder / "train.arrow", {"indices": train})
+        write_arrays(folder / "validation.arrow", {"indices": validation})
+        write_arrays(folder / "rows.arrow", vars(rows))
         digest = hashlib.sha256(writer.fingerprint.encode())
         for indices in (train, validation):
             digest.update(indices.tobytes() + b"|")
         template = self._template
         summary = Summary(
-            formats,
+            self._formats,
             {name: value for source in self.sources for name, value in source.identity.items()},
-            names,
-            findings,
+            list(self._files),
+            self._findings,
             Lengths.of(lengths[train], targets[train]),
             Lengths.of(lengths[validation], targets[validation]),
             digest.hexdigest(),
@@ -270,9 +270,7 @@ class Preparation:
 
     # ── reading ─────────────────────────────────────────────────────────────────────────────────────────────────
 
-    def _read_all(
-        self, writer: ExampleWriter, names: list[str], formats: dict[str, str]
-    ) -> tuple[np.ndarray, np.ndarray]:
+    def _read_all(self, writer: ExampleWriter) -> tuple[np.ndarray, np.ndarray]:
         """Indices of the examples to train on, and of those held out. What was kept of rows is forgotten then."""
         seen, held = _Seen(), _Seen()
         ends = []
@@ -280,31 +278,26 @@ class Preparation:
             require_columns(self.data.columns, self.sources)
         for at, source in enumerate(self.sources):
             source.identity  # taken before the rows are read  # noqa: B018
-            self._read(source, held if at >= len(self.training) else seen, writer, names, formats)
+            self._read(source, held if at >= len(self.training) else seen, writer)
             source.require_unchanged()
             ends.append(writer.count)
+        names = list(self._files)
         self._close_gate(seen, held, names)
         return self._split(seen, ends, names)
 
-    def _read(
-        self, source: Source, seen: _Seen, writer: ExampleWriter, names: list[str], formats: dict[str, str]
-    ) -> None:
+    def _read(self, source: Source, seen: _Seen, writer: ExampleWriter) -> None:
         data, rows = self.data, source.rows()
         head = list(islice(rows, ROWS_TO_DETECT))
         if not head:
             raise LoraError("the source has no rows", where=source.name, fix="check what wrote it")
         reader = RowEncoder(data, self.tokenizer, head, several=len(self.sources) > 1)
         self._template = reader.template or self._template
-        number_of: dict[str, int] = {}
-        rows_of: dict[str, int] = {}  # file → its rows
+        rows_of: Counter[str] = Counter()  # file → its rows
         for encoded in reader.encode(chain(head, rows), self._findings):
             self._rows += 1
             row = encoded.row
-            rows_of[row.file] = rows_of.get(row.file, 0) + 1
-            if row.file not in number_of:
-                number_of[row.file] = len(names)
-                names.append(row.file)
-            file = number_of[row.file]
+            rows_of[row.file] += 1
+            file = self._files.setdefault(row.file, len(self._files))
             if encoded.example is None:
                 continue
             ids = np.array(encoded.example.ids, np.int32)
@@ -320,8 +313,8 @@ class Preparation:
             for piece in pieces:
                 writer.add(piece, ids if piece is encoded.example else np.array(piece.ids, np.int32), file)
             seen.pieces.append(len(pieces))
-        shown = source.name if source.name not in formats else f"{source.name} (validation)"
-        formats[shown] = reader.said
+        shown = source.name if source.name not in self._formats else f"{source.name} (validation)"
+        self._formats[shown] = reader.said
         if isinstance(source, FileSource) and not source.one:
             self._listing[shown] = {"files": rows_of, "left": source.left}
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import hashlib
 import json
 from array import array
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import lru_cache
 from pathlib import Path
@@ -179,24 +179,7 @@ class Examples(Sequence[Example]):
 # ── index lists ─────────────────────────────────────────────────────────────────────────────────────────────────
 
 
-def write_groups(path: Path, groups: Groups) -> None:
-    _write_arrays(path, {"members": groups.members, "ends": groups.ends})
-
-
-def read_groups(path: Path) -> Groups:
-    arrays = _read_arrays(path)
-    return Groups(arrays["members"], arrays["ends"])
-
-
-def write_indices(path: Path, indices: np.ndarray) -> None:
-    _write_arrays(path, {"indices": indices})
-
-
-def read_indices(path: Path) -> np.ndarray:
-    return _read_arrays(path)["indices"]
-
-
-def _write_arrays(path: Path, arrays: dict[str, np.ndarray]) -> None:
+def write_arrays(path: Path, arrays: Mapping[str, np.ndarray]) -> None:
     """One list each, so that arrays of different length share a file."""
     columns = [
         pa.LargeListArray.from_arrays(pa.array([0, len(array)], pa.int64()), pa.array(array))
@@ -207,7 +190,7 @@ def _write_arrays(path: Path, arrays: dict[str, np.ndarray]) -> None:
         writer.write_batch(batch)
 
 
-def _read_arrays(path: Path) -> dict[str, np.ndarray]:
+def read_arrays(path: Path) -> dict[str, np.ndarray]:
     batch = pa.ipc.open_file(pa.memory_map(str(path))).get_batch(0)
     return {name: batch.column(name).values.to_numpy() for name in batch.schema.names}
 
@@ -309,8 +292,10 @@ def open_prepared(folder: Path) -> PreparedData | None:
             return None
         summary = _summary_from(stored["summary"])
         examples = ExampleStore(folder / "examples.arrow", summary.names)
-        train, validation = (Examples(examples, read_indices(folder / f"{n}.arrow")) for n in ("train", "validation"))
-        return PreparedData(folder, summary, train, validation, read_groups(folder / "rows.arrow"))
+        train, validation = (
+            Examples(examples, read_arrays(folder / f"{name}.arrow")["indices"]) for name in ("train", "validation")
+        )
+        return PreparedData(folder, summary, train, validation, Groups(**read_arrays(folder / "rows.arrow")))
     except (OSError, ValueError, KeyError, TypeError, AttributeError, LoraError):  # whatever damage makes of it
         return None
 
