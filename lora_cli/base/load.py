@@ -81,9 +81,19 @@ def skeleton_of(source: BaseSource, config: Any, trust_remote_code: bool) -> Any
         reading("no model can be built from this configuration", source.folder / "config.json", _CHECK_CONFIG),
         torch.device("meta"),
     ):
-        return AutoModelForCausalLM.from_config(
-            config, attn_implementation=attention_implementation(config), trust_remote_code=trust_remote_code
-        )
+        return build(config, trust_remote_code)
+
+
+def build(config: Any, trust_remote_code: bool) -> Any:
+    """A model with random weights in fp32 and the attention of training. Raises whatever its code raises."""
+    model = AutoModelForCausalLM.from_config(
+        config,
+        dtype=torch.float32,
+        attn_implementation=attention_implementation(config),
+        trust_remote_code=trust_remote_code,
+    )
+    watch_rows(model)
+    return model
 
 
 def require_weights_fit(source: BaseSource, config: Any, skeleton: Any) -> None:

@@ -22,7 +22,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from lora_cli.adapters.attach import attach
 from lora_cli.adapters.targets import Target, block_lists
 from lora_cli.base.activations import measured
-from lora_cli.base.attention import attention_implementation, watch_rows
+from lora_cli.base.attention import attention_implementation
 from lora_cli.base.load import skeleton_of
 from lora_cli.base.recompute import save_only_inputs
 from lora_cli.base.text import text_config
@@ -115,17 +115,11 @@ def _hollow(base: BaseModel, dtype: torch.dtype, chosen: dict[str, list[int]], a
     """The model with adapters of rank 1, ready to train but for its values, with the chosen blocks alone."""
     config = copy.deepcopy(base.config)
     model = skeleton_of(base.source, config, base.trust_remote_code)
-    targets = [Target(name, 1, 1.0) for name in adapted]
+    wrapped = {id(model.get_submodule(name)) for name in adapted}
     text = text_config(config)
     for name, at in chosen.items():
         blocks = model.get_submodule(name)
         model.set_submodule(name, nn.ModuleList([blocks[index] for index in at]))
-        new = {f"{name}.{old}.": f"{name}.{index}." for index, old in enumerate(at)}
-        targets = [
-            Target(new[prefix] + target.name.removeprefix(prefix), 1, 1.0)
-            for target in targets
-            if (prefix := _prefix(target.name, name)) in new
-        ] + [target for target in targets if not target.name.startswith(f"{name}.")]
         if getattr(text, "num_hidden_layers", None) == len(blocks):
             text.num_hidden_layers = len(at)
         if len(getattr(text, "layer_types", None) or ()) == len(blocks):
@@ -139,16 +133,10 @@ def _hollow(base: BaseModel, dtype: torch.dtype, chosen: dict[str, list[int]], a
             module.register_parameter(name, nn.Parameter(ones, requires_grad=False))
         for name, each in module.named_buffers(recurse=False):
             module.register_buffer(name, torch.ones(each.shape, dtype=each.dtype), persistent=False)
-    watch_rows(model)
     model.config.use_cache = False
-    attach(model, targets)
+    attach(model, [Target(name, 1, 1.0) for name, module in model.named_modules() if id(module) in wrapped])
     save_only_inputs(model)
     return model.train()
-
-
-def _prefix(name: str, outer: str) -> str:
-    """`model.layers.3.` of a layer within the list `model.layers`."""
-    return f"{outer}.{name.removeprefix(f'{outer}.').split('.')[0]}." if name.startswith(f"{outer}.") else ""
 
 
 class _NoProducts(TorchDispatchMode):

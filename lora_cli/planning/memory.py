@@ -28,7 +28,7 @@ class ModelShape:
     """The numbers that memory follows from. All but `vocabulary`, `hidden` and `blocks` count parameters."""
 
     quantizable: int  # of linear layers, without the output head
-    other: int  # embeddings, output head, norms, experts that are no linear layers
+    other: int  # embeddings, output head, norms, experts that are not linear layers
     largest_layer: int  # of the linear layers
     adapter: int
     vocabulary: int

@@ -10,14 +10,13 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from transformers import AutoModelForCausalLM, PreTrainedTokenizerBase
+from transformers import PreTrainedTokenizerBase
 
 from lora_cli.adapters.attach import attach, leave_out
 from lora_cli.adapters.reach import kind_of, unreached
 from lora_cli.adapters.targets import block_lists, find_targets
-from lora_cli.base.attention import attention_implementation, watch_rows
 from lora_cli.base.bounds import require_modest_config
-from lora_cli.base.load import load_tokenizer, model_config, require_weights_fit, skeleton_of
+from lora_cli.base.load import build, load_tokenizer, model_config, require_weights_fit, skeleton_of
 from lora_cli.base.source import BaseSource, find_base
 from lora_cli.base.stored import require_trainable, stored_quantization
 from lora_cli.base.text import positions, text_config
@@ -107,13 +106,13 @@ class BaseModel:
             is_whole = config is text
             try:
                 with torch.device("meta"):
-                    made = self._made_from(config)
+                    made = build(config, self.trust_remote_code)
                     parameters = sum(each.numel() for each in (*made.parameters(), *made.buffers()))
                 if parameters > _TRIED_PARAMETERS:
                     continue
                 with torch.random.fork_rng(devices=[]):
                     torch.manual_seed(0)
-                    model = self._made_from(config).eval()
+                    model = build(config, self.trust_remote_code).eval()
                 if not block_lists(model):
                     continue
                 if not is_whole:
@@ -123,16 +122,6 @@ class BaseModel:
             except Exception:  # what a cut configuration makes of code that is not ours
                 continue
         return None
-
-    def _made_from(self, config: Any) -> Any:
-        model = AutoModelForCausalLM.from_config(
-            config,
-            dtype=torch.float32,
-            attn_implementation=attention_implementation(config),
-            trust_remote_code=self.trust_remote_code,
-        )
-        watch_rows(model)
-        return model
 
 
 def _cut(config: Any) -> Any:
@@ -154,7 +143,7 @@ def _cut(config: Any) -> Any:
 
 
 def look_at_model(name: str, *, trust_remote_code: bool = False) -> BaseModel:
-    """Raises LoraError, as training would, if it is missing, no causal language model, or cannot be trained on."""
+    """Raises LoraError, as training would, if it is missing, not a causal language model, or cannot be trained on."""
     source = _without_weights(name, trust_remote_code)
     require_trainable(source)
     base = base_model(source, trust_remote_code=trust_remote_code)
