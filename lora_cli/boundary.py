@@ -1,4 +1,4 @@
-"""Where an exception ends the program: it becomes words on stderr, a JSON document for --json, and an exit code."""
+"""The outermost handler: an exception becomes a message on stderr, a JSON document for --json, and an exit code."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ def keep_tracebacks_in(output: Path) -> None:
 
 
 def run(app: Callable[..., Any], arguments: Sequence[str]) -> int:
-    """Run the command line; returns its exit code. No exception leaves but one that asks for an exit."""
+    """Run the command line and return its exit code. Raises nothing but SystemExit."""
     try:
         ended = app(list(arguments), standalone_mode=False)
         if ended != 130:  # typer returns it for Ctrl+C; a command itself returns nothing
@@ -97,7 +97,7 @@ def _usage(error: Any) -> LoraError:
 
 
 def _unexpected(error: BaseException) -> LoraError:
-    """Whatever no part of the program had expected: one line, and a file with the rest."""
+    """An unexpected exception: one line, and a file with the traceback."""
     what = (
         f"{type(error).__name__}: {reason_of(error).removeprefix(type(error).__name__ + ': ')}"
         if is_error(error)
@@ -117,7 +117,7 @@ def _unexpected(error: BaseException) -> LoraError:
 
 
 def _traceback(error: BaseException) -> str:
-    """Of a MemoryError or RecursionError even the formatting can fail; then the places are named alone."""
+    """The formatted traceback; where even formatting fails (MemoryError, RecursionError), its places alone."""
     try:
         return "".join(traceback.format_exception(error))
     except BaseException:

@@ -33,7 +33,7 @@ def end_as_by_ctrl_c() -> None:
 
 
 def listen_anew() -> None:
-    """What came before belongs to another run in this process."""
+    """Forget earlier signals, which belong to another run in this process."""
     _received.clear()
 
 
@@ -43,7 +43,7 @@ def signal_received() -> int:
 
 
 def exit_within(seconds: float) -> None:
-    """What libraries do when the program ends, such as waiting for their threads, may take so long and no longer."""
+    """End the program at the latest after `seconds` of what libraries do at exit, such as waiting for their threads."""
 
     def begin() -> None:
         last = threading.Timer(seconds, lambda: os._exit(_exit_code))
@@ -68,7 +68,7 @@ def let_go(exit_code: int) -> None:
 
 
 def make_temporary() -> Path:
-    """A folder that only this user can open, and that goes with the program at the latest."""
+    """A folder that only this user can open; removed when the program ends, at the latest."""
     folder = Path(tempfile.mkdtemp(prefix="lora-"))
     _temporary.add(folder)
     return folder
@@ -80,10 +80,10 @@ def remove_temporary(folder: Path) -> None:
 
 
 def require_temporary_folder(*others: Path) -> None:
-    """Libraries ask for a folder for temporary files as soon as they are imported.
+    """Make sure that there is a folder for temporary files, which libraries ask for as soon as they are imported.
 
-    others: places to use where the system has none, such as the output; of a folder that is not there yet, the one that
-    it will be in. Raises LoraError if nothing can be written.
+    others: places to use where the system has none, such as the output; for a folder that does not exist yet, the one
+    that it will be in. Raises LoraError if nothing can be written.
     """
     try:
         tempfile.gettempdir()
@@ -113,7 +113,7 @@ def note_signal(number: int) -> bool:
 
 def _on_signal(number: int, _frame: Any) -> None:
     if note_signal(number):
-        signal.signal(signal.SIGTERM, signal.SIG_DFL)  # once more ends at once
+        signal.signal(signal.SIGTERM, signal.SIG_DFL)  # a second one ends at once
         raise KeyboardInterrupt
 
 

@@ -102,7 +102,7 @@ class Unexpected(LoraError):
 
 @contextmanager
 def reading(what: str, where: str | os.PathLike[str] | None = None, fix: str | None = None) -> Iterator[None]:
-    """Whatever a library raises inside this block becomes a LoraError: `what`, the library's reason, where and fix.
+    """Turn whatever a library raises inside this block into a LoraError: `what`, the library's reason, where and fix.
 
     For reading what comes from others: a model's configuration, a tokenizer, a template, weights, data, an adapter, a
     run folder. A damaged file can make a library raise anything: RecursionError, OverflowError, MemoryError, and the
@@ -121,7 +121,7 @@ def reading(what: str, where: str | os.PathLike[str] | None = None, fix: str | N
 
 
 def is_error(raised: BaseException) -> bool:
-    """Whether something went wrong, and not somebody asked for an end. A panic in Rust code is a BaseException."""
+    """Whether this is an error and not a request to end. A panic in Rust code is a BaseException."""
     return isinstance(raised, Exception) or type(raised).__name__ == "PanicException"
 
 

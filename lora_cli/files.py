@@ -144,7 +144,7 @@ def remove_folder(folder: Path, shape: Shape) -> None:
 def finish_moves(folder: Path, shape_of: Callable[[str], Shape | None], files: Collection[str] = ()) -> None:
     """Clear away what a process that was killed while it wrote left in `folder`; for the only writer there.
 
-    shape_of: what a folder of this name holds, None for a name that is not ours. files: the names of ours that are
+    shape_of: what a folder of this name holds, None for a name that is not ours. files: the names that we give to
     files. A folder that had been moved aside to make place for its successor, which never came, is moved back.
     """
     for name in os.listdir(folder) if is_real_folder(folder) else ():

@@ -40,7 +40,7 @@ def validate(values: dict[str, Any], positions: Positions, file: str) -> Recipe 
 
 
 def _known_part(loc: KeyPath, values: Any) -> KeyPath:
-    """The part of a pydantic location that stands in the file: without union members and added list indices."""
+    """The part of a pydantic location that is in the file: without union members and added list indices."""
     known: KeyPath = ()
     for part in loc:
         if isinstance(values, dict) and part in values:

@@ -1,4 +1,4 @@
-"""A recipe's YAML: its values, and where each key stands in the file."""
+"""A recipe's YAML: its values, and the place of each key in the file."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ from lora_cli.files import human_bytes, require_regular
 NO_VALUE = (ValueError, LookupError, TypeError, AttributeError)
 
 KeyPath = tuple[str, ...]
-Positions = dict[KeyPath, str]  # where a key stands, such as "run.yaml:3:5" or "--set train.seed"
+Positions = dict[KeyPath, str]  # the place of a key, such as "run.yaml:3:5" or "--set train.seed"
 
 
 class _Loader(yaml.SafeLoader):
@@ -162,7 +162,7 @@ def _locate(node: yaml.MappingNode, at: KeyPath, file: str, positions: Positions
 
 
 def where_of(key: KeyPath, positions: Positions, file: str) -> str:
-    """Where a key stands; one that is missing is missing from its section."""
+    """The place of a key; of a missing one, that of its section."""
     inside = (where for known, where in positions.items() if known[: len(key)] == key)
     around = (positions[key[:end]] for end in range(len(key) - 1, 0, -1) if key[:end] in positions)
     return positions.get(key) or next(inside, None) or next(around, file)
