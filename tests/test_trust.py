@@ -57,11 +57,11 @@ def test_a_run_folder_cannot_say_so_by_itself_and_the_fix_works(
     source = tmp_path / "run" if command == "eval" else recipe
     said = lora(command, source)
     assert said.code == 2, said.text
-    assert "a run may be a stranger's" in said.error
+    assert "may be a stranger's" in said.error
     assert not marker.exists()
     fix = ["--trust-remote-code"] if command == "eval" else ["--set", "trust_remote_code=true"]
     assert f"add {' '.join(fix)}" in said.error
-    assert "a run may be a stranger's" not in lora(command, source, *fix).text
+    assert "may be a stranger's" not in lora(command, source, *fix).text
     assert marker.exists() or command != "check"
     assert json.loads((folder / "config.json").read_text())["model_type"] == "evil"
 
