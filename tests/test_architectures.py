@@ -14,7 +14,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 import transformers as hf
-from conftest import randomize_adapter, save_tiny
+from conftest import open_base, randomize_adapter, save_tiny, with_adapter
 from torch import Tensor, nn
 from transformers.pytorch_utils import Conv1D
 
@@ -296,16 +296,13 @@ def folder_of(tmp_path_factory: pytest.TempPathFactory, tokenizer: Any) -> Calla
 @pytest.fixture
 def load(folder_of: Callable[[str], Path]) -> Callable[..., Any]:
     def loaded(name: str, quantization: str = "none", dtype: torch.dtype = torch.float32) -> Any:
-        return load_model(find_base(str(folder_of(name))), quantization=quantization, dtype=dtype, device=CPU)
+        return open_base(folder_of(name), quantization, dtype)
 
     return loaded
 
 
 def adapted(model: Any, target_modules: Any = "attention", **settings: Any) -> Any:
-    """The model with a random adapter."""
-    attach(model, find_targets(model, target_modules, rank=2, alpha=4.0, **settings))
-    randomize_adapter(model)
-    return model
+    return with_adapter(model, target_modules, rank=2, alpha=4.0, **settings)
 
 
 def examples(*lengths: int) -> list[Example]:

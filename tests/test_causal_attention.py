@@ -7,6 +7,7 @@ from typing import Any
 import pytest
 import torch
 import torch.nn.functional as F
+from conftest import assert_near
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from torch import Tensor
@@ -51,16 +52,9 @@ def results(attention: Any, lengths: list[int], key_heads: int, dtype: torch.dty
     return [out, *torch.autograd.grad(out, (q, k, v), upstream)]
 
 
-def assert_close(actual: list[Tensor], expected: list[Tensor], tolerance: float) -> None:
-    """Within `tolerance` of the largest element of each: the output, and the gradients of q, k and v.
-
-    Of 1 at least: where a token sees itself alone, the gradients of q and k are zero up to rounding.
-    """
-    for name, one, right in zip(("out", "q", "k", "v"), actual, expected, strict=True):
-        largest = max(1.0, right.abs().max().item())
-        torch.testing.assert_close(
-            one.to(right.dtype), right, rtol=0, atol=tolerance * largest, msg=lambda text, n=name: f"{n}: {text}"
-        )
+def assert_same(actual: list[Tensor], expected: list[Tensor], tolerance: float) -> None:
+    """The output, and the gradients of q, k and v, which are zero up to rounding where a token sees itself alone."""
+    assert_near(actual, expected, tolerance, least=1.0)
 
 
 @pytest.fixture(params=["SDPA", "products"])
@@ -87,7 +81,7 @@ def way(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> str:
 )
 def test_it_is_torchs_attention_of_each_example(lengths, key_heads, window, scaling, dtype, way):
     settings = lengths, key_heads, dtype, window, scaling
-    assert_close(results(causal_attention, *settings), results(by_torch, *settings), TOLERANCES[dtype])
+    assert_same(results(causal_attention, *settings), results(by_torch, *settings), TOLERANCES[dtype])
 
 
 def test_products_are_for_short_rows_in_bf16_on_a_cpu():
@@ -122,7 +116,7 @@ def test_bf16_is_as_near_as_bf16_can_be(lengths, window):
     actual = [out, *torch.autograd.grad(out, (q, k, v), upstream)]
     wide = [x.detach().float().requires_grad_() for x in (q, k, v)]
     right = by_torch(wide[0], wide[1], wide[2], lengths, window, None)
-    assert_close(actual, [right, *torch.autograd.grad(right, wide, upstream.float())], 4 * 2**-8)
+    assert_same(actual, [right, *torch.autograd.grad(right, wide, upstream.float())], 4 * 2**-8)
 
 
 @pytest.mark.parametrize(

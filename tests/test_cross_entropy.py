@@ -9,7 +9,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 import transformers as hf
-from conftest import randomize_adapter
+from conftest import assert_near, randomize_adapter
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor, nn
@@ -100,17 +100,8 @@ def results(
 
 
 def assert_close(actual: dict[str, Tensor], expected: dict[str, Tensor], tolerance: float) -> None:
-    """Within `tolerance` of the largest element of each tensor."""
-    assert actual.keys() == expected.keys()
-    for name, right in expected.items():
-        largest = right.abs().max().item() if right.numel() else 0.0
-        torch.testing.assert_close(
-            actual[name].to(right.dtype),
-            right,
-            rtol=0,
-            atol=tolerance * largest,
-            msg=lambda text, n=name: f"{n}: {text}",
-        )
+    assert list(actual) == list(expected)
+    assert_near(list(actual.values()), list(expected.values()), tolerance)
 
 
 @pytest.mark.parametrize(("dtype", "tolerance"), [(torch.float64, 1e-12), (torch.float32, 1e-5)])

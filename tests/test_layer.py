@@ -11,7 +11,7 @@ import numpy as np
 import peft
 import pytest
 import torch
-from conftest import randomize_adapter
+from conftest import open_base, randomize_adapter, with_adapter
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor, nn
@@ -22,7 +22,7 @@ from lora_cli.adapters import dropout as dropout_module
 from lora_cli.adapters.attach import attach
 from lora_cli.adapters.dropout import dropped, feature_keys, keep_mask, token_keys
 from lora_cli.adapters.layer import LoRALinear
-from lora_cli.adapters.targets import Target, find_targets
+from lora_cli.adapters.targets import Target
 from lora_cli.adapters.trained import (
     adapters_disabled,
     cast_once,
@@ -668,9 +668,7 @@ def test_nf4_gives_input_gradients_also_after_an_evaluation(evaluated_nf4_model)
 
 def test_an_evaluation_in_the_middle_changes_no_gradient_of_an_nf4_model(tiny_llama):
     """The same trap as it would meet a user: gradients of every A and B, before and after, bitwise."""
-    model = load_model(find_base(str(tiny_llama)), quantization="nf4", dtype=torch.bfloat16, device=torch.device("cpu"))
-    attach(model, find_targets(model, rank=2, alpha=4.0))
-    randomize_adapter(model)
+    model = with_adapter(open_base(tiny_llama, "nf4", torch.bfloat16), rank=2, alpha=4.0)
     ids = torch.arange(3, 19).reshape(2, 8)
 
     def gradients() -> list[Tensor]:

@@ -13,18 +13,16 @@ from typing import Any
 
 import pytest
 import torch
-from conftest import randomize_adapter, save_tiny
+from conftest import open_base, save_tiny, with_adapter
 from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 from torch.testing import assert_close
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
 
-from lora_cli.adapters.attach import attach
 from lora_cli.adapters.file import save_adapter
 from lora_cli.adapters.layer import LoRALinear
 from lora_cli.adapters.opened import open_model
-from lora_cli.adapters.targets import find_targets
 from lora_cli.adapters.trained import trained_modules
 from lora_cli.base.load import load_model
 from lora_cli.base.source import find_base
@@ -48,10 +46,7 @@ def adapter_for(
     template: str | None = None,
     **targets: Any,
 ) -> Path:
-    source = find_base(str(base))
-    model = load_model(source, quantization=quantization, dtype=dtype, device=torch.device("cpu"))
-    attach(model, find_targets(model, **({"target_modules": "all-linear", "rank": 4, "alpha": 8} | targets)))
-    randomize_adapter(model)
+    model = with_adapter(open_base(base, quantization, dtype), **({"target_modules": "all-linear"} | targets))
     with torch.no_grad():
         for layer in trained_modules(model).values():
             layer.lora_B.mul_(scale / 0.1)
@@ -59,7 +54,7 @@ def adapter_for(
     save_adapter(
         model,
         folder,
-        source,
+        find_base(str(base)),
         quantization=quantization,
         double_quantization=True,
         chat_template=template,

@@ -12,10 +12,9 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from conftest import losses
+from conftest import adapter_tensors, losses
 from hypothesis import given
 from hypothesis import strategies as st
-from safetensors.torch import load_file
 from torch.testing import assert_close
 
 from lora_cli.data.example import Example
@@ -47,13 +46,9 @@ class Memory:
         monkeypatch.setattr(micro_batches.MicroBatches, "run", noted)
 
 
-def tensors(run: Path) -> dict[str, torch.Tensor]:
-    return load_file(run / "adapter" / "adapter_model.safetensors")
-
-
 def assert_same_run(one: Path, other: Path) -> None:
     assert losses(one) == pytest.approx(losses(other), abs=1e-5)  # E4
-    assert_close(tensors(one), tensors(other), rtol=0, atol=2e-5)  # Adam divides by small numbers
+    assert_close(adapter_tensors(one), adapter_tensors(other), rtol=0, atol=2e-5)  # Adam divides by small numbers
 
 
 @given(

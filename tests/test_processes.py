@@ -14,8 +14,7 @@ from typing import Any
 import pytest
 import torch
 from accelerate import Accelerator
-from conftest import ROOT, losses, quiet_console, randomize_adapter
-from safetensors.torch import load_file
+from conftest import ROOT, adapter_tensors, losses, quiet_console, randomize_adapter
 from test_architectures import ARCHITECTURES
 from torch import Tensor, nn
 
@@ -125,10 +124,6 @@ def train_here(recipe: Path, **options: Any) -> Path:
     return Path(loaded.output)
 
 
-def tensors(run: Path) -> dict[str, torch.Tensor]:
-    return load_file(run / "adapter" / "adapter_model.safetensors")
-
-
 def validation(run: Path) -> list[float]:
     lines = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
     return [line["validation_loss"] for line in lines if "validation_loss" in line]
@@ -138,7 +133,7 @@ def assert_same_run(one: Path, other: Path) -> None:
     assert len(losses(one)) == len(losses(other)) == STEPS["max_steps"], "one process writes"
     assert losses(one) == pytest.approx(losses(other), abs=1e-5)  # E4; fp32 sums in another order
     assert validation(one) == pytest.approx(validation(other), abs=1e-5)
-    assert any(bool(tensor.any()) for name, tensor in tensors(one).items() if "lora_B" in name)
+    assert any(bool(tensor.any()) for name, tensor in adapter_tensors(one).items() if "lora_B" in name)
 
 
 def assert_shares(run: Path, processes: int) -> None:
@@ -167,7 +162,7 @@ def test_a_base_in_shares_is_the_base(write, train_all, tmp_path, kinds):
         on_two, in_shares = tmp_path / f"{kind}-whole", tmp_path / f"{kind}-shared"
         assert losses(in_shares) == losses(on_two)
         assert validation(in_shares) == validation(on_two)
-        found, expected = tensors(in_shares), tensors(on_two)
+        found, expected = adapter_tensors(in_shares), adapter_tensors(on_two)
         assert all(torch.equal(found[name], expected[name]) for name in expected)
         assert_shares(in_shares, 2)
         assert_same_run(in_shares, train_here(write(f"{kind}-alone", kind)))
