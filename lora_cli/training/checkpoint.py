@@ -4,7 +4,7 @@
       manifest.json           size and SHA-256 of every other file; what run, data and versions it belongs to
       adapter.safetensors     A and B as they are in training, fp32
       optimizer.safetensors   every tensor of the optimizer's state
-      state.safetensors       random states of Python, NumPy, torch and CUDA; losses of the held-out examples
+      state.safetensors       random states of Python, NumPy, torch and CUDA; losses of the validation examples
       state.json              step, schedule, data position, what is best so far, the rest of the optimizer's state
       metrics.jsonl           the lines of all steps up to this one
       best/                   the adapter folder that is the best so far, if there is one (hard links where possible)
@@ -181,7 +181,7 @@ def _load(path: Path) -> dict[str, Tensor]:
 
 
 def _require_losses(losses: dict[str, Tensor], state: State) -> None:
-    """Raises ValueError for losses of held-out examples that no gain can be computed from."""
+    """Raises ValueError for losses of validation examples that no gain can be computed from."""
     names = {"validation.base", "validation.targets", "validation.best"}
     if not losses.keys() <= names:
         raise ValueError(f"{min(losses.keys() - names)[:80]} is not a tensor of a checkpoint")
@@ -191,12 +191,12 @@ def _require_losses(losses: dict[str, Tensor], state: State) -> None:
         raise ValueError("losses of the base model are missing")
     shapes = {tuple(each.shape) for each in losses.values()}
     if len(shapes) > 1 or any(len(shape) != 1 or not shape[0] for shape in shapes):
-        raise ValueError("losses of held-out examples have different lengths")
+        raise ValueError("losses of validation examples have different lengths")
     for name, each in losses.items():
         if each.is_floating_point() == (name == "validation.targets") or not each.isfinite().all():
             raise ValueError(f"{name} is not what was written")
         if name == "validation.targets" and int(each.min()) < 1:
-            raise ValueError("a held-out example has no target token")
+            raise ValueError("a validation example has no target token")
 
 
 def _optimizer_state(values: Any, tensors: dict[str, Tensor], optimizer: Any, folder: Path) -> dict[str, Any]:
