@@ -141,13 +141,8 @@ class _LinearCrossEntropy(torch.autograd.Function):
     @once_differentiable
     def backward(ctx: Any, grad_output: Tensor, _: Tensor) -> tuple[Tensor | None, ...]:  # type: ignore[override]
         of_hidden = None if ctx.of_hidden is None else ctx.of_hidden * grad_output.to(ctx.of_hidden.dtype)
-        return (
-            of_hidden,
-            None,
-            None,
-            None,
-            *((t * grad_output).to(k) for t, k in zip(ctx.totals, ctx.kinds, strict=True)),
-        )
+        of_parameters = ((t * grad_output).to(kind) for t, kind in zip(ctx.totals, ctx.kinds, strict=True))
+        return of_hidden, None, None, None, *of_parameters
 
 
 def _losses_(

@@ -81,18 +81,13 @@ def open_model(
 
 
 def try_model(recipe: Recipe, checked: Checked, console: Console | None) -> list[str]:
-    """What training would say of the model, from loading it to its memory; printed on the console too, if there is one.
+    """What training says of the model, from loading it to its memory: printed on the console, or returned without one.
 
     Raises LoraError as training would.
     """
     said: list[str] = []
-    say = say_on(console) if console is not None else lambda line: None
-
-    def note(line: str) -> None:
-        said.append(line)
-        say(line)
-
-    open_model(recipe, checked.source, checked.tokenizer, checked.feed, note)
+    say = said.append if console is None else say_on(console)
+    open_model(recipe, checked.source, checked.tokenizer, checked.feed, say)
     return said
 
 
