@@ -32,7 +32,7 @@ class State(Stored):
 
     pending: the line of metrics.jsonl of a step whose evaluation was interrupted; it comes first when the run goes on.
     data_offset: how many steps of data lie behind the run because it rewound and left them out.
-    tensors: nats of each held-out example, of the base and of the best adapter, and the target tokens of each.
+    tensors: nats of each validation example, of the base and of the best adapter, and the target tokens of each.
     """
 
     model_config = ConfigDict(arbitrary_types_allowed=True)
