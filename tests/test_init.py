@@ -618,7 +618,7 @@ SHAPE = ModelShape(
         {name: st.integers(1, 10**10) for name in ("quantizable", "other", "largest_layer", "adapter", "vocabulary")}
         | {"hidden": st.integers(1, 10**5)}
     ),
-    blocks=st.lists(st.builds(Block, st.integers(10**3, 10**6), st.integers(0, 10**6)), min_size=1, max_size=5),
+    blocks=st.lists(st.builds(Block, st.integers(10**3, 10**6), st.integers(1, 10**6)), min_size=1, max_size=5),
     numbers=st.fixed_dictionaries(
         {"tokens": st.integers(1, 10**6), "target_tokens": st.integers(1, 10**6), "scores": st.integers(0, 10**5)}
         | {"optimizer_bytes": st.integers(0, 8)}
