@@ -34,6 +34,8 @@ from fuzz_process import Result, import_everything, listing, run_all
 
 ROOT = Path(__file__).parents[2]
 COUNTS = {"recipes": 10_000, "damage": 2_000, "strangers": 3_000}
+MAKE_CASE = {"recipes": fuzz_recipes.make_case, "damage": fuzz_damage.make_case, "strangers": fuzz_strangers.make_case}
+prepare_once = cache(fuzz_damage.prepare)
 WATCHED = ("tests/data", "configs")  # of the repository; no case may change them
 
 
@@ -60,12 +62,8 @@ def run(section: str, folder: Path, arguments: Any) -> bool:
     """Whether any case of a section failed."""
     warm_up_once(folder)
     if section != "recipes":
-        fuzz_damage.prepare(folder, arguments.workers)
-    make_case = {
-        "recipes": fuzz_recipes.make_case,
-        "damage": fuzz_damage.make_case,
-        "strangers": fuzz_strangers.make_case,
-    }[section]
+        prepare_once(folder, arguments.workers)
+    make_case = MAKE_CASE[section]
     count = arguments.count or COUNTS[section]
     first = arguments.first
     numbers = range(first, first + count) if arguments.only is None else [arguments.only]

@@ -13,10 +13,8 @@ from pathlib import Path
 from random import Random
 from typing import Any
 
-from fuzz_damage import ODD, RECIPE, Planned, forget_metadata, prepare
+from fuzz_damage import ODD, RECIPE, Planned, forget_metadata
 from fuzz_process import Case, Result, wrong_json, wrong_run, wrong_weights
-
-__all__ = ["make_case", "prepare"]
 
 LARGE: list[Any] = [10**9, 10**12, 2**31, 2**63, 10**30, -5, 0, 1, 3, 1.5, True, "12", None, [1, 2], {"a": 1}]
 
