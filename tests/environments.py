@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import os
+import re
 import subprocess
 import sys
+import tomllib
 from pathlib import Path
 
 import pytest
@@ -38,3 +40,14 @@ def environment(name: str, *packages: str) -> Path:
 def transformers_4() -> Path:
     """What many programs still have: the last transformers before 5."""
     return environment("transformers-4", "transformers==4.57.6", "torch==2.13.0")
+
+
+def oldest_libraries() -> Path:
+    """The oldest minor version of each dependency that pyproject.toml allows, and what runs tests.
+
+    torch is the tested one: of the oldest, 2.10, the package index has no build without CUDA.
+    """
+    declared = tomllib.loads((ROOT / "pyproject.toml").read_text(encoding="utf-8"))["project"]["dependencies"]
+    floors = dict(re.fullmatch(r"(\w+)>=([\d.]+)(?:,.*)?", each).groups() for each in declared)  # type: ignore[union-attr]
+    oldest = [f"{name}=={floor}.*" for name, floor in floors.items() if name != "torch"]
+    return environment("oldest", *oldest, "torch==2.13.0", "pytest", "pytest-timeout", "hypothesis")
