@@ -25,7 +25,7 @@ def trl(folder: Path, work: Work, by_length: bool = False, fp32_adapter: bool = 
     import torch
     from datasets import Dataset
     from transformers import AutoTokenizer
-    from trl import SFTConfig, SFTTrainer
+    from trl import SFTConfig, SFTTrainer  # pyright: ignore[reportMissingImports] - an extra of its own
 
     rows = [json.loads(line) for line in (folder / "rows.jsonl").read_text(encoding="utf-8").splitlines()]
     ordered = [row for step in steps_of(folder) for row in step]
