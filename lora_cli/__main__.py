@@ -9,7 +9,7 @@ def main() -> None:
         from lora_cli.cli import main as command_line  # this takes long enough for Ctrl+C to come
     except KeyboardInterrupt:
         with suppress(OSError):
-            print("stopped", file=sys.stderr)
+            sys.stderr.write("stopped\n")
         sys.exit(130)
     command_line()
 

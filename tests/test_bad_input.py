@@ -103,7 +103,7 @@ def test_no_data_file(refused: Any, sums: Path, tmp_path: Path):
     (tmp_path / "folder" / ".hidden" / "rows.jsonl").write_text(sums.read_text())
     message = refused(data={"train": str(tmp_path / "folder")})
     assert (
-        f"error: {tmp_path}/folder: no data files in this folder; what lies there ends in .md\n  fix: name a" in message
+        f"error: {tmp_path}/folder: no data files in this folder; the files there end in .md\n  fix: name a" in message
     )
     message = refused(data={"train": str(tmp_path / "*.parquet")})
     assert f"error: {tmp_path}/*.parquet: no file matches this pattern\n  fix: check the pattern" in message

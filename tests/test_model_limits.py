@@ -104,7 +104,6 @@ def test_check_refuses_what_cannot_be_loaded_from_the_headers_alone(
         {"n_embd": -64},
         {"n_embd": 0},
         {"n_positions": -5},
-        {"dtype": {}},
         {"model_type": "vit", "architectures": [1]},
         {"model_type": "vit", "architectures": 7},
         {"quantization_config": {"quant_method": "unheard-of"}},

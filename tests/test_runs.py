@@ -209,7 +209,7 @@ BAD = {
     "an integer of 400 digits": ("status.json", b'{"state": "done", "step": ' + HUGE + b"}", "too large"),
     "a number beyond every float": ("status.json", b'{"state": "done", "wall_seconds": 1e999}', "too large"),
     "NaN": ("status.json", b'{"state": "done", "wall_seconds": NaN}', "NaN is not a number"),
-    "half a character": ("status.json", b'{"state": "failed", "why": "\\ud800"}', "half a character"),
+    "half a character": ("status.json", b'{"state": "failed", "why": "\\ud800"}', "a lone surrogate"),
     "text for a number": ("status.json", b'{"state": "done", "step": "x"}', "step is not a number"),
     "less than nothing": ("status.json", b'{"state": "done", "wall_seconds": -1}', "wall_seconds is not a number"),
     "a list": ("status.json", b"[]", "not a JSON object"),
