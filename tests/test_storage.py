@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ast
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, get_args
 
@@ -10,7 +11,7 @@ import pytest
 import torch
 import transformers as hf
 from conftest import ROOT, randomize_adapter, save_tiny
-from torch import nn
+from torch import Tensor, nn
 from transformers.pytorch_utils import Conv1D
 
 from lora_cli.adapters.attach import attach
@@ -127,6 +128,9 @@ class Q41(Storage):
 
     name = "q4_1"
     weights_per_number = 2
+
+    def dense_stored(self, weight: Tensor, beside: Mapping[str, Tensor]) -> Tensor:
+        raise AssertionError("no checkpoint stores weights so")
 
     def is_layer(self, module: nn.Module) -> bool:
         return isinstance(module, BlocksOf32)

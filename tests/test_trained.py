@@ -63,6 +63,14 @@ class Scaled(Trained):
     def from_peft(self, tensors: Mapping[str, Tensor], alpha: float) -> dict[str, Tensor]:
         return {"gain": tensors["gain"] * alpha}
 
+    @classmethod
+    def of_peft(cls, name: str, tensors: Mapping[str, Tensor], alpha: float, config: Mapping[str, Any]) -> Any:
+        return name
+
+    @classmethod
+    def misfit(cls, base_layer: nn.Module | None, tensors: Mapping[str, Tensor]) -> str | None:
+        return None
+
 
 def mixed(*, random: bool = True) -> nn.Module:
     """Three layers of which the first is adapted by LoRA with a mask, the last scaled."""

@@ -6,6 +6,7 @@ new kind of adapter is a new subclass.
 
 from __future__ import annotations
 
+from abc import ABC, abstractmethod
 from collections.abc import Collection, Iterator, Mapping
 from contextlib import contextmanager
 from typing import Any, ClassVar
@@ -14,7 +15,7 @@ import torch
 from torch import Tensor, nn
 
 
-class Trained(nn.Module):
+class Trained(nn.Module, ABC):
     """A module in the place of one of the base's: `base_layer`, which stays frozen, and what is trained beside it.
 
     Parameters and buffers that lie directly in this module are the adapter's, those inside `base_layer` the base's. A
@@ -34,47 +35,47 @@ class Trained(nn.Module):
         self.base_layer = base_layer
         self.active = True  # whether forward adds what was trained; see `adapters_disabled`
 
+    @abstractmethod
     def parameters_by_group(self) -> dict[str, list[nn.Parameter]]:
         """What is trained, by the optimizer's group: `A`, or `B`, whose learning rate LoRA+ multiplies."""
-        raise NotImplementedError
 
     def has_gradient(self) -> bool:
         """Whether a gradient of any text arrives here."""
         parameters = [each for group in self.parameters_by_group().values() for each in group]
         return any(each.grad is not None and bool(each.grad.any()) for each in parameters)
 
+    @abstractmethod
     def is_neutral(self) -> bool:
         """Whether the model still computes what its base computes."""
-        raise NotImplementedError
 
+    @abstractmethod
     def merged(self, weight: Tensor) -> Tensor:
         """The weight of a plain layer that computes the same, in fp32.
 
         weight: that of `base_layer`, dense, in any dtype: (out_features, in_features), as is the result.
         """
-        raise NotImplementedError
 
     def update_norm(self, weight: Tensor) -> float:
         """Frobenius norm of `merged(weight) - weight`."""
         return torch.linalg.vector_norm(self.merged(weight).detach() - weight.float()).item()
 
+    @abstractmethod
     def to_peft(self, alpha: float) -> dict[str, Tensor]:
         """Tensors as PEFT stores them, by their names within the module, for a file whose lora_alpha is `alpha`."""
-        raise NotImplementedError
 
     @classmethod
+    @abstractmethod
     def of_peft(cls, name: str, tensors: Mapping[str, Tensor], alpha: float, config: Mapping[str, Any]) -> Any:
         """What `attach` makes a module of, for tensors as `to_peft` gives them and PEFT's configuration."""
-        raise NotImplementedError
 
     @classmethod
+    @abstractmethod
     def misfit(cls, base_layer: nn.Module | None, tensors: Mapping[str, Tensor]) -> str | None:
         """Why these tensors cannot be around this layer of the base; None if they can."""
-        raise NotImplementedError
 
+    @abstractmethod
     def from_peft(self, tensors: Mapping[str, Tensor], alpha: float) -> dict[str, Tensor]:
         """A `state`, of tensors as `to_peft` gives them, from a file in which this module's lora_alpha is `alpha`."""
-        raise NotImplementedError
 
     def state(self) -> dict[str, Tensor]:
         """All that is trained, as it is in training, by parameter name; on the CPU."""

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from abc import ABC, abstractmethod
 from collections.abc import Mapping
 from typing import Any
 
@@ -10,7 +11,7 @@ from torch import Tensor, nn
 from torch.distributed.tensor import DTensor
 
 
-class Storage:
+class Storage(ABC):
     """A way to store the weights of linear layers. What has an answer here is so unless a kind says otherwise.
 
     Layers are asked about by module, checkpoints by what their config.json states and by the names of their tensors.
@@ -22,22 +23,22 @@ class Storage:
 
     # ── layers ──────────────────────────────────────────────────────────────────────────────────────────────────
 
+    @abstractmethod
     def is_layer(self, module: nn.Module) -> bool:
         """Whether this is a linear layer that stores its weight so."""
-        raise NotImplementedError
 
+    @abstractmethod
     def dense(self, layer: nn.Module) -> Tensor:
         """The weight that the layer multiplies by: (out_features, in_features)."""
-        raise NotImplementedError
 
-    def prepare(self, layer: nn.Module) -> None:
+    def prepare(self, layer: nn.Module) -> None:  # noqa: B027 - most kinds have nothing to prepare
         """Make a layer that was just loaded compute x Wᵀ + b with `dense`, in training and evaluation alike."""
 
     def same_on(self, in_features: int, device: str) -> bool:
         """Whether layers of that width compute with `dense` on a device of that type ("cpu", "cuda")."""
         return True
 
-    def make_shardable(self, layer: nn.Module, device: torch.device) -> None:
+    def make_shardable(self, layer: nn.Module, device: torch.device) -> None:  # noqa: B027 - nor to change
         """Leave nothing but plain parameters for FSDP2 to cut; what stays whole goes to `device`.
 
         Which kinds can be spread at all is said in quantization.py.
@@ -64,19 +65,19 @@ class Storage:
         """(the weight's name, which part) of a tensor that a checkpoint stores beside a weight; None of any other."""
         return None
 
+    @abstractmethod
     def dense_stored(self, weight: Tensor, beside: Mapping[str, Tensor]) -> Tensor:
         """The weight that stored tensors stand for, bit for bit `dense` of the layer that is loaded from them.
 
         beside: by the parts that `beside` names. (out_features, in_features), whatever the layer was; of plain weights
         laid out as they are stored.
         """
-        raise NotImplementedError
 
     # ── bytes ───────────────────────────────────────────────────────────────────────────────────────────────────
 
+    @abstractmethod
     def bits(self, value_bytes: int, double: bool) -> float:
         """Of a weight, scales included. value_bytes: of a number in the compute dtype."""
-        raise NotImplementedError
 
     def scale_bytes(self, layer: nn.Module) -> int:
         """Bytes that the layer holds beside its parameters."""
