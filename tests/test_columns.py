@@ -260,7 +260,8 @@ def test_a_key_that_elsewhere_leaves_out_what_is_marked_is_to_be_written_as_trai
 
 def test_a_key_that_only_sounds_like_loss_is_a_key_like_any():
     for key, value in (("masked", "Mr. ***"), ("training_data", "web"), ("glossary", True), ("restrain", 1)):
-        conversation({"messages": [ASKED, ANSWERED | {key: value}]})
+        document = conversation({"messages": [ASKED, ANSWERED | {key: value}]})
+        assert document.weights == conversation({"messages": [ASKED, ANSWERED]}).weights, key
 
 
 # ── columns ─────────────────────────────────────────────────────────────────────────────────────────────────────

@@ -122,7 +122,7 @@ def test_a_command_in_a_fix_is_one_that_the_command_line_takes(where: str, line:
     """Optional parts in brackets are tried with and without."""
     for words in {re.sub(r" \[.*?\]", "", line), line.replace("[", "").replace("]", "")}:
         verb, *rest = shlex.split(words.partition(" > ")[0])[1:]
-        COMMANDS[verb].make_context(verb, [PLACE if word == "…" else word for word in rest])
+        assert COMMANDS[verb].make_context(verb, [PLACE if word == "…" else word for word in rest])
 
 
 def test_commands_are_quoted_in_one_place():

@@ -92,7 +92,10 @@ def test_few_recurrent_layers_among_attention_leak_in_16_bits_too():
 
 @pytest.mark.parametrize("kind", ["llama", "mixtral", "gemma3", "deepseek_v3"])
 def test_what_keeps_examples_apart_packs_in_16_bits(kind):
-    require_no_leak(model_of(tiny_config(kind), torch.bfloat16), CPU)
+    model = model_of(tiny_config(kind), torch.bfloat16)
+    require_no_leak(model, CPU)
+    packed, leaking = packing_difference(model, CPU)
+    assert packed < leaking / 4
 
 
 @pytest.mark.parametrize("error", [TypeError("enable_gqa?"), RuntimeError("head_dim must be equal")])
@@ -127,6 +130,8 @@ def test_a_model_that_sees_few_tokens_is_tried_with_few():
     model = model_of(config)
     require_causal(model, CPU)
     require_no_leak(model, CPU)
+    packed, leaking = packing_difference(model, CPU)
+    assert packed < 1e-3 < leaking
 
 
 @pytest.mark.parametrize("kind", ["mamba2", "qwen3_next", "falcon"])

@@ -184,7 +184,7 @@ def read_adapter(folder: Path) -> AdapterFile:
     try:
         with safe_open(path, "pt") as stored:
             texts = stored.metadata() or {}
-            flat = {key: stored.get_tensor(key) for key in stored.keys()}  # noqa: SIM118 - it has keys, but is no dict
+            flat = {key: stored.get_tensor(key) for key in stored.keys()}  # noqa: SIM118 - it has keys, but is not a dict
     except (SafetensorError, OSError, ValueError) as error:
         raise LoraError(
             f"damaged or incomplete adapter file: {error}",

@@ -36,7 +36,7 @@ _PLAIN = {
 }
 # Starts of PEFT that also change the base's weights; the adapter means nothing on the base as it was.
 _CHANGED_BASE = ("pissa", "olora", "corda", "loftq", "lora_ga")
-# Kinds of PEFT that are no change of weights: they cannot be merged by anybody.
+# Kinds of PEFT that do not change weights: nobody can merge them.
 _NOT_WEIGHTS = {"PROMPT_TUNING", "MULTITASK_PROMPT_TUNING", "P_TUNING", "PREFIX_TUNING", "ADAPTION_PROMPT", "CPT"}
 _LARGEST_ALPHA = 1e30  # what is far from the end of fp32
 _DEFAULT_RANK = 8  # PEFT's, for a file without `r`

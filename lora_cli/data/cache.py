@@ -90,7 +90,7 @@ def remove_damaged(place: Path) -> None:
 
 
 def forget_killed(cache: Path) -> None:
-    """Remove what processes left half-done that are no more."""
+    """Remove what processes that have ended left half-done."""
     for folder in cache.iterdir() if cache.is_dir() else ():
         left = _HALF_DONE.fullmatch(folder.name)
         if left is None:

@@ -237,7 +237,7 @@ def weight_range(example: Example) -> tuple[float, float]:
 
 
 def duplicates(hashes: np.ndarray) -> np.ndarray:
-    """Indices whose hash stands earlier too, in order."""
+    """Indices whose hash has occurred before, in order."""
     order = np.argsort(hashes, kind="stable")
     ordered = hashes[order]
     repeated = np.zeros(len(hashes), bool)

@@ -76,7 +76,7 @@ def pieces(tokens: Sequence[Token], tokenizer: PreTrainedTokenizerBase) -> Itera
 
 
 def as_text(example: Example, tokenizer: PreTrainedTokenizerBase, *, colour: bool) -> Text:
-    """For a terminal. Without colour, trained tokens stand between ⟦ and ⟧."""
+    """For a terminal. Without colour, trained tokens are shown between ⟦ and ⟧."""
     tokens = tokens_of(example, tokenizer)
     shown = Text(overflow="fold")
     inside = False

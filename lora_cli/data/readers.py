@@ -1,6 +1,6 @@
 """Rows of one data file, with errors that name file and line.
 
-JSON, CSV and text are read as they stand, by the standard library: type guessing (of pandas and pyarrow, inside
+JSON, CSV and text are read as they are, by the standard library: type guessing (of pandas and pyarrow, inside
 `datasets`) turns a completion "42" of a CSV file into a number and "2024-01-01" of a JSON file into a date. Parquet and
 Arrow have types of their own: see tables.py.
 """
@@ -305,7 +305,7 @@ def _of_lines(lines: Iterator[str], path: Path, *, tabs: bool) -> Iterator[dict[
 
 
 def _head(lines: Iterator[str]) -> tuple[int, list[str]]:
-    """How many lines stand before the header (empty ones, and Excel's sep=;), and the first lines from it on."""
+    """How many lines come before the header (empty ones, and Excel's sep=;), and the first lines from it on."""
     before = 0
     for line in lines:
         if line.strip() and not (before == 0 and line.lower().startswith("sep=") and len(line.strip()) <= 5):

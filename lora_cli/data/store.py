@@ -228,7 +228,7 @@ class Summary:
     validation: Lengths
     fingerprint: str
     largest_id: int
-    longest: tuple[int, str]  # tokens, and where it stands
+    longest: tuple[int, str]  # tokens, and where it is
     template: str | None = None  # its name
     own_template: str | None = None  # its text, where it is not the model's own
     stop_tokens: list[str] = field(default_factory=list)
@@ -281,7 +281,7 @@ class PreparedData:
 
 
 def open_prepared(folder: Path) -> PreparedData | None:
-    """What stands in the folder, or None if it is missing or damaged in any byte."""
+    """What is in the folder, or None if it is missing or damaged in any byte."""
     try:
         if any(kind(folder / name) != "file" for name in (*PARTS, "summary.json")):
             return None

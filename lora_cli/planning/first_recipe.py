@@ -124,7 +124,9 @@ def _prepared(recipe: Recipe, chosen: Chosen) -> PreparedData:
     """The data as `lora check` prepares them, or of large data the sample. Raises LoraError as that does."""
     data, train = recipe.data, recipe.train
     if chosen.survey.sample and isinstance(data.validation, float):
-        data = data.model_copy(update={"validation": choices.HELD_OUT})  # of a sample, a small share is no row
+        data = data.model_copy(
+            update={"validation": choices.HELD_OUT}
+        )  # of a sample, a small share may be less than a row
     source = chosen.survey.sample or open_source(data.train[0])
     prepared = prepare_rows(
         source, data, chosen.base.tokenizer, seed=train.seed, row_tokens=train.tokens_per_micro_batch

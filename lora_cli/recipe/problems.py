@@ -31,7 +31,7 @@ def validate(values: dict[str, Any], positions: Positions, file: str) -> Recipe 
         by_key: dict[KeyPath, list[Any]] = {}
         for found in error.errors():
             by_key.setdefault(_known_part(tuple(map(str, found["loc"])), values), []).append(found)
-    # What is wrong inside a source says more than that the source is no fraction either.
+    # What is wrong inside a source says more than that the source is not a fraction either.
     outer = [key for key in by_key if _is_source(key) and any(other[: len(key)] == key != other for other in by_key)]
     return [
         _problem(key, found, values, positions, file, suggest=at < limits.RECIPE_SUGGESTIONS)

@@ -90,7 +90,7 @@ def state_after_a_step(optimizer: Any) -> dict[str, Any]:
     ]
     vars(twin).update(vars(optimizer), state=defaultdict(dict), param_groups=groups)
     if getattr(twin, "is_paged", False):
-        twin.is_paged = False  # where a tensor lies is no part of what it is
+        twin.is_paged = False  # where a tensor is does not change what it is
     for group in groups:
         for parameter in group["params"]:
             parameter.grad = torch.zeros_like(parameter)

@@ -1,4 +1,4 @@
-"""Where a run stands: what a checkpoint carries beside adapter and optimizer."""
+"""How far a run has come: what a checkpoint holds besides adapter and optimizer."""
 
 from __future__ import annotations
 
