@@ -48,7 +48,7 @@ TOKEN_CHARACTERS = 4_096  # of one token: runs of 128 blanks are the longest kno
 TOKENIZER_GROWTH = 64  # how many times as long a normalizer may make a text: 1 is usual
 TOKENS_OF_A_SENTENCE = 200  # with what is put before and behind it
 
-# ── data files (data/readers.py, data/tables.py) ────────────────────────────────────────────────────────────────
+# ── data files (data/files/readers.py, data/files/tables.py) ────────────────────────────────────────────────────
 ROW_BYTES = 32 << 20  # one row, or one line: 8 million tokens; parsing JSON takes up to 20 times as much memory
 UNPACKED_BYTES = 16 << 20  # that any packed file may hold …
 UNPACKED_TIMES = 200  # … and this many times its own size: text is packed to a tenth, very regular text to a hundredth

@@ -167,7 +167,7 @@ def test_parquet_that_was_cut_or_holds_no_rows(refused: Any, tmp_path: Path):
 
 def test_values_stay_as_they_stand(tmp_path: Path):
     """No guessing of types: a completion that looks like a number or a date is text."""
-    from lora_cli.data.sources import read_rows
+    from lora_cli.data.files.sources import read_rows
 
     (tmp_path / "a.csv").write_text('\ufeffprompt,completion\n1,"2"\n\nNA,null\n"a ""b""\nc",\n', encoding="utf-8")
     assert [(row.number, *row.values.items()) for row in read_rows(tmp_path / "a.csv")] == [

@@ -27,8 +27,8 @@ from transformers import PreTrainedTokenizerFast
 from lora_cli.data.batches import collate
 from lora_cli.data.chat.template import ChatTemplate
 from lora_cli.data.example import Example
+from lora_cli.data.files.readers import Row
 from lora_cli.data.gate import KINDS, Encoded, Findings
-from lora_cli.data.readers import Row
 from lora_cli.data.row_encoder import RowEncoder
 from lora_cli.recipe import TEMPLATES, Allowed, DataRecipe
 

@@ -22,8 +22,8 @@ from tokenizers.processors import TemplateProcessing
 from transformers import PreTrainedTokenizerFast
 
 from lora_cli.data.chat.template import chat_template
+from lora_cli.data.files.readers import Row
 from lora_cli.data.gate import KINDS, Encoded, Findings
-from lora_cli.data.readers import Row
 from lora_cli.data.row_encoder import RowEncoder
 from lora_cli.recipe import TEMPLATES, DataRecipe
 

@@ -14,10 +14,10 @@ from conftest import write_rows
 from pyarrow import parquet
 from tiny_model import make_tokenizer
 
+from lora_cli.data.files.readers import Row, read_file
 from lora_cli.data.formats import Completion, Conversation, Document, Text, detect_format
 from lora_cli.data.gate import Findings
 from lora_cli.data.prepare import prepare
-from lora_cli.data.readers import Row, read_file
 from lora_cli.data.row_encoder import RowEncoder
 from lora_cli.errors import LoraError
 from lora_cli.planning.survey import choose_reading

@@ -18,12 +18,12 @@ from pyarrow import parquet
 
 from lora_cli.data.batches import collate, similar_length_batches
 from lora_cli.data.example import Example
+from lora_cli.data.files.readers import Row
+from lora_cli.data.files.sources import read_rows
 from lora_cli.data.gate import Findings
 from lora_cli.data.order import hold_out, pack, similar_lengths
 from lora_cli.data.prepare import prepare
-from lora_cli.data.readers import Row
 from lora_cli.data.row_encoder import RowEncoder
-from lora_cli.data.sources import read_rows
 from lora_cli.errors import LoraError
 from lora_cli.recipe import DataRecipe, load_recipe
 

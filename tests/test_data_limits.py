@@ -17,7 +17,7 @@ from conftest import Said
 from pyarrow import parquet
 
 from lora_cli import limits
-from lora_cli.data.readers import read_file
+from lora_cli.data.files.readers import read_file
 from lora_cli.errors import LoraError
 from lora_cli.limits import LimitReached
 

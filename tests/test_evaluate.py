@@ -22,8 +22,8 @@ from lora_cli.base.load import load_tokenizer
 from lora_cli.base.source import find_base
 from lora_cli.data.batches import collate
 from lora_cli.data.example import Example, windows
+from lora_cli.data.files.sources import read_rows
 from lora_cli.data.prepare import prepare
-from lora_cli.data.sources import read_rows
 from lora_cli.errors import CheckFailed, LoraError
 from lora_cli.evaluation.evaluate import evaluate_model, evaluate_run
 from lora_cli.evaluation.perplexity import EvaluationStopped, example_losses

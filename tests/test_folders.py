@@ -11,7 +11,7 @@ import yaml
 from conftest import write_rows
 from tiny_model import make_tokenizer
 
-from lora_cli.data.folders import find_files, split_of
+from lora_cli.data.files.folders import find_files, split_of
 from lora_cli.data.prepare import prepare
 from lora_cli.data.report import data_lines
 from lora_cli.errors import LoraError

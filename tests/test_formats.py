@@ -14,9 +14,9 @@ import yaml
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from lora_cli.data.files.readers import Row
 from lora_cli.data.formats import NEEDED, Completion, Conversation, Document, Format, Text, detect_format
 from lora_cli.data.gate import Findings
-from lora_cli.data.readers import Row
 from lora_cli.data.row_encoder import RowEncoder
 from lora_cli.errors import LoraError
 from lora_cli.recipe import FIELDS, DataRecipe

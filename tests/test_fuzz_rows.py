@@ -16,8 +16,8 @@ from tiny_model import make_tokenizer
 from tokenizers import normalizers
 
 from lora_cli.data.example import windows
+from lora_cli.data.files.readers import Row
 from lora_cli.data.gate import KINDS, Encoded, Findings
-from lora_cli.data.readers import Row
 from lora_cli.data.row_encoder import RowEncoder
 from lora_cli.recipe import DataRecipe
 

@@ -588,7 +588,7 @@ def test_what_is_written_follows_the_umask(mask, tiny_llama, tmp_path):
 def test_no_recipe_beside_an_adapter_is_read_and_no_data_opened(run_recipe, tmp_path, sums, monkeypatch):
     run, _ = run_recipe(data={"validation": 0.25}, train={"max_steps": 2})
     sums.unlink()
-    from lora_cli.data import sources
+    from lora_cli.data.files import sources
 
     monkeypatch.setattr(sources, "open_source", lambda *_: pytest.fail("data were opened"))
     assert merge(run, tmp_path / "from run").tokens == "of the run's own data"

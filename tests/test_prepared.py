@@ -26,10 +26,10 @@ from lora_cli.data import cache as cache_module
 from lora_cli.data import prepare as module
 from lora_cli.data.encode import Encoder
 from lora_cli.data.example import Example
+from lora_cli.data.files.readers import Row
 from lora_cli.data.formats import detect_format
 from lora_cli.data.order import hold_out
 from lora_cli.data.prepare import Preparation, cache_folder, prepare
-from lora_cli.data.readers import Row
 from lora_cli.data.store import PARTS, Examples, ExampleStore, ExampleWriter, PreparedData, open_prepared
 from lora_cli.errors import LoraError
 from lora_cli.recipe import Recipe

@@ -16,8 +16,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from tiny_model import make_tokenizer
 
+from lora_cli.data.files.readers import read_file
 from lora_cli.data.prepare import prepare
-from lora_cli.data.readers import read_file
 from lora_cli.errors import LoraError
 from lora_cli.planning.check import check, print_checked
 from lora_cli.recipe import Recipe, load_recipe

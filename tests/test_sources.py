@@ -21,10 +21,10 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from pyarrow import parquet
 
-from lora_cli.data import folders, sources
+from lora_cli.data.files import folders, sources
+from lora_cli.data.files.readers import Row, kind_of, read_file
+from lora_cli.data.files.sources import FileSource, open_source, read_rows
 from lora_cli.data.prepare import prepare
-from lora_cli.data.readers import Row, kind_of, read_file
-from lora_cli.data.sources import FileSource, open_source, read_rows
 from lora_cli.errors import LoraError
 from lora_cli.recipe import Recipe, SourceRecipe
 

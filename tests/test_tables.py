@@ -11,10 +11,10 @@ import pyarrow as pa
 import pytest
 from pyarrow import compute, parquet
 
+from lora_cli.data.files.readers import Row, read_file
+from lora_cli.data.files.sources import HubSource, read_rows
+from lora_cli.data.files.tables import rows_of
 from lora_cli.data.formats import Text, detect_format
-from lora_cli.data.readers import Row, read_file
-from lora_cli.data.sources import HubSource, read_rows
-from lora_cli.data.tables import rows_of
 from lora_cli.errors import LoraError
 
 KINDS = ["parquet", "arrow", "stream.arrow", "hub"]

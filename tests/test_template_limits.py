@@ -19,8 +19,8 @@ from tiny_model import make_tokenizer
 from lora_cli import limits
 from lora_cli.data.chat import jinja
 from lora_cli.data.chat.jinja import BoundedTemplate
+from lora_cli.data.files.readers import Row
 from lora_cli.data.gate import Encoded, Findings
-from lora_cli.data.readers import Row
 from lora_cli.data.row_encoder import RowEncoder
 from lora_cli.errors import LoraError
 from lora_cli.limits import LimitReached

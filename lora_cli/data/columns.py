@@ -6,7 +6,7 @@ import re
 from collections.abc import Sequence
 from typing import Any
 
-from lora_cli.data.readers import Row
+from lora_cli.data.files.readers import Row
 from lora_cli.data.turns import Columns, decoded
 from lora_cli.errors import LoraError
 

@@ -15,9 +15,9 @@ from lora_cli.data.chat.masks import Masks
 from lora_cli.data.chat.spans import NotPrompted, Rendered, render_whole, render_with_spans
 from lora_cli.data.chat.template import ChatTemplate, wants_bos
 from lora_cli.data.example import Example, Span
+from lora_cli.data.files.readers import Row
 from lora_cli.data.formats import Completion, Conversation, Document, Format, Text
 from lora_cli.data.gate import Encoded, Finding, nothing_trained, refused, special_in_text, unstopped
-from lora_cli.data.readers import Row
 from lora_cli.errors import LoraError
 from lora_cli.limits import LimitReached
 

@@ -19,8 +19,8 @@ from lora_cli.data.columns import (
     read_by,
     require_trainable,
 )
-from lora_cli.data.readers import Row
-from lora_cli.data.tables import Unreadable
+from lora_cli.data.files.readers import Row
+from lora_cli.data.files.tables import Unreadable
 from lora_cli.data.turns import Reader, TurnKeys, bounded, decoded, said_weight
 from lora_cli.errors import LoraError
 

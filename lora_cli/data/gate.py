@@ -10,8 +10,8 @@ import numpy as np
 
 from lora_cli.data.chat.template import ChatTemplate
 from lora_cli.data.example import Example
+from lora_cli.data.files.readers import Row
 from lora_cli.data.formats import Conversation, Document
-from lora_cli.data.readers import Row
 from lora_cli.errors import CheckFailed, LoraError, shown
 
 TOO_LONG_SHARE = 0.01  # of the rows: up to this many are left out, above it the recipe must say what happens

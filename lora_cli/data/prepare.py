@@ -35,11 +35,11 @@ from lora_cli.data.cache import (
     tokenizer_hash,
 )
 from lora_cli.data.chat.template import ChatTemplate, chat_template, generation_ends
+from lora_cli.data.files.readers import Row
+from lora_cli.data.files.sources import FileSource, Source, open_source
 from lora_cli.data.gate import KINDS, Findings, Lengths, Weights, duplicates
 from lora_cli.data.order import hold_out, repeated, rows_to_shuffle
-from lora_cli.data.readers import Row
 from lora_cli.data.row_encoder import ROWS_TO_DETECT, RowEncoder, fit_length, require_columns, require_template_used
-from lora_cli.data.sources import FileSource, Source, open_source
 from lora_cli.data.store import (
     PARTS,
     ExampleWriter,

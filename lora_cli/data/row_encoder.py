@@ -15,10 +15,10 @@ from lora_cli.data.chat.template import ChatTemplate, chat_template
 from lora_cli.data.columns import applicable
 from lora_cli.data.encode import TRAIN_ON, Encoder, Prepared, Tokenized
 from lora_cli.data.example import Example, cut, windows
+from lora_cli.data.files.readers import Row
+from lora_cli.data.files.sources import Source
 from lora_cli.data.formats import Format, detect_format, require_present
 from lora_cli.data.gate import Encoded, Findings
-from lora_cli.data.readers import Row
-from lora_cli.data.sources import Source
 from lora_cli.data.turns import Columns
 from lora_cli.errors import LoraError, reading
 from lora_cli.recipe import DataRecipe

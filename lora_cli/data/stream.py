@@ -22,12 +22,12 @@ from transformers import PreTrainedTokenizerBase
 from lora_cli.base.text import positions, vocabulary
 from lora_cli.data.chat.template import ChatTemplate
 from lora_cli.data.example import Example
+from lora_cli.data.files.readers import Row
+from lora_cli.data.files.sources import FileSource, open_source
 from lora_cli.data.gate import Findings, Lengths, Weights, weight_range
 from lora_cli.data.order import Groups, permutation, rows_to_shuffle, split_by_length
-from lora_cli.data.readers import Row
 from lora_cli.data.report import stream_lines
 from lora_cli.data.row_encoder import RowEncoder, fit_length, require_columns, require_template_used
-from lora_cli.data.sources import FileSource, open_source
 from lora_cli.data.store import (
     Examples,
     PreparedData,

@@ -17,12 +17,12 @@ from lora_cli.data.batches import collate
 from lora_cli.data.columns import NEEDED, applicable, column_of
 from lora_cli.data.encode import target_bytes
 from lora_cli.data.example import Example
+from lora_cli.data.files.readers import Row
+from lora_cli.data.files.sources import open_source
 from lora_cli.data.formats import NoFormat
 from lora_cli.data.gate import Findings
 from lora_cli.data.prepare import prepare
-from lora_cli.data.readers import Row
 from lora_cli.data.row_encoder import RowEncoder, fit_length
-from lora_cli.data.sources import open_source
 from lora_cli.errors import LoraError
 from lora_cli.evaluation.gain import Gain, paired_gain
 from lora_cli.evaluation.perplexity import Score, score

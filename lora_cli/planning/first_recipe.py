@@ -17,8 +17,8 @@ from typing import Any
 import torch
 
 from lora_cli.base.device import describe_device, pick_device, pick_dtype
+from lora_cli.data.files.sources import open_source
 from lora_cli.data.report import finding_lines
-from lora_cli.data.sources import open_source
 from lora_cli.data.store import PreparedData
 from lora_cli.errors import LoraError
 from lora_cli.files import disk_errors

@@ -11,12 +11,12 @@ import numpy as np
 from transformers import PreTrainedTokenizerBase
 
 from lora_cli.data.columns import NEEDED, PREFERENCE
+from lora_cli.data.files.readers import Row
+from lora_cli.data.files.sources import FileSource, Source, open_source
 from lora_cli.data.formats import detect_format, suggestion
 from lora_cli.data.order import pack
 from lora_cli.data.prepare import Preparation, build_for_now, require_trainable
-from lora_cli.data.readers import Row
 from lora_cli.data.row_encoder import ROWS_TO_DETECT
-from lora_cli.data.sources import FileSource, Source, open_source
 from lora_cli.data.store import PreparedData
 from lora_cli.errors import LoraError
 from lora_cli.recipe import DataRecipe, SourceRecipe

@@ -23,7 +23,7 @@ from pathlib import Path
 from typing import IO, Any
 
 from lora_cli import limits
-from lora_cli.data.tables import TABLE_KINDS
+from lora_cli.data.files.tables import TABLE_KINDS
 from lora_cli.errors import LoraError, command
 from lora_cli.files import require_regular
 from lora_cli.limits import LimitReached

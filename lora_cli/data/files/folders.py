@@ -16,7 +16,7 @@ from itertools import pairwise, takewhile
 from pathlib import Path
 from typing import Any
 
-from lora_cli.data.readers import kind_of
+from lora_cli.data.files.readers import kind_of
 from lora_cli.errors import LoraError
 
 _MOST_FILES = 100_000  # that are looked at in a folder or for a pattern, data or not

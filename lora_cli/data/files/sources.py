@@ -10,9 +10,9 @@ from functools import cached_property
 from pathlib import Path
 from typing import Any
 
-from lora_cli.data.folders import find_files, require_text
-from lora_cli.data.readers import Row, read_file, require_kind
-from lora_cli.data.tables import rows_of
+from lora_cli.data.files.folders import find_files, require_text
+from lora_cli.data.files.readers import Row, read_file, require_kind
+from lora_cli.data.files.tables import rows_of
 from lora_cli.errors import LoraError
 from lora_cli.recipe import SourceRecipe
 

@@ -1,0 +1,1 @@
+"""Where rows come from: files of every kind, folders of them, and data sets of the hub."""
