@@ -18,6 +18,7 @@ UNSEEN = re.compile(f"(?!\n){_UNSEEN.pattern}")  # in text of several lines
 _LONGEST_LINE = 800  # characters; of a longer one the beginning and the end are shown
 _LONGEST_FIX = 5000  # it may hold a command with a path, which cannot be pasted when it is cut
 _MOST_PROBLEMS = 50
+Place = str | os.PathLike[str]
 
 
 class LoraError(Exception):
@@ -31,9 +32,10 @@ class LoraError(Exception):
     result: dict[str, Any] | None = None  # what was computed all the same; --json prints it beside the error
 
     def __init__(
-        self, what: str, *, where: str | None = None, fix: str | None = None, details: list[str] | None = None
+        self, what: str, *, where: Place | None = None, fix: str | None = None, details: list[str] | None = None
     ):
-        self.what, self.where, self.fix, self.details = what, where, fix, details or []
+        self.where = None if where is None else os.fspath(where)
+        self.what, self.fix, self.details = what, fix, details or []
         super().__init__(self.render())
 
     def render(self) -> str:
@@ -83,7 +85,7 @@ class Interrupted(LoraError):
     """A run was asked to stop, and can be resumed. Exit code 128 + signal: 130 for Ctrl+C, 143 for SIGTERM, 129 for
     SIGHUP."""
 
-    def __init__(self, what: str, *, exit_code: int = 130, where: str | None = None, fix: str | None = None):
+    def __init__(self, what: str, *, exit_code: int = 130, where: Place | None = None, fix: str | None = None):
         self.exit_code = exit_code
         super().__init__(what, where=where, fix=fix)
 
@@ -101,7 +103,7 @@ class Unexpected(LoraError):
 
 
 @contextmanager
-def reading(what: str, where: str | os.PathLike[str] | None = None, fix: str | None = None) -> Iterator[None]:
+def reading(what: str, where: Place | None = None, fix: str | None = None) -> Iterator[None]:
     """Turn whatever a library raises inside this block into a LoraError: `what`, the library's reason, where and fix.
 
     For reading what comes from others: a model's configuration, a tokenizer, a template, weights, data, an adapter, a
@@ -116,8 +118,7 @@ def reading(what: str, where: str | os.PathLike[str] | None = None, fix: str | N
     except BaseException as error:
         if not is_error(error):
             raise
-        place = None if where is None else os.fspath(where)
-        raise LoraError(f"{what}: {reason_of(error)}", where=place, fix=fix) from error
+        raise LoraError(f"{what}: {reason_of(error)}", where=where, fix=fix) from error
 
 
 def is_error(raised: BaseException) -> bool:

@@ -8,7 +8,7 @@ from __future__ import annotations
 import sys
 from pathlib import Path
 
-from lora_cli.recipe import AdapterRecipe, DataRecipe, Recipe, SourceRecipe, TrainRecipe
+from lora_cli.recipe import AdapterRecipe, DataRecipe, Recipe, SourceRecipe, TrainRecipe, meaning
 
 HEAD = """# The recipe
 
@@ -26,7 +26,7 @@ def table(title: str, model: type) -> str:
         if name in ("adapter", "data", "train") and model is Recipe:
             continue
         default = "required" if field.is_required() else f"`{_shown(field.default)}`"
-        lines.append(f"| `{name}` | {default} | {field.description} |")
+        lines.append(f"| `{name}` | {default} | {meaning(field)} |")
     return "\n".join(lines) + "\n"
 
 

@@ -44,15 +44,13 @@ def text_of(node: ast.expr) -> str:
 
 
 def fixes() -> Iterator[tuple[str, str]]:
-    """(file:line, text): arguments called `fix`, variables of that name, the fixes of Kind and of contradictions."""
+    """(file:line, text): arguments called `fix`, variables of that name, the fixes of Kind and Retired."""
     for path in sorted((ROOT / "lora_cli").rglob("*.py")):
         for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
             found: list[ast.expr] = []
             if isinstance(node, ast.Call):
                 found += [keyword.value for keyword in node.keywords if keyword.arg == "fix"]
                 called = node.func.id if isinstance(node.func, ast.Name) else ""
-                if called == "Rule" and len(node.args) == 4:
-                    found.append(node.args[3])
                 if called == "Retired" and len(node.args) == 2:
                     found.append(node.args[1])
                 if called == "Kind" and len(node.args) == 3:

@@ -16,15 +16,18 @@ from lora_cli.recipe.schema import FIELDS, OTHER_FIELDS, TEMPLATES, Recipe, Sour
 
 
 class Rule(NamedTuple):
-    """broken: whether a recipe breaks it, or the names that do, for an error each. what, fix: formatted with r, the
-    recipe, and name. idle_by: the setting that makes `key` idle; None: the two contradict each other.
+    """broken: whether a recipe breaks it, or the names that do, for an error each. idle_by: the setting that makes
+    `key` idle; None: the two contradict each other. what, fix: formatted with r, the recipe, and name.
     """
 
     key: str
     broken: Callable[[Recipe], bool | list[str]]
-    what: str
-    fix: str
     idle_by: str | None = None
+    what: str = ""
+    fix: str = ""
+
+    def says(self, what: str, *, fix: str) -> Rule:
+        return self._replace(what=what, fix=fix)
 
     @property
     def path(self) -> tuple[str, ...]:
@@ -49,14 +52,8 @@ def _held_out(r: Recipe) -> list[SourceRecipe]:
     return r.data.validation if isinstance(r.data.validation, list) else []
 
 
-def _names_no_place(sources: list[SourceRecipe]) -> bool:
-    return any((source.path is None) == (source.hub is None) for source in sources)
-
-
-def _mixes_places(sources: list[SourceRecipe]) -> bool:
-    return any(not source.hub and source.model_fields_set & {"config", "split", "revision"} for source in sources)
-
-
+_SOURCES = {"data.train": lambda r: r.data.train, "data.validation": _held_out}
+_OF_THE_HUB = {"config", "split", "revision"}
 _DOUBLE = named(lambda rules: rules.double)
 
 
@@ -70,203 +67,163 @@ def _is_schedule_free(r: Recipe) -> bool:
 
 TABLE = [
     Rule(
-        "adapter.projections",
-        lambda r: r.adapter.target_modules != "attention",
+        "adapter.projections", lambda r: r.adapter.target_modules != "attention", idle_by="adapter.target_modules"
+    ).says(
         "projections belong to target_modules: attention, but target_modules names other layers",
-        "remove projections, or write target_modules: attention",
-        idle_by="adapter.target_modules",
+        fix="remove projections, or write target_modules: attention",
     ),
     Rule(
         "double_quantization",
         lambda r: r.double_quantization and not RULES[r.quantization].double,
-        f"double_quantization is for {_DOUBLE}, but quantization is {{r.quantization}}",
-        f"remove double_quantization, or write quantization: {_DOUBLE}",
         idle_by="quantization",
+    ).says(
+        f"double_quantization is for {_DOUBLE}, but quantization is {{r.quantization}}",
+        fix=f"remove double_quantization, or write quantization: {_DOUBLE}",
     ),
-    Rule(
-        "dtype",
-        lambda r: r.dtype == "fp16" and r.device == "cpu",
-        "fp16 is for GPUs, but device is cpu",
-        "write dtype: auto, or another device",
+    Rule("dtype", lambda r: r.dtype == "fp16" and r.device == "cpu").says(
+        "fp16 is for GPUs, but device is cpu", fix="write dtype: auto, or another device"
     ),
     *(
-        rule
-        for key, sources in (("data.train", lambda r: r.data.train), ("data.validation", _held_out))
-        for rule in (
-            Rule(
-                key,
-                lambda r, sources=sources: _names_no_place(sources(r)),
-                "a source has either a path or a hub data set",
-                "write path: data/train.jsonl, or hub: owner/name",
-            ),
-            Rule(
-                key,
-                lambda r, sources=sources: _mixes_places(sources(r)),
-                "config, split and revision are for hub data sets",
-                "remove them, or name the data set with hub: owner/name",
-            ),
+        Rule(key, lambda r, of=of: any((source.path is None) == (source.hub is None) for source in of(r))).says(
+            "a source has either a path or a hub data set", fix="write path: data/train.jsonl, or hub: owner/name"
         )
+        for key, of in _SOURCES.items()
     ),
-    Rule(
-        "data.validation",
-        lambda r: any(source in r.data.train for source in _held_out(r)),
-        "validation and training data are the same",
-        "name another file or split, or a fraction such as 0.05",
+    *(
+        Rule(
+            key, lambda r, of=of: any(not source.hub and source.model_fields_set & _OF_THE_HUB for source in of(r))
+        ).says(
+            "config, split and revision are for hub data sets",
+            fix="remove them, or name the data set by hub: owner/name",
+        )
+        for key, of in _SOURCES.items()
     ),
-    Rule(
-        "data.validation",
-        lambda r: any(source.weight != 1 for source in _held_out(r)),
-        "validation rows are scored once each, so a source there has no weight",
-        "remove weight",
+    Rule("data.validation", lambda r: any(source in r.data.train for source in _held_out(r))).says(
+        "validation and training data are the same", fix="name another file or split, or a fraction such as 0.05"
     ),
-    Rule(
-        "data.validation",
-        lambda r: r.data.streaming and isinstance(r.data.validation, float),
-        "no fraction of a stream can be held out",
-        "name a validation file or split",
+    Rule("data.validation", lambda r: any(source.weight != 1 for source in _held_out(r))).says(
+        "validation rows are scored once each, so a source there has no weight", fix="remove weight"
+    ),
+    Rule("data.validation", lambda r: r.data.streaming and isinstance(r.data.validation, float)).says(
+        "no fraction of a stream can be held out", fix="name a validation file or split"
     ),
     Rule(
         "data.group_by",
         lambda r: r.data.group_by is not None and not isinstance(r.data.validation, float),
-        "group_by is for holding out a fraction",
-        "set data.validation to a fraction such as 0.05, or remove group_by",
         idle_by="data.validation",
+    ).says(
+        "group_by is for holding out a fraction",
+        fix="set data.validation to a fraction such as 0.05, or remove group_by",
     ),
-    Rule(
-        "data.streaming",
-        lambda r: r.data.streaming and r.train.max_steps is None,
-        "a stream has no known length, so the run would have no end",
-        "set train.max_steps",
+    Rule("data.streaming", lambda r: r.data.streaming and r.train.max_steps is None).says(
+        "a stream has no known length, so the run would have no end", fix="set train.max_steps"
     ),
-    Rule(
-        "data.cache",
-        lambda r: r.data.streaming and r.data.cache is not None,
-        "a stream keeps no prepared tokens",
-        "remove cache, or write streaming: false",
-        idle_by="data.streaming",
+    Rule("data.cache", lambda r: r.data.streaming and r.data.cache is not None, idle_by="data.streaming").says(
+        "a stream keeps no prepared tokens", fix="remove cache, or write streaming: false"
     ),
     Rule(
         "data.template",
         lambda r: r.data.template is not None and "/" not in r.data.template and r.data.template not in TEMPLATES,
+    ).says(
         "{r.data.template} is neither a built-in template nor a .jinja file",
-        f"choose one of {', '.join(TEMPLATES)}, or write the path of a file",
+        fix=f"choose one of {', '.join(TEMPLATES)}, or write the path of a file",
     ),
     Rule(
         "data.template_arguments",
         lambda r: [name for name in r.data.template_arguments if not re.fullmatch("[A-Za-z_][A-Za-z0-9_]*", name)],
+    ).says(
         "{name!r} is not a name that a template can read",
-        "write a name of letters, digits and _, such as enable_thinking",
+        fix="write a name of letters, digits and _, such as enable_thinking",
     ),
-    Rule(
-        "data.columns",
-        lambda r: [name for name in r.data.columns if name in OTHER_FIELDS],
-        "{name} means the same as another field that is set",
-        "remove {name}, or the other one",
+    Rule("data.columns", lambda r: [name for name in r.data.columns if name in OTHER_FIELDS]).says(
+        "{name} means the same as another field that is set", fix="remove {name}, or the other one"
     ),
-    Rule(
-        "data.columns",
-        lambda r: [name for name in r.data.columns if name not in (*FIELDS, *OTHER_FIELDS)],
+    Rule("data.columns", lambda r: [name for name in r.data.columns if name not in (*FIELDS, *OTHER_FIELDS)]).says(
         "unknown field {name}",
-        f"the left side is one of {', '.join((*FIELDS, *OTHER_FIELDS))}; the right side is a column of yours",
+        fix=f"the left side is one of {', '.join((*FIELDS, *OTHER_FIELDS))}; the right side is a column of yours",
     ),
-    Rule(
-        "train.epochs",
-        lambda r: r.data.streaming and r.train.max_steps is not None,
+    Rule("train.epochs", lambda r: r.data.streaming and r.train.max_steps is not None, idle_by="data.streaming").says(
         "a stream has no known length, so it is not counted in epochs",
-        "remove epochs; max_steps says when the run ends",
-        idle_by="data.streaming",
+        fix="remove epochs; max_steps says when the run ends",
     ),
     Rule(
         "train.eval_every",
         lambda r: r.train.eval_every is not None and r.data.validation is None,
-        "eval_every is set, but there is no validation data to evaluate on",
-        "set data.validation to a file or a fraction such as 0.05, or remove eval_every",
         idle_by="data.validation",
+    ).says(
+        "eval_every is set, but there is no validation data to evaluate on",
+        fix="set data.validation to a file or a fraction such as 0.05, or remove eval_every",
     ),
     Rule(
         "train.micro_batch_size",
         lambda r: r.train.tokens_per_micro_batch is not None,
-        "micro_batch_size and tokens_per_micro_batch both say how large a micro-batch is",
-        "remove one of them",
         idle_by="train.tokens_per_micro_batch",
-    ),
-    Rule(
-        "train.micro_batch_size",
-        lambda r: _is_auto(r) and r.train.batch_size is None,
+    ).says("micro_batch_size and tokens_per_micro_batch both say how large a micro-batch is", fix="remove one of them"),
+    Rule("train.micro_batch_size", lambda r: _is_auto(r) and r.train.batch_size is None).says(
         "auto decides how a step is split, but not how large it is",
-        "set train.batch_size to the rows of a step, such as 16",
+        fix="set train.batch_size to the rows of a step, such as 16",
     ),
     Rule(
         "train.batch_size",
         lambda r: r.train.batch_size is not None and not _is_auto(r),
+        idle_by="train.micro_batch_size",
+    ).says(
         "the rows of a step already follow from micro_batch_size and gradient_accumulation_steps",
-        "remove batch_size, or write micro_batch_size: auto",
-        idle_by="train.micro_batch_size",
+        fix="remove batch_size, or write micro_batch_size: auto",
     ),
-    Rule(
-        "train.gradient_accumulation_steps",
-        _is_auto,
+    Rule("train.gradient_accumulation_steps", _is_auto, idle_by="train.micro_batch_size").says(
         "with micro_batch_size: auto the number of micro-batches follows from what fits",
-        "remove gradient_accumulation_steps; batch_size says how large a step is",
-        idle_by="train.micro_batch_size",
+        fix="remove gradient_accumulation_steps; batch_size says how large a step is",
     ),
     Rule(
         "train.tokens_per_micro_batch",
         lambda r: (r.train.tokens_per_micro_batch or r.data.max_seq_len) < r.data.max_seq_len,
+    ).says(
         "a micro-batch of {r.train.tokens_per_micro_batch} tokens cannot hold a row of {r.data.max_seq_len}",
-        "write {r.data.max_seq_len} or more, or lower data.max_seq_len",
+        fix="write {r.data.max_seq_len} or more, or lower data.max_seq_len",
     ),
     Rule(
         "train.activation_memory",
         lambda r: r.train.activation_memory is not None and r.train.gradient_checkpointing != "selective",
-        "activation_memory is for selective checkpointing, but gradient_checkpointing is "
-        "{r.train.gradient_checkpointing}",
-        "write gradient_checkpointing: selective, or remove activation_memory",
         idle_by="train.gradient_checkpointing",
+    ).says(
+        "activation_memory is for gradient_checkpointing: selective, but it is {r.train.gradient_checkpointing}",
+        fix="write gradient_checkpointing: selective, or remove activation_memory",
     ),
     Rule(
         "train.min_learning_rate_ratio",
         lambda r: r.train.min_learning_rate_ratio > 0 and r.train.schedule == "constant",
-        "a constant schedule has no lower end",
-        "remove min_learning_rate_ratio, or choose schedule: cosine or linear",
         idle_by="train.schedule",
+    ).says(
+        "a constant schedule has no lower end",
+        fix="remove min_learning_rate_ratio, or choose schedule: cosine or linear",
     ),
     Rule(
         "train.min_learning_rate_ratio",
         lambda r: _is_schedule_free(r) and r.train.min_learning_rate_ratio > 0 and r.train.schedule != "constant",
+        idle_by="train.optimizer",
+    ).says(
         "schedule_free_adamw keeps the learning rate constant, so it has no lower end",
-        "remove min_learning_rate_ratio, or choose optimizer: adamw",
-        idle_by="train.optimizer",
+        fix="remove min_learning_rate_ratio, or choose optimizer: adamw",
     ),
     Rule(
-        "train.schedule",
-        lambda r: _is_schedule_free(r) and r.train.schedule != "constant",
+        "train.schedule", lambda r: _is_schedule_free(r) and r.train.schedule != "constant", idle_by="train.optimizer"
+    ).says(
         "schedule_free_adamw takes the place of a schedule, but schedule is {r.train.schedule}",
-        "remove schedule, or write schedule: constant",
-        idle_by="train.optimizer",
+        fix="remove schedule, or write schedule: constant",
+    ),
+    Rule("train.beta1", lambda r: _is_schedule_free(r) and r.train.beta1 == 0).says(
+        "schedule_free_adamw mixes its average by beta1 and divides by it", fix="write a beta1 above 0, such as 0.9"
     ),
     Rule(
-        "train.beta1",
-        lambda r: _is_schedule_free(r) and r.train.beta1 == 0,
-        "schedule_free_adamw mixes its average by beta1 and divides by it",
-        "write a beta1 above 0, such as 0.9",
-    ),
-    Rule(
-        "train.shard_base",
-        lambda r: [why] if r.train.shard_base and (why := RULES[r.quantization].not_sharded) else [],
-        "{name}",
-        f"write quantization: {named(lambda rules: rules.not_sharded is None)}, or remove shard_base",
-    ),
-    Rule(
-        "train.shard_base",
-        lambda r: r.train.shard_base and _is_auto(r),
+        "train.shard_base", lambda r: [why] if r.train.shard_base and (why := RULES[r.quantization].not_sharded) else []
+    ).says("{name}", fix=f"write quantization: {named(lambda rules: rules.not_sharded is None)}, or remove shard_base"),
+    Rule("train.shard_base", lambda r: r.train.shard_base and _is_auto(r)).says(
         "auto learns by running out of memory what fits, and a process that does so leaves the others waiting",
-        "write a number for micro_batch_size",
+        fix="write a number for micro_batch_size",
     ),
-    Rule(
-        "train.compile",
-        lambda r: r.train.shard_base and r.train.compile,
+    Rule("train.compile", lambda r: r.train.shard_base and r.train.compile).says(
         "blocks of a base that is spread over processes are gathered and released, and cannot be compiled here",
-        "remove compile, or shard_base",
+        fix="remove compile, or shard_base",
     ),
 ]

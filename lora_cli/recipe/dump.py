@@ -12,6 +12,8 @@ from lora_cli.recipe.keys import holder_of, path_places
 from lora_cli.recipe.schema import Recipe
 from lora_cli.recipe.yaml import KeyPath
 
+_MAPPINGS = ("rank_pattern", "alpha_pattern", "columns", "template_arguments")  # settings that are one value
+
 
 def dump_recipe(recipe: Recipe) -> str:
     """The resolved, complete recipe as YAML; reading it back gives an equal one."""
@@ -37,21 +39,13 @@ def differences(old: Recipe, new: Recipe) -> list[tuple[KeyPath, Any, Any]]:
 
 def json_schema() -> str:
     """JSON Schema of the recipe, for editors."""
-    schema = Recipe.model_json_schema() | {
-        "$schema": "https://json-schema.org/draft/2020-12/schema",
-        "title": "lora recipe",
-    }
-    return json.dumps(schema, indent=2)
+    named = {"$schema": "https://json-schema.org/draft/2020-12/schema", "title": "lora recipe"}
+    return json.dumps(Recipe.model_json_schema() | named, indent=2).replace("\\n", " ")  # line ends inside descriptions
 
 
 def _leaves(values: dict[str, Any], at: KeyPath = ()) -> list[tuple[KeyPath, Any]]:
     found: list[tuple[KeyPath, Any]] = []
     for key, value in values.items():
-        nested = isinstance(value, dict) and key not in (
-            "rank_pattern",
-            "alpha_pattern",
-            "columns",
-            "template_arguments",
-        )
+        nested = isinstance(value, dict) and key not in _MAPPINGS
         found += _leaves(value, (*at, key)) if nested else [((*at, key), value)]
     return found

@@ -5,6 +5,8 @@ from __future__ import annotations
 import re
 from typing import Any
 
+from pydantic.fields import FieldInfo
+
 from lora_cli.recipe.schema import NUMBER, Recipe, Section
 
 _PATHS = (("data", "template"), ("data", "general_text"), ("data", "cache"), ("output",), ("base_model",))
@@ -13,6 +15,11 @@ _PATHS = (("data", "template"), ("data", "general_text"), ("data", "cache"), ("o
 def section_of(annotation: Any) -> type[Section] | None:
     """The section that a field holds, if it holds one."""
     return annotation if isinstance(annotation, type) and issubclass(annotation, Section) else None
+
+
+def meaning(field: FieldInfo) -> str:
+    """What a setting means, on one line."""
+    return " ".join((field.description or "").split())
 
 
 def all_keys() -> list[tuple[str, ...]]:

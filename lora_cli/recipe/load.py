@@ -19,19 +19,19 @@ from lora_cli.recipe.keys import holder_of, path_places
 from lora_cli.recipe.problems import validate
 from lora_cli.recipe.retired import drop_retired
 from lora_cli.recipe.schema import Recipe
-from lora_cli.recipe.yaml import NO_VALUE, KeyPath, Positions, parse_value, place_of, read_recipe_yaml, where_of
+from lora_cli.recipe.yaml import NO_VALUE, KeyPath, Places, parse_value, place_of, read_recipe_yaml
 from lora_cli.streams import print_note
 
 _DEEPEST = 255  # parts of a path; the standard library makes missing folders by recursion
 
 
-def load_recipe(path: Path, overrides: list[str] | None = None) -> Recipe:
+def load_recipe(path: Path, overrides: list[str] | None = None, *, text: str | None = None) -> Recipe:
     """The recipe in `path` with `--set key.path=value` overrides applied, all paths in it made absolute.
 
-    Raises RecipeErrors with every problem: syntax, unknown or mistyped keys, wrong values; contradictions once all
-    values are valid.
+    text: what to read in place of the file. Raises RecipeErrors with every problem: syntax, unknown or mistyped keys,
+    wrong values; contradictions once all values are valid.
     """
-    values, positions, problems = read_recipe_yaml(path)
+    values, places, problems = read_recipe_yaml(path, text)
     overridden: set[KeyPath] = set()
     for override in overrides or []:
         try:
@@ -39,23 +39,30 @@ def load_recipe(path: Path, overrides: list[str] | None = None) -> Recipe:
         except LoraError as error:
             problems.append(error)
         else:
-            positions[key] = f"--set {'.'.join(key)}"
+            places[key] = f"--set {'.'.join(key)}"
             overridden.add(key)
-    problems += drop_retired(values, positions, str(path))
+    problems += drop_retired(values, places)
     for section, name, key in path_places(values):
-        base = Path.cwd() if any(key[: len(known)] == known for known in overridden) else path.resolve().parent
-        problems += _resolve_path(section, name, key, base, positions, str(path))
-    recipe = validate(values, positions, str(path))
+        base = Path.cwd() if _is_within(key, overridden) else path.resolve().parent
+        try:
+            section[name] = _resolved(section[name], base, is_model=key == ("base_model",))
+        except LoraError as problem:
+            problems.append(LoraError(f"{'.'.join(key)}: {problem.what}", where=places.of(key), fix=problem.fix))
+    recipe = validate(values, places)
     if isinstance(recipe, Recipe):
-        recipe = _without_idle(recipe, values, overridden, positions, str(path))
+        recipe = _without_idle(recipe, values, overridden, places)
         for rule, what, fix in contradictions(recipe, values):
-            where = where_of(rule.path, positions, str(path))
-            problems.append(LoraError(f"{rule.key}: {what}", where=where, fix=fix))
+            problems.append(LoraError(f"{rule.key}: {what}", where=places.of(rule.path), fix=fix))
     else:
         problems += recipe
     if problems or not isinstance(recipe, Recipe):
         raise problems[0] if len(problems) == 1 else RecipeErrors(sorted(problems, key=place_of))
     return recipe
+
+
+def _is_within(key: KeyPath, overridden: set[KeyPath]) -> bool:
+    """Whether a --set gave this setting, or a section or list that it is in."""
+    return any(key[: len(known)] == known for known in overridden)
 
 
 # ── overrides and paths ─────────────────────────────────────────────────────────────────────────────────────────
@@ -72,9 +79,8 @@ def _apply_override(values: dict[str, Any], override: str) -> KeyPath:
     name, equals, text = override.partition("=")
     key = tuple(name.strip().split("."))
     if not equals or not all(key) or len(key) > limits.RECIPE_LEVELS:
-        raise LoraError(
-            f"--set {override} is not of the form key.path=value", fix="for example --set train.learning_rate=1e-4"
-        )
+        what = f"--set {override} is not of the form key.path=value"
+        raise LoraError(what, fix="for example --set train.learning_rate=1e-4")
     try:
         value = parse_value(text, f"--set {name.strip()}")
     except (yaml.YAMLError, *NO_VALUE):
@@ -85,40 +91,22 @@ def _apply_override(values: dict[str, Any], override: str) -> KeyPath:
             at[part] = {}
         at = at[part]
         if not isinstance(at, dict):
-            raise LoraError(
-                f"--set {override}: {part} is not a section", fix="name a key inside a section, such as train.seed"
-            )
+            what = f"--set {override}: {part} is not a section"
+            raise LoraError(what, fix="name a key inside a section, such as train.seed")
     at[key[-1]] = value
     return key
 
 
-def _without_idle(
-    recipe: Recipe, values: dict[str, Any], overridden: set[KeyPath], positions: Positions, file: str
-) -> Recipe:
+def _without_idle(recipe: Recipe, values: dict[str, Any], overridden: set[KeyPath], places: Places) -> Recipe:
     """The recipe without those values of the file that a --set makes idle; a line on stderr names each of them."""
-
-    def is_set(key: KeyPath) -> bool:
-        return any(key[: len(known)] == known for known in overridden)
-
     for rule, what, _ in contradictions(recipe, values):
-        if rule.idle_by is not None and is_set(tuple(rule.idle_by.split("."))) and not is_set(rule.path):
-            print_note(f"note: {where_of(rule.path, positions, file)}: {rule.key} is not used: {what}")
+        by = tuple(rule.idle_by.split(".")) if rule.idle_by else ()
+        if by and _is_within(by, overridden) and not _is_within(rule.path, overridden):
+            print_note(f"note: {places.of(rule.path)}: {rule.key} is not used: {what}")
             del holder_of(rule.path, values)[rule.path[-1]]
             overridden.add(rule.path)  # what depended on this one goes with it
-            return _without_idle(Recipe.model_validate(values), values, overridden, positions, file)
+            return _without_idle(Recipe.model_validate(values), values, overridden, places)
     return recipe
-
-
-def _resolve_path(
-    section: Any, name: Any, key: KeyPath, base: Path, positions: Positions, file: str
-) -> list[LoraError]:
-    """Expand a path of the recipe's values and make it absolute, in place. Returns what is wrong with it."""
-    try:
-        section[name] = _resolved(section[name], base, is_model=key == ("base_model",))
-    except LoraError as problem:
-        what = f"{'.'.join(key)}: {problem.what}"
-        return [LoraError(what, where=where_of(key, positions, file), fix=problem.fix)]
-    return []
 
 
 def _resolved(value: str, base: Path, *, is_model: bool) -> str:

@@ -10,9 +10,9 @@ from pydantic import BaseModel, ValidationError
 
 from lora_cli import limits
 from lora_cli.errors import LoraError
-from lora_cli.recipe.keys import all_keys, section_of
+from lora_cli.recipe.keys import all_keys, meaning, section_of
 from lora_cli.recipe.schema import Recipe, SourceRecipe
-from lora_cli.recipe.yaml import KeyPath, Positions, where_of
+from lora_cli.recipe.yaml import KeyPath, Places
 
 _EXAMPLES = {  # of settings that have no default
     ("base_model",): "HuggingFaceTB/SmolLM2-135M-Instruct",
@@ -21,9 +21,28 @@ _EXAMPLES = {  # of settings that have no default
     ("data", "validation"): "0.05",
     ("output",): "runs/my-run",
 }
+_WANTED = {  # what pydantic refuses a value for: what it must be
+    "int_type": "a whole number",
+    "float_type": "a number",
+    "string_type": "text",
+    "bool_type": "true or false",
+    "list_type": "a list",
+    "dict_type": "a mapping",
+    "model_type": "a section with keys of its own",
+    "model_attributes_type": "a section with keys of its own",
+    "none_required": "nothing",
+    "finite_number": "a finite number",
+    "too_short": "not empty",
+    "string_too_short": "not empty",
+    "greater_than": "above {gt}",
+    "greater_than_equal": "at least {ge}",
+    "less_than": "below {lt}",
+    "less_than_equal": "at most {le}",
+    "literal_error": "one of {expected}",
+}
 
 
-def validate(values: dict[str, Any], positions: Positions, file: str) -> Recipe | list[LoraError]:
+def validate(values: dict[str, Any], places: Places) -> Recipe | list[LoraError]:
     """The recipe of these values, or every problem of them with its place."""
     try:
         return Recipe.model_validate(values)
@@ -34,7 +53,7 @@ def validate(values: dict[str, Any], positions: Positions, file: str) -> Recipe 
     # What is wrong inside a source says more than that the source is not a fraction either.
     outer = [key for key in by_key if _is_source(key) and any(other[: len(key)] == key != other for other in by_key)]
     return [
-        _problem(key, found, values, positions, file, suggest=at < limits.RECIPE_SUGGESTIONS)
+        _problem(key, found, values, places, suggest=at < limits.RECIPE_SUGGESTIONS)
         for at, (key, found) in enumerate((key, found) for key, found in by_key.items() if key not in outer)
     ]
 
@@ -56,10 +75,8 @@ def _is_source(key: KeyPath) -> bool:
     return key[:2] in (("data", "train"), ("data", "validation"))
 
 
-def _problem(
-    key: KeyPath, found: list[Any], values: dict[str, Any], positions: Positions, file: str, *, suggest: bool
-) -> LoraError:
-    name, where, kind = ".".join(key), where_of(key, positions, file), found[0]["type"]
+def _problem(key: KeyPath, found: list[Any], values: dict[str, Any], places: Places, *, suggest: bool) -> LoraError:
+    name, where, kind = ".".join(key), places.of(key), found[0]["type"]
     if kind == "extra_forbidden":
         return LoraError(f"unknown key {name}", where=where, fix=_suggest(key) if suggest else None)
     if kind == "missing":
@@ -72,13 +89,8 @@ def _problem(
             value = whole = whole[int(part)] if isinstance(whole, list) else whole.get(part)
     shown = _shown(value)
     wanted = " or ".join(dict.fromkeys(_wanted(error) for error in found))
-    what = f"{name} is {shown}, but must be {wanted}"
-    return LoraError(
-        what,
-        where=where,
-        details=_meaning(key),
-        fix=_example(key, value if isinstance(value, str) else "") or "remove it",
-    )
+    fix = _example(key, value if isinstance(value, str) else "") or "remove it"
+    return LoraError(f"{name} is {shown}, but must be {wanted}", where=where, details=_meaning(key), fix=fix)
 
 
 def _shown(value: Any, longest: int = 200) -> str:
@@ -91,35 +103,8 @@ def _shown(value: Any, longest: int = 200) -> str:
 
 
 def _wanted(error: Any) -> str:
-    kind, context = error["type"], error.get("ctx", {})
-    named = {
-        "int_type": "a whole number",
-        "float_type": "a number",
-        "string_type": "text",
-        "bool_type": "true or false",
-        "list_type": "a list",
-        "dict_type": "a mapping",
-        "model_type": "a section with keys of its own",
-        "model_attributes_type": "a section with keys of its own",
-        "none_required": "nothing",
-        "finite_number": "a finite number",
-        "too_short": "not empty",
-        "string_too_short": "not empty",
-    }
-    bounds = {
-        "greater_than": ("above", "gt"),
-        "greater_than_equal": ("at least", "ge"),
-        "less_than": ("below", "lt"),
-        "less_than_equal": ("at most", "le"),
-    }
-    if kind in named:
-        return named[kind]
-    if kind in bounds:
-        word, name = bounds[kind]
-        return f"{word} {context[name]}"
-    if kind == "literal_error":
-        return f"one of {context['expected']}"
-    return error["msg"][0].lower() + error["msg"][1:]
+    named = _WANTED.get(error["type"], "")
+    return named.format(**error.get("ctx", {})) or error["msg"][0].lower() + error["msg"][1:]
 
 
 def _field(key: KeyPath) -> Any:
@@ -138,7 +123,7 @@ def _field(key: KeyPath) -> Any:
 def _meaning(key: KeyPath) -> list[str]:
     """What the setting means, for the details of an error; nothing where there is no such setting."""
     field = _field(key) or _field(key[:-1])
-    return [f"{key[-1]}: {field.description}"] if field and field.description else []
+    return [f"{key[-1]}: {meaning(field)}"] if field and field.description else []
 
 
 def _example(key: KeyPath, found: str = "") -> str:

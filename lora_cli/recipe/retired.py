@@ -6,7 +6,7 @@ from typing import Any, NamedTuple
 
 from lora_cli.errors import LoraError
 from lora_cli.recipe.keys import holder_of
-from lora_cli.recipe.yaml import KeyPath, Positions, where_of
+from lora_cli.recipe.yaml import KeyPath, Places
 
 
 class Retired(NamedTuple):
@@ -24,11 +24,10 @@ RETIRED: dict[KeyPath, Retired] = {
 }
 
 
-def drop_retired(values: dict[str, Any], positions: Positions, file: str) -> list[LoraError]:
+def drop_retired(values: dict[str, Any], places: Places) -> list[LoraError]:
     """Remove retired settings from a recipe's values; returns an error for each that was not at its default."""
     problems: list[LoraError] = []
     for key, (default, instead) in RETIRED.items():
         if holder_of(key, values).pop(key[-1], default) != default:
-            where = where_of(key, positions, file)
-            problems.append(LoraError(f"{'.'.join(key)} is no longer a setting", where=where, fix=instead))
+            problems.append(LoraError(f"{'.'.join(key)} is no longer a setting", where=places.of(key), fix=instead))
     return problems

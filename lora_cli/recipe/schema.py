@@ -1,6 +1,7 @@
 """The recipe: every setting of a run, declared once.
 
-The reference table in the docs, the JSON Schema and all error messages are generated from these fields.
+The reference table in the docs, the JSON Schema and all error messages are generated from these fields and the text
+below each, which is what it means.
 """
 
 from __future__ import annotations
@@ -26,76 +27,55 @@ Number = Annotated[float, BeforeValidator(_number_from_text)]
 
 
 class Section(BaseModel):
-    model_config = ConfigDict(extra="forbid", frozen=True, strict=True, allow_inf_nan=False)
+    model_config = ConfigDict(
+        extra="forbid", frozen=True, strict=True, allow_inf_nan=False, use_attribute_docstrings=True
+    )
 
 
 class AdapterRecipe(Section):
-    rank: int = Field(16, ge=1, le=_MOST, description="Rank r of the update B @ A of each adapted layer.")
-    alpha: Number = Field(
-        32.0,
-        gt=0,
-        le=1e6,
-        description="Strength of the update: B @ A is scaled by alpha / rank (Hu et al. 2021, section 4.1).",
-    )
-    rank_stabilized: bool = Field(
-        False,
-        description="Scale by alpha / √rank, so that large ranks learn as fast as small ones (Kalajdzievski 2023).",
-    )
-    dropout: Number = Field(
-        0.0, ge=0, lt=1, description="Probability of dropping an input of the LoRA path; the frozen path never drops."
-    )
-    target_modules: str | list[str] = Field(
-        "attention",
-        description="Layers to adapt: `attention` (found by structure), `all-linear`, a list of module names or last "
-        "parts of names, or one regular expression for full module names.",
-    )
-    projections: list[Literal["q", "k", "v", "o"]] = Field(
-        ["q", "k", "v", "o"],
-        min_length=1,
-        description="With `target_modules: attention`: which projections to adapt. Works inside fused layers too; the "
-        "LoRA paper adapts [q, v].",
-    )
-    exclude_modules: list[str] = Field(
-        [], description="Module names, last parts of names or regular expressions to leave out."
-    )
-    layers: list[int] | None = Field(
-        None,
-        min_length=1,
-        description="Indices of the transformer blocks to adapt; negative ones count from the end. null: all.",
-    )
-    rank_pattern: dict[str, Annotated[int, Field(ge=1, le=_MOST)]] = Field(
-        {}, description="Another rank for some modules: name, last part of a name, or regular expression → rank."
-    )
-    alpha_pattern: dict[str, Annotated[Number, Field(gt=0, le=1e6)]] = Field(
-        {}, description="Another alpha for some modules: name, last part of a name, or regular expression → alpha."
-    )
-    init: Literal["kaiming", "gaussian"] = Field(
-        "kaiming",
-        description="How A starts (B is zero): Kaiming-uniform as in PEFT and loralib, or Gaussian with deviation "
-        "1 / rank.",
-    )
+    rank: int = Field(16, ge=1, le=_MOST)
+    """Rank r of the update B @ A of each adapted layer."""
+    alpha: Number = Field(32.0, gt=0, le=1e6)
+    """Strength of the update: B @ A is scaled by alpha / rank (Hu et al. 2021, section 4.1)."""
+    rank_stabilized: bool = False
+    """Scale by alpha / √rank, so that large ranks learn as fast as small ones (Kalajdzievski 2023)."""
+    dropout: Number = Field(0.0, ge=0, lt=1)
+    """Probability of dropping an input of the LoRA path; the frozen path never drops."""
+    target_modules: str | list[str] = "attention"
+    """Layers to adapt: `attention` (found by structure), `all-linear`, a list of module names or last parts of names,
+    or one regular expression for full module names."""
+    projections: list[Literal["q", "k", "v", "o"]] = Field(["q", "k", "v", "o"], min_length=1)
+    """With `target_modules: attention`: which projections to adapt. Works inside fused layers too; the LoRA paper
+    adapts [q, v]."""
+    exclude_modules: list[str] = []
+    """Module names, last parts of names or regular expressions to leave out."""
+    layers: list[int] | None = Field(None, min_length=1)
+    """Indices of the transformer blocks to adapt; negative ones count from the end. null: all."""
+    rank_pattern: dict[str, Annotated[int, Field(ge=1, le=_MOST)]] = {}
+    """Another rank for some modules: name, last part of a name, or regular expression → rank."""
+    alpha_pattern: dict[str, Annotated[Number, Field(gt=0, le=1e6)]] = {}
+    """Another alpha for some modules: name, last part of a name, or regular expression → alpha."""
+    init: Literal["kaiming", "gaussian"] = "kaiming"
+    """How A starts (B is zero): Kaiming-uniform as in PEFT and loralib, or Gaussian with deviation 1 / rank."""
 
 
 class SourceRecipe(Section):
     """One source of rows: local files or a data set of the hub."""
 
-    path: str | None = Field(
-        None,
-        min_length=1,
-        description="A data file (.jsonl, .json, .csv, .tsv, .parquet, .arrow, .txt; text kinds also .gz or .zst), a "
-        "folder of them, or a glob.",
-    )
-    hub: str | None = Field(None, min_length=1, description="A data set of the Hugging Face hub: owner/name.")
-    config: str | None = Field(None, description="Hub only: which configuration of the data set.")
-    split: str = Field("train", min_length=1, description="Hub only: which split of the data set.")
-    revision: str | None = Field(None, description="Hub only: branch, tag or commit. null: main.")
-    weight: Number = Field(
-        1.0,
-        gt=0,
-        le=1000,  # such rows are repeated in the order
-        description="How often an epoch sees each row: 2 is twice, 0.5 is one half of the rows, chosen by the seed. "
-        "In a stream: how often it comes, against the others.",
-    )
+    path: str | None = Field(None, min_length=1)
+    """A data file (.jsonl, .json, .csv, .tsv, .parquet, .arrow, .txt; text kinds also .gz or .zst), a folder of them,
+    or a glob."""
+    hub: str | None = Field(None, min_length=1)
+    """A data set of the Hugging Face hub: owner/name."""
+    config: str | None = None
+    """Hub only: which configuration of the data set."""
+    split: str = Field("train", min_length=1)
+    """Hub only: which split of the data set."""
+    revision: str | None = None
+    """Hub only: branch, tag or commit. null: main."""
+    weight: Number = Field(1.0, gt=0, le=1000)  # each row comes that often in the order
+    """How often an epoch sees each row: 2 is twice, 0.5 is one half of the rows, chosen by the seed. In a stream: how
+    often it comes, against the others."""
 
 
 def _as_sources(value: Any) -> Any:
@@ -144,30 +124,22 @@ Allowed = Literal[
 
 
 class DataRecipe(Section):
-    train: Sources = Field(
-        description="Training data: a file, a folder, a glob, `{hub: owner/name, split: train}`, or a list of these, "
-        "each with a `weight` if wanted."
-    )
+    train: Sources
+    """Training data: a file, a folder, a glob, `{hub: owner/name, split: train}`, or a list of these, each with a
+    `weight` if wanted."""
     validation: Annotated[
         Fraction | Sources | None,
         BeforeValidator(
             _fraction_or_sources, json_schema_input_type=float | str | SourceRecipe | list[str | SourceRecipe] | None
         ),
-    ] = Field(
-        None,
-        description="Validation data: a fraction of the training rows to hold out (chosen by the seed; equal rows "
-        "stay together), or sources as in `train`.",
-    )
-    group_by: str | None = Field(
-        None,
-        min_length=1,
-        description="With a fraction: column whose equal values are held out together, such as a conversation's id.",
-    )
-    format: Literal["auto", "text", "completion", "instruction", "chat"] = Field(
-        "auto",
-        description="How to read a row: `text`; `completion` (prompt, completion); `instruction` (instruction, input, "
-        "output); `chat` (messages or conversations); auto goes by the columns.",
-    )
+    ] = None
+    """Validation data: a fraction of the training rows to hold out (chosen by the seed; equal rows stay together), or
+    sources as in `train`."""
+    group_by: str | None = Field(None, min_length=1)
+    """With a fraction: column whose equal values are held out together, such as a conversation's id."""
+    format: Literal["auto", "text", "completion", "instruction", "chat"] = "auto"
+    """How to read a row: `text`; `completion` (prompt, completion); `instruction` (instruction, input, output); `chat`
+    (messages or conversations); auto goes by the columns."""
     columns: dict[str, str | None] = Field(
         {},
         description="Where the columns have other names: field → your column, such as {prompt: Question}; null as "
@@ -176,49 +148,32 @@ class DataRecipe(Section):
         + ". question and answer, user and assistant, input and output mean prompt and completion; with format: "
         "instruction or another field of it, they mean instruction and output.",
     )
-    template: str | None = Field(
-        None,
-        min_length=1,
-        description="Chat template: a .jinja file, or a built-in one for base models that have none (chatml, llama-3, "
-        "mistral, gemma, alpaca, plain). null: the model's own.",
-    )
-    template_arguments: dict[str, bool | int | float | str] = Field(
-        {},
-        description="What the chat template is given beside the conversation, such as {enable_thinking: false} or "
-        "{reasoning_effort: low}. It is written into the template that is kept with the adapter.",
-    )
-    train_on: Literal["assistant", "last_assistant", "completion", "all"] | None = Field(
-        None,
-        description="Which tokens are trained: all assistant turns, the last one, the completion, or everything. "
-        "null: answers (assistant turns, completions), or the whole text.",
-    )
-    max_seq_len: int = Field(
-        1024, ge=2, le=_MOST, description="Longest example in tokens, and the length of a packed sequence."
-    )
-    packing: bool = Field(
-        True,
-        description="Pack several examples into one sequence, each seeing only itself. Off: examples of similar length "
-        "in a micro-batch.",
-    )
-    too_long: Literal["error", "drop", "truncate", "split"] = Field(
-        "error",
-        description="What happens to an example above max_seq_len: `error` leaves them out up to 1 % of the rows and "
-        "stops above; `split` is for text only.",
-    )
-    allow: list[Allowed] = Field([], description="Problems of the data that do not stop the run.")
-    streaming: bool = Field(
-        False,
-        description="Read rows as training needs them, and keep none: for data larger than the disk. Needs max_steps.",
-    )
-    general_text: str | None = Field(
-        None,
-        min_length=1,
-        description="Text file whose loss is measured with and without the adapter at the end, to see what was "
-        "forgotten. null: English prose that comes with the program.",
-    )
-    cache: str | None = Field(
-        None, min_length=1, description="Folder for prepared tokens that several runs share. null: in the run folder."
-    )
+    template: str | None = Field(None, min_length=1)
+    """Chat template: a .jinja file, or a built-in one for base models that have none (chatml, llama-3, mistral, gemma,
+    alpaca, plain). null: the model's own."""
+    template_arguments: dict[str, bool | int | float | str] = {}
+    """What the chat template is given beside the conversation, such as {enable_thinking: false} or {reasoning_effort:
+    low}. It is written into the template that is kept with the adapter."""
+    train_on: Literal["assistant", "last_assistant", "completion", "all"] | None = None
+    """Which tokens are trained: all assistant turns, the last one, the completion, or everything. null: answers
+    (assistant turns, completions), or the whole text."""
+    max_seq_len: int = Field(1024, ge=2, le=_MOST)
+    """Longest example in tokens, and the length of a packed sequence."""
+    packing: bool = True
+    """Pack several examples into one sequence, each seeing only itself. Off: examples of similar length in a
+    micro-batch."""
+    too_long: Literal["error", "drop", "truncate", "split"] = "error"
+    """What happens to an example above max_seq_len: `error` leaves them out up to 1 % of the rows and stops above;
+    `split` is for text only."""
+    allow: list[Allowed] = []
+    """Problems of the data that do not stop the run."""
+    streaming: bool = False
+    """Read rows as training needs them, and keep none: for data larger than the disk. Needs max_steps."""
+    general_text: str | None = Field(None, min_length=1)
+    """Text file whose loss is measured with and without the adapter at the end, to see what was forgotten. null:
+    English prose that comes with the program."""
+    cache: str | None = Field(None, min_length=1)
+    """Folder for prepared tokens that several runs share. null: in the run folder."""
 
     @field_validator("columns")
     @classmethod
@@ -243,151 +198,100 @@ def _as_mode(value: Any) -> Any:
 
 
 class TrainRecipe(Section):
-    epochs: Number = Field(1.0, gt=0, le=1e6, description="Passes over the training data; a fraction is allowed.")
-    max_steps: int | None = Field(None, ge=1, le=_MOST, description="Stop after this many steps even if epochs remain.")
-    micro_batch_size: Annotated[int, Field(ge=1, le=_MOST)] | Literal["auto"] = Field(
-        4,
-        description="Sequences per forward pass: examples, or packed sequences of max_seq_len; `auto`: as many of "
-        "batch_size as fit into memory. What does not fit is halved; the result does not depend on it.",
-    )
-    batch_size: int | None = Field(
-        None, ge=1, le=_MOST, description="With micro_batch_size: auto: sequences per optimizer step."
-    )
-    tokens_per_micro_batch: int | None = Field(
-        None,
-        ge=2,
-        le=_MOST,
-        description="Instead of micro_batch_size: as many sequences per forward pass as fit into this many tokens.",
-    )
-    gradient_accumulation_steps: int = Field(
-        4, ge=1, le=_MOST, description="Micro-batches per optimizer step, over all processes."
-    )
-    learning_rate: Number = Field(
-        2e-4, gt=0, description="Peak learning rate; 2e-4 is what QLoRA used up to 13B (Dettmers et al. 2023, table 9)."
-    )
-    lora_plus_ratio: Number = Field(
-        1.0,
-        ge=1,
-        description="B's learning rate is this many times learning_rate, which is A's: LoRA+, with 16 in its paper "
-        "(Hayou et al. 2024).",
-    )
-    schedule: Literal["cosine", "linear", "constant"] = Field(
-        "cosine", description="Learning rate after the warm-up; with schedule_free_adamw it is always constant."
-    )
-    warmup_ratio: Number = Field(
-        0.03,
-        ge=0,
-        lt=1,
-        description="Share of all steps during which the rate rises from 0; 0.03 is what the QLoRA scripts use.",
-    )
-    min_learning_rate_ratio: Number = Field(
-        0.0, ge=0, le=1, description="Where cosine and linear end, as a share of the peak rate."
-    )
-    optimizer: Literal["adamw", "adamw_8bit", "paged_adamw", "paged_adamw_8bit", "schedule_free_adamw"] = Field(
-        "adamw",
-        description="AdamW of torch; or of bitsandbytes with 8-bit states, or with states that page to host memory; "
-        "or schedule-free, which averages the weights instead of lowering the rate (Defazio et al. 2024).",
-    )
-    weight_decay: Number = Field(0.0, ge=0, description="Decoupled weight decay of A and B.")
-    beta1: Number = Field(0.9, ge=0, lt=1, description="Adam's decay of the mean of gradients.")
-    beta2: Number = Field(0.999, ge=0, lt=1, description="Adam's decay of the mean of squared gradients.")
-    max_grad_norm: Number = Field(
-        0.3, gt=0, description="Gradients are scaled down to this L2 norm (0.3: Dettmers et al. 2023, appendix B)."
-    )
-    z_loss: Number = Field(
-        0.0,
-        ge=0,
-        description="Adds this times log² Z of each target token to what is minimized, so that logits do not drift; "
-        "PaLM used 1e-4 (Chowdhery et al. 2022, section 5). The loss that is shown is without it.",
-    )
+    epochs: Number = Field(1.0, gt=0, le=1e6)
+    """Passes over the training data; a fraction is allowed."""
+    max_steps: int | None = Field(None, ge=1, le=_MOST)
+    """Stop after this many steps even if epochs remain."""
+    micro_batch_size: Annotated[int, Field(ge=1, le=_MOST)] | Literal["auto"] = 4
+    """Sequences per forward pass: examples, or packed sequences of max_seq_len; `auto`: as many of batch_size as fit
+    into memory. What does not fit is halved; the result does not depend on it."""
+    batch_size: int | None = Field(None, ge=1, le=_MOST)
+    """With micro_batch_size: auto: sequences per optimizer step."""
+    tokens_per_micro_batch: int | None = Field(None, ge=2, le=_MOST)
+    """Instead of micro_batch_size: as many sequences per forward pass as fit into this many tokens."""
+    gradient_accumulation_steps: int = Field(4, ge=1, le=_MOST)
+    """Micro-batches per optimizer step, over all processes."""
+    learning_rate: Number = Field(2e-4, gt=0)
+    """Peak learning rate; 2e-4 is what QLoRA used up to 13B (Dettmers et al. 2023, table 9)."""
+    lora_plus_ratio: Number = Field(1.0, ge=1)
+    """LoRA+: B's learning rate is this many times A's, which is learning_rate; the paper has 16 (Hayou et al. 2024)."""
+    schedule: Literal["cosine", "linear", "constant"] = "cosine"
+    """Learning rate after the warm-up; with schedule_free_adamw it is always constant."""
+    warmup_ratio: Number = Field(0.03, ge=0, lt=1)
+    """Share of all steps during which the rate rises from 0; 0.03 is what the QLoRA scripts use."""
+    min_learning_rate_ratio: Number = Field(0.0, ge=0, le=1)
+    """Where cosine and linear end, as a share of the peak rate."""
+    optimizer: Literal["adamw", "adamw_8bit", "paged_adamw", "paged_adamw_8bit", "schedule_free_adamw"] = "adamw"
+    """AdamW of torch; or of bitsandbytes with 8-bit states, or with states that page to host memory; or schedule-free,
+    which averages the weights instead of lowering the rate (Defazio et al. 2024)."""
+    weight_decay: Number = Field(0.0, ge=0)
+    """Decoupled weight decay of A and B."""
+    beta1: Number = Field(0.9, ge=0, lt=1)
+    """Adam's decay of the mean of gradients."""
+    beta2: Number = Field(0.999, ge=0, lt=1)
+    """Adam's decay of the mean of squared gradients."""
+    max_grad_norm: Number = Field(0.3, gt=0)
+    """Gradients are scaled down to this L2 norm (0.3: Dettmers et al. 2023, appendix B)."""
+    z_loss: Number = Field(0.0, ge=0)
+    """Adds this times log² Z of each target token to what is minimized, so that logits do not drift; PaLM used 1e-4
+    (Chowdhery et al. 2022, section 5). The loss that is shown is without it."""
     gradient_checkpointing: Annotated[
         Literal["none", "selective", "full"],
         BeforeValidator(_as_mode, json_schema_input_type=Literal["none", "selective", "full"] | bool),
-    ] = Field(
-        "none",
-        description="Recompute activations in the backward pass: less memory, up to a third more time, same result. "
-        "`full` (or true): of all blocks; `selective`: of as few as activation_memory allows.",
-    )
-    activation_memory: Number | None = Field(
-        None,
-        gt=0,
-        description="With gradient_checkpointing: selective: GiB that activations may keep. null: 80 % of what is "
-        "free when the model is loaded.",
-    )
-    compile: bool = Field(
-        False,
-        description="Compile the transformer blocks with torch.compile: minutes at the start, faster steps after.",
-    )
-    shard_base: bool = Field(
-        False,
-        description="Several processes: each holds only its share of the frozen weights (FSDP2), for a base too large "
-        "for one card. Slower, same result.",
-    )
-    seed: int = Field(
-        0, ge=0, lt=2**32, description="Seed of the initial A, the order of rows, the hold-out and dropout."
-    )
-    eval_every: int | None = Field(
-        None,
-        ge=1,
-        le=_MOST,
-        description="Steps between evaluations on the validation data. null: only before and after training.",
-    )
-    checkpoint_every: int | None = Field(
-        None,
-        ge=1,
-        le=_MOST,
-        description="Steps between resumable checkpoints. null: those of checkpoint_minutes, at the end, and when "
-        "interrupted.",
-    )
-    checkpoint_minutes: Number | None = Field(
-        15.0,
-        gt=0,
-        description="Minutes after which a checkpoint is written that is for resuming alone; the newest of them is "
-        "kept, beside the others. null: never by the clock.",
-    )
-    keep_checkpoints: int = Field(
-        2, ge=1, le=_MOST, description="How many of the newest checkpoints to keep, beside that of the best step."
-    )
-    on_nan: Literal["stop", "skip", "rewind"] = Field(
-        "stop",
-        description="When the loss or gradient of a step is NaN or infinite, or the loss is above twice that of "
-        "guessing: stop; skip its update; or rewind to the last checkpoint and go on with the data after the step.",
-    )
-    on_write_error: Literal["stop", "pause"] = Field(
-        "stop",
-        description="When a checkpoint, adapter or metric cannot be written, as on a full disk: stop, with the last "
-        "checkpoint intact; or wait, and try again until it can.",
-    )
+    ] = "none"
+    """Recompute activations in the backward pass: less memory, up to a third more time, same result. `full` (or true):
+    of all blocks; `selective`: of as few as activation_memory allows."""
+    activation_memory: Number | None = Field(None, gt=0)
+    """With gradient_checkpointing: selective: GiB that activations may keep. null: 80 % of what is free when the model
+    is loaded."""
+    compile: bool = False
+    """Compile the transformer blocks with torch.compile: minutes at the start, faster steps after."""
+    shard_base: bool = False
+    """Several processes: each holds only its share of the frozen weights (FSDP2), for a base too large for one card.
+    Slower, same result."""
+    seed: int = Field(0, ge=0, lt=2**32)
+    """Seed of the initial A, the order of rows, the hold-out and dropout."""
+    eval_every: int | None = Field(None, ge=1, le=_MOST)
+    """Steps between evaluations on the validation data. null: only before and after training."""
+    checkpoint_every: int | None = Field(None, ge=1, le=_MOST)
+    """Steps between resumable checkpoints. null: those of checkpoint_minutes, at the end, and when interrupted."""
+    checkpoint_minutes: Number | None = Field(15.0, gt=0)
+    """Minutes after which a checkpoint is written that is for resuming alone; the newest of them is kept, beside the
+    others. null: never by the clock."""
+    keep_checkpoints: int = Field(2, ge=1, le=_MOST)
+    """How many of the newest checkpoints to keep, beside that of the best step."""
+    on_nan: Literal["stop", "skip", "rewind"] = "stop"
+    """When the loss or gradient of a step is NaN or infinite, or the loss is above twice that of guessing: stop; skip
+    its update; or rewind to the last checkpoint and go on with the data after the step."""
+    on_write_error: Literal["stop", "pause"] = "stop"
+    """When a checkpoint, adapter or metric cannot be written, such as on a full disk: stop, with the last checkpoint
+    intact; or wait, and try again until it works."""
 
 
 class Recipe(Section):
     """One run of `lora train`."""
 
-    base_model: str = Field(
-        min_length=1, description="Hub id, or a local folder with config.json and safetensors weights."
-    )
-    revision: str | None = Field(None, description="Hub branch, tag or commit of the base model. null: main.")
-    trust_remote_code: bool = Field(False, description="Run Python code that the model's repository ships.")
-    quantization: Quantization = Field(
-        DEFAULT,
-        description="How the frozen base is held: 4-bit NF4 (Dettmers et al. 2023, section 3), 8-bit, or as it is.",
-    )
-    double_quantization: bool = Field(
-        True,
-        description="NF4 only: quantize the scales as well, 0.37 bits a weight less (Dettmers et al. 2023, section 3).",
-    )
-    dtype: Literal["auto", "bf16", "fp16", "fp32"] = Field(
-        "auto", description="Compute dtype, and storage of what is not quantized; auto: bf16 where the device has it."
-    )
-    device: Literal["auto", "cpu", "cuda", "mps", "xpu"] = Field(
-        "auto", description="Where to train; auto: what accelerate finds."
-    )
-    adapter: AdapterRecipe = Field(
-        default_factory=lambda: AdapterRecipe.model_validate({}), description="The LoRA adapter."
-    )
-    data: DataRecipe = Field(description="Training and validation data.")
-    train: TrainRecipe = Field(default_factory=lambda: TrainRecipe.model_validate({}), description="The training run.")
-    trackers: list[Literal["tensorboard", "wandb", "trackio", "mlflow"]] = Field(
-        [], description="Experiment trackers to report to, beside metrics.jsonl."
-    )
-    output: str = Field(min_length=1, description="The run folder; it must not hold another run.")
+    base_model: str = Field(min_length=1)
+    """Hub id, or a local folder with config.json and safetensors weights."""
+    revision: str | None = None
+    """Hub branch, tag or commit of the base model. null: main."""
+    trust_remote_code: bool = False
+    """Run Python code that the model's repository ships."""
+    quantization: Quantization = DEFAULT
+    """How the frozen base is held: 4-bit NF4 (Dettmers et al. 2023, section 3), 8-bit, or as it is."""
+    double_quantization: bool = True
+    """NF4 only: quantize the scales as well, 0.37 bits a weight less (Dettmers et al. 2023, section 3)."""
+    dtype: Literal["auto", "bf16", "fp16", "fp32"] = "auto"
+    """Compute dtype, and storage of what is not quantized; auto: bf16 where the device has it."""
+    device: Literal["auto", "cpu", "cuda", "mps", "xpu"] = "auto"
+    """Where to train; auto: what accelerate finds."""
+    adapter: AdapterRecipe = Field(default_factory=lambda: AdapterRecipe.model_validate({}))
+    """The LoRA adapter."""
+    data: DataRecipe
+    """Training and validation data."""
+    train: TrainRecipe = Field(default_factory=lambda: TrainRecipe.model_validate({}))
+    """The training run."""
+    trackers: list[Literal["tensorboard", "wandb", "trackio", "mlflow"]] = []
+    """Experiment trackers to report to, beside metrics.jsonl."""
+    output: str = Field(min_length=1)
+    """The run folder; it must not hold another run."""

@@ -19,7 +19,24 @@ from lora_cli.files import human_bytes, require_regular
 NO_VALUE = (ValueError, LookupError, TypeError, AttributeError)
 
 KeyPath = tuple[str, ...]
-Positions = dict[KeyPath, str]  # the place of a key, such as "run.yaml:3:5" or "--set train.seed"
+
+
+class Places(dict[KeyPath, str]):
+    """The place of each key of a recipe, such as "run.yaml:3:5" or "--set train.seed"."""
+
+    def __init__(self, file: Path):
+        super().__init__()
+        self.file = str(file)
+
+    def of(self, key: KeyPath) -> str:
+        """The place of a key; of a missing one, that of its section."""
+        inside = (where for known, where in self.items() if known[: len(key)] == key)
+        around = (self[key[:end]] for end in range(len(key) - 1, 0, -1) if key[:end] in self)
+        return self.get(key) or next(inside, None) or next(around, self.file)
+
+
+def _place(file: str, mark: yaml.Mark) -> str:
+    return f"{file}:{mark.line + 1}:{mark.column + 1}"
 
 
 class _Loader(yaml.SafeLoader):
@@ -60,7 +77,7 @@ class _Loader(yaml.SafeLoader):
         return node
 
     def _refused(self, what: str, fix: str, mark: Any) -> LoraError:
-        return LoraError(what, where=f"{self._file}:{mark.line + 1}:{mark.column + 1}", fix=fix)
+        return LoraError(what, where=_place(self._file, mark), fix=fix)
 
 
 _FLAT = "a recipe has sections and keys in them, no deeper levels"
@@ -75,37 +92,32 @@ def parse_value(text: str, where: str) -> Any:
         loader.dispose()
 
 
-def read_recipe_yaml(path: Path) -> tuple[dict[str, Any], Positions, list[LoraError]]:
-    """Values, positions of keys, and keys that are set twice. Raises LoraError for what cannot be read at all."""
-    text = _text_of(path)
+def read_recipe_yaml(path: Path, text: str | None = None) -> tuple[dict[str, Any], Places, list[LoraError]]:
+    """Values, places of keys, and keys that are set twice. Raises LoraError for what cannot be read at all.
+
+    text: what to read in place of the file.
+    """
+    text, places = _text_of(path) if text is None else text, Places(path)
     try:
-        loader = _Loader(text, str(path))
+        loader = _Loader(text, places.file)
         node = loader.get_single_node()
-        if node is None:
-            raise LoraError("the recipe is empty", where=str(path), fix="start from one of configs/*.yaml")
         if not isinstance(node, yaml.MappingNode):
-            raise LoraError(
-                "a recipe is a mapping of keys to values", where=str(path), fix="start from one of configs/*.yaml"
-            )
-        positions: Positions = {}
-        twice = _locate(node, (), str(path), positions)
+            what = "the recipe is empty" if node is None else "a recipe is a mapping of keys to values"
+            raise LoraError(what, where=path, fix="start from one of configs/*.yaml")
+        twice = _locate(node, (), places)
         values = loader.construct_document(node)
         if not isinstance(values, dict):  # by a tag, such as !!set
-            raise LoraError(f"a recipe is a mapping, not {node.tag}", where=str(path), fix="remove the tag")
-        return values, positions, twice
+            raise LoraError(f"a recipe is a mapping, not {node.tag}", where=path, fix="remove the tag")
+        return values, places, twice
     except yaml.MarkedYAMLError as error:
-        mark = error.problem_mark
-        where = f"{path}:{mark.line + 1}:{mark.column + 1}" if mark else str(path)
-        raise LoraError(
-            f"not valid YAML: {error.problem}", where=where, fix="check indentation, colons and quotes"
-        ) from None
+        where = _place(places.file, error.problem_mark) if error.problem_mark else path
+        what, fix = error.problem, "check indentation, colons and quotes"
     except yaml.reader.ReaderError as error:
-        line = text[: error.position].count("\n") + 1
-        raise LoraError(
-            f"not valid YAML: character {error.character:#06x} is not allowed", where=f"{path}:{line}", fix="remove it"
-        ) from None
+        where = f"{path}:{text[: error.position].count(chr(10)) + 1}"
+        what, fix = f"character {error.character:#06x} is not allowed", "remove it"
     except NO_VALUE as error:
-        raise LoraError(f"not valid YAML: {error}", where=str(path), fix="put the value in quotes") from None
+        what, where, fix = error, path, "put the value in quotes"
+    raise LoraError(f"not valid YAML: {what}", where=where, fix=fix)
 
 
 def _text_of(path: Path) -> str:
@@ -113,18 +125,16 @@ def _text_of(path: Path) -> str:
     try:
         entry = path.stat()
         if stat.S_ISDIR(entry.st_mode):
-            raise LoraError("this is a folder, not a recipe", where=str(path), fix="name the YAML file")
+            raise LoraError("this is a folder, not a recipe", where=path, fix="name the YAML file")
         require_regular(path)  # besides, paths in a recipe start at its folder, which a pipe does not have
         if entry.st_size > limits.RECIPE_BYTES:
             what = f"{human_bytes(entry.st_size)} are too much for a recipe"
-            raise LoraError(what, where=str(path), fix="check the path; a recipe is a page of YAML")
+            raise LoraError(what, where=path, fix="check the path; a recipe is a page of YAML")
         return path.read_text(encoding="utf-8")
     except FileNotFoundError:
-        raise LoraError("no such recipe", where=str(path), fix=_nearby_file(path)) from None
+        raise LoraError("no such recipe", where=path, fix=_nearby_file(path)) from None
     except OSError as error:
-        raise LoraError(
-            f"cannot be read: {error.strerror}", where=str(path), fix="check path and permissions"
-        ) from None
+        raise LoraError(f"cannot be read: {error.strerror}", where=path, fix="check path and permissions") from None
     except UnicodeDecodeError as error:
         line = error.object[: error.start].count(b"\n") + 1
         raise LoraError("not UTF-8 text", where=f"{path}:{line}", fix="save it as UTF-8") from None
@@ -137,35 +147,26 @@ def _nearby_file(path: Path) -> str:
     return f"did you mean {folder / near[0]}?" if near else "check the path; configs/ holds examples"
 
 
-def _locate(node: yaml.MappingNode, at: KeyPath, file: str, positions: Positions) -> list[LoraError]:
-    """Fills `positions`, of list items too; returns an error for every key that is set twice."""
+def _locate(node: yaml.MappingNode, at: KeyPath, places: Places) -> list[LoraError]:
+    """Fills `places`, of list items too; returns an error for every key that is set twice."""
     twice: list[LoraError] = []
     for key_node, value_node in node.value:
-        mark = key_node.start_mark
-        where = f"{file}:{mark.line + 1}:{mark.column + 1}"
+        where = _place(places.file, key_node.start_mark)
         if not isinstance(key_node, yaml.ScalarNode):
             raise LoraError("a key must be a plain word", where=where, fix="write it as key: value")
         if key_node.tag != "tag:yaml.org,2002:merge":
             key_node.tag = "tag:yaml.org,2002:str"  # a key is its text, also where YAML reads a number, yes or null
         key = (*at, key_node.value)
-        if key in positions:
-            fix = f"remove one; the other is at {positions[key]}"
+        if key in places:
+            fix = f"remove one; the other is at {places[key]}"
             twice.append(LoraError(f"the key {'.'.join(key)} is set twice", where=where, fix=fix))
-        positions.setdefault(key, where)
-        if isinstance(value_node, yaml.MappingNode):
-            twice += _locate(value_node, key, file, positions)
-        for number, item in enumerate(value_node.value if isinstance(value_node, yaml.SequenceNode) else []):
-            positions.setdefault((*key, str(number)), f"{file}:{item.start_mark.line + 1}:{item.start_mark.column + 1}")
-            if isinstance(item, yaml.MappingNode):
-                twice += _locate(item, (*key, str(number)), file, positions)
+        places.setdefault(key, where)
+        items = enumerate(value_node.value) if isinstance(value_node, yaml.SequenceNode) else ()
+        for inner, value in ((key, value_node), *(((*key, str(number)), item) for number, item in items)):
+            places.setdefault(inner, _place(places.file, value.start_mark))
+            if isinstance(value, yaml.MappingNode):
+                twice += _locate(value, inner, places)
     return twice
-
-
-def where_of(key: KeyPath, positions: Positions, file: str) -> str:
-    """The place of a key; of a missing one, that of its section."""
-    inside = (where for known, where in positions.items() if known[: len(key)] == key)
-    around = (positions[key[:end]] for end in range(len(key) - 1, 0, -1) if key[:end] in positions)
-    return positions.get(key) or next(inside, None) or next(around, file)
 
 
 def place_of(problem: LoraError) -> tuple[int, int]:
