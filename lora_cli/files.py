@@ -18,6 +18,21 @@ from typing import Any
 from lora_cli.errors import DiskError, LoraError
 from lora_cli.foreign import Shape, is_real_folder, kind, remove_ours
 
+_FULL = ("no space left on the disk", "free some space; what was written before is intact")
+_CLOSED = ("this place cannot be written", "choose another folder, or change its permissions")
+_NO_FOLDER = ("there is a file where a folder is needed", "choose another output")
+_LOOK = "look at the disk or the network drive; what was written before is intact"
+_DISK_ERRORS: dict[int | None, tuple[str, str]] = {  # what happened, and what to do
+    **dict.fromkeys((errno.ENOSPC, errno.EDQUOT, errno.EFBIG), _FULL),
+    **dict.fromkeys((errno.EACCES, errno.EROFS, errno.EPERM), _CLOSED),
+    **dict.fromkeys((errno.ENOTDIR, errno.EEXIST), _NO_FOLDER),
+    errno.EISDIR: ("there is a folder where a file is needed", "move it elsewhere, or remove it"),
+    errno.ENOENT: ("the folder is no longer there", "put it back, or choose another output"),
+    **{
+        code: (f"the disk failed: {os.strerror(code)}", _LOOK)
+        for code in (errno.EIO, errno.ESTALE, errno.ENODEV, errno.ENXIO, errno.ETIMEDOUT)
+    },
+}
 _LEFT_BEHIND = re.compile(r"\.(.+)\.(tmp|old)-\d+(?:-\d+)?", re.DOTALL)
 
 
@@ -89,22 +104,19 @@ def free_name(wanted: Path) -> Path:
 
 
 def write_json(path: Path, value: Any) -> None:
-    """Replace `path` in one move, so that it is never half written. NaN and infinity, which JSON has not, are null."""
-    text = json.dumps(_readable(value), indent=2, ensure_ascii=False, allow_nan=False)
-    write_bytes(path, (text + "\n").encode())
+    """Replace `path` in one move, so that it is never half written. Every reader of JSON can read it: NaN and infinity
+    become null, a lone surrogate a replacement character."""
+    text = json.dumps(finite(value), indent=2, ensure_ascii=False, allow_nan=False) + "\n"
+    write_bytes(path, text.encode("utf-16", "surrogatepass").decode("utf-16", "replace").encode())
 
 
-def _readable(value: Any) -> Any:
-    """The value as every reader of JSON can read it: without NaN, infinity and lone surrogates."""
+def finite(value: Any) -> Any:
+    """The value with null for NaN and infinity, which JSON does not have."""
     if isinstance(value, dict):
-        return {_readable(key): _readable(inner) for key, inner in value.items()}
+        return {key: finite(inner) for key, inner in value.items()}
     if isinstance(value, list | tuple):
-        return [_readable(inner) for inner in value]
-    if isinstance(value, float) and not math.isfinite(value):
-        return None
-    if isinstance(value, str) and not value.isascii():
-        return value.encode("utf-16", "surrogatepass").decode("utf-16", "replace")
-    return value
+        return [finite(inner) for inner in value]
+    return None if isinstance(value, float) and not math.isfinite(value) else value
 
 
 def write_bytes(path: Path, content: bytes) -> None:
@@ -171,45 +183,22 @@ def disk_errors(path: Path) -> Iterator[None]:
         yield
     except LoraError:
         raise
-    except OSError as error:
-        problem = _disk_error(error.errno, path)
-        if problem is None:
+    except Exception as error:
+        if isinstance(error, OSError):
+            code = error.errno
+        else:  # safetensors and pyarrow wrap OSError in exceptions of their own
+            number = re.search(r"(?:os error|errno) (\d+)", str(error))
+            code = int(number[1]) if number else None
+        if code not in _DISK_ERRORS or (code == errno.ENOENT and path.parent.exists()):
             raise
-        raise problem from error
-    except Exception as error:  # safetensors and pyarrow wrap OSError in exceptions of their own
-        number = re.search(r"(?:os error|errno) (\d+)", str(error))
-        problem = _disk_error(int(number[1]) if number else None, path)
-        if problem is None:
-            raise
-        raise problem from error
-
-
-def _disk_error(code: int | None, path: Path) -> DiskError | None:
-    where = str(path)
-    if code in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG):
-        return DiskError(
-            "no space left on the disk", where=where, fix="free some space; what was written before is intact"
-        )
-    if code in (errno.EACCES, errno.EROFS, errno.EPERM):
-        return DiskError(
-            "this place cannot be written", where=where, fix="choose another folder, or change its permissions"
-        )
-    if code in (errno.ENOTDIR, errno.EEXIST):
-        return DiskError("there is a file where a folder is needed", where=where, fix="choose another output")
-    if code == errno.EISDIR:
-        return DiskError("there is a folder where a file is needed", where=where, fix="move it elsewhere, or remove it")
-    if code in (errno.EIO, errno.ESTALE, errno.ENODEV, errno.ENXIO, errno.ETIMEDOUT):
-        fix = "look at the disk or the network drive; what was written before is intact"
-        return DiskError(f"the disk failed: {os.strerror(code)}", where=where, fix=fix)
-    if code == errno.ENOENT and not path.parent.exists():
-        return DiskError("the folder is no longer there", where=where, fix="put it back, or choose another output")
-    return None
+        what, fix = _DISK_ERRORS[code]
+        raise DiskError(what, where=path, fix=fix) from error
 
 
 def require_regular(path: Path) -> None:
     """Raises LoraError for a pipe or a device: reading one may never end, and a second reading gives something else."""
     if path.exists() and not path.is_file() and not path.is_dir():
-        raise LoraError("this is a pipe or a device, not a file", where=str(path), fix="save what it holds as a file")
+        raise LoraError("this is a pipe or a device, not a file", where=path, fix="save what it holds as a file")
 
 
 def require_space(folder: Path, needed_bytes: int, purpose: str) -> None:
@@ -219,7 +208,7 @@ def require_space(folder: Path, needed_bytes: int, purpose: str) -> None:
     if free < needed_bytes:
         raise LoraError(
             f"no disk space: {purpose} needs about {human_bytes(needed_bytes)}, {human_bytes(free)} are free",
-            where=str(folder),
+            where=folder,
             fix="free some space, or write to another disk",
         )
 

@@ -11,6 +11,7 @@ import errno
 import json
 import os
 import re
+import shutil
 import stat
 from collections.abc import Callable, Mapping
 from contextlib import suppress
@@ -33,6 +34,8 @@ LARGEST: Final = 2**53  # a whole number that every reader of JSON keeps exactly
 
 # O_NONBLOCK: opening a pipe must not wait for its writer. Windows has neither pipes in folders nor these flags.
 _SAFELY = getattr(os, "O_NOFOLLOW", 0) | getattr(os, "O_NONBLOCK", 0) | getattr(os, "O_BINARY", 0)
+_PUT_BACK = "put back the file that was here before, or remove it"
+_MOVE = "move it elsewhere, or remove it"
 _HALF_CHARACTER = re.compile("[\ud800-\udfff]")
 
 
@@ -78,8 +81,8 @@ def not_ours(path: Path, found: str, wanted: str) -> NotOurs:
         what = "this is a link, and links are not followed inside a folder that lora writes"
         fix = f"replace it with the {wanted} it points to, if that is yours; or remove the link"
     else:
-        what, fix = f"this is a {found} where a {wanted} is expected", "move it elsewhere, or remove it"
-    return NotOurs(what, where=str(path), fix=fix)
+        what, fix = f"this is a {found} where a {wanted} is expected", _MOVE
+    return NotOurs(what, where=path, fix=fix)
 
 
 def _is_junction(found: os.stat_result) -> bool:
@@ -126,11 +129,7 @@ def read_bytes(path: Path, at_most: int = MOST_JSON_BYTES) -> bytes:
     with open_binary(path) as stream:
         content = stream.read(at_most + 1)
     if len(content) > at_most:
-        raise LoraError(
-            f"this file is larger than the limit of {at_most:,} bytes",
-            where=str(path),
-            fix="put back the file that was here before, or remove it",
-        )
+        raise LoraError(f"this file is larger than the limit of {at_most:,} bytes", where=path, fix=_PUT_BACK)
     return content
 
 
@@ -139,11 +138,8 @@ def read_text(path: Path, at_most: int = MOST_TEXT_BYTES) -> str:
     try:
         return read_bytes(path, at_most).decode("utf-8")
     except UnicodeDecodeError as error:
-        raise LoraError(
-            f"this is not text in UTF-8: {error.reason} at byte {error.start}",
-            where=str(path),
-            fix="put back the file that was here before, or remove it",
-        ) from None
+        what = f"this is not text in UTF-8: {error.reason} at byte {error.start}"
+        raise LoraError(what, where=path, fix=_PUT_BACK) from None
 
 
 def parse_json(content: bytes) -> Any:
@@ -170,11 +166,11 @@ def read_json(path: Path, model: type[Model], *, fix: str, at_most: int = MOST_J
     except NotOurs:
         raise
     except ValidationError as error:
-        raise LoraError(f"this file is damaged: {reason(error)}", where=str(path), fix=fix) from None
+        raise LoraError(f"this file is damaged: {reason(error)}", where=path, fix=fix) from None
     except LoraError as error:
-        raise LoraError(error.what, where=str(path), fix=fix) from None
+        raise LoraError(error.what, where=path, fix=fix) from None
     except OSError as error:
-        raise LoraError(f"it cannot be read: {error.strerror or error}", where=str(path), fix=fix) from None
+        raise LoraError(f"it cannot be read: {error.strerror or error}", where=path, fix=fix) from None
 
 
 def reason(error: Any) -> str:
@@ -215,7 +211,7 @@ def files_of(folder: Path, shape: Shape) -> list[Path]:
     for name in sorted(os.listdir(folder)):
         path, inner = folder / name, shape.get(name)
         if name not in shape:
-            raise NotOurs("this does not belong here", where=str(path), fix="move it elsewhere, or remove it")
+            raise NotOurs("this does not belong here", where=path, fix=_MOVE)
         if inner is None:
             is_real_file(path)
             found.append(path)
@@ -224,34 +220,25 @@ def files_of(folder: Path, shape: Shape) -> list[Path]:
     return found
 
 
-def copy_files(source: Path, target: Path, shape: Shape, copy: Callable[[Path, Path], Any] | None = None) -> None:
+def copy_file(source: Path, target: Path, *, over: bool = False) -> None:
+    """Copy the bytes of a regular file to a name that is still free. over: into a file that this process made."""
+    flags = os.O_WRONLY | os.O_CREAT | (os.O_TRUNC if over else os.O_EXCL)
+    with open_binary(source) as stream, os.fdopen(open_descriptor(target, flags), "wb") as out:
+        shutil.copyfileobj(stream, out, 2**20)
+
+
+def copy_files(source: Path, target: Path, shape: Shape, copy: Callable[[Path, Path], Any] = copy_file) -> None:
     """Copy the files of `shape` that `source` has into the existing folder `target`; nothing else, and no links.
 
-    copy: of one file, in place of a copy of its bytes. Raises NotOurs, or OSError.
+    copy: of one file. Raises NotOurs, or OSError.
     """
     for name, inner in shape.items():
         path = source / name
         if inner is None and is_real_file(path):
-            (copy or copy_file)(path, target / name)
+            copy(path, target / name)
         elif inner is not None and is_real_folder(path):
             (target / name).mkdir()
             copy_files(path, target / name, inner, copy)
-
-
-def copy_file(source: Path, target: Path) -> None:
-    """Copy the bytes of a regular file to a name that is still free."""
-    _copy(source, target, os.O_EXCL)
-
-
-def copy_over(source: Path, target: Path) -> None:
-    """Copy the bytes of a regular file into another one, which this process made."""
-    _copy(source, target, os.O_TRUNC)
-
-
-def _copy(source: Path, target: Path, how: int) -> None:
-    with open_binary(source) as stream, os.fdopen(open_descriptor(target, os.O_WRONLY | os.O_CREAT | how), "wb") as out:
-        while piece := stream.read(2**20):
-            out.write(piece)
 
 
 def remove_ours(folder: Path, shape: Shape) -> bool:

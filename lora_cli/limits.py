@@ -77,6 +77,6 @@ class Unpacked:
         if self._left < 0:
             raise LimitReached(
                 f"this file holds more than {self.most:,} bytes, {UNPACKED_TIMES} times its own size",
-                where=str(self._file),
+                where=self._file,
                 fix="look at what wrote it; if the data is right, write it as .jsonl without compression",
             )

@@ -10,13 +10,13 @@ import codecs
 import errno
 import io
 import json
-import math
 import os
 import select
 import sys
 from typing import Any, NoReturn
 
 from lora_cli.errors import UNSEEN, LoraError, escaped
+from lora_cli.files import finite
 
 _PATIENCE_SECONDS = 5.0  # for a reader of stderr that does not read: a stopped terminal, a pager
 _PIECE_BYTES = 4096  # what a pipe that can be written takes at once on every system
@@ -77,12 +77,8 @@ def print_result(text: str) -> None:
 
 
 def print_json(value: Any) -> None:
-    """One document on stdout, in ASCII, which no terminal can misread; numbers that JSON has no word for are null."""
-    try:
-        text = json.dumps(value, allow_nan=False)
-    except ValueError:
-        text = json.dumps(_finite(value))
-    print(text)
+    """One document on stdout, in ASCII, which no terminal can misread; numbers that JSON does not have are null."""
+    print(json.dumps(finite(value), allow_nan=False))
 
 
 def print_piece(text: str) -> None:
@@ -169,16 +165,5 @@ class _Results(io.FileIO):
 
     def _fail(self, why: str) -> NoReturn:
         self._failed = True
-        raise LoraError(
-            f"the result cannot be written: {why}",
-            where="stdout",
-            fix="send it to a terminal, a pipe, or a disk with room",
-        ) from None
-
-
-def _finite(value: Any) -> Any:
-    if isinstance(value, dict):
-        return {key: _finite(each) for key, each in value.items()}
-    if isinstance(value, list | tuple):
-        return [_finite(each) for each in value]
-    return None if isinstance(value, float) and not math.isfinite(value) else value
+        fix = "send it to a terminal, a pipe, or a disk with room"
+        raise LoraError(f"the result cannot be written: {why}", where="stdout", fix=fix) from None

@@ -21,7 +21,7 @@ def require_trust(recipe: Recipe, file: Path, overrides: Sequence[str] = ()) -> 
     if of_a_run and not any(each.replace(" ", "").startswith("trust_remote_code=") for each in overrides):
         raise LoraError(
             f"the recipe of this run asks to execute Python code of {recipe.base_model}, and it may be a stranger's",
-            where=str(file),
+            where=file,
             fix="read that code, then add --set trust_remote_code=true",
         )
     print_note(f"note: runs the Python code of {recipe.base_model}, as trust_remote_code says")

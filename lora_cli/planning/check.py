@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -24,7 +23,7 @@ from lora_cli.data.gate import KINDS
 from lora_cli.data.prepare import prepare, require_trainable
 from lora_cli.data.preview import PAGE_MARK, as_page, as_text, tokens_of
 from lora_cli.errors import LoraError
-from lora_cli.files import disk_errors
+from lora_cli.files import write_bytes
 from lora_cli.planning.skeleton import base_model
 from lora_cli.recipe import Recipe
 from lora_cli.screen import say_on, styled
@@ -115,22 +114,11 @@ def check(recipe: Recipe, *, keep: bool = False) -> Checked:
 def write_page(checked: Checked, path: Path, show: int) -> None:
     """The preview as an HTML file. Raises LoraError if the path holds something else."""
     if path.exists() and (path.is_dir() or PAGE_MARK not in path.read_bytes()[:200]):
-        raise LoraError(
-            "refusing to overwrite a file that lora did not write", where=str(path), fix="choose another --html"
-        )
-    lines = [f"{name}  {text}" for name, text in _lines(checked)]
-    page = as_page(
-        f"lora check: {checked.recipe.base_model}",
-        lines,
-        checked.feed.summary.findings,
-        checked.recipe.data.allow,
-        checked.shown(show),
-        checked.tokenizer,
-    )
-    temporary = path.with_name(f".{path.name}.tmp-{os.getpid()}")
-    with disk_errors(path):
-        temporary.write_text(page, encoding="utf-8")
-        temporary.replace(path)
+        what = "refusing to overwrite a file that lora did not write"
+        raise LoraError(what, where=path, fix="choose another --html")
+    title, lines = f"lora check: {checked.recipe.base_model}", [f"{name}  {text}" for name, text in _lines(checked)]
+    findings, allow = checked.feed.summary.findings, checked.recipe.data.allow
+    write_bytes(path, as_page(title, lines, findings, allow, checked.shown(show), checked.tokenizer).encode())
 
 
 def print_checked(checked: Checked, console: Console, show: int) -> None:

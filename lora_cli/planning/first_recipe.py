@@ -8,9 +8,8 @@ from __future__ import annotations
 import math
 import os
 import re
-from collections.abc import Iterator
-from contextlib import contextmanager
 from dataclasses import dataclass
+from itertools import count
 from pathlib import Path
 from typing import Any
 
@@ -21,7 +20,7 @@ from lora_cli.data.files.sources import open_source
 from lora_cli.data.report import finding_lines
 from lora_cli.data.store import PreparedData
 from lora_cli.errors import LoraError
-from lora_cli.files import disk_errors
+from lora_cli.files import write_bytes
 from lora_cli.planning import choices
 from lora_cli.planning.choices import Device
 from lora_cli.planning.memory import GIB, Memory, parse_size, shape_of
@@ -57,9 +56,9 @@ def write_first_recipe(
     whatever is wrong with model or data, and if nothing fits into the memory; then nothing is written.
     """
     if path.exists() or path.is_symlink():
-        raise LoraError("this file exists", where=str(path), fix="name another with --output, or remove it first")
+        raise LoraError("this file exists", where=path, fix="name another with --output, or remove it first")
     if not path.parent.is_dir():
-        raise LoraError("no such folder", where=str(path.parent), fix="make it first, or name another --output")
+        raise LoraError("no such folder", where=path.parent, fix="make it first, or name another --output")
     device = _device_here() if gpu is None else Device(f"a GPU of {parse_size(gpu) / GIB:g} GiB", parse_size(gpu))
     source, reading = look_at_rows(data)
     base = look_at_model(model, trust_remote_code=trust_remote_code)
@@ -67,12 +66,12 @@ def write_first_recipe(
     survey = survey_data(source, reading, base.tokenizer, template[0] if template else None)
     chosen = _choose(base, survey, device, template)
     names = _names(path, model, data)
-    with _beside(path) as temporary:
-        recipe = _as_recipe(recipe_text(chosen, names, None), temporary)
-        prepared = _prepared(recipe, chosen)
-        final = _as_recipe(recipe_text(chosen, names, _tried(recipe, prepared, survey)), temporary)
-        assert final.data == recipe.data, "what was tried is not what is written"
-        temporary.rename(path)
+    recipe = load_recipe(path, text=recipe_text(chosen, names, None))
+    prepared = _prepared(recipe, chosen)
+    text = recipe_text(chosen, names, _tried(recipe, prepared, survey))
+    final = load_recipe(path, text=text)
+    assert final.data == recipe.data, "what was tried is not what is written"
+    write_bytes(path, text.encode())
     return FirstRecipe(path, final, chosen.fit.memory, device, finding_lines(prepared.findings))
 
 
@@ -104,33 +103,13 @@ def _choose(base: BaseModel, survey: DataSurvey, device: Device, template: tuple
 # ── trying it ───────────────────────────────────────────────────────────────────────────────────────────────────
 
 
-@contextmanager
-def _beside(path: Path) -> Iterator[Path]:
-    """A file beside `path`, from where relative paths lead to the same; removed unless it was renamed."""
-    temporary = path.with_name(f".{path.name}.tmp-{os.getpid()}")
-    try:
-        yield temporary
-    finally:
-        temporary.unlink(missing_ok=True)
-
-
-def _as_recipe(text: str, file: Path) -> Recipe:
-    with disk_errors(file.parent):
-        file.write_text(text, encoding="utf-8")
-    return load_recipe(file)
-
-
 def _prepared(recipe: Recipe, chosen: Chosen) -> PreparedData:
     """The data as `lora check` prepares them, or of large data the sample. Raises LoraError as that does."""
     data, train = recipe.data, recipe.train
-    if chosen.survey.sample and isinstance(data.validation, float):
-        data = data.model_copy(
-            update={"validation": choices.HELD_OUT}
-        )  # of a sample, a small share may be less than a row
-    source = chosen.survey.sample or open_source(data.train[0])
-    prepared = prepare_rows(
-        source, data, chosen.base.tokenizer, seed=train.seed, row_tokens=train.tokens_per_micro_batch
-    )
+    if chosen.survey.sample and isinstance(data.validation, float):  # a small share may be less than a row of a sample
+        data = data.model_copy(update={"validation": choices.HELD_OUT})
+    source, row_tokens = chosen.survey.sample or open_source(data.train[0]), train.tokens_per_micro_batch
+    prepared = prepare_rows(source, data, chosen.base.tokenizer, seed=train.seed, row_tokens=row_tokens)
     prepared.require_fit(chosen.base.config, chosen.base.source.name)
     return prepared
 
@@ -160,12 +139,10 @@ def _names(path: Path, model: str, data: str) -> Names:
     """Model, data and run folder as the recipe writes them: from its own folder, unless they were given absolute."""
     folder = path.resolve().parent
     called = re.sub(r"[^A-Za-z0-9._]+", "-", f"{Path(model).resolve().name}-{_stem(data)}").strip("-.")
-    output = f"runs/{called or 'first'}"
-    taken = 1
-    while (folder / (output if taken == 1 else f"{output}-{taken}")).exists():
-        taken += 1
+    outputs = (f"runs/{called or 'first'}{f'-{number}' if number > 1 else ''}" for number in count(1))
+    output = next(output for output in outputs if not (folder / output).exists())
     base_model = _path(model, folder) if Path(model).is_dir() else model
-    return Names(base_model, _path(data, folder), output if taken == 1 else f"{output}-{taken}", path.name)
+    return Names(base_model, _path(data, folder), output, path.name)
 
 
 def _stem(data: str) -> str:

@@ -15,7 +15,7 @@ from lora_cli.adapters.file import save_adapter
 from lora_cli.adapters.trained import is_neutral
 from lora_cli.errors import DiskError, Interrupted
 from lora_cli.files import disk_errors, free_name, remove_folder, replacing, written_whole
-from lora_cli.foreign import copy_files, copy_over, is_real_folder
+from lora_cli.foreign import copy_file, copy_files, is_real_folder
 from lora_cli.training.checkpoint import BEST, FILES, Damaged, link_or_copy, load_checkpoint, save_checkpoint, verify
 from lora_cli.training.optimizer import apply_settings, learning_rate
 from lora_cli.training.processes import wait_for_everyone
@@ -189,7 +189,7 @@ class RunWriter:
                 self.folder.metrics.unlink(missing_ok=True)
             else:
                 with replacing(self.folder.metrics) as temporary:
-                    copy_over(checkpoint / "metrics.jsonl", temporary)
+                    copy_file(checkpoint / "metrics.jsonl", temporary, over=True)
             if checkpoint is not None and is_real_folder(best := checkpoint / BEST):
                 with written_whole(self.folder.adapter, replaces=ADAPTER_FILES) as place:
                     copy_files(best, place, ADAPTER_FILES, link_or_copy)
