@@ -9,7 +9,7 @@ from typing import Annotated, Any, Literal
 import typer
 
 from lora_cli import quantization as quantizations
-from lora_cli.errors import home_expanded
+from lora_cli.errors import LoraError, home_expanded
 from lora_cli.surroundings import settle
 
 RecipeFile = Annotated[Path, typer.Argument(help="The YAML recipe.", show_default=False)]
@@ -18,11 +18,17 @@ Json = Annotated[bool, typer.Option("--json", help="Print one JSON document on s
 Device = Annotated[Literal["auto", "cpu", "cuda", "mps", "xpu"], typer.Option(help="Where to compute.")]
 Dtype = Annotated[Literal["auto", "bf16", "fp16", "fp32"], typer.Option(help="Compute dtype.")]
 Quantization = Annotated[
-    quantizations.Quantization | None, typer.Option(help="How to hold the base. Default: as it was trained.")
+    quantizations.Quantization | None, typer.Option(help="How to hold the base. Default: as in training.")
 ]
 RemoteCode = Annotated[
     bool, typer.Option("--trust-remote-code", help="Run Python code that the model's repository ships.")
 ]
+
+
+def refuse_if(wrong: bool, what: str, *, fix: str) -> None:
+    """Raises LoraError for options that contradict each other, before anything heavy is imported."""
+    if wrong:
+        raise LoraError(what, fix=fix)
 
 
 def home(path: Path | None) -> Path | None:

@@ -16,9 +16,9 @@ def merge(
         Path, typer.Argument(help="A run folder or an adapter folder (ours or PEFT's).", show_default=False)
     ],
     output: Annotated[
-        Path, typer.Option("--output", callback=home, help="Folder to write the merged model to.", show_default=False)
+        Path, typer.Option(callback=home, help="Folder to write the merged model to.", show_default=False)
     ],
-    base: Annotated[str | None, typer.Option("--base", help="Base model. Default: the one the adapter names.")] = None,
+    base: Annotated[str | None, typer.Option(help="Base model. Default: the one the adapter names.")] = None,
     dtype: Annotated[
         Literal["keep", "bf16", "fp16", "fp32"],
         typer.Option(help="Dtype of the written weights. keep: as in the base."),

@@ -8,7 +8,18 @@ from typing import Annotated
 
 import typer
 
-from lora_cli.cli.common import Json, Overrides, RecipeFile, RemoteCode, console, heavy, home, status, trusted_recipe
+from lora_cli.cli.common import (
+    Json,
+    Overrides,
+    RecipeFile,
+    RemoteCode,
+    console,
+    heavy,
+    home,
+    refuse_if,
+    status,
+    trusted_recipe,
+)
 from lora_cli.errors import LoraError, command
 from lora_cli.streams import print_json, print_note, print_result
 
@@ -16,32 +27,29 @@ from lora_cli.streams import print_json, print_note, print_result
 def init(
     model: Annotated[str | None, typer.Argument(help="Hub id or folder of the base model.", show_default=False)] = None,
     data: Annotated[
-        str | None, typer.Argument(help="Data: a file, a folder of them, or a glob in quotes.", show_default=False)
+        str | None, typer.Argument(help="Data: a file, a folder of files, or a glob in quotes.", show_default=False)
     ] = None,
     gpu: Annotated[
-        str | None, typer.Option("--gpu", help="Memory of the GPU to train on, such as 12GB. Default: what is here.")
+        str | None, typer.Option(help="Memory of the GPU to train on, such as 12GB. Default: what is in this machine.")
     ] = None,
-    output: Annotated[Path, typer.Option("--output", callback=home, help="The recipe to write.")] = Path("recipe.yaml"),
+    output: Annotated[Path, typer.Option(callback=home, help="The recipe to write.")] = Path("recipe.yaml"),
     schema: Annotated[bool, typer.Option("--schema", help="Print the JSON Schema of a recipe, for editors.")] = False,
     trust_remote_code: RemoteCode = False,
     as_json: Json = False,
 ) -> None:
     """Write a first recipe for a model and data.
 
-    Looks at both, and says in the recipe why each setting is as it is. No weight is read.
+    Looks at both, and explains each setting in the recipe. Reads no weights.
     """
     if schema:
-        if model is not None or gpu is not None:
-            raise LoraError("--schema prints the schema and writes no recipe", fix="remove --schema, or all else")
+        more = model is not None or gpu is not None
+        refuse_if(more, "--schema prints the schema and writes no recipe", fix="remove --schema, or all else")
         from lora_cli.recipe import json_schema
 
         sys.stdout.write(json_schema() + "\n")
         return
-    if model is None or data is None:
-        raise LoraError(
-            "which model, and which data?",
-            fix="lora init MODEL DATA [--gpu 12GB]; or for editors: lora init --schema > recipe.schema.json",
-        )
+    usage = "lora init MODEL DATA [--gpu 12GB]; or for editors: lora init --schema > recipe.schema.json"
+    refuse_if(model is None or data is None, "which model, and which data?", fix=usage)
     planning = heavy("lora_cli.planning.first_recipe", output)
     with status("looking at model and data"):
         written = planning.write_first_recipe(model, data, output, gpu=gpu, trust_remote_code=trust_remote_code)
@@ -50,9 +58,8 @@ def init(
         return
     for note in written.notes:
         print_note(f"note: {note}")
-    print_result(
-        f"{output} is written, for {written.device.name}: about {written.memory.total / 2**30:.1f} GiB, estimated"
-    )
+    needed = f"about {written.memory.total / 2**30:.1f} GiB, estimated"
+    print_result(f"{output} is written, for {written.device.name}: {needed}")
     print_result(f"next: {command('lora', 'check', output)}     shows what is trained on")
     print_result(f"      {command('lora', 'train', output)}")
 
@@ -61,18 +68,16 @@ def check(
     recipe: RecipeFile,
     overrides: Overrides = None,
     show: Annotated[int, typer.Option(min=0, help="How many examples to show, token by token.")] = 3,
-    html: Annotated[
-        Path | None, typer.Option("--html", callback=home, help="Write the preview to an HTML file too.")
-    ] = None,
+    html: Annotated[Path | None, typer.Option(callback=home, help="Also write the preview to an HTML file.")] = None,
     prepare: Annotated[bool, typer.Option("--prepare", help="Keep the prepared tokens for `lora train`.")] = False,
     try_model: Annotated[
-        bool, typer.Option("--model", help="Load the model too, and try it as training would.")
+        bool, typer.Option("--model", help="Also load the model and try it as training would.")
     ] = False,
     as_json: Json = False,
 ) -> None:
     """Check recipe and data, and show what would be trained on.
 
-    Everything short of training; no weight is read without --model.
+    Everything short of training. Reads no weights unless --model is given.
     """
     loaded = trusted_recipe(recipe, overrides or [])
     checking = heavy("lora_cli.planning.check", Path(loaded.output))

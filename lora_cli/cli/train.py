@@ -8,8 +8,7 @@ from typing import Annotated
 import typer
 
 from lora_cli import boundary
-from lora_cli.cli.common import Json, Overrides, RecipeFile, console, status, trusted_recipe
-from lora_cli.errors import LoraError
+from lora_cli.cli.common import Json, Overrides, RecipeFile, console, refuse_if, status, trusted_recipe
 from lora_cli.streams import print_json
 from lora_cli.surroundings import settle
 
@@ -20,21 +19,18 @@ def train(
     resume: Annotated[bool, typer.Option("--resume", help="Continue the run from its newest checkpoint.")] = False,
     allow: Annotated[
         list[str] | None,
-        typer.Option(
-            "--allow", help="With --resume: a setting or section that may have changed, data, or versions. Repeatable."
-        ),
+        typer.Option(help="With --resume: what may differ: a setting, a section, data or versions. Repeatable."),
     ] = None,
     max_hours: Annotated[
-        float | None, typer.Option("--max-hours", help="End before this many hours have passed, resumably.")
+        float | None, typer.Option(help="Stop before this many hours have passed; --resume goes on.")
     ] = None,
     as_json: Json = False,
 ) -> None:
-    """Train an adapter as a recipe says."""
+    """Train an adapter according to a recipe."""
     loaded = trusted_recipe(recipe, overrides or [])
-    if allow and not resume:
-        raise LoraError("--allow is for --resume", fix="add --resume, or remove it")
-    if max_hours is not None and not 0 < max_hours < 1e6:
-        raise LoraError(f"--max-hours is {max_hours}, but must be above 0", fix="for example --max-hours 7.5")
+    refuse_if(bool(allow) and not resume, "--allow is for --resume", fix="add --resume, or remove it")
+    wrong = max_hours is not None and not 0 < max_hours < 1e6
+    refuse_if(wrong, f"--max-hours is {max_hours}, but must be above 0", fix="for example --max-hours 7.5")
     screen = console()
     settle(Path(loaded.output))
     with status("loading libraries"):
@@ -48,9 +44,9 @@ def train(
 
 
 def runs(
-    folder: Annotated[Path, typer.Argument(help="Folder that holds runs, or a run.")] = Path("runs"),
+    folder: Annotated[Path, typer.Argument(help="A folder of runs, or one run.")] = Path("runs"),
     per_hour: Annotated[
-        float | None, typer.Option("--per-hour", min=0.0, help="Price of an hour of the machine, for a cost column.")
+        float | None, typer.Option(min=0.0, help="Price of one hour of the machine; adds a column for the cost.")
     ] = None,
     as_json: Json = False,
 ) -> None:

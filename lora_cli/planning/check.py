@@ -63,17 +63,14 @@ class Checked:
             "fingerprint": data.fingerprint,
             "findings": self.findings(),
             "rows": [
-                {
-                    "source": example.file,
-                    "row": example.row,
-                    "tokens": [
-                        {"id": token.id, "text": token.text, "trained": token.trained}
-                        for token in tokens_of(example, self.tokenizer)
-                    ],
-                }
+                {"source": example.file, "row": example.row, "tokens": self._tokens_of(example)}
                 for example in self.shown(show)
             ],
         }
+
+    def _tokens_of(self, example: Example) -> list[dict[str, Any]]:
+        found = tokens_of(example, self.tokenizer)
+        return [{"id": token.id, "text": token.text, "trained": token.trained} for token in found]
 
     def shown(self, show: int) -> Sequence[Example]:
         """The first examples that are trained on, in the order of the data."""
@@ -130,15 +127,10 @@ def print_checked(checked: Checked, console: Console, show: int) -> None:
         table = Table("", "rows", "what", "where", "fix", box=None, pad_edge=False, header_style="bold")
         table.columns[1].justify = "right"
         for each in found:
-            mark = Text("stops", style="bold red") if each["stops"] else Text("note", style="yellow")
-            table.add_row(
-                mark,
-                f"{each['count']:,}",
-                KINDS[each["kind"]].title,
-                styled(_where(each)),
-                styled(each["fix"]),
-                style="" if each["stops"] else "dim",
-            )
+            mark, style = ("stops", "bold red") if each["stops"] else ("note", "yellow")
+            what, where, fix = KINDS[each["kind"]].title, styled(_where(each)), styled(each["fix"])
+            dim = "" if each["stops"] else "dim"
+            table.add_row(Text(mark, style=style), f"{each['count']:,}", what, where, fix, style=dim)
         console.print()
         console.print(table)
     for example in checked.shown(show):

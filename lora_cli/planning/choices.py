@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from contextlib import suppress
 from dataclasses import dataclass
 from functools import cache, partial
@@ -136,8 +136,22 @@ def choose_sizes(base: BaseModel, survey: DataSurvey, device: Device, shape: Mod
     Ways are tried from the fastest to the one that needs least, and along them rows and micro-batches only shrink: a
     smaller device never gets more than a larger one. Raises LoraError if none fits.
     """
+    densest = cache(partial(survey.densest_row, packed=base.packs))
+    keeps_scores = attention_implementation(base.config) == "eager"
+
+    def estimate(quantization: str, row: int, micro_batch: int, checkpointing: bool) -> Memory:
+        on_one_row = row * micro_batch if base.packs else row  # all examples of a micro-batch, unless they are padded
+        return estimate_memory(
+            shape,
+            quantization=quantization,
+            tokens=row * micro_batch,
+            target_tokens=densest(row) * micro_batch,
+            gradient_checkpointing=checkpointing,
+            value_bytes=device.value_bytes,
+            scores=on_one_row if keeps_scores else 0,
+        )
+
     step_tokens = min(STEP_TOKENS, survey.tokens * epochs / FEWEST_STEPS)
-    estimate = _estimator(base, survey, device, shape)
     tried: Fit | None = None
     for quantization, row, micro_batch, checkpointing in _ways(base, survey, step_tokens):
         memory = estimate(quantization, row.tokens, micro_batch, checkpointing)
@@ -200,30 +214,6 @@ def _shorter_rows(survey: DataSurvey, row: Row) -> Iterator[Row]:
     held = np.unique(-(-survey.lengths // 64) * 64)[::-1]
     for tokens in held[(held < row.tokens) & (held >= np.median(survey.lengths))].tolist():
         yield Row(tokens, "drop", "memory")
-
-
-def _estimator(
-    base: BaseModel, survey: DataSurvey, device: Device, shape: ModelShape
-) -> Callable[[str, int, int, bool], Memory]:
-    """Estimate for (quantization, row, micro-batch, gradient checkpointing)."""
-    densest = cache(partial(survey.densest_row, packed=base.packs))
-    implementation = attention_implementation(base.config)
-
-    def estimate(quantization: str, row: int, micro_batch: int, checkpointing: bool) -> Memory:
-        scores = 0
-        if implementation == "eager":  # all examples of a micro-batch lie on one row, unless they are padded
-            scores = row * micro_batch if base.packs else row
-        return estimate_memory(
-            shape,
-            quantization=quantization,
-            tokens=row * micro_batch,
-            target_tokens=densest(row) * micro_batch,
-            gradient_checkpointing=checkpointing,
-            value_bytes=device.value_bytes,
-            scores=scores,
-        )
-
-    return estimate
 
 
 def _does_not_fit(base: BaseModel, least: Fit, device: Device, shape: ModelShape) -> LoraError:

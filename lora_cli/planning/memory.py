@@ -53,7 +53,7 @@ class Memory:
 
     @property
     def total(self) -> int:
-        return self.weights + self.adapter + self.activations + self.logits + self.overhead
+        return sum(vars(self).values())
 
     def __str__(self) -> str:
         parts = ", ".join(f"{name} {size / GIB:.1f}" for name, size in vars(self).items())
@@ -138,7 +138,6 @@ def parse_size(text: str) -> int:
     unit = _UNITS.get(found[2].lower()) if found else None
     size = round(float(found[1]) * unit) if found and unit else 0
     if not 0 < size <= _MOST:
-        raise LoraError(
-            f"--gpu {text} is not an amount of memory", fix="write what the GPU has, such as 12GB, 24GB or 24564MiB"
-        )
+        fix = "write what the GPU has, such as 12GB, 24GB or 24564MiB"
+        raise LoraError(f"--gpu {text} is not an amount of memory", fix=fix)
     return size

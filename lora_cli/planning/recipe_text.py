@@ -178,13 +178,12 @@ def _lengths(text: _Yaml, chosen: Chosen, tried: Tried | None) -> None:
     longest, most = survey.percentiles["longest"], survey.percentiles["p95"]
     rows = "texts" if survey.reading.name == "text" else "rows"
     why = f"95 % of your {rows} have at most {most:,} tokens, the longest has {longest:,}"
-    reason = {
-        "model": f"the model sees {row.tokens:,} at most",
-        "memory": "more would not fit into the memory",
-        "text": "longer pieces would take more memory",
-        None: "",
-    }[row.limit]
-    text.set("max_seq_len", row.tokens, f"{why}; {reason}" if reason else why)
+    reasons: dict[str | None, str] = {
+        "model": f"; the model sees {row.tokens:,} at most",
+        "memory": "; more would not fit into the memory",
+        "text": "; longer pieces would take more memory",
+    }
+    text.set("max_seq_len", row.tokens, why + reasons.get(row.limit, ""))
     if row.too_long is not None:
         longer = int((survey.lengths > row.tokens).sum())
         done = "left out" if row.too_long == "drop" else "cut into pieces"
@@ -202,9 +201,8 @@ def _train(text: _Yaml, chosen: Chosen, tried: Tried | None) -> None:
     text.set("epochs", chosen.epochs, f"{why}, {_amount(steps, survey.exact)} steps" if tried else why)
     if steps > choices.MOST_STEPS:
         text.set("max_steps", choices.MOST_STEPS, "enough to see what is learned; remove it for all of them")
-    text.set(
-        "micro_batch_size", fit.micro_batch_size, "rows at a time: decides over memory and speed, not over the result"
-    )
+    why = "rows at a time: decides over memory and speed, not over the result"
+    text.set("micro_batch_size", fit.micro_batch_size, why)
     tokens = f"about {tried.step_tokens:,.0f} tokens a step" if tried else ""
     text.set("gradient_accumulation_steps", fit.gradient_accumulation_steps, tokens)
     if fit.gradient_checkpointing:
@@ -240,7 +238,6 @@ def _written(value: Any) -> str:
     if isinstance(value, float) and value < 2e-3:
         return f"{value:.0e}".replace("e-0", "e-")
     style = None if str(value).isprintable() and repr(value).isprintable() else '"'
-    written = yaml.safe_dump(
-        value, default_flow_style=True, default_style=style, allow_unicode=style is None, width=10**9, sort_keys=False
-    )
+    how = {"default_flow_style": True, "default_style": style, "allow_unicode": style is None}
+    written = yaml.safe_dump(value, width=10**9, sort_keys=False, **how)
     return written.removesuffix("...\n").strip()

@@ -157,16 +157,18 @@ def survey_data(
     train_on = None
     try:
         data = prepare_rows(sample or source, settings, tokenizer)
-    except LoraError:
+    except LoraError as refused:
         if reading.name not in ("chat", "instruction"):
-            raise
-        data = _last_turns_alone(sample or source, settings, tokenizer)
-        if data is None:
             raise
         train_on = (
             "last_assistant",
             "the chat template renders earlier answers in another way than they are generated",
         )
+        try:
+            settings = settings.model_copy(update={"train_on": train_on[0]})
+            data = prepare_rows(sample or source, settings, tokenizer)
+        except LoraError:
+            raise refused from None
     stride = -(-len(data.train) // _SHARE_ROWS)
     summary = data.summary.train
     return DataSurvey(
@@ -183,16 +185,6 @@ def survey_data(
         percentiles=summary.percentiles,
         train_on=train_on,
     )
-
-
-def _last_turns_alone(
-    source: FileSource, settings: DataRecipe, tokenizer: PreTrainedTokenizerBase
-) -> PreparedData | None:
-    """The data with only the last answers trained, if that is all it takes."""
-    try:
-        return prepare_rows(source, settings.model_copy(update={"train_on": "last_assistant"}), tokenizer)
-    except LoraError:
-        return None
 
 
 def prepare_rows(
