@@ -94,7 +94,7 @@ TABLE = [
             key, lambda r, of=of: any(not source.hub and source.model_fields_set & _OF_THE_HUB for source in of(r))
         ).says(
             "config, split and revision are for hub data sets",
-            fix="remove them, or name the data set by hub: owner/name",
+            fix="remove them, or name the data set with hub: owner/name",
         )
         for key, of in _SOURCES.items()
     ),
