@@ -146,7 +146,7 @@ def test_an_intact_checkpoint_verifies_and_one_file_more_does_not(crashed):
     newest = RunFolder(run).list_checkpoints()[-1]
     assert checkpoint.verify(newest)["step"] == 4
     (newest / "more").touch()
-    with pytest.raises(checkpoint.Damaged, match="more is not what was written"):
+    with pytest.raises(checkpoint.Damaged, match="more: this does not belong here"):
         checkpoint.verify(newest)
 
 
@@ -157,7 +157,7 @@ def test_a_pipe_in_place_of_a_file_is_damage_and_nothing_to_wait_for(crashed, he
     file.unlink()
     os.mkfifo(file)
     resume(run, console=heard)
-    assert f"{name} is not a file" in heard.said
+    assert f"{name}: this is a pipe or device where a file is expected" in heard.said
     assert_same_run(run, straight)
 
 

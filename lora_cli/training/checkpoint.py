@@ -35,8 +35,8 @@ from lora_cli.foreign import (
     Shape,
     copy_file,
     copy_files,
+    copy_over,
     files_of,
-    kind,
     open_binary,
     parse_json,
     read_bytes,
@@ -49,15 +49,8 @@ from lora_cli.training.stored import Manifest
 
 FORMAT = 4  # 1 had A and B in one group of the optimizer; 2 no manifest; 3 another order of the data
 BEST = "best"
-FILES: Shape = {
-    "manifest.json": None,
-    "adapter.safetensors": None,
-    "optimizer.safetensors": None,
-    "state.safetensors": None,
-    "state.json": None,
-    "metrics.jsonl": None,
-    BEST: ADAPTER_FILES,
-}
+_TENSORS = ("adapter.safetensors", "optimizer.safetensors", "state.safetensors")
+FILES: Shape = dict.fromkeys((*_TENSORS, "manifest.json", "state.json", "metrics.jsonl")) | {BEST: ADAPTER_FILES}
 NAME = re.compile(r"step_(\d{6,15})")
 _TENSOR = "__tensor__"  # marks, in state.json, the place of a tensor of optimizer.safetensors
 
@@ -87,15 +80,13 @@ def save_checkpoint(
     described = _take_tensors(optimizer.state_dict(), "", tensors)
     randoms, random_values = random_states()
     with written_whole(folder, replaces=FILES) as place:
-        save_file(state_of(model), place / "adapter.safetensors")
-        save_file(tensors, place / "optimizer.safetensors")
-        save_file(randoms | state.tensors, place / "state.safetensors")
+        for name, each in zip(_TENSORS, (state_of(model), tensors, randoms | state.tensors), strict=True):
+            save_file(each, place / name)
         values = {**state.values(), "schedule": dict(schedule), "random": random_values, "optimizer": described}
         write_json(place / "state.json", values)
+        (place / "metrics.jsonl").touch()
         if metrics.exists():
-            copy_file(metrics, place / "metrics.jsonl")
-        else:
-            (place / "metrics.jsonl").touch()
+            copy_over(metrics, place / "metrics.jsonl")
         if best is not None:
             (place / BEST).mkdir()
             copy_files(best, place / BEST, ADAPTER_FILES, link_or_copy)
@@ -110,7 +101,7 @@ def load_checkpoint(folder: Path, model: nn.Module, optimizer: Any) -> State:
     """
     stored, randoms, losses = _read_state(folder)
     adapter, tensors = _load(folder / "adapter.safetensors"), _load(folder / "optimizer.safetensors")
-    if (problem := _misfit(adapter, state_of(model))) is not None:
+    if problem := _unlike(adapter, state_of(model), "tensor"):
         raise LoraError(
             f"the checkpoint holds another adapter than the recipe describes: {problem}",
             where=str(folder),
@@ -120,7 +111,8 @@ def load_checkpoint(folder: Path, model: nn.Module, optimizer: Any) -> State:
     load_state(model, adapter)
     optimizer.load_state_dict(described)
     restore_random_states(randoms, stored.random)
-    return stored.state(losses)
+    stored.tensors = losses
+    return stored
 
 
 def verify(folder: Path) -> dict[str, Any]:
@@ -130,10 +122,8 @@ def verify(folder: Path) -> dict[str, Any]:
     """
     try:
         found = _checksums(folder)
-    except NotOurs as problem:
-        raise _damaged(folder, _not_written(folder, problem)) from None
-    except OSError as error:
-        raise _damaged(folder, str(error)) from None
+    except (NotOurs, OSError) as error:
+        raise _damaged(folder, f"{error.where}: {error.what}" if isinstance(error, NotOurs) else str(error)) from None
     try:
         manifest = parse_json(read_bytes(folder / "manifest.json"))
         stated = Manifest.model_validate(manifest)
@@ -147,10 +137,8 @@ def verify(folder: Path) -> dict[str, Any]:
     if stated.format != FORMAT:
         raise _other_format(folder, stated.format)
     for name in sorted(stated.files.keys() | found.keys()):
-        if name not in found:
-            raise _damaged(folder, f"{name} is missing")
-        if name not in stated.files or stated.files[name].model_dump() != found[name]:
-            raise _damaged(folder, f"{name} is not what was written")
+        if stated.files.get(name) != found.get(name):
+            raise _damaged(folder, f"{name} is {'not what was written' if name in found else 'missing'}")
     state, _, _ = _read_state(folder)
     if NAME.fullmatch(folder.name) and int(folder.name.removeprefix("step_")) != state.step:
         raise _damaged(folder, f"its state is that of step {state.step}")
@@ -185,10 +173,9 @@ def _require_losses(losses: dict[str, Tensor], state: State) -> None:
     names = {"validation.base", "validation.targets", "validation.best"}
     if not losses.keys() <= names:
         raise ValueError(f"{min(losses.keys() - names)[:80]} is not a tensor of a checkpoint")
-    if losses.keys() - {"validation.best"} not in (set(), names - {"validation.best"}):
+    scored = losses or state.base_validation_loss is not None
+    if scored and not losses.keys() >= names - {"validation.best"}:
         raise ValueError("losses of the base model, or the numbers of their tokens, are missing")
-    if state.base_validation_loss is not None and not losses:
-        raise ValueError("losses of the base model are missing")
     shapes = {tuple(each.shape) for each in losses.values()}
     if len(shapes) > 1 or any(len(shape) != 1 or not shape[0] for shape in shapes):
         raise ValueError("losses of validation examples have different lengths")
@@ -222,32 +209,26 @@ def _optimizer_state(values: Any, tensors: dict[str, Tensor], optimizer: Any, fo
 
 def _unlike(found: Any, wanted: Any, path: str) -> str | None:
     """Where nested state is of another kind than `wanted`: names, lengths, types, shapes; None if it is nowhere."""
-    if isinstance(wanted, Tensor):
-        if not isinstance(found, Tensor) or found.shape != wanted.shape or found.dtype != wanted.dtype:
-            shown = f"{tuple(found.shape)} {found.dtype}" if isinstance(found, Tensor) else type(found).__name__
-            return f"{path} is {shown}, not {tuple(wanted.shape)} {wanted.dtype}"
-        return None
-    if isinstance(wanted, dict):
-        if not isinstance(found, dict) or found.keys() != wanted.keys():
-            return f"{path} has other entries"
-        return next((p for key in wanted if (p := _unlike(found[key], wanted[key], f"{path} {key}"))), None)
-    if isinstance(wanted, list | tuple):
-        if not isinstance(found, list | tuple) or len(found) != len(wanted):
-            return f"{path} has another length"
-        if path.endswith(" params") and list(found) != list(wanted):
-            return f"{path} are others"
-        pairs = zip(found, wanted, strict=True)
-        return next((p for at, (one, other) in enumerate(pairs) if (p := _unlike(one, other, f"{path} {at}"))), None)
-    numbers = (int, float)
-    alike = type(found) is type(wanted) or (type(found) in numbers and type(wanted) in numbers)
-    return None if alike else f"{path} is {type(found).__name__}, not {type(wanted).__name__}"
+    here, there = _kinds(found, path), _kinds(wanted, path)
+    at = next((each for each in sorted(here | there) if here.get(each) != there.get(each)), None)
+    return at and f"{at} is {here.get(at, 'missing')}, but should be {there.get(at, 'absent')}"
 
 
-def _misfit(found: dict[str, Tensor], wanted: dict[str, Tensor]) -> str | None:
-    """The first tensor that is missing, too many, or of another shape or dtype."""
-    for name in sorted(found.keys() ^ wanted.keys()):
-        return f"{name} is {'missing' if name in wanted else 'not in the model'}"
-    return next((p for name in sorted(wanted) if (p := _unlike(found[name], wanted[name], name))), None)
+def _kinds(value: Any, path: str) -> dict[str, str]:
+    """What nested state is made of: each place in it with the shape and dtype of its tensor, or the type of its value.
+
+    A number is a number, whole or not; of `params`, which parameters a group has is compared, too.
+    """
+    if isinstance(value, Tensor):
+        return {path: f"{tuple(value.shape)} {value.dtype}"}
+    if isinstance(value, dict):
+        inner, kind = value.items(), "a dict"
+    elif isinstance(value, list | tuple):
+        inner, kind = enumerate(value), str(list(value)) if path.endswith("'params'") else "a list"
+    else:
+        return {path: "a number" if type(value) in (int, float) else type(value).__name__}
+    within = [_kinds(each, f"{path} {key!r}") for key, each in inner]
+    return {path: kind} | {place: each for part in within for place, each in part.items()}
 
 
 def _damaged(folder: Path, how: str) -> Damaged:
@@ -279,19 +260,10 @@ def _checksums(folder: Path) -> dict[str, dict[str, Any]]:
     for path in files_of(folder, FILES):
         name = path.relative_to(folder).as_posix()
         if name != "manifest.json":
-            digest, size = hashlib.sha256(), 0
             with open_binary(path) as stream:
-                while piece := stream.read(2**20):
-                    digest.update(piece)
-                    size += len(piece)
-            found[name] = {"bytes": size, "sha256": digest.hexdigest()}
+                digest = hashlib.file_digest(stream, "sha256").hexdigest()  # type: ignore[arg-type]
+                found[name] = {"bytes": stream.tell(), "sha256": digest}
     return found
-
-
-def _not_written(folder: Path, problem: NotOurs) -> str:
-    place = Path(problem.where or folder)
-    what = {"link": "a link", "pipe or device": "not a file"}.get(kind(place) or "", "not what was written")
-    return f"{place.relative_to(folder).as_posix()} is {what}"
 
 
 def _checksum(manifest: dict[str, Any]) -> str:

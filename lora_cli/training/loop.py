@@ -7,6 +7,7 @@ import random
 import time
 from collections.abc import Sequence
 from contextlib import suppress
+from dataclasses import dataclass
 from functools import partial
 from typing import Any
 
@@ -26,7 +27,7 @@ from lora_cli.screen import say_on
 from lora_cli.training.divergence import what_is_wrong
 from lora_cli.training.micro_batches import DoesNotFit, MicroBatches, smaller_line
 from lora_cli.training.optimizer import averaged_weights, learning_rate, make_optimizer, set_learning_rate
-from lora_cli.training.processes import any_process, sum_over_processes, wait_for_everyone
+from lora_cli.training.processes import any_process, process_lost_errors, sum_over_processes
 from lora_cli.training.progress import Progress
 from lora_cli.training.report import make_report, require_learned, say_result, write_report
 from lora_cli.training.resume import COMPUTING, Change
@@ -42,21 +43,20 @@ _SKIPPED_IN_A_ROW = 10  # then the data are not to blame
 _REWINDS = 3
 
 
+@dataclass
 class Run:
     """One run from its first or resumed step to its last."""
 
-    def __init__(
-        self,
-        session: Session,
-        folder: RunFolder,
-        accelerator: Accelerator,
-        console: Console,
-        stop: Stop,
-        environment: dict[str, Any],
-    ):
-        self.session, self.folder, self.accelerator, self.stop = session, folder, accelerator, stop
-        self.say = say_on(console)
-        self.console, self.environment = console, environment
+    session: Session
+    folder: RunFolder
+    accelerator: Accelerator
+    console: Console
+    stop: Stop
+    environment: dict[str, Any]
+
+    def __post_init__(self) -> None:
+        session, folder, accelerator, stop = self.session, self.folder, self.accelerator, self.stop
+        self.say = say_on(self.console)
         self.recipe = session.recipe.train
         self.parameters = trained_parameters(session.model)
         self.optimizer = make_optimizer(self.recipe, session.model)
@@ -67,12 +67,12 @@ class Run:
         self.wall_seconds_before = folder.wall_seconds()
         self.micro_batches = MicroBatches(session, accelerator, self.parameters, self.scaler)
         self.validator = Validator(session, accelerator, lambda: stop.requested)
-        identity = (*COMPUTING, "device", "dtype", "processes")
+        environment = {name: self.environment[name] for name in (*COMPUTING, "device", "dtype", "processes")}
         belongs_to = {
             "recipe": session.recipe.model_dump(mode="json"),
             "data_fingerprint": session.feed.summary.fingerprint,
             "base_fingerprint": session.source.fingerprint,
-            "environment": {name: environment[name] for name in identity},
+            "environment": environment,
         }
         self.writer = RunWriter(session, folder, accelerator, self.optimizer, self.scaler, stop, belongs_to, self.say)
         # What a model's own code or a library may draw from; torch is seeded in each step.
@@ -101,12 +101,15 @@ class Run:
         try:
             progress = Progress(self.console, self.session.total_steps, self.state.step + 1)
             reporting = self.accelerator.is_main_process
-            with open_trackers(self.session.recipe, progress.say, active=reporting) as track, progress:
-                self._steps(progress, track)
-            with averaged_weights(self.optimizer):
-                report = self._finish()
+            with process_lost_errors(self.folder.resume_command()):
+                with open_trackers(self.session.recipe, progress.say, active=reporting) as track, progress:
+                    self._steps(progress, track)
+                with averaged_weights(self.optimizer):
+                    report = self._finish()
         except BaseException as error:
-            self._say_state(_state_after(error), why=str(error).splitlines()[0] if str(error) else type(error).__name__)
+            asked = isinstance(error, Interrupted | KeyboardInterrupt)
+            why = str(error).splitlines()[0] if str(error) else type(error).__name__
+            self._say_state("interrupted" if asked else "failed", why=why)
             raise
         self._say_state("nothing learned" if report["verdict"] == "nothing learned" else "done")
         require_learned(report, self.folder)
@@ -193,40 +196,32 @@ class Run:
             mean,
             first_loss=self.state.first_loss,
             vocabulary=vocabulary(self.session.model.config),
-            scaled=self.scaler.is_enabled() and self.scaler.get_scale() > 1,
+            scaled=self.scaler.get_scale() > 1,
         )
-        norm, wrong = None, is_wrong(None)
+        norm, wrong, overflow = None, is_wrong(None), None
         if wrong is None:
             self.scaler.unscale_(self.optimizer)
             norm = float(nn.utils.clip_grad_norm_(self.parameters, self.recipe.max_grad_norm))
-            wrong = is_wrong(norm)
-        if wrong is None:
-            self.scaler.step(self.optimizer)  # skips the update if gradients are infinite
-        overflow = self._say_overflow(step, norm) if wrong is None else None
-        if norm is not None:
+            if (wrong := is_wrong(norm)) is None:
+                self.scaler.step(self.optimizer)  # skips the update if gradients are infinite
+                overflow = None if math.isfinite(norm) else self._say_overflow(step)
             self.scaler.update()
         self.optimizer.zero_grad()
         self.state.position = self.session.feed.position()
-        tokens = sum(len(example.ids) for batch in batches for example in batch)
         line = {
             "step": step,
             "loss": mean if math.isfinite(mean) else None,  # JSON cannot hold NaN or infinity
             "learning_rate": rate,
             "grad_norm": norm if norm is not None and math.isfinite(norm) else None,
             "target_tokens": targets,
-            "tokens": tokens,
+            "tokens": sum(len(example.ids) for batch in batches for example in batch),
         }
-        if overflow is not None:
-            line["skipped"] = overflow
-        return line, wrong
+        return line | ({"skipped": overflow} if overflow else {}), wrong
 
-    def _say_overflow(self, step: int, norm: float | None) -> str | None:
-        """Why the fp16 scaler skipped the update of this step, if it did; it then halves its scale."""
-        if not self.scaler.is_enabled() or norm is None or math.isfinite(norm):
-            return None
-        scale = self.scaler.get_scale()
+    def _say_overflow(self, step: int) -> str:
+        """Why the fp16 scaler has skipped the update of this step; it then halves its scale."""
         self.state.skipped.append(step)
-        why = f"gradients overflow fp16 at a loss scale of {scale:g}"
+        why = f"gradients overflow fp16 at a loss scale of {self.scaler.get_scale():g}"
         self.say(f"step {step}: {why}; its update is skipped, and the scale is halved")
         return why
 
@@ -285,9 +280,7 @@ class Run:
         raise CheckFailed(
             f"{wrong} at step {step}: training has diverged and was stopped",
             where=str(self.folder.path),
-            details=[
-                f"last checkpoint: {newest[0].name if newest else 'none'}; the adapter of this step was not saved"
-            ],
+            details=[f"last checkpoint: {newest[0].name if newest else 'none'}; this step's adapter was not saved"],
             fix="lower train.learning_rate, raise train.warmup_ratio, or look for broken rows in the data; "
             "train.on_nan: skip or rewind goes on without such steps",
         )
@@ -348,14 +341,10 @@ class Run:
 
     def _finish(self) -> dict[str, Any]:
         self.writer.adapter(self.folder.last_adapter if self.validator.has_data else self.folder.adapter)
-        wait_for_everyone(self.accelerator)  # the shipped adapter is there for all
+        self.accelerator.wait_for_everyone()  # the shipped adapter is there for all
         report = make_report(self.session, self.state, self.folder, self.accelerator)
         if self.accelerator.is_main_process:
             self.writer.written(lambda: write_report(self.folder, report, self.say))
-        wait_for_everyone(self.accelerator)
+        self.accelerator.wait_for_everyone()
         say_result(report, self.folder, self.say)
         return report
-
-
-def _state_after(error: BaseException) -> str:
-    return "interrupted" if isinstance(error, Interrupted | KeyboardInterrupt) else "failed"

@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import io
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
 from itertools import pairwise
+from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
@@ -16,20 +16,11 @@ MOST_POINTS = 1000  # drawn of a curve: more than the picture has columns
 SMOOTHED_SHARE, MOST_SMOOTHED = 0.05, 301  # of all steps, and steps at most, in the mean that the smooth curve shows
 
 
-@dataclass(frozen=True)
-class _Ink:
-    paper: str
-    text: str
-    faint: str
-    training: str
-    validation: str
+LIGHT = SimpleNamespace(paper="#ffffff", text="#1c1e21", faint="#c9cdd2", training="#2f6fb5", validation="#c4511d")
+DARK = SimpleNamespace(paper="#17191c", text="#d6d8db", faint="#3d4248", training="#78b0ee", validation="#f29a63")
 
 
-LIGHT = _Ink(paper="#ffffff", text="#1c1e21", faint="#c9cdd2", training="#2f6fb5", validation="#c4511d")
-DARK = _Ink(paper="#17191c", text="#d6d8db", faint="#3d4248", training="#78b0ee", validation="#f29a63")
-
-
-def loss_picture(metrics: Sequence[Mapping[str, Any]], report: Mapping[str, Any], ink: _Ink = LIGHT) -> bytes | None:
+def loss_picture(metrics: Sequence[Mapping[str, Any]], report: Mapping[str, Any], ink: Any = LIGHT) -> bytes | None:
     """PNG of 1,350 × 675 pixels, or None if no line has a finite loss.
 
     metrics: lines of metrics.jsonl, of which step, loss and validation_loss are read; values that are missing or not
@@ -50,11 +41,10 @@ def loss_picture(metrics: Sequence[Mapping[str, Any]], report: Mapping[str, Any]
     if width > 1:
         axes.plot(*_extremes(steps, losses), color=ink.training, alpha=0.3, linewidth=0.8)
     label = "training" if width == 1 else f"training, mean of {width} steps"
-    axes.plot(*_thinned(steps, smooth), single, color=ink.training, linewidth=1.8, label=label)
+    axes.plot(*_extremes(steps, smooth), single, color=ink.training, linewidth=1.8, label=label)
     top = max(np.percentile(losses, 99.5), smooth.max())  # one spike must not flatten all the rest
     top = max(top, _draw_validation(axes, metrics, report, ink))
-    axes.set_ylim(0, top * 1.08 or 1)
-    axes.set_xlim(-0.012 * steps[-1], 1.012 * steps[-1])
+    axes.set(ylim=(0, top * 1.08 or 1), xlim=(-0.012 * steps[-1], 1.012 * steps[-1]))
     axes.set_title("Loss", loc="left", color=ink.text, fontsize=12, fontweight="bold")
     axes.set_xlabel("step", color=ink.text)
     axes.set_ylabel("nats per target token", color=ink.text)
@@ -73,17 +63,15 @@ def loss_picture(metrics: Sequence[Mapping[str, Any]], report: Mapping[str, Any]
     return stream.getvalue()
 
 
-def _draw_validation(axes: Any, metrics: Sequence[Mapping[str, Any]], report: Mapping[str, Any], ink: _Ink) -> float:
+def _draw_validation(axes: Any, metrics: Sequence[Mapping[str, Any]], report: Mapping[str, Any], ink: Any) -> float:
     """Draws the validation losses, if there are any; returns the highest."""
     base = {"step": 0, "validation_loss": report.get("base_validation_loss")}
     steps, losses = _series([base, *metrics], "validation_loss")
     if not len(steps):
         return 0.0
     marker = "o-" if len(steps) <= 60 else "-"
-    thin = _thinned(steps, losses)
-    axes.plot(
-        *thin, marker, color=ink.validation, linewidth=1.4, markersize=4.5, label="validation (step 0: base model)"
-    )
+    how = {"color": ink.validation, "linewidth": 1.4, "markersize": 4.5}
+    axes.plot(*_extremes(steps, losses), marker, **how, label="validation (step 0: base model)")
     at = np.flatnonzero(steps == report.get("best_step"))
     if len(at):
         step, loss = steps[at[-1]], losses[at[-1]]
@@ -97,11 +85,9 @@ def smoothed(losses: np.ndarray) -> tuple[np.ndarray, int]:
 
     losses: (steps,), finite. The width is 5 % of the steps.
     """
-    half = min(int(len(losses) * SMOOTHED_SHARE), MOST_SMOOTHED) // 2
-    sums = np.concatenate([[0.0], np.cumsum(losses, dtype=np.float64)])
-    at = np.arange(len(losses))
-    first, last = np.maximum(at - half, 0), np.minimum(at + half, len(losses) - 1)
-    return (sums[last + 1] - sums[first]) / (last + 1 - first), 2 * half + 1
+    window = np.ones(min(int(len(losses) * SMOOTHED_SHARE), MOST_SMOOTHED) // 2 * 2 + 1)
+    sums, counts = (np.convolve(each, window, "same") for each in (losses, np.ones_like(losses, np.float64)))
+    return sums / counts, len(window)
 
 
 def _series(metrics: Sequence[Mapping[str, Any]], name: str) -> tuple[np.ndarray, np.ndarray]:
@@ -116,13 +102,7 @@ def _extremes(steps: np.ndarray, values: np.ndarray) -> tuple[np.ndarray, np.nda
     """Lowest and highest of each group of neighbours, in the order in which they came: no spike is thinned out."""
     if len(steps) <= MOST_POINTS:
         return steps, values
-    edges = np.linspace(0, len(steps), MOST_POINTS // 2 + 1).astype(int)
-    groups = [slice(start, end) for start, end in pairwise(edges)]
-    ends = [g.start + extreme(values[g]) for g in groups for extreme in (np.argmin, np.argmax)]
+    edges = pairwise(np.linspace(0, len(steps), MOST_POINTS // 2 + 1).astype(int))
+    ends = [start + extreme(values[start:end]) for start, end in edges for extreme in (np.argmin, np.argmax)]
     chosen = np.unique(ends)
-    return steps[chosen], values[chosen]
-
-
-def _thinned(steps: np.ndarray, values: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-    chosen = np.unique(np.linspace(0, len(steps) - 1, min(len(steps), MOST_POINTS)).round().astype(int))
     return steps[chosen], values[chosen]

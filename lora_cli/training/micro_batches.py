@@ -16,7 +16,7 @@ from lora_cli.data.example import Example
 from lora_cli.errors import LoraError, reason_of
 from lora_cli.evaluation.loss import training_loss
 from lora_cli.files import human_bytes
-from lora_cli.training.processes import any_process, process_lost_errors, sum_over_processes
+from lora_cli.training.processes import any_process, sum_over_processes
 from lora_cli.training.session import Session
 
 # Said by torch, CUDA, cuBLAS, Triton and the C++ library, in plain RuntimeErrors, when memory runs out.
@@ -51,7 +51,7 @@ class MicroBatches:
 
         With fp16 the gradient is scaled by the scaler. Nothing is read back from the device before the last pass,
         so it computes while the next one is collated here. Raises DoesNotFit, on all processes alike, with no gradient
-        left; ProcessLost when one of them is gone. With a sharded base it raises LoraError instead of DoesNotFit: while
+        left. With a sharded base it raises LoraError instead of DoesNotFit: while
         one process splits its micro-batch, the others would wait for its shares.
         """
         pieces = cut(batches, max(splits, self._fewest_splits(len(batches))))
@@ -60,7 +60,7 @@ class MicroBatches:
         if not self.session.model.training:
             self.session.model.train()
         try:
-            with cast_once(self.session.layers, self.session.dtype), process_lost_errors():
+            with cast_once(self.session.layers, self.session.dtype):
                 for at in range(self.accelerator.process_index, self._passes(pieces), self.accelerator.num_processes):
                     if at < len(pieces):
                         losses.append(self._forward_backward(pieces[at], step, at, weight))

@@ -26,25 +26,23 @@ def make_optimizer(recipe: TrainRecipe, model: nn.Module) -> Any:
     """
     by_group = parameters_by_group(model)
     groups = [{"params": parameters, **_settings(recipe, name)} for name, parameters in by_group.items()]
-    options: dict[str, Any] = {"lr": recipe.learning_rate}
-    device = groups[0]["params"][0].device.type
+    rate, device = recipe.learning_rate, groups[0]["params"][0].device.type
     if recipe.optimizer == "adamw":
         # An adapter is hundreds of small tensors, and a loop over them costs more than the arithmetic.
         fused = device in _FUSED
-        return torch.optim.AdamW(groups, **options, fused=fused, foreach=not fused)
+        return torch.optim.AdamW(groups, lr=rate, fused=fused, foreach=not fused)
     if recipe.optimizer == "schedule_free_adamw":
         from schedulefree import AdamWScheduleFree
 
-        optimizer = AdamWScheduleFree(groups, **options, warmup_steps=0)  # the warm-up is in learning_rate
+        optimizer = AdamWScheduleFree(groups, lr=rate, warmup_steps=0)  # the warm-up is in learning_rate
         optimizer.train()
         return optimizer
     import bitsandbytes as bnb
 
     # Paging moves states between GPU and host memory; on a CPU they are in host memory already.
-    paged = recipe.optimizer.startswith("paged") and device != "cpu"
-    if recipe.optimizer.endswith("8bit"):
-        return (bnb.optim.PagedAdamW8bit if paged else bnb.optim.AdamW8bit)(groups, **options)
-    return (bnb.optim.PagedAdamW32bit if paged else bnb.optim.AdamW32bit)(groups, **options)
+    paged = "Paged" if recipe.optimizer.startswith("paged") and device != "cpu" else ""
+    bits = 8 if recipe.optimizer.endswith("8bit") else 32
+    return getattr(bnb.optim, f"{paged}AdamW{bits}bit")(groups, lr=rate)
 
 
 def _settings(recipe: TrainRecipe, group: str) -> dict[str, Any]:
@@ -67,10 +65,8 @@ def paging_note(name: str, sizes: Sequence[int], device: str) -> str | None:
     """
     if not name.startswith("paged") or device == "cpu":
         return None
-    paged = sum(size for size in sizes if size >= _LEAST_PAGED)
-    spared = (
-        f"{paged / sum(sizes):.0%} of its states can page to host memory" if paged else "none of its states can page"
-    )
+    share = sum(size for size in sizes if size >= _LEAST_PAGED) / sum(sizes)
+    spared = f"{share:.0%} of its states can page to host memory" if share else "none of its states can page"
     return (
         f"{name}: {spared} (bitsandbytes pages tensors of {_LEAST_PAGED:,} numbers or more, until the run is resumed); "
         f"optimizer: adamw holds {human_bytes(8 * sum(sizes))} of states on the GPU and is faster"
@@ -138,9 +134,8 @@ def learning_rate(recipe: TrainRecipe, step: int, total_steps: int) -> float:
         return recipe.learning_rate * step / warmup
     if recipe.schedule == "constant" or recipe.optimizer == "schedule_free_adamw":
         return recipe.learning_rate
-    progress = (step - 1 - warmup) / max(
-        1, total_steps - warmup
-    )  # 0 at the first step after warm-up, below 1 at the last
+    # 0 at the first step after warm-up, below 1 at the last
+    progress = (step - 1 - warmup) / max(1, total_steps - warmup)
     falling = 1 - progress if recipe.schedule == "linear" else (1 + math.cos(math.pi * progress)) / 2
     low = recipe.min_learning_rate_ratio
     return recipe.learning_rate * (low + (1 - low) * falling)

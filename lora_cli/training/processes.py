@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Iterator
 from contextlib import contextmanager
 
@@ -11,25 +12,16 @@ from torch import Tensor
 
 from lora_cli.base.device import pick_device
 from lora_cli.data.store import micro_batches_per_step
-from lora_cli.errors import LoraError, ProcessLost
+from lora_cli.errors import LoraError, ProcessLost, reason_of
 from lora_cli.recipe import Recipe
 
-# Said by gloo, NCCL and torch's store, which raise plain RuntimeErrors too.
-_LOST = (
-    "connection closed by peer",
-    "connection reset by peer",
-    "connection was closed",
-    "connection refused",
-    "broken pipe",
-    "socket timeout",
-    "timed out waiting",
-    "timed out after",
-    "remote process exited",
-    "failed to recv, got 0 bytes",
-    "nccl communicator was aborted",
-    "unhandled system error",  # NCCL, of a socket
+# Said by gloo, NCCL and torch's store, which raise plain RuntimeErrors too; the last by NCCL, of a socket.
+_LOST = re.compile(
+    "connection (closed by peer|reset by peer|was closed|refused)|broken pipe|socket timeout|timed out (waiting|after)|"
+    "remote process exited|failed to recv, got 0 bytes|nccl communicator was aborted|unhandled system error",
+    re.IGNORECASE,
 )
-_OF_PROCESSES = ("gloo", "nccl", "processgroup", "tcpstore", "store", "socket")
+_OF_PROCESSES = re.compile("gloo|nccl|processgroup|store|socket", re.IGNORECASE)
 
 
 def start_accelerator(recipe: Recipe) -> Accelerator:
@@ -52,60 +44,36 @@ def start_accelerator(recipe: Recipe) -> Accelerator:
 
 
 @contextmanager
-def process_lost_errors(resume: str | None = None) -> Iterator[None]:
+def process_lost_errors(resume: str) -> Iterator[None]:
     """If a peer process dies inside this block, raise ProcessLost instead of gloo's or NCCL's error.
 
     resume: the command that continues this run.
     """
     try:
         yield
-    except ProcessLost as error:
-        if resume is None or error.fix == _fix(resume):
-            raise
-        raise ProcessLost(error.what, where=error.where, details=error.details, fix=_fix(resume)) from error.__cause__
     except RuntimeError as error:
         if not is_lost_process(error):
             raise
         raise ProcessLost(
             "another process of this run ended, so this one cannot go on",
-            details=[f"torch says: {_first_sentence(error)}"],
-            fix=_fix(resume),
+            details=[f"torch says: {reason_of(error).split('. This ')[0][:200]}"],
+            fix="its own message says why, or the system's log if it was killed; then continue with: " + resume,
         ) from error
 
 
 def is_lost_process(error: BaseException) -> bool:
     """Whether an exchange between processes failed because one of them is gone."""
-    said = str(error).lower()
     known = isinstance(error, torch.distributed.DistNetworkError | torch.distributed.DistBackendError)
-    return any(words in said for words in _LOST) and (known or any(words in said for words in _OF_PROCESSES))
+    return bool(_LOST.search(str(error)) and (known or _OF_PROCESSES.search(str(error))))
 
 
 def sum_over_processes(accelerator: Accelerator, value: Tensor) -> Tensor:
-    """The sum over all processes of `value`, which has one shape in all.
-
-    Raises ProcessLost if one of them is gone.
-    """
+    """The sum over all processes of `value`, which has one shape in all."""
     if accelerator.num_processes == 1:
         return value
-    with process_lost_errors():
-        return accelerator.reduce(value.to(accelerator.device), "sum")  # type: ignore[return-value]
+    return accelerator.reduce(value.to(accelerator.device), "sum")  # type: ignore[return-value]
 
 
 def any_process(accelerator: Accelerator, flag: bool) -> bool:
     """Whether `flag` is true in any process; every process gets the same answer."""
     return bool(sum_over_processes(accelerator, torch.tensor(float(flag))).item())
-
-
-def wait_for_everyone(accelerator: Accelerator) -> None:
-    """Return once all processes are here. Raises ProcessLost if one of them is gone."""
-    with process_lost_errors():
-        accelerator.wait_for_everyone()
-
-
-def _fix(resume: str | None) -> str:
-    cause = "its own message says why, or the system's log if it was killed"
-    return f"{cause}; then continue with: {resume or 'lora train RECIPE --resume'}"
-
-
-def _first_sentence(error: BaseException) -> str:
-    return (str(error).strip() or type(error).__name__).splitlines()[0].split(". This ")[0][:200]

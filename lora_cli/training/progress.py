@@ -23,32 +23,27 @@ class Progress:
 
     def __init__(self, console: Console, total_steps: int, first_step: int):
         self.console, self.total, self.first = console, total_steps, first_step
+        self.say = say_on(console)
         self.started = time.monotonic()
         self.last_plain = -math.inf
         self.line: dict[str, Any] = {}
         self.validation: tuple[int, float] | None = None
         self.activity = ""
-        self.live = (
-            Live(get_renderable=self._render, console=console, refresh_per_second=4, transient=True)
-            if console.is_terminal
-            else None
-        )
+        self.live: Live | None = None
 
     def __enter__(self) -> Progress:
-        if self.live:
+        if self.console.is_terminal:
+            live = Live(get_renderable=self._render, console=self.console, refresh_per_second=4, transient=True)
             try:
-                self.live.start()
+                live.start()
+                self.live = live
             except RuntimeError:  # no more threads can be started
-                self.live.stop()
-                self.live = None
+                live.stop()
         return self
 
     def __exit__(self, *_: object) -> None:
         if self.live:
             self.live.stop()
-
-    def say(self, text: str) -> None:
-        say_on(self.console)(text)
 
     def doing(self, activity: str) -> None:
         """Show what happens between steps, such as an evaluation."""
@@ -62,11 +57,9 @@ class Progress:
         if validation is not None:
             self.validation = (line["step"], validation)
         now = time.monotonic()
-        noteworthy = validation is not None or line["step"] in (self.first, self.total)
-        if self.live is None and (noteworthy or now - self.last_plain > _PLAIN_EVERY_SECONDS):
+        due = line["step"] in (self.first, self.total) or now - self.last_plain > _PLAIN_EVERY_SECONDS
+        if validation is not None or (due and self.live is None):
             self.last_plain = now
-            self.say(self._plain())
-        elif self.live is not None and validation is not None:
             self.say(self._plain())
 
     def _plain(self) -> str:

@@ -29,10 +29,7 @@ def random_states() -> tuple[dict[str, Tensor], dict[str, Any]]:
 
 def require_random_states(tensors: dict[str, Tensor], values: Random) -> None:
     """Raises what the generators raise for states that are not theirs."""
-    python, numpy = _python_and_numpy(tensors, values)
-    random.Random().setstate(python)
-    np.random.RandomState().set_state(numpy)
-    torch.Generator().set_state(tensors["random.torch"])
+    _set_states(tensors, values, random.Random(), np.random.RandomState(), torch.Generator())
     for name, each in tensors.items():
         if name.startswith("random.cuda.") and (each.dtype != torch.uint8 or each.shape != (16,)):
             raise ValueError(f"{name[:40]} is not the state of a generator")
@@ -40,17 +37,15 @@ def require_random_states(tensors: dict[str, Tensor], values: Random) -> None:
 
 def restore_random_states(tensors: dict[str, Tensor], values: Random) -> None:
     """CUDA's only where there are as many devices as there were."""
-    python, numpy = _python_and_numpy(tensors, values)
-    random.setstate(python)
-    np.random.set_state(numpy)
-    torch.set_rng_state(tensors["random.torch"])
+    _set_states(tensors, values, random, np.random, torch.default_generator)
     cuda = [tensors[f"random.cuda.{at}"] for at in range(len(tensors)) if f"random.cuda.{at}" in tensors]
     if cuda and torch.cuda.is_available() and len(cuda) == torch.cuda.device_count():
         torch.cuda.set_rng_state_all(cuda)
 
 
-def _python_and_numpy(tensors: dict[str, Tensor], values: Random) -> tuple[Any, Any]:
+def _set_states(tensors: dict[str, Tensor], values: Random, of_python: Any, of_numpy: Any, of_torch: Any) -> None:
     (version, gauss), numpy = values.python, values.numpy
     key = tensors["random.numpy"].numpy().astype(np.uint32)
-    python = (version, tuple(tensors["random.python"].tolist()), gauss)
-    return python, (numpy.bit_generator, key, numpy.pos, numpy.has_gauss, numpy.gauss)
+    of_python.setstate((version, tuple(tensors["random.python"].tolist()), gauss))
+    of_numpy.set_state((numpy.bit_generator, key, numpy.pos, numpy.has_gauss, numpy.gauss))
+    of_torch.set_state(tensors["random.torch"])

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Callable
 from typing import Any
 
@@ -24,6 +23,11 @@ from lora_cli.training.session import Session
 from lora_cli.training.state import State
 from lora_cli.training.verdict import judge, summarize_update_sizes, verdict_lines
 
+_OF_THE_STATE = {
+    *("first_loss", "last_loss", "base_validation_loss", "best_validation_loss", "best_step", "last_validation_loss"),
+    *("tokens", "target_tokens", "peak_memory_bytes"),
+}
+
 
 def make_report(session: Session, state: State, folder: RunFolder, accelerator: Accelerator) -> dict[str, Any]:
     """What the run achieved; for the keys see `verdict`. Afterwards the model holds the adapter that is kept."""
@@ -32,20 +36,12 @@ def make_report(session: Session, state: State, folder: RunFolder, accelerator: 
     gain = None
     if "validation.best" in state.tensors:
         gain = paired_gain(*(state.tensors[f"validation.{name}"] for name in ("base", "best", "targets")))
-    weights = session.feed.summary.weights
+    weights, sizes = session.feed.summary.weights, update_sizes(session.layers)
     report = {
         "steps": state.step,
-        "first_loss": state.first_loss,
-        "last_loss": state.last_loss,
-        "base_validation_loss": state.base_validation_loss,
-        "best_validation_loss": state.best_validation_loss,
-        "best_step": state.best_step,
-        "last_validation_loss": _finite(state.last_validation_loss),
-        "tokens": state.tokens,
-        "target_tokens": state.target_tokens,
+        **state.model_dump(include=_OF_THE_STATE),
         "seconds": round(state.seconds, 3),
         "tokens_per_second": round(state.tokens / state.seconds, 1),
-        "peak_memory_bytes": state.peak_memory_bytes,
         "reserved_memory_bytes": state.reserved_memory_bytes or None,
         "skipped_steps": state.skipped,
         "rewound_from_steps": [step for step, _ in state.rewound],
@@ -54,9 +50,7 @@ def make_report(session: Session, state: State, folder: RunFolder, accelerator: 
         "trained_parameters": sum(parameter.numel() for parameter in trained_parameters(session.model)),
         "validation": None if gain is None else vars(gain),
         "general_text": _forgetting(session, accelerator),
-        "update_sizes": summarize_update_sizes(
-            {name: size.ratio for name, size in update_sizes(session.layers).items()}
-        ),
+        "update_sizes": summarize_update_sizes({name: size.ratio for name, size in sizes.items()}),
         "learned": not is_neutral(session.model),
         "adapter": str(folder.adapter),
     }
@@ -113,21 +107,12 @@ def _forgetting(session: Session, accelerator: Accelerator) -> dict[str, Any] | 
     )
 
 
-def _finite(value: float | None) -> float | None:
-    """JSON cannot express other numbers."""
-    return value if value is not None and math.isfinite(value) else None
-
-
 def _warnings(report: dict[str, Any]) -> list[str]:
     told = []
-    if report["skipped_steps"]:
-        told.append(
-            f"updates skipped, because loss or gradient was NaN or infinite: steps {_listed(report['skipped_steps'])}"
-        )
-    if report["rewound_from_steps"]:
-        told.append(
-            f"went back to a checkpoint from steps {_listed(report['rewound_from_steps'])}, skipping their data"
-        )
+    if skipped := report["skipped_steps"]:
+        told.append(f"updates skipped, because loss or gradient was NaN or infinite: steps {_listed(skipped)}")
+    if rewound := report["rewound_from_steps"]:
+        told.append(f"went back to a checkpoint from steps {_listed(rewound)}, skipping their data")
     if report.get("weights"):
         told.append(Weights(**report["weights"]).said())
     return told

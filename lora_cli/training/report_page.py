@@ -20,21 +20,15 @@ MOST_LAYERS = 12  # shown before the list is opened
 
 
 def write_report_page(
-    folder: Path,
-    report: Mapping[str, Any],
-    metrics: Sequence[Mapping[str, Any]],
-    *,
-    recipe: str,
-    environment: Mapping[str, Any],
-    warnings: Sequence[str] = (),
+    folder: Path, report: Mapping[str, Any], metrics: Sequence[Mapping[str, Any]], **shown: Any
 ) -> None:
-    """Write loss.png (where a line has a loss) and report.html into a run folder; replaces older ones in one move."""
+    """Write loss.png (where a line has a loss) and report.html into a run folder; replaces older ones in one move.
+
+    shown: recipe, environment and warnings, as `report_page` takes them.
+    """
     with _no_traces(folder):
         light, dark = (loss_picture(metrics, report, ink) for ink in (LIGHT, DARK))
-    title = folder.resolve().name
-    page = report_page(
-        report, title=title, recipe=recipe, environment=environment, warnings=warnings, light=light, dark=dark
-    )
+    page = report_page(report, title=folder.resolve().name, light=light, dark=dark, **shown)
     files = {"loss.png": light, "report.html": page.encode()}
     for name, content in files.items():
         if content is not None:
@@ -56,34 +50,22 @@ def _no_traces(folder: Path) -> Iterator[None]:
 
 
 def report_page(
-    report: Mapping[str, Any],
-    *,
-    title: str,
-    recipe: str,
-    environment: Mapping[str, Any],
-    warnings: Sequence[str] = (),
-    light: bytes | None = None,
-    dark: bytes | None = None,
+    report: Mapping[str, Any], *, light: bytes | None = None, dark: bytes | None = None, **shown: Any
 ) -> str:
-    """One HTML file. report: see `verdict`. recipe: as YAML. light, dark: PNGs of the loss for either background.
+    """One HTML file. report: see `verdict`. light, dark: PNGs of the loss for either background.
 
-    Whatever is missing or not finite is left out or shown as –.
+    shown: title; recipe, as YAML; environment, by name; warnings, a line each. Whatever is missing or not finite is
+    left out or shown as –.
     """
     layers = (report.get("update_sizes") or {}).get("layers") or {}
     layers = {name: ratio for name, ratio in layers.items() if verdict.is_number(ratio)}
     return render(
         "report.html.jinja",
+        **shown,
         report=report,
-        title=title,
-        recipe=recipe.strip(),
-        environment=environment,
-        warnings=warnings,
         light=light and base64.b64encode(light).decode(),
         dark=dark and base64.b64encode(dark).decode(),
         words=verdict,
-        verdict=verdict.judge(report),
-        best=verdict.best_words(report),
-        forgotten=verdict.forgetting_words(report),
         layers=layers,
         largest_layer=max(layers.values(), default=0),
         most_layers=MOST_LAYERS,

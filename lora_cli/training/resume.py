@@ -10,8 +10,10 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from lora_cli import __version__
+from lora_cli.base.device import describe_device
 from lora_cli.errors import LoraError
 from lora_cli.recipe import Recipe, all_keys, differences
+from lora_cli.training.session import Session
 
 _PACKAGES = ("torch", "transformers", "bitsandbytes", "accelerate", "numpy", "datasets", "safetensors", "tokenizers")
 # What a step's numbers come from; NumPy draws the order of the data.
@@ -26,14 +28,20 @@ class Change(NamedTuple):
     said: str
 
 
-def environment_of(device: str, dtype: str) -> dict[str, Any]:
+def environment_of(session: Session, processes: int) -> dict[str, Any]:
+    """What goes into environment.json: machine and versions, base weights and data."""
     return {
         "lora": __version__,
         "python": platform.python_version(),
         "platform": platform.platform(),
-        "device": device,
-        "dtype": dtype,
+        "device": describe_device(session.device),
+        "dtype": str(session.dtype),
         **{name: version(name) for name in _PACKAGES},
+        "processes": processes,
+        "base_revision": session.source.revision,
+        "base_fingerprint": session.source.fingerprint,
+        "data_fingerprint": session.feed.summary.fingerprint,
+        "data_files": session.feed.summary.files,
     }
 
 
@@ -49,15 +57,13 @@ def changes_of_environment(began: dict[str, Any], now: dict[str, Any]) -> list[C
     """Other data, other base weights, another compute dtype, other versions of what computes."""
     found: list[Change] = []
     if began.get("data_fingerprint") != now["data_fingerprint"]:
-        files = _file_changes(began.get("data_files"), now["data_files"])
+        files = _file_changes(began.get("data_files", {}), now["data_files"])
         found += [Change("data", f"data: {each}") for each in files or ["other tokens from the same files"]]
-    if began.get("base_fingerprint") != now["base_fingerprint"]:
-        found.append(Change("base_model", f"base weights: {began.get('base_fingerprint')} → {now['base_fingerprint']}"))
-    if began.get("dtype") != now["dtype"]:
-        found.append(Change("dtype", f"compute dtype: {began.get('dtype')} → {now['dtype']}"))
-    for name in COMPUTING:
-        if began.get(name) != now[name]:
-            found.append(Change("versions", f"version of {name}: {began.get(name)} → {now[name]}"))
+    compared = {"base_fingerprint": ("base_model", "base weights"), "dtype": ("dtype", "compute dtype")}
+    compared |= {name: ("versions", f"version of {name}") for name in COMPUTING}
+    for key, (allow, what) in compared.items():
+        if began.get(key) != now[key]:
+            found.append(Change(allow, f"{what}: {began.get(key)} → {now[key]}"))
     return found
 
 
@@ -94,8 +100,7 @@ def refuse_other_run(changes: Sequence[Change], allow: Sequence[str], where: Pat
     )
 
 
-def _file_changes(before: Any, after: dict[str, str]) -> list[str]:
-    before = before if isinstance(before, dict) else {}
+def _file_changes(before: dict[str, str], after: dict[str, str]) -> list[str]:
     gone = [f"{name} is no longer used" for name in before if name not in after]
     new = [f"{name} is new" for name in after if name not in before]
     changed = [f"{name} has other contents" for name in after if name in before and before[name] != after[name]]

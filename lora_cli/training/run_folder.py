@@ -15,7 +15,7 @@ from pydantic import ValidationError
 from lora_cli.adapters.file import FILES as ADAPTER_FILES
 from lora_cli.errors import DiskError, LoraError, command
 from lora_cli.files import disk_errors, finish_moves, write_bytes, write_json
-from lora_cli.foreign import Shape, is_real_folder, kind, not_ours, open_binary, open_to_append, read_json
+from lora_cli.foreign import is_real_folder, kind, not_ours, open_binary, open_to_append, read_json
 from lora_cli.recipe import Recipe, dump_recipe, load_recipe
 from lora_cli.training.checkpoint import FILES as CHECKPOINT_FILES
 from lora_cli.training.checkpoint import NAME as CHECKPOINT_NAME
@@ -133,7 +133,7 @@ class RunFolder:
                 self.environment.unlink()
             finish_moves(self.path, {"adapter": ADAPTER_FILES, "adapter_last": ADAPTER_FILES}.get, _FILES)
         with disk_errors(self.checkpoints):
-            finish_moves(self.checkpoints, _files_of_a_checkpoint)
+            finish_moves(self.checkpoints, lambda name: CHECKPOINT_FILES if CHECKPOINT_NAME.fullmatch(name) else None)
 
     def list_checkpoints(self) -> list[Path]:
         """Complete checkpoints, oldest first. Their bytes are checked when one is opened."""
@@ -171,10 +171,6 @@ class RunFolder:
             return read_json(self.status, Status, fix="").model_dump(exclude_unset=True)
         except LoraError:
             return {}
-
-
-def _files_of_a_checkpoint(name: str) -> Shape | None:
-    return CHECKPOINT_FILES if CHECKPOINT_NAME.fullmatch(name) else None
 
 
 def read_metrics(path: Path) -> list[dict[str, Any]]:

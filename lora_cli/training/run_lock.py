@@ -20,7 +20,7 @@ from lora_cli.foreign import open_descriptor
 from lora_cli.training.stored import Holder
 
 LOCK = ".lock"
-_AN_INSTANT = 0.2  # seconds
+_AN_INSTANT = 0.1  # seconds
 _LONGEST = 1000  # bytes that a holder writes about itself
 
 
@@ -61,7 +61,7 @@ def is_held(folder: Path) -> bool:
     except (OSError, LoraError):
         return False
     try:
-        return not lock_descriptor(handle, blocking=False)  # closing the file releases it
+        return not _lock(handle)  # closing the file releases it
     except OSError:
         return False
     finally:
@@ -101,12 +101,17 @@ def _require_ours(handle: int, path: Path) -> None:
 def _taken(handle: int, holder: Holder | None) -> bool:
     """Whether this process holds the lock now."""
     try:
-        if lock_descriptor(handle, blocking=False):
-            return True
-        time.sleep(_AN_INSTANT)  # `lora runs` holds a lock for a moment to see whether it is free
-        return lock_descriptor(handle, blocking=False)
+        return _lock(handle)
     except OSError:  # a network drive without locks: the name in the file counts as long as its process lives
         return not (holder and holder.pid) or (holder.host == _host() and not _alive(holder.pid))
+
+
+def _lock(handle: int) -> bool:
+    """Take the lock, if nobody else has it. `lora runs` holds one for a moment to see whether it is free."""
+    if lock_descriptor(handle, blocking=False):
+        return True
+    time.sleep(_AN_INSTANT)
+    return lock_descriptor(handle, blocking=False)
 
 
 def _alive(pid: int) -> bool:

@@ -6,7 +6,7 @@ import operator
 import os
 import re
 import socket
-import time
+from collections import deque
 from collections.abc import Iterator
 from dataclasses import asdict, dataclass
 from datetime import UTC, datetime
@@ -24,14 +24,14 @@ _MOST_BYTES = 8 * 2**20  # of status.json or report.json
 _LARGEST = 1e15  # of what is counted or measured
 _TAIL_BYTES = 16_384
 _LONGEST_LINE = 10_000  # bytes, of metrics.jsonl
-_AN_INSTANT = 0.05  # seconds; another `lora runs` may be looking at the same lock
 # The types of the keys that are read; other keys are ignored.
-_STATUS = {"state": str, "why": str, "host": str, "updated": str, "step": float, "total_steps": float} | {
-    "wall_seconds": float
-}
-_REPORT = {"tokens": float, "steps": float, "seconds": float, "best_validation_loss": float, "learned": bool}
+_STATUS: dict[str, type] = dict.fromkeys(("state", "why", "host", "updated"), str)
+_STATUS |= dict.fromkeys(("step", "total_steps", "wall_seconds"), float)
+_REPORT: dict[str, type] = dict.fromkeys(("tokens", "steps", "seconds", "best_validation_loss"), float)
+_REPORT |= {"learned": bool}
 _WORDS = {float: "a number from 0 on", str: "text", bool: "true or false"}
-_VALUES = re.compile(rb'"(step|tokens|seconds|validation_loss)": ?(-?[\d.]+(?:[eE][-+]?\d+)?) ?[,}]')
+_NUMBER = r"-?\d{1,40}(?:\.\d{1,40})?(?:[eE][-+]?\d{1,4})?"
+_VALUES = re.compile(rf'"(step|loss|tokens|seconds|validation_loss)": ?(null|{_NUMBER}) ?[,}}]'.encode())
 
 
 @dataclass(frozen=True)
@@ -135,13 +135,9 @@ def _read_run(path: Path, below: Path, price: float | None) -> Run:
     problems: list[str] = []
     status = _read_json(path / "status.json", _STATUS, problems)
     report = _read_json(path / "report.json", _REPORT, problems)
-    metrics = path / "metrics.jsonl"
-    last = _last_lines(metrics, problems)
     # The report sums up what a finished run did; of any other the lines have to be added up.
-    sums = {} if report.get("tokens") is not None else _add_up(metrics)
-    steps = [status.get("step"), report.get("steps"), sums.get("step"), _newest_checkpoint(path)]
-    step = next((int(each) for each in steps if each is not None), None)
-    losses = [loss for line in last if (loss := _number(line.get("loss"))) is not None]
+    sums, losses = _add_up(path / "metrics.jsonl", problems, tail="tokens" in report)
+    step = _first(status.get("step"), report.get("steps"), sums.get("step"), _newest_checkpoint(path))
     wall = _first(status.get("wall_seconds"), report.get("seconds"), sums.get("seconds"))
     hours = None if wall is None else wall / 3600
     tokens = _first(report.get("tokens"), sums.get("tokens"))
@@ -150,12 +146,12 @@ def _read_run(path: Path, below: Path, price: float | None) -> Run:
         name=_text(path.resolve().name if path == below else str(path.relative_to(below))),
         folder=_text(str(path)),
         state="damaged" if problems else _state(path, status, report),
-        step=step,
-        total_steps=None if total is None else int(total),
+        step=_whole(step),
+        total_steps=_whole(total),
         why="; ".join(problems) if problems else status.get("why"),
         loss=sum(losses) / len(losses) if losses else None,
         validation_loss=_first(report.get("best_validation_loss"), sums.get("validation_loss")),
-        tokens=None if tokens is None else int(tokens),
+        tokens=_whole(tokens),
         hours=hours,
         cost=None if price is None or hours is None else hours * price,
         last_activity=_last_activity(path, status).isoformat(timespec="seconds"),
@@ -184,9 +180,6 @@ def _is_locked(path: Path) -> bool:
         return False
     from lora_cli.training.run_lock import is_held
 
-    if not is_held(path):
-        return False
-    time.sleep(_AN_INSTANT)
     return is_held(path)
 
 
@@ -245,48 +238,31 @@ def _is_a(needed: type, value: Any) -> bool:
     return type(value) is needed
 
 
-def _last_lines(metrics: Path, problems: list[str]) -> list[dict[str, Any]]:
-    """The last 10 lines that are whole, without reading those before."""
-    if kind(metrics) is None:
-        return []
-    try:
-        with open_binary(metrics) as stream:
-            stream.seek(max(0, stream.seek(0, os.SEEK_END) - _TAIL_BYTES))
-            lines = stream.read(_TAIL_BYTES).splitlines()
-    except (LoraError, OSError) as error:
-        problems.append(f"{metrics.name} cannot be read: {_reason(error)}")
-        return []
-    found = []
-    for line in lines:  # the first may have lost its start, the last its end
-        try:
-            each = parse_json(line)
-        except ValueError:
-            continue
-        found += [each] if isinstance(each, dict) else []
-    return found[-MEAN_STEPS:]
+def _add_up(metrics: Path, problems: list[str], *, tail: bool) -> tuple[dict[str, float], list[float]]:
+    """(step: the last; tokens, seconds: of all; validation_loss: the lowest), and the losses of the last 10 steps.
 
-
-def _add_up(metrics: Path) -> dict[str, float]:
-    """step: the last; tokens, seconds: of all steps; validation_loss: the lowest. Found without parsing every line."""
+    tail: the losses alone, without reading the lines before. All is found in whole lines, without parsing each.
+    """
     found: dict[str, float] = {}
+    last: deque[float | None] = deque(maxlen=MEAN_STEPS)
     rules: dict[str, Any] = {"step": max, "tokens": operator.add, "seconds": operator.add, "validation_loss": min}
     try:
         with open_binary(metrics) as stream:
+            if tail:
+                stream.seek(max(0, stream.seek(0, os.SEEK_END) - _TAIL_BYTES))
             while content := stream.read(2**20) + stream.readline(_LONGEST_LINE):
-                for name, text in _VALUES.findall(content):
-                    key, value = name.decode(), _parsed(text)
-                    if value is not None:
+                for name, text in _VALUES.findall(content, 0, content.rfind(b"\n") + 1):
+                    key, value = name.decode(), None if text == b"null" else _number(float(text))
+                    if key == "loss":
+                        last.append(value)
+                    elif value is not None and not tail:
                         found[key] = rules[key](found[key], value) if key in found else value
-    except (LoraError, OSError):
-        return {}
-    return {name: value for name, value in found.items() if abs(value) <= _LARGEST}
-
-
-def _parsed(text: bytes) -> float | None:
-    try:
-        return _number(float(text[:40]))
-    except ValueError:
-        return None
+    except FileNotFoundError:
+        pass
+    except (LoraError, OSError) as error:
+        problems.append(f"{metrics.name} cannot be read: {_reason(error)}")
+    sums = {name: value for name, value in found.items() if abs(value) <= _LARGEST}
+    return sums, [loss for loss in last if loss is not None]
 
 
 def _reason(error: Exception) -> str:
@@ -301,6 +277,10 @@ def _text(name: str) -> str:
 
 def _first(*values: float | None) -> float | None:
     return next((value for value in values if value is not None), None)
+
+
+def _whole(value: float | None) -> int | None:
+    return None if value is None else int(value)
 
 
 def _number(value: Any) -> float | None:

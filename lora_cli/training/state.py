@@ -69,10 +69,3 @@ class StateFile(State):
 
     random: Random
     optimizer: Any
-
-    def state(self, tensors: dict[str, Tensor]) -> State:
-        state = State()
-        for name in State.model_fields:
-            setattr(state, name, getattr(self, name))
-        state.tensors = tensors
-        return state

@@ -22,18 +22,10 @@ class Stored(BaseModel):
 
 
 class Status(Stored):
-    """status.json, which `lora runs` shows."""
+    """status.json, which `lora runs` shows: what is taken over from it when a run goes on."""
 
-    state: Text | None = None
-    why: Text | None = None
-    step: Count | None = None
-    total_steps: Count | None = None
-    wall_seconds: Seconds | None = None
-    processes: Count | None = None
-    pid: Count | None = None
-    host: Text | None = None
     started: Text | None = None
-    updated: Text | None = None
+    wall_seconds: Seconds | None = None
 
 
 class Holder(Stored):
@@ -92,18 +84,12 @@ class Line(Stored):
         return self.model_dump(exclude_unset=True)
 
 
-class StoredFile(Stored):
-    bytes: Count
-    sha256: Text
-
-
 class Manifest(Stored):
     """manifest.json of a checkpoint: what its other files are, beside what run and versions it belongs to."""
 
     format: int
     checksum: Text
-    step: Count = 0
-    files: dict[Text, StoredFile] = {}
+    files: dict[Text, dict[str, Any]] = {}
 
 
 class NumpyRandom(Stored):

@@ -27,9 +27,8 @@ _CALL_SECONDS = 30.0  # the longest that one call to a tracker may hold up the r
 def require_trackers(names: Sequence[str]) -> None:
     """Raises LoraError for a tracker whose package is not installed."""
     for name in names:
-        if importlib.util.find_spec(name) is None and not (
-            name == "tensorboard" and importlib.util.find_spec("tensorboardX")
-        ):
+        packages = [name, "tensorboardX"] if name == "tensorboard" else [name]
+        if not any(map(importlib.util.find_spec, packages)):
             install = command("pip", "install", f"{name}=={TESTED[name]}")
             raise LoraError(f"trackers: {name} is not installed", fix=f"{install}, or remove it from trackers")
 
@@ -87,7 +86,7 @@ def _keep_it_here(here: Path, names: Sequence[str]) -> dict[str, str]:
         "TRACKIO_DIR": str(here / "trackio"),
         "GRADIO_ANALYTICS_ENABLED": "false",
     }
-    if not _has_wandb_settings():  # they say which server gets the run
+    if not os.path.exists(os.path.expanduser("~/.config/wandb/settings")):  # they say which server gets the run
         ours["WANDB_CONFIG_DIR"] = str(here / "wandb" / "config")
     unset = {name: value for name, value in ours.items() if name not in os.environ}
     for name in names:
@@ -95,13 +94,6 @@ def _keep_it_here(here: Path, names: Sequence[str]) -> dict[str, str]:
             (here / _FOLDERS[name]).mkdir(parents=True, exist_ok=True)
     os.environ.update(unset)
     return unset
-
-
-def _has_wandb_settings() -> bool:
-    try:
-        return (Path.home() / ".config" / "wandb" / "settings").exists()
-    except (OSError, RuntimeError):  # no home
-        return False
 
 
 class _Tracker:

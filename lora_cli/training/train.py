@@ -10,15 +10,13 @@ from typing import Any
 from accelerate import Accelerator
 from rich.console import Console
 
-from lora_cli.base.device import describe_device
 from lora_cli.errors import Interrupted
 from lora_cli.recipe import Recipe
 from lora_cli.screen import say_on
 from lora_cli.training.loop import Run
 from lora_cli.training.opening import open_session
-from lora_cli.training.processes import process_lost_errors, start_accelerator, wait_for_everyone
+from lora_cli.training.processes import process_lost_errors, start_accelerator
 from lora_cli.training.resume import (
-    Change,
     changes_of_environment,
     changes_of_recipe,
     environment_of,
@@ -60,7 +58,7 @@ def train(
                 held.enter_context(locked(folder.path, say))
                 folder.refuse_if_taken(resume)  # by a run that ended in between
                 folder.clear_after_a_kill()
-            wait_for_everyone(accelerator)
+            accelerator.wait_for_everyone()
             run = _open(recipe, folder, accelerator, console, stop, resume, allow)
             return run.to_the_end()
         except KeyboardInterrupt:
@@ -81,32 +79,21 @@ def _open(
     allow: Sequence[str],
 ) -> Run:
     """A run that is ready for its next step. Raises LoraError if a resumed run would not be the same run."""
-    changes: list[Change] = []
-    moved = False
-    if resume:
-        stored = folder.stored_recipe()
-        moved = stored.output != recipe.output
-        changes = changes_of_recipe(stored, recipe)
-        refuse_other_run(changes, allow, folder.recipe)
-        if recipe.revision is None and recipe.base_model == stored.base_model:
-            recipe = recipe.model_copy(update={"revision": stored.revision})
+    stored = folder.stored_recipe() if resume else recipe
+    changes = changes_of_recipe(stored, recipe)
+    refuse_other_run(changes, allow, folder.recipe)
+    moved = stored.output != recipe.output
+    if recipe.revision is None and recipe.base_model == stored.base_model:
+        recipe = recipe.model_copy(update={"revision": stored.revision})
     session = open_session(recipe, console)
-    environment = environment_of(describe_device(session.device), str(session.dtype)) | {
-        "processes": accelerator.num_processes,
-        "base_revision": session.source.revision,
-        "base_fingerprint": session.source.fingerprint,
-        "data_fingerprint": session.feed.summary.fingerprint,
-        "data_files": session.feed.summary.files,
-    }
-    began: dict[str, Any] = folder.stored_environment() if resume else {}
-    note = rounding_note(began, environment) if resume else None
-    if resume:
-        other = changes_of_environment(began, environment)
-        refuse_other_run(other, allow, folder.path)
-        changes += other
-        if note is not None:
-            say_on(console)(note)
-    wait_for_everyone(accelerator)  # every process has compared before one writes
+    environment = environment_of(session, accelerator.num_processes)
+    began = folder.stored_environment() if resume else environment
+    other = changes_of_environment(began, environment)
+    refuse_other_run(other, allow, folder.path)
+    changes += other
+    if note := rounding_note(began, environment):
+        say_on(console)(note)
+    accelerator.wait_for_everyone()  # every process has compared before one writes
     run = Run(session, folder, accelerator, console, stop, environment)
     if resume:
         run.go_back(changes)

@@ -60,25 +60,19 @@ def judge(report: Mapping[str, Any]) -> Verdict:
         moved, fell = "", False
         if is_number(first) and is_number(last):
             moved, fell = f"Training loss {first:.4f} → {last:.4f} in {steps} steps. ", last < first
+        outcome: Outcome = "learned"
+        headline = "The adapter learned its training data; whether it helps on anything else was not measured."
+        why = "There was no validation data."
         if steps < _FEWEST_STEPS or not fell:
-            return Verdict(
-                "not certain",
-                "The adapter changes the model, but nothing shows that it learned.",
-                f"{moved}There was no validation data, and training losses of single steps differ by chance.",
-                "hold rows out for validation: data.validation: 0.05",
-            )
-        return Verdict(
-            "learned",
-            "The adapter learned its training data; whether it helps on anything else was not measured.",
-            f"{moved}There was no validation data.",
-            "hold rows out for validation: data.validation: 0.05",
-        )
+            outcome, headline = "not certain", "The adapter changes the model, but nothing shows that it learned."
+            why = "There was no validation data, and training losses of single steps differ by chance."
+        return Verdict(outcome, headline, moved + why, "hold rows out for validation: data.validation: 0.05")
     if found["gain"] <= 0:
-        worse = f"loss {found['before']:.4f} → {found['after']:.4f}"
+        change = f"loss {found['before']:.4f} → {found['after']:.4f}, {signed(-found['gain'], half_width(found))}"
         return Verdict(
             "nothing learned",
             "This run learned nothing that helps: on validation data the adapter is no better than its base model.",
-            f"Validation {worse}, {signed(-found['gain'], half_width(found))} nats a token {_examples(found)}.",
+            f"Validation {change} nats a token {_examples(found)}.",
             "lower train.learning_rate or train.epochs, or validate on rows of the same kind as the training rows",
         )
     if found.get("low") is None or found["low"] <= 0:
@@ -89,9 +83,8 @@ def judge(report: Mapping[str, Any]) -> Verdict:
             f"{capital(gain_words(found))}; {sure}.",
             "use more validation examples, or train longer",
         )
-    return Verdict(
-        "learned", "The adapter learned: it is better than its base model.", f"{capital(gain_words(found))}."
-    )
+    better = "The adapter learned: it is better than its base model."
+    return Verdict("learned", better, f"{capital(gain_words(found))}.")
 
 
 def verdict_lines(report: Mapping[str, Any]) -> list[str]:
@@ -150,28 +143,23 @@ def best_words(report: Mapping[str, Any]) -> str | None:
     if not is_number(best):
         return None
     text = f"best at step {best:,} of {count(steps)}: that adapter is kept"
-    if (
-        best == steps
-        or not is_number(report.get("last_validation_loss"))
-        or not is_number(report.get("best_validation_loss"))
-    ):
+    last, lowest = report.get("last_validation_loss"), report.get("best_validation_loss")
+    if best == steps or not is_number(last) or not is_number(lowest):
         return text
-    lost = report["last_validation_loss"] - report["best_validation_loss"]
-    return f"{text}, the last is {lost:.4f} nats a token worse"
+    return f"{text}, the last is {last - lowest:.4f} nats a token worse"
 
 
 def cost_words(report: Mapping[str, Any]) -> str:
     """`114 steps, 57,030 tokens in 3:07, 305 tokens/s, peak memory 2.28 GiB`."""
     steps, tokens, speed = (report.get(name) for name in ("steps", "tokens", "tokens_per_second"))
-    parts = [
-        f"{count(steps)} step{'' if steps == 1 else 's'}, {count(tokens)} tokens in {duration(report.get('seconds'))}"
-    ]
+    taken = f"{count(tokens)} tokens in {duration(report.get('seconds'))}"
+    parts = [f"{count(steps)} step{'' if steps == 1 else 's'}", taken]
     if is_number(speed):
         parts.append(f"{speed:,.0f} tokens/s")
     if is_number(report.get("peak_memory_bytes")):
         reserved = report.get("reserved_memory_bytes")
-        taken = f" ({human_bytes(reserved)} reserved)" if is_number(reserved) else ""
-        parts.append(f"peak memory {human_bytes(report['peak_memory_bytes'])}{taken}")
+        more = f" ({human_bytes(reserved)} reserved)" if is_number(reserved) else ""
+        parts.append(f"peak memory {human_bytes(report['peak_memory_bytes'])}{more}")
     return ", ".join(parts)
 
 

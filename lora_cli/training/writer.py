@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -18,7 +19,6 @@ from lora_cli.files import disk_errors, free_name, remove_folder, replacing, wri
 from lora_cli.foreign import copy_file, copy_files, is_real_folder
 from lora_cli.training.checkpoint import BEST, FILES, Damaged, link_or_copy, load_checkpoint, save_checkpoint, verify
 from lora_cli.training.optimizer import apply_settings, learning_rate
-from lora_cli.training.processes import wait_for_everyone
 from lora_cli.training.run_folder import RunFolder
 from lora_cli.training.session import Session
 from lora_cli.training.state import State
@@ -28,28 +28,26 @@ _TRY_AGAIN_SECONDS = 10.0
 Result = TypeVar("Result")
 
 
+@dataclass
 class RunWriter:
     """Writes what a run leaves behind. Of several processes one writes; all read.
 
     A write that fails leaves what was there before; then the run stops or waits, as train.on_write_error says.
     """
 
-    def __init__(
-        self,
-        session: Session,
-        folder: RunFolder,
-        accelerator: Accelerator,
-        optimizer: Any,
-        scaler: torch.amp.GradScaler,
-        stop: Stop,
-        belongs_to: dict[str, Any],
-        say: Callable[[str], None],
-    ):
-        self.session, self.folder, self.accelerator, self.optimizer = session, folder, accelerator, optimizer
-        self.scaler, self.stop, self.belongs_to, self.say = scaler, stop, belongs_to, say
-        self.recipe = session.recipe.train
+    session: Session
+    folder: RunFolder
+    accelerator: Accelerator
+    optimizer: Any
+    scaler: torch.amp.GradScaler
+    stop: Stop
+    belongs_to: dict[str, Any]
+    say: Callable[[str], None]
+    planned_too: int | None = None  # a step that a run can go back to, where none was planned so far
+
+    def __post_init__(self) -> None:
+        self.recipe = self.session.recipe.train
         self.start_clock()
-        self.planned_too: int | None = None  # a step that a run can go back to, where none was planned so far
 
     def metrics(self, line: dict[str, Any]) -> None:
         if self.accelerator.is_main_process:
@@ -65,7 +63,7 @@ class RunWriter:
             state.loss_scale = self.scaler.state_dict()
             self.written(lambda: self._write_checkpoint(state))
         self.start_clock()
-        wait_for_everyone(self.accelerator)
+        self.accelerator.wait_for_everyone()
 
     def start_clock(self) -> None:
         self.written_at = time.monotonic()
@@ -82,11 +80,8 @@ class RunWriter:
         """
         every = self.recipe.checkpoint_every
         steps = {0, self.session.total_steps, self.planned_too}
-        return [
-            each
-            for each in self.folder.list_checkpoints()
-            if _step(each) in steps or (every and _step(each) % every == 0)
-        ]
+        found = [(each, int(each.name.removeprefix("step_"))) for each in self.folder.list_checkpoints()]
+        return [each for each, step in found if step in steps or (every and step % every == 0)]
 
     def restore(self, *, planned: bool = False) -> State | None:
         """Go back to the newest intact checkpoint: model, optimizer, random states, metrics.jsonl and adapter/.
@@ -97,10 +92,8 @@ class RunWriter:
         candidates = self.planned if planned else self.folder.list_checkpoints
         if self.accelerator.is_main_process:
             self._set_damaged_aside(candidates())
-        wait_for_everyone(self.accelerator)
-        checkpoints = candidates()
-        newest = checkpoints[-1] if checkpoints else None
-        state = None
+        self.accelerator.wait_for_everyone()
+        newest, state = next(reversed(candidates()), None), None
         if newest is not None:
             state = load_checkpoint(newest, self.session.model, self.optimizer)
             apply_settings(self.optimizer, self.recipe, self.session.model)
@@ -108,7 +101,7 @@ class RunWriter:
                 self.scaler.load_state_dict(state.loss_scale)
         if self.accelerator.is_main_process:
             self.written(lambda: self._put_back(newest))
-        wait_for_everyone(self.accelerator)
+        self.accelerator.wait_for_everyone()
         return state
 
     def written(self, write: Callable[[], Result]) -> Result:
@@ -117,18 +110,16 @@ class RunWriter:
             try:
                 return write()
             except DiskError as problem:
+                newest = next(reversed(self.folder.list_checkpoints()), None)
+                left = f"the last checkpoint is {newest.name}" if newest else "no checkpoint was written yet"
+                fix = f"{problem.fix}; then continue with: {self.folder.resume_command()}"
                 if self.recipe.on_write_error == "stop":
-                    raise self._with_what_is_left(problem) from problem
+                    raise DiskError(problem.what, where=problem.where, details=[left], fix=fix) from problem
                 self.say(f"{problem.where}: {problem.what}; waiting, and trying again every {_TRY_AGAIN_SECONDS:.0f} s")
                 self.stop.wait(_TRY_AGAIN_SECONDS)
                 if self.stop.requested:
-                    left = self._with_what_is_left(problem)
-                    raise Interrupted(
-                        f"stopped while waiting: {problem.what}; {left.details[0]}",
-                        exit_code=self.stop.exit_code,
-                        where=problem.where,
-                        fix=left.fix,
-                    ) from problem
+                    what = f"stopped while waiting: {problem.what}; {left}"
+                    raise Interrupted(what, exit_code=self.stop.exit_code, where=problem.where, fix=fix) from problem
 
     # ── how ─────────────────────────────────────────────────────────────────────────────────────────────────────
 
@@ -195,17 +186,3 @@ class RunWriter:
                     copy_files(best, place, ADAPTER_FILES, link_or_copy)
             elif self.session.feed.validation:
                 remove_folder(self.folder.adapter, ADAPTER_FILES)
-
-    def _with_what_is_left(self, problem: DiskError) -> DiskError:
-        checkpoints = self.folder.list_checkpoints()
-        kept = f"the last checkpoint is {checkpoints[-1].name}" if checkpoints else "no checkpoint was written yet"
-        return DiskError(
-            problem.what,
-            where=problem.where,
-            details=[kept],
-            fix=f"{problem.fix}; then continue with: {self.folder.resume_command()}",
-        )
-
-
-def _step(checkpoint: Path) -> int:
-    return int(checkpoint.name.removeprefix("step_"))
