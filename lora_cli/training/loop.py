@@ -343,8 +343,7 @@ class Run:
         self.writer.adapter(self.folder.last_adapter if self.validator.has_data else self.folder.adapter)
         self.accelerator.wait_for_everyone()  # the shipped adapter is there for all
         report = make_report(self.session, self.state, self.folder, self.accelerator)
-        if self.accelerator.is_main_process:
-            self.writer.written(lambda: write_report(self.folder, report, self.say))
+        self.writer.written(lambda: write_report(self.folder, report, self.say))
         self.accelerator.wait_for_everyone()
         say_result(report, self.folder, self.say)
         return report

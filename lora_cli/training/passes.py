@@ -10,7 +10,6 @@ from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-import numpy as np
 import torch
 from accelerate import PartialState
 
@@ -28,7 +27,7 @@ from lora_cli.base.recompute import save_only_inputs
 from lora_cli.base.sharding import shard_base
 from lora_cli.base.source import BaseSource
 from lora_cli.base.stored import stored_quantization
-from lora_cli.base.text import hidden_size, positions, vocabulary
+from lora_cli.base.text import hidden_size, positions
 from lora_cli.base.trials import ordinary_tokens, require_causal, require_no_leak
 from lora_cli.data.batches import collate
 from lora_cli.data.example import Example
@@ -89,11 +88,14 @@ def _adapters(session: Session) -> Lines:
         yield "", note
 
 
+def _sample(model: Any) -> Example:
+    ids = ordinary_tokens(model, min(_SAMPLE_TOKENS, positions(model.config) or _SAMPLE_TOKENS), 0).numpy()
+    return Example(ids, [(1, len(ids), 1.0)])
+
+
 def _backward(session: Session) -> None:
     model = session.model
-    ids = ordinary_tokens(model, min(_SAMPLE_TOKENS, positions(model.config) or _SAMPLE_TOKENS), 0).numpy()
-    sample = [Example(ids, [(1, len(ids), 1.0)])]
-    batch = collate(sample, packed=False, pad_id=0, device=model.device, dropout=(0, 0))
+    batch = collate([_sample(model)], packed=False, pad_id=0, device=model.device, dropout=(0, 0))
     with dropout_keys(session.layers, batch.dropout_keys):
         summed_loss(model, batch).backward()
 
@@ -170,10 +172,8 @@ def _checkpointing(session: Session) -> Lines:
 
 def _kept_of_a_token(session: Session) -> list[float]:
     """Bytes that autograd keeps of one token in each block. Where blocks are compiled, this compiles them."""
-    model, layers = session.model, session.layers
-    ids = np.arange(_SAMPLE_TOKENS) % vocabulary(model.config)
-    batch = session.collate([Example(ids, [(1, _SAMPLE_TOKENS, 1.0)])], dropout=(0, 0))
-    training = model.training
+    model, layers, sample = session.model, session.layers, _sample(session.model)
+    batch, training = session.collate([sample], dropout=(0, 0)), model.training
     model.train()
     with cast_once(layers, model.dtype), dropout_keys(layers, batch.dropout_keys), measured(session.blocks) as kept:
         try:
@@ -186,7 +186,7 @@ def _kept_of_a_token(session: Session) -> list[float]:
                 fix="write train.compile: false, or see whether a C++ compiler (g++) is missing",
             ) from error
     model.train(training)
-    return [each / _SAMPLE_TOKENS for each in kept]
+    return [each / len(sample.ids) for each in kept]
 
 
 # Adapters first: whether a gated MLP can be replaced depends on them, and sharding has to leave them out. Attention

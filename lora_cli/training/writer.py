@@ -6,7 +6,7 @@ import time
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Any
 
 import torch
 from accelerate import Accelerator
@@ -25,7 +25,6 @@ from lora_cli.training.state import State
 from lora_cli.training.stopping import Stop
 
 _TRY_AGAIN_SECONDS = 10.0
-Result = TypeVar("Result")
 
 
 @dataclass
@@ -50,18 +49,16 @@ class RunWriter:
         self.start_clock()
 
     def metrics(self, line: dict[str, Any]) -> None:
-        if self.accelerator.is_main_process:
-            self.written(lambda: self.folder.append_metrics(line))
+        self.written(lambda: self.folder.append_metrics(line))
 
     def adapter(self, place: Path) -> None:
         """Ship the adapter as it is now, unless it is still neutral: nobody should take such a folder for a result."""
-        if self.accelerator.is_main_process and not is_neutral(self.session.model):
+        if not is_neutral(self.session.model):
             self.written(lambda: self._write_adapter(place))
 
     def checkpoint(self, state: State) -> None:
-        if self.accelerator.is_main_process:
-            state.loss_scale = self.scaler.state_dict()
-            self.written(lambda: self._write_checkpoint(state))
+        state.loss_scale = self.scaler.state_dict()
+        self.written(lambda: self._write_checkpoint(state))
         self.start_clock()
         self.accelerator.wait_for_everyone()
 
@@ -99,14 +96,13 @@ class RunWriter:
             apply_settings(self.optimizer, self.recipe, self.session.model)
             if state.loss_scale:
                 self.scaler.load_state_dict(state.loss_scale)
-        if self.accelerator.is_main_process:
-            self.written(lambda: self._put_back(newest))
+        self.written(lambda: self._put_back(newest))
         self.accelerator.wait_for_everyone()
         return state
 
-    def written(self, write: Callable[[], Result]) -> Result:
-        """The result of `write`, however long it takes to succeed, or a DiskError that says what is left."""
-        while True:
+    def written(self, write: Callable[[], None]) -> None:
+        """Let the first process write, however long it takes to succeed; raises a DiskError that says what is left."""
+        while self.accelerator.is_main_process:
             try:
                 return write()
             except DiskError as problem:
