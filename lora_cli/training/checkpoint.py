@@ -35,7 +35,6 @@ from lora_cli.foreign import (
     Shape,
     copy_file,
     copy_files,
-    copy_over,
     files_of,
     open_binary,
     parse_json,
@@ -86,7 +85,7 @@ def save_checkpoint(
         write_json(place / "state.json", values)
         (place / "metrics.jsonl").touch()
         if metrics.exists():
-            copy_over(metrics, place / "metrics.jsonl")
+            copy_file(metrics, place / "metrics.jsonl", over=True)
         if best is not None:
             (place / BEST).mkdir()
             copy_files(best, place / BEST, ADAPTER_FILES, link_or_copy)
