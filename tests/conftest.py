@@ -10,6 +10,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 import yaml
@@ -22,6 +23,7 @@ from tiny_model import make_tokenizer, save_tiny  # noqa: E402
 
 from lora_cli.base.load import quiet_libraries  # noqa: E402
 from lora_cli.cli import main  # noqa: E402
+from lora_cli.data.order import Groups  # noqa: E402
 from lora_cli.errors import LoraError  # noqa: E402
 from lora_cli.recipe import load_recipe  # noqa: E402
 from lora_cli.screen import Screen  # noqa: E402
@@ -253,3 +255,9 @@ def quick_reports(monkeypatch: pytest.MonkeyPatch) -> None:
 
     monkeypatch.setattr(report_page, "loss_picture", lambda *_: None)
     monkeypatch.setattr(forgetting, "MOST_TOKENS", 128)
+
+
+def groups_of(lists: Sequence[Sequence[int]]) -> Groups:
+    """These lists of indices, as data keep them."""
+    members = np.fromiter((index for group in lists for index in group), np.int64)
+    return Groups(members, np.cumsum([len(group) for group in lists], dtype=np.int64))

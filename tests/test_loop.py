@@ -13,10 +13,10 @@ from pathlib import Path
 import pytest
 import torch
 import yaml
-from conftest import losses, quiet_console, write_rows
+from conftest import groups_of, losses, quiet_console, write_rows
 from safetensors.torch import load_file
 
-from lora_cli.data.order import Groups, Order
+from lora_cli.data.order import Order
 from lora_cli.recipe import TrainRecipe, load_recipe
 from lora_cli.training.optimizer import learning_rate
 from lora_cli.training.train import train
@@ -288,7 +288,7 @@ def test_best_and_last_adapter_are_both_kept(run_recipe):
 
 
 def test_order_is_a_permutation_of_every_epoch_and_depends_on_seed_and_step_alone():
-    rows = Groups.of([[i] for i in range(23)])
+    rows = groups_of([[i] for i in range(23)])
     order = Order(rows, rows_per_micro_batch=2, gradient_accumulation_steps=3, seed=5)
     for epoch in range(3):
         steps = range(epoch * order.steps_per_epoch + 1, (epoch + 1) * order.steps_per_epoch + 1)

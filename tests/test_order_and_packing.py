@@ -12,6 +12,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from conftest import groups_of
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch.nn import functional as F
@@ -66,7 +67,7 @@ def test_seeds_and_epochs_make_different_orders():
 
 
 group_lists = st.lists(st.lists(st.integers(0, 99), max_size=4), min_size=1, max_size=60)
-orders = st.builds(Order, group_lists.map(Groups.of), st.integers(1, 5), st.integers(1, 4), seeds)
+orders = st.builds(Order, group_lists.map(groups_of), st.integers(1, 5), st.integers(1, 4), seeds)
 
 
 @settings(deadline=None, max_examples=80)
@@ -106,7 +107,7 @@ def test_a_step_asked_for_alone_is_the_one_that_comes_in_its_turn(order, wanted)
 
 
 def test_epochs_and_seeds_differ():
-    rows = Groups.of([[at] for at in range(40)])
+    rows = groups_of([[at] for at in range(40)])
 
     def epoch(seed: int, number: int) -> list[int]:
         order = Order(rows, 1, 1, seed)
@@ -118,7 +119,7 @@ def test_epochs_and_seeds_differ():
 
 
 def test_the_number_of_steps_is_that_of_the_epochs_or_the_limit():
-    order = Order(Groups.of([[at] for at in range(10)]), 2, 2, 0)
+    order = Order(groups_of([[at] for at in range(10)]), 2, 2, 0)
     assert (order.rows_per_step, order.steps_per_epoch) == (4, 3)
     expected = {1: 3, 2: 6, 0.5: 2, 1 / 3: 1, 2 / 3: 2, 0.01: 1, 1.1: 4}
     assert {epochs: order.total_steps(epochs, None) for epochs in expected} == expected
@@ -128,7 +129,7 @@ def test_the_number_of_steps_is_that_of_the_epochs_or_the_limit():
 
 def test_seeking_takes_no_longer_far_away():
     """Counted in permutations that are drawn, not in seconds: one an epoch, whichever epoch it is."""
-    order = Order(Groups.of([[at] for at in range(5000)]), 2, 3, 0)
+    order = Order(groups_of([[at] for at in range(5000)]), 2, 3, 0)
     permutation.cache_clear()
     drawn = []
     for step in (1, 2, 900, 10**6, 10**9, 10**9 + 1):
@@ -146,7 +147,7 @@ def feed_of(examples: list[Example], order: Order, *, by_length: bool = False) -
 
 def test_a_feed_gives_the_examples_of_its_order():
     made = [Example([at, at + 1], [(1, 2, 1.0)], "a", at) for at in range(9)]
-    order = Order(Groups.of([[0, 1], [2], [3, 4, 5], [6], [7, 8]]), 2, 2, 3)
+    order = Order(groups_of([[0, 1], [2], [3, 4, 5], [6], [7, 8]]), 2, 2, 3)
     feed = feed_of(made, order)
     for step in (1, 2, 3, 7):
         assert [[each.row for each in batch] for batch in feed.step(step)] == order.step(step)
@@ -157,7 +158,7 @@ def test_a_feed_gives_the_examples_of_its_order():
 def test_a_feed_by_length_gives_the_same_steps_split_in_another_way(sizes, size, accumulation, seed):
     """The longest first, so that no micro-batch of a step mixes what is longer and shorter than another."""
     made = [Example([1] * length, [(0, length, 1.0)], "a", at) for at, length in enumerate(sizes)]
-    order = Order(Groups.of([[at] for at in range(len(sizes))]), size, accumulation, seed)
+    order = Order(groups_of([[at] for at in range(len(sizes))]), size, accumulation, seed)
     plain, split = feed_of(made, order), feed_of(made, order, by_length=True)
     for step in range(1, 2 * order.steps_per_epoch + 1):
         before, after = ([[each.row for each in batch] for batch in feed.step(step)] for feed in (plain, split))
@@ -230,7 +231,7 @@ def test_packing_a_real_spread_wastes_less_than_two_percent():
 
 @given(st.lists(st.lists(st.integers(0, 9), max_size=5), max_size=9))
 def test_groups_are_the_lists_they_were_made_of(given_lists):
-    groups = Groups.of(given_lists)
+    groups = groups_of(given_lists)
     assert lists(groups) == given_lists
     assert len(groups) == len(given_lists)
 

@@ -24,12 +24,13 @@ from transformers import AutoTokenizer, PreTrainedTokenizerFast
 
 from lora_cli.data import cache as cache_module
 from lora_cli.data import prepare as module
+from lora_cli.data.cache import cache_folder
 from lora_cli.data.encode import Encoder
 from lora_cli.data.example import Example
 from lora_cli.data.files.readers import Row
 from lora_cli.data.formats import detect_format
 from lora_cli.data.order import hold_out
-from lora_cli.data.prepare import Preparation, cache_folder, prepare
+from lora_cli.data.prepare import Preparation, prepare
 from lora_cli.data.store import PARTS, Examples, ExampleStore, ExampleWriter, PreparedData, open_prepared
 from lora_cli.errors import LoraError
 from lora_cli.recipe import Recipe
@@ -791,7 +792,7 @@ def test_a_border_that_moves_between_rows_changes_the_fingerprint(tmp_path):
     for number, shape in enumerate(shapes):
         with ExampleWriter(tmp_path / f"{number}.arrow") as writer:
             for ids in shape:
-                writer.add(Example(ids, [(0, len(ids), 1.0)], "a", 1), np.array(ids, np.int32), 0)
+                writer.add(Example(ids, [(0, len(ids), 1.0)], "a", 1), 0)
         prints.append(writer.fingerprint)
     assert prints[0] != prints[1]
 
@@ -821,7 +822,7 @@ def test_examples_read_back_are_those_that_were_written(tmp_path_factory, shapes
         examples.append(Example(ids, runs, names[file], number + 2**40))
     with ExampleWriter(path) as writer:
         for example in examples:
-            writer.add(example, np.array(example.ids, np.int32), names.index(example.file))
+            writer.add(example, names.index(example.file))
     store = ExampleStore(path, names)
     back = Examples(store, np.arange(len(examples)))
     assert writer.count == len(back) == len(examples)
@@ -830,8 +831,8 @@ def test_examples_read_back_are_those_that_were_written(tmp_path_factory, shapes
         assert [span[:2] for span in one.spans] == [span[:2] for span in other.spans]
         assert np.array_equal(one.weights, other.weights)
         assert one.targets == other.targets
-    assert back.lengths.tolist() == writer.lengths.tolist() == [len(example.ids) for example in examples]
-    assert writer.targets.tolist() == [example.targets for example in examples]
+    assert back.lengths.tolist() == writer.facts["tokens"].tolist() == [len(example.ids) for example in examples]
+    assert writer.facts["targets"].tolist() == [example.targets for example in examples]
     assert writer.largest_id == max(max(example.ids) for example in examples)
     longest = max(len(example.ids) for example in examples)
     assert writer.longest == (longest, next(each.source for each in examples if len(each.ids) == longest))

@@ -13,6 +13,7 @@ from torch import Tensor
 from lora_cli.adapters.dropout import token_keys
 from lora_cli.base.attention import packed_inputs
 from lora_cli.data.example import Example
+from lora_cli.data.order import Groups, sizes_that_fit
 
 
 @dataclass(frozen=True)
@@ -44,53 +45,45 @@ def collate(
     Padding is known by its position, never by its id, so a pad token that equals the end token does no harm. dropout:
     seed and step to draw dropout for.
     """
-    lengths = [len(example.ids) for example in examples]
-    if packed:
-        ids = np.concatenate([np.asarray(example.ids) for example in examples])[None]  # (1, tokens)
-        inputs = packed_inputs(lengths, device)
-        starts = np.cumsum([0, *lengths[:-1]])
-    else:
-        width = max(lengths)
-        ids = np.full((len(examples), width), pad_id)
-        mask = np.zeros((len(examples), width), np.int64)
-        for row, example in enumerate(examples):
-            ids[row, : lengths[row]] = example.ids
-            mask[row, : lengths[row]] = 1
-        inputs = {"attention_mask": torch.from_numpy(mask).to(device)}
-        starts = np.arange(len(examples)) * width
-    weights = [example.weights for example in examples]
-    targets = [np.flatnonzero(weight[1:]) + 1 for weight in weights]  # the first token has nothing before it
-    positions = np.concatenate([start + at - 1 for start, at in zip(starts, targets, strict=True)])
-    aimed = np.concatenate([np.asarray(e.ids)[at] for e, at in zip(examples, targets, strict=True)])
-    weight = np.concatenate([each[at] for each, at in zip(weights, targets, strict=True)])
+    lengths = np.array([len(example.ids) for example in examples])
+    width = int(lengths.sum() if packed else lengths.max())
+    starts = np.cumsum(lengths) - lengths if packed else np.arange(len(examples)) * width
+    places = np.concatenate([np.arange(length) + start for start, length in zip(starts, lengths, strict=True)])
 
-    keys = None
-    if dropout is not None:
-        keys = np.ones(ids.shape, np.int32)
-        for row, example in enumerate(examples):
-            at = (0, slice(starts[row], starts[row] + lengths[row])) if packed else (row, slice(0, lengths[row]))
-            keys[at] = token_keys(*dropout, np.asarray(example.ids))
+    def flat(values: Sequence[Any], padding: int) -> np.ndarray:
+        """One value a token of each example, on their rows: (rows · tokens,)."""
+        own = np.concatenate(values)
+        rows = np.full(width * (1 if packed else len(examples)), padding, own.dtype)
+        rows[places] = own
+        return rows
 
     def tensor(values: np.ndarray) -> Tensor:
-        return torch.from_numpy(values.astype(np.int64)).to(device)
+        return torch.from_numpy(values).to(device)
 
+    own_ids = [np.asarray(example.ids, np.int64) for example in examples]
+    ids = flat(own_ids, pad_id)
+    weights = flat([example.weights for example in examples], 0)
+    weights[starts] = 0  # the first token of an example has nothing before it
+    targets = np.flatnonzero(weights)
+    if packed:
+        inputs = packed_inputs(lengths.tolist(), device)
+    else:
+        mask = flat([np.ones_like(each) for each in own_ids], 0)
+        inputs = {"attention_mask": tensor(mask.reshape(-1, width))}
+    keys = None if dropout is None else flat([token_keys(*dropout, each) for each in own_ids], 1)
     return MicroBatch(
-        {"input_ids": tensor(ids), **inputs},
-        tensor(positions),
-        tensor(aimed),
-        None if (weight == 1).all() else torch.from_numpy(weight).to(device),
-        sum(lengths),
-        None if keys is None else torch.from_numpy(keys.reshape(-1)).to(device),
+        {"input_ids": tensor(ids.reshape(-1, width)), **inputs},
+        tensor(targets - 1),
+        tensor(ids[targets]),
+        None if (weights[targets] == 1).all() else tensor(weights[targets]),
+        int(lengths.sum()),
+        None if keys is None else tensor(keys),
     )
 
 
 def similar_length_batches(lengths: Sequence[int] | np.ndarray, max_tokens: int) -> list[list[int]]:
     """Batches of examples of similar length, each of at most `max_tokens` positions with padding; longest first."""
-    batches: list[list[int]] = []
-    width = 0
-    for index in sorted(range(len(lengths)), key=lambda at: (-lengths[at], at)):
-        if not batches or width * (len(batches[-1]) + 1) > max_tokens:
-            batches.append([])
-            width = lengths[index]
-        batches[-1].append(index)
-    return batches
+    lengths = np.asarray(lengths)
+    longest_first = np.argsort(-lengths, kind="stable")
+    batches = Groups(longest_first, np.cumsum(sizes_that_fit(lengths[longest_first], max_tokens), dtype=np.int64))
+    return [batches[at] for at in range(len(batches))]

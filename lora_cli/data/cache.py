@@ -6,7 +6,6 @@ import hashlib
 import json
 import os
 import re
-import time
 from contextlib import suppress
 from importlib.metadata import version
 from pathlib import Path
@@ -14,8 +13,9 @@ from typing import Any
 
 from transformers import PreTrainedTokenizerBase
 
-from lora_cli.data.store import PARTS
+from lora_cli.data.store import PARTS, stamps
 from lora_cli.errors import LoraError
+from lora_cli.files import free_name
 from lora_cli.foreign import NotOurs, Shape, kind, not_ours, parse_json, read_bytes, remove_ours
 from lora_cli.recipe import Recipe
 
@@ -37,38 +37,29 @@ def require_no_link(place: Path, own: bool) -> None:
         raise not_ours(place, "link", "folder")
 
 
-def stamps(folder: Path) -> dict[str, str]:
-    """What the file system says of the files alone: their numbers, and when they were last touched.
-
-    Both are new wherever they are copied or unpacked to, and nobody can choose them.
-    """
-    found = {name: os.lstat(folder / name) for name in PARTS}
-    return {name: f"{each.st_ino} {each.st_ctime_ns}" for name, each in found.items()}
-
-
 def made_here(folder: Path) -> bool:
     """Whether prepared data were written where they are. If not they came from elsewhere, and may hold anything."""
-    try:
-        return stamps(folder) == parse_json(read_bytes(folder / "summary.json"))["stamps"]
-    except (OSError, ValueError, LookupError, TypeError, LoraError):
-        return False
+    stated = _stored(folder).get("stamps")
+    with suppress(OSError):
+        return stamps(folder) == stated
+    return False
 
 
 def remove_old(cache: Path, newest: Path) -> None:
     """Remove all prepared data but the newest. What lora did not write stays, and nothing is said of it."""
     for old in cache.iterdir():
-        if _KEY.fullmatch(old.name) and old != newest and _is_prepared(old):
+        ours = _KEY.fullmatch(old.name) and kind(old) == "folder" and _stored(old).keys() >= {"summary", "checksums"}
+        if ours and old != newest:
             with suppress(OSError):
                 remove_ours(old, FILES)
 
 
-def _is_prepared(folder: Path) -> bool:
-    if kind(folder) != "folder" or kind(folder / "summary.json") != "file":
-        return False
-    try:
-        return parse_json(read_bytes(folder / "summary.json")).keys() >= {"summary", "checksums"}
-    except (OSError, ValueError, AttributeError, LoraError):
-        return False
+def _stored(folder: Path) -> dict[str, Any]:
+    """What summary.json says; nothing where it is missing, damaged or no file of ours."""
+    with suppress(OSError, ValueError, LoraError):
+        stored = parse_json(read_bytes(folder / "summary.json"))
+        return stored if isinstance(stored, dict) else {}
+    return {}
 
 
 def remove_damaged(place: Path) -> None:
@@ -76,7 +67,7 @@ def remove_damaged(place: Path) -> None:
 
     Raises NotOurs if it holds what lora did not write.
     """
-    aside = place.with_name(f".{place.name}.damaged-{os.getpid()}-{time.time_ns()}")
+    aside = free_name(place.with_name(f".{place.name}.damaged-{os.getpid()}"))
     try:
         place.rename(aside)
     except FileNotFoundError:

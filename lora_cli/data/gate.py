@@ -4,9 +4,10 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Annotated, Any, ClassVar
 
 import numpy as np
+from pydantic import PlainSerializer, PlainValidator
 
 from lora_cli.data.chat.template import ChatTemplate
 from lora_cli.data.example import Example
@@ -24,70 +25,73 @@ class Kind:
     """What a finding means. stops: whether it stops a run. fix: one line."""
 
     title: str
-    stops: bool
     fix: str
+    stops: ClassVar[bool] = True
+
+
+class Note(Kind):
+    """What a person should know, and what does not stop a run."""
+
+    stops = False
 
 
 KINDS = {
-    "malformed": Kind("rows that cannot be read", True, "correct or remove these rows"),
-    "empty": Kind("empty rows", True, "remove these rows"),
+    "malformed": Kind("rows that cannot be read", "correct or remove these rows"),
+    "empty": Kind("empty rows", "remove these rows"),
     "no_target": Kind(
-        "rows with no target token", True, "give them a completion or an assistant turn, or remove them (train: false)"
+        "rows with no target token", "give them a completion or an assistant turn, or remove them (train: false)"
     ),
     "too_long": Kind(
-        "rows above max_seq_len", True, "raise data.max_seq_len, or choose data.too_long: drop, truncate or split"
+        "rows above max_seq_len", "raise data.max_seq_len, or choose data.too_long: drop, truncate or split"
     ),
     "no_stop_token": Kind(
-        "trained turns without a stop token", True, "use data.template: alpaca or plain, or a template with stop tokens"
+        "trained turns without a stop token", "use data.template: alpaca or plain, or a template with stop tokens"
     ),
     "special_in_text": Kind(
-        "conversations with a special token in their text", True, "remove or rewrite it; it would not be read as text"
+        "conversations with a special token in their text", "remove or rewrite it; it would not be read as text"
     ),
-    "double_bos": Kind("rows with two BOS tokens", True, "remove the BOS from the text"),
+    "double_bos": Kind("rows with two BOS tokens", "remove the BOS from the text"),
     "not_round_trip": Kind(
-        "rows with characters the tokenizer cannot give back", True, "replace these characters, or use another model"
+        "rows with characters the tokenizer cannot give back", "replace these characters, or use another model"
     ),
-    "overlap": Kind(
-        "validation rows that are training rows too", True, "remove them from one side, or set validation: 0.05"
-    ),
-    "duplicate": Kind("rows that repeat an earlier row", False, "remove them if they are not intended"),
+    "overlap": Kind("validation rows that are training rows too", "remove them from one side, or set validation: 0.05"),
+    "duplicate": Note("rows that repeat an earlier row", "remove them if they are not intended"),
     "not_prompted": Kind(
         "turns where generation would begin in another place than training",
-        True,
         "use a template whose generation prompt is the beginning of its turns",
     ),
     "two_forms": Kind(
         "turns that the template renders differently when they come last, as in generation",
-        True,
         "write data.train_on: last_assistant, or data.allow: [two_forms] to train them as they are",
     ),
-    "empty_thoughts": Kind(
+    "empty_thoughts": Note(
         "rows that train an empty think block",
-        False,
         "none needed if the model should not think; else write the thinking into the rows",
     ),
-    "forgotten_thoughts": Kind(
-        "earlier turns whose thinking the template leaves out, as it does at generation",
-        False,
-        "none needed if that is intended",
+    "forgotten_thoughts": Note(
+        "earlier turns whose thinking the template leaves out, as at generation", "none needed if that is intended"
     ),
-    "null_members": Kind(
+    "null_members": Note(
         "rows of a table with null members in tool calls, tools or tool results: left out",
-        False,
         "none needed: tables fill them in; where a null is intended, keep arguments as JSON text, or use JSON Lines",
     ),
-    "result_as_json": Kind(
+    "result_as_json": Note(
         "rows with a tool result that is not text: written as JSON",
-        False,
         "none needed if the model will receive such results as JSON",
     ),
-    "left_out": Kind("rows left out by train: false or weight: 0", False, "none needed if that is intended"),
-    "stop_not_end": Kind(
+    "left_out": Note("rows left out by train: false or weight: 0", "none needed if that is intended"),
+    "stop_not_end": Note(
         "trained stop tokens at which the model does not stop by itself",
-        False,
         "stop generation at that token, or use data.template: plain",
     ),
 }
+
+
+_Error = Annotated[
+    LoraError,
+    PlainValidator(lambda stored: LoraError(**stored)),
+    PlainSerializer(lambda error: {"what": error.what, "where": error.where, "fix": error.fix}),
+]
 
 
 @dataclass
@@ -96,23 +100,17 @@ class Findings:
 
     counts: dict[str, int] = field(default_factory=dict)
     places: dict[str, list[tuple[str, int]]] = field(default_factory=dict)  # (file, row)
-    errors: dict[str, list[LoraError]] = field(default_factory=dict)
+    errors: dict[str, list[_Error]] = field(default_factory=dict)
     waived: set[str] = field(default_factory=set)  # kinds that do not stop this run, by its recipe
 
-    def add(self, kind: str, file: str, row: int, error: LoraError | None = None) -> None:
+    def add(self, kind: str, place: tuple[str, int] | None, error: LoraError | None = None) -> None:
+        """place: file and row; None for a problem that no single row has."""
         self.counts[kind] = self.counts.get(kind, 0) + 1
-        places = self.places.setdefault(kind, [])
-        if len(places) < _KEPT_ROWS and (not places or places[-1] != (file, row)):
-            places.append((file, row))
-        errors = self.errors.setdefault(kind, [])
+        places, errors = self.places.setdefault(kind, []), self.errors.setdefault(kind, [])
+        if place is not None and len(places) < _KEPT_ROWS and place not in places[-1:]:
+            places.append(place)
         if error is not None and len(errors) < _SHOWN_ROWS:
             errors.append(error)
-
-    def note(self, kind: str, error: LoraError) -> None:
-        """Note a problem that no single row has."""
-        self.counts[kind] = self.counts.get(kind, 0) + 1
-        self.places.setdefault(kind, [])
-        self.errors.setdefault(kind, []).append(error)
 
     def settle_too_long(self, policy: str, rows: int) -> None:
         """Rows above max_seq_len do not stop a run if the recipe says what becomes of them, or if they are few."""
@@ -177,12 +175,11 @@ class GateClosed(CheckFailed):
         super().__init__(f"the checks found problems of {kinds} in the data")
 
     def render(self) -> str:
-        lines = []
+        findings, lines = self.findings, []
         for kind in self.stopping:
-            lines.append(f"error: {self.findings.rows(kind)}: {self.findings.counts[kind]:,} {KINDS[kind].title}")
-            for error in self.findings.errors[kind]:
-                lines.append(f"  {error.where}: {error.what}" if error.where else f"  {error.what}")
-            lines.append(f"  fix: {self.findings.fix(kind)}")
+            lines.append(f"error: {findings.rows(kind)}: {findings.counts[kind]:,} {KINDS[kind].title}")
+            lines += [f"  {f'{error.where}: ' if error.where else ''}{error.what}" for error in findings.errors[kind]]
+            lines.append(f"  fix: {findings.fix(kind)}")
         return "\n".join(map(shown, lines))
 
 
@@ -216,33 +213,32 @@ class Weights:
     examples: int
 
     @classmethod
-    def of(cls, ranges: np.ndarray) -> Weights | None:
-        """ranges: smallest and largest of each example, (examples, 2). None if all are 1."""
-        weighted = (ranges != 1).any(axis=1)
-        if not weighted.any():
-            return None
-        return cls(float(ranges.min()), float(ranges.max()), int(weighted.sum()))
+    def of(cls, facts: np.ndarray) -> Weights | None:
+        """facts: as facts_of gives them. None if all weights are 1."""
+        smallest, largest = facts["smallest"], facts["largest"]
+        weighted = int(((smallest != 1) | (largest != 1)).sum())
+        return cls(float(smallest.min()), float(largest.max()), weighted) if weighted else None
 
     def said(self) -> str:
-        range_of = (
-            f"{self.smallest:.4g}" if self.smallest == self.largest else f"{self.smallest:.4g} to {self.largest:.4g}"
-        )
-        plural = "" if self.examples == 1 else "s"
-        return f"the loss is weighted: {range_of}, in {self.examples:,} example{plural}"
+        weights = " to ".join(dict.fromkeys(f"{each:.4g}" for each in (self.smallest, self.largest)))
+        return f"the loss is weighted: {weights}, in {self.examples:,} example{'' if self.examples == 1 else 's'}"
 
 
-def weight_range(example: Example) -> tuple[float, float]:
+def facts_of(examples: Sequence[Example]) -> np.ndarray:
+    """What statistics need of each example: tokens, target tokens, smallest and largest weight of the loss."""
+    facts = [(len(each.ids), each.targets, *_weight_range(each)) for each in examples]
+    return np.array(facts, [("tokens", "i4"), ("targets", "i4"), ("smallest", "f4"), ("largest", "f4")])
+
+
+def _weight_range(example: Example) -> tuple[float, float]:
     weights = [weight for _, _, weight in example.spans]
     return min(weights, default=1.0), max(weights, default=1.0)
 
 
 def duplicates(hashes: np.ndarray) -> np.ndarray:
     """Indices whose hash has occurred before, in order."""
-    order = np.argsort(hashes, kind="stable")
-    ordered = hashes[order]
-    repeated = np.zeros(len(hashes), bool)
-    repeated[order[1:]] = ordered[1:] == ordered[:-1]
-    return np.flatnonzero(repeated)
+    _, first = np.unique(hashes, return_index=True)
+    return np.delete(np.arange(len(hashes)), first)
 
 
 # ── what became of a row ──────────────────────────────────────────────────────────────────────────────────────────────
@@ -272,16 +268,16 @@ class Encoded:
         return () if self.finding is None else (self.finding, *self.also)
 
 
+def problem(row: Row, kind: str, what: str, fix: str) -> Finding:
+    return Finding(kind, LoraError(what, where=row.where, fix=fix))
+
+
 def unstopped(document: Conversation, template: ChatTemplate | None, turn: int, token: str | None = None) -> Finding:
     name = template.name if template is not None else ""
     how = "without a special token" if token is None else f"in {token!r}, which is not a special token of the tokenizer"
-    error = LoraError(
-        f"the chat template ({name}) ends turn {turn + 1} {how}: the model would not learn to stop",
-        where=document.row.where,
-        fix="use a model whose template ends turns with a stop token, or data.template: alpaca or plain, which end "
-        "them with the model's end token",
-    )
-    return Finding("no_stop_token", error)
+    what = f"the chat template ({name}) ends turn {turn + 1} {how}: the model would not learn to stop"
+    fix = "use a model whose template ends turns with a stop token, or data.template: alpaca or plain, which end "
+    return problem(document.row, "no_stop_token", what, f"{fix}them with the model's end token")
 
 
 def special_in_text(document: Conversation, template: ChatTemplate) -> Finding | None:
@@ -289,22 +285,16 @@ def special_in_text(document: Conversation, template: ChatTemplate) -> Finding |
     if found is None:
         return None
     turn, token = found
-    error = LoraError(
-        f"{f'turn {turn} holds' if turn else 'the tools hold'} {token!r}, which the tokenizer reads as a special token",
-        where=document.row.where,
-        fix="remove or rewrite it",
-    )
-    return Finding("special_in_text", error)
+    holder = f"turn {turn} holds" if turn else "the tools hold"
+    what = f"{holder} {token!r}, which the tokenizer reads as a special token"
+    return problem(document.row, "special_in_text", what, "remove or rewrite it")
 
 
 def refused(document: Document, kind: str, what: str, fix: str) -> Encoded:
-    return Encoded(document.row, None, Finding(kind, LoraError(what, where=document.row.where, fix=fix)))
+    return Encoded(document.row, None, problem(document.row, kind, what, fix))
 
 
 def nothing_trained(document: Document) -> Encoded:
-    return refused(
-        document,
-        "no_target",
-        "no target tokens: nothing in this row would be trained",
-        "give it a completion, an assistant turn or some text, or remove the row",
-    )
+    what = "no target tokens: nothing in this row would be trained"
+    fix = "give it a completion, an assistant turn or some text, or remove the row"
+    return refused(document, "no_target", what, fix)

@@ -92,11 +92,6 @@ class Groups:
         up_to = np.concatenate([[0], np.cumsum(values[self.members])])
         return np.diff(up_to[np.concatenate([[0], self.ends])])
 
-    @classmethod
-    def of(cls, lists: Sequence[Sequence[int]]) -> Groups:
-        members = np.fromiter((index for group in lists for index in group), np.int64)
-        return cls(members, np.cumsum([len(group) for group in lists], dtype=np.int64))
-
 
 def pack(lengths: Sequence[int] | np.ndarray, capacity: int) -> Groups:
     """Rows of example indices, each of at most `capacity` tokens: best-fit decreasing.
@@ -154,17 +149,21 @@ def similar_lengths(lengths: np.ndarray, tokens: int, seed: int, *, pool: int = 
     beyond their length.
     """
     shuffled = np.random.default_rng([seed, 0xB0C]).permutation(len(lengths))
-    members, sizes = [], []
+    members, sizes = [np.empty(0, np.int64)], []
     for start in range(0, len(shuffled), pool):
         part = shuffled[start : start + pool]
-        part = part[np.argsort(-lengths[part], kind="stable")]
-        members.append(part)
-        at = 0
-        while at < len(part):
-            size = min(max(1, tokens // int(lengths[part[at]])), len(part) - at)
-            sizes.append(size)
-            at += size
-    return Groups(np.concatenate([np.empty(0, np.int64), *members]), np.cumsum(sizes, dtype=np.int64))
+        members.append(part[np.argsort(-lengths[part], kind="stable")])
+        sizes += sizes_that_fit(lengths[members[-1]], tokens)
+    return Groups(np.concatenate(members), np.cumsum(sizes, dtype=np.int64))
+
+
+def sizes_that_fit(lengths: np.ndarray, tokens: int) -> list[int]:
+    """How many neighbours at a time, padded to the first, fit into `tokens`; one where none does. Longest first."""
+    sizes, at = [], 0
+    while at < len(lengths):
+        sizes.append(min(max(1, tokens // int(lengths[at])), len(lengths) - at))
+        at += sizes[-1]
+    return sizes
 
 
 # ── which rows are held out ───────────────────────────────────────────────────────────────────────────────────────────

@@ -12,7 +12,7 @@ import weakref
 from array import array
 from collections import Counter
 from contextlib import suppress
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, replace
 from functools import cached_property
 from itertools import chain, islice
 from pathlib import Path
@@ -22,34 +22,14 @@ import numpy as np
 import xxhash
 from transformers import PreTrainedTokenizerBase
 
-from lora_cli.data.cache import (
-    FILES,
-    cache_folder,
-    code_hash,
-    forget_killed,
-    made_here,
-    remove_damaged,
-    remove_old,
-    require_no_link,
-    stamps,
-    tokenizer_hash,
-)
+from lora_cli.data import cache
 from lora_cli.data.chat.template import ChatTemplate, chat_template, generation_ends
 from lora_cli.data.files.readers import Row
 from lora_cli.data.files.sources import FileSource, Source, open_source
 from lora_cli.data.gate import KINDS, Findings, Lengths, Weights, duplicates
 from lora_cli.data.order import hold_out, repeated, rows_to_shuffle
 from lora_cli.data.row_encoder import ROWS_TO_DETECT, RowEncoder, fit_length, require_columns, require_template_used
-from lora_cli.data.store import (
-    PARTS,
-    ExampleWriter,
-    PreparedData,
-    Summary,
-    checksum,
-    open_prepared,
-    summary_values,
-    write_arrays,
-)
+from lora_cli.data.store import ExampleWriter, PreparedData, Summary, open_prepared, write_arrays, write_summary
 from lora_cli.ending import make_temporary, remove_temporary
 from lora_cli.errors import LoraError
 from lora_cli.files import disk_errors, free_name, written_whole
@@ -67,9 +47,9 @@ def prepare(
     """
     preparation = Preparation.of(recipe, tokenizer)
     own = recipe.data.cache is None
-    place = cache_folder(recipe) / preparation.key
+    place = cache.cache_folder(recipe) / preparation.key
     if keep:
-        require_no_link(place, own)
+        cache.require_no_link(place, own)
     data = _open(place)
     if data is None and keep:
         data = _build_in_place(preparation, place, own)
@@ -82,7 +62,7 @@ def prepare(
 
 def _open(place: Path) -> PreparedData | None:
     """What was prepared before, if it is whole and was written where it is: what came from elsewhere is made anew."""
-    return open_prepared(place) if kind(place) == "folder" and made_here(place) else None
+    return open_prepared(place) if kind(place) == "folder" and cache.made_here(place) else None
 
 
 def build_for_now(preparation: Preparation) -> PreparedData:
@@ -91,12 +71,17 @@ def build_for_now(preparation: Preparation) -> PreparedData:
     try:
         with disk_errors(folder):
             preparation.build(folder)
-        data = open_prepared(folder)
-        assert data is not None, "what was just written can be opened"
+        data = _open_new(folder)
     except BaseException:
         remove_temporary(folder)
         raise
     weakref.finalize(data, remove_temporary, folder)
+    return data
+
+
+def _open_new(folder: Path) -> PreparedData:
+    data = open_prepared(folder)
+    assert data is not None, "what was just written can be opened"
     return data
 
 
@@ -106,29 +91,28 @@ def _build_in_place(preparation: Preparation, place: Path, own: bool) -> Prepare
     own: whether the cache is the run folder's, in which only the newest is of use.
     """
     made = [folder for folder in (place.parent, place.parent.parent) if own and kind(folder) is None]
-    forget_killed(place.parent)
+    cache.forget_killed(place.parent)
     building = free_name(place.with_name(f".{place.name}.building-{os.getpid()}"))
     try:
         shown = place.parent.parent if own else place.parent
-        with disk_errors(shown), written_whole(building, shown) as temporary:
+        with written_whole(building, shown) as temporary:
             preparation.build(temporary)
-        data = open_prepared(building)
-        assert data is not None
+        data = _open_new(building)
         require_trainable(data.summary, preparation.data)
         if kind(place) is not None and _open(place) is None:  # damaged, or made elsewhere
-            remove_damaged(place)
+            cache.remove_damaged(place)
         try:
             building.rename(place)
         except OSError:  # another run was first; what is open here stays readable
-            remove_ours(building, FILES)
+            remove_ours(building, cache.FILES)
     except BaseException:
-        remove_ours(building, FILES)
+        remove_ours(building, cache.FILES)
         for folder in made:
             with suppress(OSError):
                 folder.rmdir()
         raise
     if own:
-        remove_old(place.parent, place)
+        cache.remove_old(place.parent, place)
     return replace(data, folder=place)
 
 
@@ -137,7 +121,7 @@ def require_trainable(made: Summary, data: DataRecipe) -> None:
     made.findings.require_none(data.allow)
     if made.train.examples or data.streaming:
         return
-    counts = made.findings.counts
+    counts, source = made.findings.counts, data.train[0].path or data.train[0].hub
     details = [f"{count:,} {KINDS[kind].title}" for kind, count in counts.items()]
     fixes = {
         "remove train: false or weight: 0 from some rows": "left_out" in counts,
@@ -145,20 +129,16 @@ def require_trainable(made: Summary, data: DataRecipe) -> None:
         "raise the weight of a source": any(each.weight < 1 for each in data.train),
     }
     fix = "; or ".join(each for each, fits in fixes.items() if fits) or "name data with rows to train on"
-    raise LoraError(
-        "no row is left to train on", where=data.train[0].path or data.train[0].hub, details=details, fix=fix
-    )
+    raise LoraError("no row is left to train on", where=source, details=details, fix=fix)
 
 
-@dataclass
 class _Seen:
     """What is kept of every row while rows go by: 20 bytes each, and 8 more where groups are held out."""
 
-    file: array = field(default_factory=lambda: array("i"))
-    row: array = field(default_factory=lambda: array("i"))
-    pieces: array = field(default_factory=lambda: array("i"))  # examples that it became
-    content: array = field(default_factory=lambda: array("Q"))
-    group: array = field(default_factory=lambda: array("Q"))
+    def __init__(self) -> None:
+        self.file, self.row = array("i"), array("i")
+        self.pieces = array("i")  # examples that it became
+        self.content, self.group = array("Q"), array("Q")  # hashes
 
     def where(self, at: int, names: list[str]) -> tuple[str, int]:
         return names[self.file[at]], self.row[at]
@@ -182,7 +162,7 @@ class Preparation:
 
     @classmethod
     def of(cls, recipe: Recipe, tokenizer: PreTrainedTokenizerBase) -> Preparation:
-        data, written = recipe.data, (Path(recipe.output), cache_folder(recipe))
+        data, written = recipe.data, (Path(recipe.output), cache.cache_folder(recipe))
         train = [] if data.streaming else data.train
         held_out = data.validation if isinstance(data.validation, list) else []
         return cls(
@@ -206,20 +186,20 @@ class Preparation:
         settings = data.model_dump(
             mode="json", exclude={"train", "validation", "cache", "allow", "template", "general_text"}
         )
-        template: Any = data.template or self.tokenizer.chat_template
+        template: Any = self.tokenizer.chat_template
         if data.template is not None:
             template = chat_template(self.tokenizer, data.template).text  # arguments are among the settings
         parts = {
             "training": [[weight, list(source.identity.items())] for weight, source in self.training],
             "held_out": [list(source.identity.items()) for source in self.held_out],
             "fraction": data.validation if isinstance(data.validation, float) else None,
-            "tokenizer": tokenizer_hash(self.tokenizer),
+            "tokenizer": cache.tokenizer_hash(self.tokenizer),
             "template": template,
             "settings": settings,
             "row_tokens": None if data.packing else self.row_tokens,
             "seed": self.seed,
             "ends": sorted(generation_ends(self.tokenizer)),
-            "code": code_hash(),
+            "code": cache.code_hash(),
         }
         return hashlib.sha256(json.dumps(parts, sort_keys=True).encode()).hexdigest()[:20]
 
@@ -237,8 +217,8 @@ class Preparation:
         data = self.data
         if not data.streaming:
             require_template_used(data, self._template)
-        lengths, targets = writer.lengths, writer.targets
-        rows = rows_to_shuffle(lengths[train], data.max_seq_len if data.packing else None, self.row_tokens, self.seed)
+        facts, held = writer.facts[train], writer.facts[validation]
+        rows = rows_to_shuffle(facts["tokens"], data.max_seq_len if data.packing else None, self.row_tokens, self.seed)
         write_arrays(folder / "train.arrow", {"indices": train})
         write_arrays(folder / "validation.arrow", {"indices": validation})
         write_arrays(folder / "rows.arrow", vars(rows))
@@ -251,22 +231,18 @@ class Preparation:
             {name: value for source in self.sources for name, value in source.identity.items()},
             list(self._files),
             self._findings,
-            Lengths.of(lengths[train], targets[train]),
-            Lengths.of(lengths[validation], targets[validation]),
+            Lengths.of(facts["tokens"], facts["targets"]),
+            Lengths.of(held["tokens"], held["targets"]),
             digest.hexdigest(),
             writer.largest_id,
             writer.longest,
             template and template.name,
             template and template.own_text,
             [str(self.tokenizer.convert_ids_to_tokens(id)) for id in sorted(self._stops)],
-            Weights.of(writer.weights[train]),
+            Weights.of(facts),
             self._listing,
         )
-        values = summary_values(summary)
-        checksums = {name: checksum(folder / name) for name in PARTS}
-        checksums["summary"] = hashlib.sha256(json.dumps(values).encode()).hexdigest()
-        stored = {"summary": values, "checksums": checksums, "stamps": stamps(folder)}
-        (folder / "summary.json").write_text(json.dumps(stored), encoding="utf-8")
+        write_summary(folder, summary)
 
     # ── reading ─────────────────────────────────────────────────────────────────────────────────────────────────
 
@@ -301,17 +277,18 @@ class Preparation:
             if encoded.example is None:
                 continue
             ids = np.array(encoded.example.ids, np.int32)
-            trained = [(first, last) for first, last, _ in encoded.example.spans]
+            example = replace(encoded.example, ids=ids)
+            trained = [(first, last) for first, last, _ in example.spans]
             content = xxhash.xxh3_64_intdigest(ids.tobytes() + repr(trained).encode())
             seen.file.append(file)
             seen.row.append(row.number)
             seen.content.append(content)
             if data.group_by is not None:
                 seen.group.append(_group(row, data.group_by))
-            self._stops.add(int(ids[encoded.example.spans[-1][1] - 1]))
-            pieces = fit_length(encoded.example, data.max_seq_len, data.too_long, reader.format.name, self._findings)
+            self._stops.add(int(ids[example.spans[-1][1] - 1]))
+            pieces = fit_length(example, data.max_seq_len, data.too_long, reader.format.name, self._findings)
             for piece in pieces:
-                writer.add(piece, ids if piece is encoded.example else np.array(piece.ids, np.int32), file)
+                writer.add(piece, file)
             seen.pieces.append(len(pieces))
         shown = source.name if source.name not in self._formats else f"{source.name} (validation)"
         self._formats[shown] = reader.said
@@ -325,15 +302,14 @@ class Preparation:
         findings.settle_too_long(data.too_long, self._rows)
         content = np.asarray(seen.content)
         for at in duplicates(content).tolist():
-            findings.add("duplicate", *seen.where(at, names))
+            findings.add("duplicate", seen.where(at, names))
         other = np.asarray(held.content)
         for at in np.flatnonzero(np.isin(other, content)).tolist():
-            findings.add("overlap", *held.where(at, names))
-        if unknown := self._stops - generation_ends(self.tokenizer):
-            for id in sorted(unknown):
-                shown = str(self.tokenizer.convert_ids_to_tokens(id))
-                error = LoraError(f"trained turns end in {shown}, but the model's end token is another")
-                findings.note("stop_not_end", error)
+            findings.add("overlap", held.where(at, names))
+        for id in sorted(self._stops - generation_ends(self.tokenizer)):
+            shown = str(self.tokenizer.convert_ids_to_tokens(id))
+            error = LoraError(f"trained turns end in {shown}, but the model's end token is another")
+            findings.add("stop_not_end", None, error)
 
     def _split(self, seen: _Seen, ends: list[int], names: list[str]) -> tuple[np.ndarray, np.ndarray]:
         """Indices of the examples to train on, repeated by the weights of their sources, and of those held out.
@@ -354,7 +330,7 @@ class Preparation:
                     raise
             content = np.asarray(seen.content)
             for at in np.flatnonzero(rows & np.isin(content, content[~rows])).tolist():  # equal rows of other groups
-                self._findings.add("overlap", *seen.where(at, names))
+                self._findings.add("overlap", seen.where(at, names))
             held = np.repeat(rows, np.asarray(seen.pieces))
         train = [np.empty(0, np.int64)]
         for number, ((weight, _), start, end) in enumerate(zip(self.training, [0, *ends], ends, strict=False)):

@@ -21,6 +21,7 @@ _TRAINED, _CONTEXT = Style(color="black", bgcolor="green"), Style(dim=True)
 _SPECIAL = Style(color="magenta", bold=True)
 _TRAINED_SPECIAL = Style(color="white", bgcolor="magenta", bold=True)
 PAGE_MARK = b"<meta name=generator content=lora-check>"  # near the start of every page of ours
+_SYMBOLS = {code: 0x2400 + code for code in range(32)} | {ord("\n"): "↵\n", ord("\t"): "⇥   ", 0x7F: "␡"}
 MOST_TOKENS = 600  # of one example on a terminal
 
 
@@ -36,8 +37,8 @@ class Token:
 
 def tokens_of(example: Example, tokenizer: PreTrainedTokenizerBase) -> list[Token]:
     """The tokens of an example, exactly as a run is given them."""
-    special = set(tokenizer.all_special_ids)
-    special |= {id for id, token in tokenizer.added_tokens_decoder.items() if token.special}
+    added = {id for id, token in tokenizer.added_tokens_decoder.items() if token.special}
+    special = added | set(tokenizer.all_special_ids)
     ids = [int(id) for id in example.ids]
     texts = _texts_of(ids, tokenizer)
     trained = example.trained.tolist()
@@ -87,10 +88,7 @@ def as_text(example: Example, tokenizer: PreTrainedTokenizerBase, *, colour: boo
         style = _SPECIAL if token.special else _CONTEXT
         if token.trained:
             style = _TRAINED_SPECIAL if token.special else _TRAINED
-        for number, line in enumerate(_visible(text).split("\n")):
-            if number:
-                shown.append("\n")
-            shown.append(line, style)
+        shown.append(_visible(text), style)
     if inside:
         shown.append("⟧")
     if len(tokens) > MOST_TOKENS:
@@ -100,9 +98,7 @@ def as_text(example: Example, tokenizer: PreTrainedTokenizerBase, *, colour: boo
 
 def _visible(text: str) -> str:
     """Line ends and tabs that can be seen; control characters that do nothing to a terminal."""
-    text = text.replace("\n", "↵\n").replace("\t", "⇥   ").replace("\r", "␍")
-    text = "".join(chr(0x2400 + ord(c)) if ord(c) < 32 and c != "\n" else "␡" if c == "\x7f" else c for c in text)
-    return UNSEEN.sub(lambda found: escaped(found[0]), text)
+    return UNSEEN.sub(lambda found: escaped(found[0]), text.translate(_SYMBOLS))
 
 
 def as_page(

@@ -75,8 +75,8 @@ def finding_lines(findings: Findings) -> list[str]:
     """What the checks found that does not stop this run."""
     return [
         f"{count:,} {KINDS[kind].title}{f': {findings.rows(kind)}' if findings.places[kind] else ''}"
-        for kind, count in sorted(findings.counts.items(), key=lambda each: list(KINDS).index(each[0]))
-        if kind != "too_long"
+        for kind, count in ((each, findings.counts.get(each, 0)) for each in KINDS if each != "too_long")
+        if count
     ]
 
 

@@ -18,7 +18,7 @@ from lora_cli.data.example import Example, cut, windows
 from lora_cli.data.files.readers import Row
 from lora_cli.data.files.sources import Source
 from lora_cli.data.formats import Format, detect_format, require_present
-from lora_cli.data.gate import Encoded, Findings
+from lora_cli.data.gate import Encoded, Finding, Findings
 from lora_cli.data.turns import Columns
 from lora_cli.errors import LoraError, reading
 from lora_cli.recipe import DataRecipe
@@ -76,10 +76,9 @@ class RowEncoder:
         chunks = iter(lambda: [self._encoder.prepare(row) for row in islice(rows, _ROWS_AT_ONCE)], [])
         for tokenized in ahead(map(self._tokenize, ahead(chunks, 2)), 2):
             for encoded in self._encoder.encode(tokenized):
-                for note in encoded.notes:
-                    findings.add(note, encoded.row.file, encoded.row.number)
-                for found in encoded.findings:
-                    findings.add(found.kind, encoded.row.file, encoded.row.number, found.error)
+                place = (encoded.row.file, encoded.row.number)
+                for found in (*map(Finding, encoded.notes), *encoded.findings):
+                    findings.add(found.kind, place, found.error)
                 yield encoded
 
     def _tokenize(self, prepared: list[Prepared | Encoded]) -> Tokenized:
@@ -112,7 +111,7 @@ def fit_length(
         where=example.source,
         fix="raise data.max_seq_len, or choose data.too_long: drop, truncate or split",
     )
-    findings.add("too_long", example.file, example.row, error)
+    findings.add("too_long", (example.file, example.row), error)
     if too_long == "split":
         if data_format != "text":
             raise LoraError(
@@ -132,7 +131,7 @@ def fit_length(
         where=example.source,
         fix=f"raise data.max_seq_len to {first} or more, or choose data.too_long: drop",
     )
-    findings.add("no_target", example.file, example.row, error)
+    findings.add("no_target", (example.file, example.row), error)
     return []
 
 

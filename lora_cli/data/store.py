@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import json
-from array import array
+import os
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import lru_cache
@@ -14,10 +14,11 @@ from typing import Any, overload
 import numpy as np
 import pyarrow as pa
 import xxhash
+from pydantic import TypeAdapter
 
 from lora_cli.base.text import positions, vocabulary
 from lora_cli.data.example import Example
-from lora_cli.data.gate import Findings, Lengths, Weights, weight_range
+from lora_cli.data.gate import Findings, Lengths, Weights, facts_of
 from lora_cli.data.order import Groups, Order
 from lora_cli.errors import LoraError
 from lora_cli.foreign import kind, parse_json, read_bytes
@@ -42,32 +43,28 @@ class ExampleWriter:
         self._sink = pa.OSFile(str(path), "wb")
         self._writer = pa.ipc.new_file(self._sink, _SCHEMA)
         self._digest = hashlib.sha256()
-        self._waiting: list[tuple[np.ndarray, Example, int]] = []
-        self._lengths, self._targets, self._weights = array("i"), array("i"), array("f")
+        self._waiting: list[tuple[Example, int]] = []
+        self._facts = [facts_of([])]
         self.count = 0
         self.largest_id = 0
         self.longest: tuple[int, str] = (0, "")
 
-    def add(self, example: Example, ids: np.ndarray, file: int) -> None:
-        """ids: those of the example, (tokens,) int32."""
-        self._waiting.append((ids, example, file))
+    def add(self, example: Example, file: int) -> None:
+        self._waiting.append((example, file))
         self.count += 1
-        if len(ids) > self.longest[0]:
-            self.longest = (len(ids), example.source)
+        if len(example.ids) > self.longest[0]:
+            self.longest = (len(example.ids), example.source)
         if len(self._waiting) == _EXAMPLES_A_BATCH:
             self._flush()
-
-    def close(self) -> None:
-        if self._waiting:
-            self._flush()
-        self._writer.close()
-        self._sink.close()
 
     def __enter__(self) -> ExampleWriter:
         return self
 
     def __exit__(self, *_error: Any) -> None:
-        self.close()
+        if self._waiting:
+            self._flush()
+        self._writer.close()
+        self._sink.close()
 
     @property
     def fingerprint(self) -> str:
@@ -75,46 +72,26 @@ class ExampleWriter:
         return self._digest.hexdigest()
 
     @property
-    def lengths(self) -> np.ndarray:
-        """Tokens of each example so far that was flushed: (examples,) int32."""
-        return np.asarray(self._lengths)
-
-    @property
-    def targets(self) -> np.ndarray:
-        return np.asarray(self._targets)
-
-    @property
-    def weights(self) -> np.ndarray:
-        """Smallest and largest weight of the loss in each example: (examples, 2) float32."""
-        return np.asarray(self._weights).reshape(-1, 2)
+    def facts(self) -> np.ndarray:
+        """As facts_of gives them, of the examples that are in the file."""
+        return np.concatenate(self._facts)
 
     def _flush(self) -> None:
-        waiting = self._waiting
-        self._waiting = []
-        ids = np.concatenate([ids for ids, _, _ in waiting])
-        lengths = np.array([len(ids) for ids, _, _ in waiting], np.int32)
-        spans = [edge for _, example, _ in waiting for first, last, _ in example.spans for edge in (first, last)]
-        counts = np.array([len(example.spans) for _, example, _ in waiting], np.int32)
-        columns = [
-            pa.ListArray.from_arrays(_offsets(lengths), pa.array(ids)),
-            pa.ListArray.from_arrays(_offsets(2 * counts), pa.array(np.array(spans, np.int32))),
-            pa.ListArray.from_arrays(
-                _offsets(counts),
-                pa.array(np.array([weight for _, example, _ in waiting for _, _, weight in example.spans], np.float32)),
-            ),
-            pa.array(np.array([file for _, _, file in waiting], np.int32)),
-            pa.array(np.array([example.row for _, example, _ in waiting], np.int64)),
-        ]
-        self._writer.write_batch(pa.record_batch(columns, schema=_SCHEMA))
-        for column in columns[:3]:
-            for buffer in column.buffers():
-                if buffer is not None:
-                    self._digest.update(buffer)
-        self._lengths.frombytes(lengths.tobytes())
-        self._targets.extend(example.targets for _, example, _ in waiting)
-        for _, example, _ in waiting:
-            self._weights.extend(weight_range(example))
-        self.largest_id = max(self.largest_id, int(ids.max()))
+        waiting, self._waiting = self._waiting, []
+        examples = [example for example, _ in waiting]
+        columns = {
+            "ids": [each.ids for each in examples],
+            "spans": [[edge for first, last, _ in each.spans for edge in (first, last)] for each in examples],
+            "weights": [[weight for _, _, weight in each.spans] for each in examples],
+            "file": [file for _, file in waiting],
+            "row": [each.row for each in examples],
+        }
+        batch = pa.RecordBatch.from_pydict(columns, schema=_SCHEMA)
+        self._writer.write_batch(batch)
+        for buffer in (buffer for column in batch.columns[:3] for buffer in column.buffers() if buffer is not None):
+            self._digest.update(buffer)
+        self._facts.append(facts_of(examples))
+        self.largest_id = max(self.largest_id, *(int(np.max(each.ids)) for each in examples))
 
 
 class ExampleStore:
@@ -123,31 +100,24 @@ class ExampleStore:
     def __init__(self, path: Path, files: list[str]):
         self._reader = pa.ipc.open_file(pa.memory_map(str(path)))
         self._files = files
-        self._batch = lru_cache(maxsize=256)(self._columns)
+        self._batch = lru_cache(maxsize=256)(self._reader.get_batch)
 
     def __getitem__(self, index: int) -> Example:
         batch, at = divmod(int(index), _EXAMPLES_A_BATCH)
-        columns: Any = self._batch(batch)
-        (id_ends, ids), (span_ends, edges), (weight_ends, weights), file, row = columns
-        edges = edges[span_ends[at] : span_ends[at + 1]].tolist()
-        weights = weights[weight_ends[at] : weight_ends[at + 1]].tolist()
-        spans = [(edges[2 * n], edges[2 * n + 1], weight) for n, weight in enumerate(weights)]
-        return Example(ids[id_ends[at] : id_ends[at + 1]], spans, self._files[int(file[at])], int(row[at]))
+        ids, edges, weights, file, row = (column[at] for column in self._batch(batch).columns)
+        edges = edges.as_py()
+        spans = list(zip(edges[::2], edges[1::2], weights.as_py(), strict=True))
+        return Example(ids.values.to_numpy(), spans, self._files[file.as_py()], row.as_py())
 
     def lengths(self, indices: np.ndarray) -> np.ndarray:
         """Tokens of the examples at these indices: (examples,) int64."""
         found = np.empty(len(indices), np.int64)
         batches = indices // _EXAMPLES_A_BATCH
         for batch in np.unique(batches):
-            (ends, _), *_ = self._batch(int(batch))
             chosen = batches == batch
-            found[chosen] = np.diff(ends)[indices[chosen] % _EXAMPLES_A_BATCH]
+            lengths = self._batch(int(batch)).column(0).value_lengths().to_numpy()
+            found[chosen] = lengths[indices[chosen] % _EXAMPLES_A_BATCH]
         return found
-
-    def _columns(self, number: int) -> Any:
-        batch = self._reader.get_batch(number)
-        lists = [(column.offsets.to_numpy(), column.values.to_numpy()) for column in batch.columns[:3]]
-        return (*lists, batch.column(3).to_numpy(), batch.column(4).to_numpy())
 
 
 class Examples(Sequence[Example]):
@@ -181,11 +151,8 @@ class Examples(Sequence[Example]):
 
 def write_arrays(path: Path, arrays: Mapping[str, np.ndarray]) -> None:
     """One list each, so that arrays of different length share a file."""
-    columns = [
-        pa.LargeListArray.from_arrays(pa.array([0, len(array)], pa.int64()), pa.array(array))
-        for array in arrays.values()
-    ]
-    batch = pa.record_batch(columns, names=list(arrays))
+    ends = {name: pa.array([0, len(array)], pa.int64()) for name, array in arrays.items()}
+    batch = pa.record_batch({name: pa.LargeListArray.from_arrays(ends[name], arrays[name]) for name in arrays})
     with pa.OSFile(str(path), "wb") as sink, pa.ipc.new_file(sink, batch.schema) as writer:
         writer.write_batch(batch)
 
@@ -197,17 +164,8 @@ def read_arrays(path: Path) -> dict[str, np.ndarray]:
 
 def checksum(path: Path) -> str:
     """XXH3 of a file's bytes: it finds damage, not malice."""
-    digest = xxhash.xxh3_128()
     with path.open("rb") as stream:
-        while block := stream.read(1 << 22):
-            digest.update(block)
-    return digest.hexdigest()
-
-
-def _offsets(lengths: np.ndarray) -> pa.Array:
-    offsets = np.zeros(len(lengths) + 1, np.int32)
-    np.cumsum(lengths, out=offsets[1:])
-    return pa.array(offsets)
+        return hashlib.file_digest(stream, xxhash.xxh3_128).hexdigest()
 
 
 # ── prepared data as a whole ──────────────────────────────────────────────────────────────────────────────────────────
@@ -242,6 +200,9 @@ class Summary:
         return "raw" if self.template is None else "template"
 
 
+SUMMARY = TypeAdapter(Summary)  # to JSON and back
+
+
 @dataclass(frozen=True)
 class PreparedData:
     """Examples to train on and to evaluate on, memory-mapped. rows: what the order shuffles, of indices into train."""
@@ -264,20 +225,36 @@ class PreparedData:
     def require_fit(self, config: Any, model: str) -> None:
         """Raises LoraError for an example that the model has no embeddings or no positions for."""
         if self.summary.largest_id >= vocabulary(config):
-            raise LoraError(
-                "the tokenizer has tokens that the model does not", where=model, fix="use the model's own tokenizer"
-            )
-        longest, where = self.summary.longest
-        seen = positions(config)
+            fix = "use the model's own tokenizer"
+            raise LoraError("the tokenizer has tokens that the model does not", where=model, fix=fix)
+        (longest, where), seen = self.summary.longest, positions(config)
         if seen and longest > seen:
-            raise LoraError(
-                f"{longest} tokens, but {model} sees {seen} at most",
-                where=where,
-                fix=f"write data.max_seq_len: {seen}, with data.too_long: drop, truncate or split",
-            )
+            fix = f"write data.max_seq_len: {seen}, with data.too_long: drop, truncate or split"
+            raise LoraError(f"{longest} tokens, but {model} sees {seen} at most", where=where, fix=fix)
 
     def order(self, recipe: Recipe) -> Order:
         return Order(self.rows, rows_per_micro_batch(recipe), micro_batches_per_step(recipe), recipe.train.seed)
+
+
+def write_summary(folder: Path, summary: Summary) -> None:
+    """Written last: with it, and with the checksums of all else, prepared data are whole."""
+    values = SUMMARY.dump_python(summary, mode="json")
+    checksums = {name: checksum(folder / name) for name in PARTS} | {"summary": _digest(values)}
+    stored = {"summary": values, "checksums": checksums, "stamps": stamps(folder)}
+    (folder / "summary.json").write_text(json.dumps(stored), encoding="utf-8")
+
+
+def _digest(summary: Any) -> str:
+    return hashlib.sha256(json.dumps(summary).encode()).hexdigest()
+
+
+def stamps(folder: Path) -> dict[str, str]:
+    """What the file system says of the files alone: their numbers, and when they were last touched.
+
+    Both are new wherever they are copied or unpacked to, and nobody can choose them.
+    """
+    found = {name: os.lstat(folder / name) for name in PARTS}
+    return {name: f"{each.st_ino} {each.st_ctime_ns}" for name, each in found.items()}
 
 
 def open_prepared(folder: Path) -> PreparedData | None:
@@ -288,9 +265,9 @@ def open_prepared(folder: Path) -> PreparedData | None:
         stored = parse_json(read_bytes(folder / "summary.json"))
         if any(checksum(folder / name) != stored["checksums"].get(name) for name in PARTS):
             return None
-        if hashlib.sha256(json.dumps(stored["summary"]).encode()).hexdigest() != stored["checksums"]["summary"]:
+        if _digest(stored["summary"]) != stored["checksums"]["summary"]:
             return None
-        summary = _summary_from(stored["summary"])
+        summary = SUMMARY.validate_python(stored["summary"])
         examples = ExampleStore(folder / "examples.arrow", summary.names)
         train, validation = (
             Examples(examples, read_arrays(folder / f"{name}.arrow")["indices"]) for name in ("train", "validation")
@@ -298,33 +275,6 @@ def open_prepared(folder: Path) -> PreparedData | None:
         return PreparedData(folder, summary, train, validation, Groups(**read_arrays(folder / "rows.arrow")))
     except (OSError, ValueError, KeyError, TypeError, AttributeError, LoraError):  # whatever damage makes of it
         return None
-
-
-def _summary_from(stored: dict[str, Any]) -> Summary:
-    findings = stored["findings"]
-    errors = {kind: [LoraError(**error) for error in each] for kind, each in findings["errors"].items()}
-    places = {kind: [(file, row) for file, row in each] for kind, each in findings["places"].items()}
-    return Summary(
-        **stored
-        | {
-            "findings": Findings(findings["counts"], places, errors, set(findings["waived"])),
-            "train": Lengths(**stored["train"]),
-            "validation": Lengths(**stored["validation"]),
-            "longest": tuple(stored["longest"]),
-            "weights": stored["weights"] and Weights(**stored["weights"]),
-        }
-    )
-
-
-def summary_values(summary: Summary) -> dict[str, Any]:
-    """As JSON has it: without tuples, sets, errors and dataclasses."""
-
-    def plain(value: Any) -> Any:
-        if isinstance(value, LoraError):
-            return {"what": value.what, "where": value.where, "fix": value.fix}
-        return sorted(value) if isinstance(value, set) else vars(value)
-
-    return json.loads(json.dumps(summary, default=plain))
 
 
 def rows_per_micro_batch(recipe: Recipe) -> int:
@@ -337,7 +287,7 @@ def rows_per_micro_batch(recipe: Recipe) -> int:
     return tokens // recipe.data.max_seq_len if recipe.data.packing else 1
 
 
-def split_in_step(recipe: Recipe) -> bool:
+def by_length(recipe: Recipe) -> bool:
     """Whether the examples of a step are split into micro-batches by their length: without packing, by count."""
     return not recipe.data.packing and recipe.train.tokens_per_micro_batch is None
 

@@ -10,9 +10,10 @@ from __future__ import annotations
 import hashlib
 import json
 import os
+from collections import deque
 from collections.abc import Iterator
 from dataclasses import replace
-from itertools import islice
+from itertools import count, islice
 from pathlib import Path
 from typing import Any
 
@@ -24,18 +25,11 @@ from lora_cli.data.chat.template import ChatTemplate
 from lora_cli.data.example import Example
 from lora_cli.data.files.readers import Row
 from lora_cli.data.files.sources import FileSource, open_source
-from lora_cli.data.gate import Findings, Lengths, Weights, weight_range
-from lora_cli.data.order import Groups, permutation, rows_to_shuffle, split_by_length
+from lora_cli.data.gate import Findings, Lengths, Weights, facts_of
+from lora_cli.data.order import permutation, rows_to_shuffle, split_by_length
 from lora_cli.data.report import stream_lines
 from lora_cli.data.row_encoder import RowEncoder, fit_length, require_columns, require_template_used
-from lora_cli.data.store import (
-    Examples,
-    PreparedData,
-    Summary,
-    micro_batches_per_step,
-    rows_per_micro_batch,
-    split_in_step,
-)
+from lora_cli.data.store import Examples, PreparedData, Summary, by_length, micro_batches_per_step, rows_per_micro_batch
 from lora_cli.errors import LoraError
 from lora_cli.recipe import Recipe
 
@@ -59,15 +53,9 @@ class StreamFeed:
             require_columns(recipe.data.columns, [source for _, source in self._sources])
         self._encoders: dict[int, RowEncoder] = {}
         self._largest_id = 2**31
-        self._place = {"pass": 0, "rows": 0, "unit": 0}  # the current window: where it begins, units already given
-        self._next = dict(self._place)
-        self._rows = self._mixed()
         self._examples: list[Example] = []
-        self._units = Groups.of([])
-        self._shuffled = permutation(0, (0,))
         self._step = 1
-        self._given = 0  # units of this pass
-        self._load_window()
+        self.seek({"pass": 0, "rows": 0, "unit": 0, "step": 1})
         require_template_used(recipe.data, self._template)
         self._first = self._examples  # of the first window
 
@@ -75,7 +63,10 @@ class StreamFeed:
 
     @property
     def summary(self) -> Summary:
-        """Of what was read so far, and of the validation data."""
+        """As of prepared data; lengths and weights are of the window in hand, findings of the validation data alone.
+
+        The fingerprint is of the sources' sizes and times in place of the tokens.
+        """
         data, encoders = self.data.summary, sorted(self._encoders.items())
         identity: dict[str, str] = {}  # what tells versions apart without reading all of them
         for _, source in self._sources:
@@ -83,17 +74,17 @@ class StreamFeed:
         digest = hashlib.sha256(json.dumps(identity, sort_keys=True).encode()).hexdigest()
         several = [each for _, each in self._sources if isinstance(each, FileSource) and not each.one]
         listing = {each.name: {"files": dict.fromkeys(map(str, each.paths)), "left": each.left} for each in several}
-        template = self._template
+        template, facts = self._template, facts_of(self._examples)
         return replace(
             data,
             formats={self._sources[at][1].name: encoder.said for at, encoder in encoders} | data.formats,
             files={**identity, **data.files},
             listing=listing | data.listing,
-            train=self._lengths,
+            train=Lengths.of(facts["tokens"], facts["targets"]),
             fingerprint=f"{digest} {data.fingerprint}",
             template=data.template if template is None else template.name,
             own_template=data.own_template if template is None else template.own_text,
-            weights=Weights.of(np.array([weight_range(each) for each in self._first], np.float32).reshape(-1, 2)),
+            weights=Weights.of(facts_of(self._first)),
         )
 
     @property
@@ -115,14 +106,6 @@ class StreamFeed:
     def _template(self) -> ChatTemplate | None:
         return next((encoder.template for encoder in self._encoders.values() if encoder.template is not None), None)
 
-    @property
-    def _lengths(self) -> Lengths:
-        """Of the examples of the current window."""
-        return Lengths.of(
-            np.array([len(example.ids) for example in self._examples], np.int64),
-            np.array([example.targets for example in self._examples], np.int64),
-        )
-
     def require_fit(self, config: Any, model: str) -> None:
         """Every window from now on must fit the model's vocabulary. Raises LoraError if max_seq_len is too long."""
         self.data.require_fit(config, model)
@@ -142,7 +125,7 @@ class StreamFeed:
         units = [self._unit() for _ in range(per_batch * micro_batches_per_step(self._recipe))]
         batches = [units[at : at + per_batch] for at in range(0, len(units), per_batch)]
         made = [[example for unit in batch for example in unit] for batch in batches]
-        return split_by_length(made, per_batch) if split_in_step(self._recipe) else made
+        return split_by_length(made, per_batch) if by_length(self._recipe) else made
 
     def largest(self) -> list[Example]:
         """A micro-batch as large as any can be; of a stream only the limits are known."""
@@ -159,43 +142,39 @@ class StreamFeed:
         if not position:
             fix = "start a new run with another output"
             raise LoraError("the checkpoint does not say where in the stream it stopped", fix=fix)
-        self._next = {"pass": position["pass"], "rows": position["rows"], "unit": 0}
-        self._rows = self._mixed()
-        for _ in islice(self._rows, position["rows"]):
-            pass
-        self._load_window()
-        self._place["unit"] = position["unit"]
-        self._step = position["step"]
+        self._windows = self._windows_from(position["pass"], position["rows"])
+        self._units = next(self._windows)
+        self._place["unit"], self._step = position["unit"], position["step"]
 
     def _unit(self) -> list[Example]:
         while self._place["unit"] >= len(self._units):
-            self._load_window()
-        members = self._units[self._shuffled[self._place["unit"]]]
+            self._units = next(self._windows)
+        members = self._units[self._place["unit"]]
         self._place["unit"] += 1
         return [self._examples[index] for index in members]
 
-    def _load_window(self) -> None:
+    def _windows_from(self, passed: int, skipped: int) -> Iterator[list[list[int]]]:
+        """Makes one window after the other the current one, and gives its units, shuffled, as lists of examples."""
         data, train = self._recipe.data, self._recipe.train
-        self._require_unchanged()
-        rows = list(islice(self._rows, WINDOW_ROWS))
-        if not rows:
-            if self._given == 0:
+        packed = data.max_seq_len if data.packing else None
+        for number in count(passed):
+            at, given, rows = skipped, skipped > 0, self._mixed()
+            skipped = 0
+            deque(islice(rows, at), maxlen=0)
+            self._require_unchanged()
+            while window := list(islice(rows, WINDOW_ROWS)):
+                self._place = {"pass": number, "rows": at, "unit": 0}  # where the window begins, units already given
+                self._examples = self._encoded(window)
+                self._require_known_tokens()
+                lengths = facts_of(self._examples)["tokens"]
+                units = rows_to_shuffle(lengths, packed, train.tokens_per_micro_batch, train.seed)
+                shuffled = permutation(len(units), (train.seed, number, at))
+                yield [units[place] for place in shuffled]
+                self._require_unchanged()
+                at, given = at + len(window), given or len(units) > 0
+            if not given:
                 fix = "raise data.max_seq_len, or look at what train: false leaves out"
                 raise LoraError("no row of the stream is left to train on", where=self._sources[0][1].name, fix=fix)
-            self._given = 0
-            self._next = {"pass": self._next["pass"] + 1, "rows": 0, "unit": 0}
-            self._rows = self._mixed()
-            rows = list(islice(self._rows, WINDOW_ROWS))
-        self._place = dict(self._next)
-        self._next["rows"] += len(rows)
-        self._examples = self._encoded(rows)
-        self._require_known_tokens()
-        lengths = np.array([len(example.ids) for example in self._examples], np.int64)
-        seed = (train.seed, self._place["pass"], self._place["rows"])
-        packed = data.max_seq_len if data.packing else None
-        self._units = rows_to_shuffle(lengths, packed, train.tokens_per_micro_batch, train.seed)
-        self._given += len(self._units)
-        self._shuffled = permutation(len(self._units), seed)
 
     def _encoded(self, rows: list[tuple[int, Row]]) -> list[Example]:
         """Examples of a window's rows, source by source."""
@@ -216,17 +195,13 @@ class StreamFeed:
     def _require_unchanged(self) -> None:
         """A run that read some rows of one version of a file and some of another could not be repeated."""
         for _, source in self._sources:
-            if isinstance(source, FileSource):
-                source.require_unchanged()
+            source.require_unchanged()
 
     def _require_known_tokens(self) -> None:
         for example in self._examples:
             if max(example.ids) > self._largest_id:
-                raise LoraError(
-                    "the tokenizer has a token that the model does not",
-                    where=example.source,
-                    fix="use the model's own tokenizer",
-                )
+                what, fix = "the tokenizer has a token that the model does not", "use the model's own tokenizer"
+                raise LoraError(what, where=example.source, fix=fix)
 
     def _mixed(self) -> Iterator[tuple[int, Row]]:
         """Rows of all sources with the number of their source, once each: always of the source that lags behind."""

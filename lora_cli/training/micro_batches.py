@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import gc
 import hashlib
+from bisect import bisect_left
 from collections.abc import Callable, Sequence
 
 import torch
@@ -139,12 +140,9 @@ class MicroBatches:
             splits = self.smaller(largest, splits, problem)
             if not auto:
                 say(smaller_line(problem, splits))
-        while auto and splits - too_few > 1:
-            middle = (splits + too_few) // 2
-            if self._trial(largest, middle) is None:
-                splits = middle
-            else:
-                too_few = middle
+        if auto:
+            fewer = range(too_few + 1, splits)
+            splits = too_few + 1 + bisect_left(fewer, True, key=lambda each: self._trial(largest, each) is None)
         return splits
 
     def _trial(self, largest: list[list[Example]], splits: int) -> DoesNotFit | None:
@@ -234,9 +232,7 @@ def cut(batches: Sequence[Sequence[Example]], splits: int) -> list[list[Example]
 def _in_splits(examples: Sequence[Example], splits: int) -> list[list[Example]]:
     """Neighbours stay together: each example goes to the piece that its middle token falls into."""
     total = _tokens(examples)
-    pieces: dict[
-        int, list[Example]
-    ] = {}  # in order, and only those with examples: there may be more splits than examples
+    pieces: dict[int, list[Example]] = {}  # only those with examples: there may be more splits than examples
     before = 0
     for example in examples:
         at = min(splits - 1, int((before + len(example.ids) / 2) * splits / total))
