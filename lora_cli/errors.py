@@ -47,13 +47,7 @@ class LoraError(Exception):
 
     def as_dict(self) -> dict[str, Any]:
         """For --json, under the key `error`."""
-        return {
-            "what": self.what,
-            "where": self.where,
-            "fix": self.fix,
-            "details": self.details,
-            "exit_code": self.exit_code,
-        }
+        return {name: getattr(self, name) for name in ("what", "where", "fix", "details", "exit_code")}
 
 
 class RecipeErrors(LoraError):
@@ -100,6 +94,12 @@ class Unexpected(LoraError):
     """A mistake of this program, or of a library it uses. Exit code 1."""
 
     exit_code = 1
+
+
+def refuse_if(wrong: bool, what: str, *, fix: str) -> None:
+    """Raises LoraError, such as for options that contradict each other."""
+    if wrong:
+        raise LoraError(what, fix=fix)
 
 
 @contextmanager

@@ -9,7 +9,7 @@ from typing import Annotated, Any, Literal
 import typer
 
 from lora_cli import quantization as quantizations
-from lora_cli.errors import LoraError, home_expanded
+from lora_cli.errors import home_expanded
 from lora_cli.surroundings import settle
 
 RecipeFile = Annotated[Path, typer.Argument(help="The YAML recipe.", show_default=False)]
@@ -23,12 +23,6 @@ Quantization = Annotated[
 RemoteCode = Annotated[
     bool, typer.Option("--trust-remote-code", help="Run Python code that the model's repository ships.")
 ]
-
-
-def refuse_if(wrong: bool, what: str, *, fix: str) -> None:
-    """Raises LoraError for options that contradict each other, before anything heavy is imported."""
-    if wrong:
-        raise LoraError(what, fix=fix)
 
 
 def home(path: Path | None) -> Path | None:

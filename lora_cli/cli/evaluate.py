@@ -7,7 +7,8 @@ from typing import Annotated, Any
 
 import typer
 
-from lora_cli.cli.common import Device, Dtype, Json, Quantization, RemoteCode, console, heavy, refuse_if
+from lora_cli.cli.common import Device, Dtype, Json, Quantization, RemoteCode, console, heavy
+from lora_cli.errors import refuse_if
 from lora_cli.streams import print_json
 
 

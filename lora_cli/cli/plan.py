@@ -8,19 +8,8 @@ from typing import Annotated
 
 import typer
 
-from lora_cli.cli.common import (
-    Json,
-    Overrides,
-    RecipeFile,
-    RemoteCode,
-    console,
-    heavy,
-    home,
-    refuse_if,
-    status,
-    trusted_recipe,
-)
-from lora_cli.errors import LoraError, command
+from lora_cli.cli.common import Json, Overrides, RecipeFile, RemoteCode, console, heavy, home, status, trusted_recipe
+from lora_cli.errors import LoraError, command, refuse_if
 from lora_cli.streams import print_json, print_note, print_result
 
 

@@ -8,7 +8,8 @@ from typing import Annotated
 import typer
 
 from lora_cli import boundary
-from lora_cli.cli.common import Json, Overrides, RecipeFile, console, refuse_if, status, trusted_recipe
+from lora_cli.cli.common import Json, Overrides, RecipeFile, console, status, trusted_recipe
+from lora_cli.errors import refuse_if
 from lora_cli.streams import print_json
 from lora_cli.surroundings import settle
 
