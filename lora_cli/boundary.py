@@ -74,11 +74,9 @@ def _problem(error: BaseException) -> LoraError:
         fix = "check the path, its permissions and its disk"
         return LoraError(error.strerror or str(error), where=os.fsdecode(error.filename), fix=fix)
     if isinstance(error, RuntimeError) and "can't start new thread" in str(error):
-        return LoraError(
-            "no more threads can be started",
-            fix="raise or remove the limits of this shell or container (ulimit -v, ulimit -u, pids.max), or set "
-            "OMP_NUM_THREADS=1",
-        )
+        limits = "limits of this shell or container (ulimit -v, ulimit -u, pids.max)"
+        fix = f"raise or remove the {limits}, or set OMP_NUM_THREADS=1"
+        return LoraError("no more threads can be started", fix=fix)
     return _unexpected(error)
 
 
@@ -98,19 +96,15 @@ def _usage(error: Any) -> LoraError:
 
 def _unexpected(error: BaseException) -> LoraError:
     """An unexpected exception: one line, and a file with the traceback."""
-    what = (
-        f"{type(error).__name__}: {reason_of(error).removeprefix(type(error).__name__ + ': ')}"
-        if is_error(error)
-        else type(error).__name__
-    )
+    what = type(error).__name__
+    if is_error(error):
+        what = f"{what}: {reason_of(error).removeprefix(f'{what}: ')}"
     text = _traceback(error)
     place = _written(text)
     if isinstance(error, MemoryError):
-        return Unexpected(
-            "there is not enough memory",
-            details=[f"the traceback is in {place}"] if place else [],
-            fix="close other programs, or use a smaller model, fewer rows or a shorter data.max_seq_len",
-        )
+        fix = "close other programs, or use a smaller model, fewer rows or a shorter data.max_seq_len"
+        kept = [f"the traceback is in {place}"] if place else []
+        return Unexpected("there is not enough memory", details=kept, fix=fix)
     if place is None:
         return Unexpected(f"a bug in lora: {what}", details=text.splitlines(), fix="please report this")
     return Unexpected(f"a bug in lora: {what}", where=place, fix="please report it, with this file")

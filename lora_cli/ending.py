@@ -85,11 +85,9 @@ def require_temporary_folder(*others: Path) -> None:
     others: places to use where the system has none, such as the output; for a folder that does not exist yet, the one
     that it will be in. Raises LoraError if nothing can be written.
     """
-    try:
+    with suppress(FileNotFoundError):
         tempfile.gettempdir()
         return
-    except FileNotFoundError:
-        pass
     for place in others:
         existing = next((each for each in (place, *place.absolute().parents) if each.is_dir()), None)
         with suppress(OSError):
@@ -97,11 +95,8 @@ def require_temporary_folder(*others: Path) -> None:
                 tempfile.TemporaryFile(dir=existing).close()
                 tempfile.tempdir = str(existing.absolute())
                 return
-    raise LoraError(
-        "no folder for temporary files can be written",
-        where="/tmp",
-        fix=f"name one that can: {command('export', 'TMPDIR=/path/to/a/folder')}, and start it again",
-    )
+    fix = f"name one that can: {command('export', 'TMPDIR=/path/to/a/folder')}, and start it again"
+    raise LoraError("no folder for temporary files can be written", where="/tmp", fix=fix)
 
 
 def note_signal(number: int) -> bool:

@@ -206,11 +206,8 @@ def require_space(folder: Path, needed_bytes: int, purpose: str) -> None:
     existing = next(parent for parent in (folder, *folder.parents) if parent.exists())
     free = shutil.disk_usage(existing).free
     if free < needed_bytes:
-        raise LoraError(
-            f"no disk space: {purpose} needs about {human_bytes(needed_bytes)}, {human_bytes(free)} are free",
-            where=folder,
-            fix="free some space, or write to another disk",
-        )
+        what = f"no disk space: {purpose} needs about {human_bytes(needed_bytes)}, {human_bytes(free)} are free"
+        raise LoraError(what, where=folder, fix="free some space, or write to another disk")
 
 
 def human_bytes(count: float) -> str:

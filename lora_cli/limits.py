@@ -75,8 +75,6 @@ class Unpacked:
         """Raises LimitReached beyond what a file of this size may hold."""
         self._left -= count
         if self._left < 0:
-            raise LimitReached(
-                f"this file holds more than {self.most:,} bytes, {UNPACKED_TIMES} times its own size",
-                where=self._file,
-                fix="look at what wrote it; if the data is right, write it as .jsonl without compression",
-            )
+            what = f"this file holds more than {self.most:,} bytes, {UNPACKED_TIMES} times its own size"
+            fix = "look at what wrote it; if the data is right, write it as .jsonl without compression"
+            raise LimitReached(what, where=self._file, fix=fix)

@@ -29,11 +29,9 @@ def _forget_accelerate() -> None:
     """The recipe says how a run computes; accelerate would take settings from these, and fail on values it lacks."""
     for name, value in list(os.environ.items()):
         if _OTHER_WAYS.fullmatch(name) and value.strip().lower() not in _FALSE:
-            raise LoraError(
-                f"{name}={value} asks accelerate for a way of training that lora does not use",
-                where="the environment",
-                fix=f"{command('unset', name)}; several GPUs are used by what docs/processes.md describes",
-            )
+            what = f"{name}={value} asks accelerate for a way of training that lora does not use"
+            fix = f"{command('unset', name)}; several GPUs are used by what docs/processes.md describes"
+            raise LoraError(what, where="the environment", fix=fix)
     for name, value in list(os.environ.items()):
         flag = name == "ACCELERATE_USE_CPU" and value.strip().lower() in _TRUE | (_FALSE - {""})
         if (name.startswith("ACCELERATE_") and not flag) or name == "FORK_LAUNCHED":
@@ -60,9 +58,6 @@ def _require_whole_launch() -> None:
 
 
 def _refuse(what: str, present: dict[str, str]) -> None:
-    raise LoraError(
-        what,
-        where="the environment",
-        fix=f"{command('unset', *present)} for one process; for several: torchrun --standalone --nproc-per-node 2 "
-        "-m lora_cli train RECIPE",
-    )
+    several = "torchrun --standalone --nproc-per-node 2 -m lora_cli train RECIPE"
+    fix = f"{command('unset', *present)} for one process; for several: {several}"
+    raise LoraError(what, where="the environment", fix=fix)

@@ -19,9 +19,6 @@ def require_trust(recipe: Recipe, file: Path, overrides: Sequence[str] = ()) -> 
     folder = file.resolve().parent
     of_a_run = folder == Path(recipe.output).resolve() or any((folder / name).exists() for name in _SIGNS_OF_A_RUN)
     if of_a_run and not any(each.replace(" ", "").startswith("trust_remote_code=") for each in overrides):
-        raise LoraError(
-            f"the recipe of this run asks to execute Python code of {recipe.base_model}, and it may be a stranger's",
-            where=file,
-            fix="read that code, then add --set trust_remote_code=true",
-        )
+        what = f"the recipe of this run asks to execute Python code of {recipe.base_model}, and it may be a stranger's"
+        raise LoraError(what, where=file, fix="read that code, then add --set trust_remote_code=true")
     print_note(f"note: runs the Python code of {recipe.base_model}, as trust_remote_code says")

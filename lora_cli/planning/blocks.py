@@ -64,10 +64,8 @@ def measure_blocks(base: BaseModel, adapted: Iterable[str], dtype: torch.dtype) 
         found = {name: dict(zip(at, measures, strict=False)) for name, at in chosen.items()}
         last = {name: {kinds[name][at]: block for at, block in each.items()} for name, each in found.items()}
         return tuple(last[name][kind] for name in lists for kind in kinds[name])
-    raise LoraError(
-        f"what {base.source.name} needs in training cannot be measured without its weights: {reason}",
-        fix="write the recipe by hand, as docs/recipe.md says",
-    )
+    what = f"what {base.source.name} needs in training cannot be measured without its weights: {reason}"
+    raise LoraError(what, fix="write the recipe by hand, as docs/recipe.md says")
 
 
 def _structure(block: nn.Module) -> tuple[Any, ...]:

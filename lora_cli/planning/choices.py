@@ -196,12 +196,9 @@ def _row_length(base: BaseModel, survey: DataSurvey) -> Row:
         return Row(int(min(_multiple_of_64(longest), positions)))
     held = survey.lengths[survey.lengths <= positions]
     if 2 * len(held) < len(survey.lengths):
-        raise LoraError(
-            f"{len(survey.lengths) - len(held):,} of {len(survey.lengths):,} rows are longer than the {positions:,} "
-            f"tokens that {base.source.name} sees; the longest has {longest:,}",
-            where=survey.source.name,
-            fix="use a model that sees more, or shorten the rows",
-        )
+        longer = f"{len(survey.lengths) - len(held):,} of {len(survey.lengths):,} rows are longer"
+        what = f"{longer} than the {positions:,} tokens that {base.source.name} sees; the longest has {longest:,}"
+        raise LoraError(what, where=survey.source.name, fix="use a model that sees more, or shorten the rows")
     return Row(int(min(_multiple_of_64(int(held.max())), positions)), "drop", "model")
 
 
