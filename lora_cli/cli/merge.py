@@ -13,7 +13,7 @@ from lora_cli.streams import print_json, print_note
 
 def merge(
     source: Annotated[
-        Path, typer.Argument(help="A run folder or an adapter folder (ours or PEFT's).", show_default=False)
+        Path, typer.Argument(help="A run folder or an adapter folder (lora's or PEFT's).", show_default=False)
     ],
     output: Annotated[
         Path, typer.Option(callback=home, help="Folder to write the merged model to.", show_default=False)

@@ -23,7 +23,7 @@ def train(
         typer.Option(help="With --resume: what may differ: a setting, a section, data or versions. Repeatable."),
     ] = None,
     max_hours: Annotated[
-        float | None, typer.Option(help="Stop before this many hours have passed; --resume goes on.")
+        float | None, typer.Option(help="Stop before this many hours have passed; --resume continues.")
     ] = None,
     as_json: Json = False,
 ) -> None:
