@@ -114,7 +114,9 @@ def _on_signal(number: int, _frame: Any) -> None:
 
 def resend_lost_interrupt(lost: Any) -> None:
     """sys.unraisablehook: Python drops a KeyboardInterrupt raised in a finalizer, so the signal is sent again."""
-    if isinstance(lost.exc_value, KeyboardInterrupt):
+    if not isinstance(lost.exc_value, KeyboardInterrupt):
+        return sys.__unraisablehook__(lost)
+    try:
         threading.Timer(0.01, signal.raise_signal, (signal.SIGINT,)).start()
-    else:
-        sys.__unraisablehook__(lost)
+    except KeyboardInterrupt:  # on a busy machine it came while still in here, where it is dropped as well
+        resend_lost_interrupt(lost)

@@ -11,6 +11,7 @@ import tempfile
 import threading
 import time
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -288,3 +289,18 @@ def test_temporary_folders_are_for_this_user_alone():
     assert folder.stat().st_mode & 0o777 == 0o700
     ending.remove_temporary(folder)
     assert not folder.exists()
+
+
+def test_an_interrupt_that_comes_before_the_hook_is_left_is_sent_again(monkeypatch: pytest.MonkeyPatch):
+    """On a busy machine the signal may come before the hook is left, and what is raised there is dropped as well."""
+    started: list[float] = []
+
+    class Timer(threading.Timer):
+        def start(self) -> None:
+            started.append(self.interval)
+            if len(started) == 1:
+                raise KeyboardInterrupt
+
+    monkeypatch.setattr("lora_cli.ending.threading.Timer", Timer)
+    ending.resend_lost_interrupt(SimpleNamespace(exc_value=KeyboardInterrupt()))
+    assert len(started) == 2
