@@ -157,7 +157,7 @@ class RunFolder:
                 raise
 
     def say_state(self, state: str, **values: Any) -> None:
-        """Update status.json, which `lora runs` reads. Values that are not given stay as they were."""
+        """Update status.json, which `lora runs` reads. When the run started, and how long it took before, are kept."""
         own = {"pid": os.getpid(), "host": platform.node(), "updated": now()}
         write_json(self.status, {"started": own["updated"], **self._said(), **own, "state": state, **values})
 

@@ -83,8 +83,8 @@ class RunWriter:
     def restore(self, *, planned: bool = False) -> State | None:
         """Go back to the newest intact checkpoint: model, optimizer, random states, metrics.jsonl and adapter/.
 
-        planned: to one of those alone. A damaged one is reported, set aside, and the one
-        before it used. None if there is none: the run has not begun.
+        planned: to one of those alone. A damaged one is reported and set aside, and the one before it used. Returns
+        None if there is none: the run has not begun.
         """
         candidates = self.planned if planned else self.folder.list_checkpoints
         if self.accelerator.is_main_process:
