@@ -134,7 +134,7 @@ def encode(values: dict[str, Any], tokenizer: Any, **settings: Any) -> Encoded:
 
 
 def example_of(encoded: Encoded) -> Example:
-    assert encoded.finding is None, encoded.finding
+    assert not encoded.findings, encoded.findings
     assert encoded.example is not None
     assert encoded.example.targets > 0
     return encoded.example
@@ -142,8 +142,8 @@ def example_of(encoded: Encoded) -> Example:
 
 def allowed(encoded: Encoded, kind: str) -> Example:
     """The example of a row whose one finding the recipe may allow."""
-    if encoded.finding is not None:
-        assert encoded.finding.kind == kind
+    if encoded.findings:
+        assert encoded.findings[0].kind == kind
         assert kind in get_args(Allowed)
     assert encoded.example is not None
     return encoded.example
@@ -151,13 +151,13 @@ def allowed(encoded: Encoded, kind: str) -> Example:
 
 def refusal(encoded: Encoded) -> tuple[str, str]:
     """The kind of finding and what it says, of a row that stops a run; it has no example unless that can be allowed."""
-    assert encoded.finding is not None, "accepted"
-    assert KINDS[encoded.finding.kind].stops
-    assert encoded.example is None or encoded.finding.kind in get_args(Allowed)
-    assert encoded.finding.error is not None
-    assert encoded.finding.error.where == "rows.jsonl: row 7"
-    assert encoded.finding.error.fix
-    return encoded.finding.kind, encoded.finding.error.what
+    assert encoded.findings, "accepted"
+    assert KINDS[encoded.findings[0].kind].stops
+    assert encoded.example is None or encoded.findings[0].kind in get_args(Allowed)
+    assert encoded.findings[0].error is not None
+    assert encoded.findings[0].error.where == "rows.jsonl: row 7"
+    assert encoded.findings[0].error.fix
+    return encoded.findings[0].kind, encoded.findings[0].error.what
 
 
 def trained(example: Example, tokenizer: Any) -> list[str]:
@@ -366,8 +366,8 @@ def test_r1_is_prompted_to_think_so_answers_without_are_refused(turns, train_on)
     assert kind == "not_prompted"
     assert r"'<｜Assistant｜><think>\n'" in what
     assert encoded.example is None
-    assert encoded.finding.error.fix.startswith("write data.template: ")
-    template = encoded.finding.error.fix.split()[2].rstrip(",")
+    assert encoded.findings[0].error.fix.startswith("write data.template: ")
+    template = encoded.findings[0].error.fix.split()[2].rstrip(",")
     assert example_of(encode({"messages": turns}, tokenizer_of("deepseek-r1"), template=template)).targets
 
 
@@ -478,7 +478,7 @@ def test_qwen3_keeps_only_the_last_thoughts_so_only_the_last_turn_can_be_trained
     kind, what = refusal(case.encode(turns))
     assert kind == "malformed"
     assert "drops a part of turn 2" in what or "turn 2 cannot be told apart" in what
-    assert "train_on: last_assistant" in str(case.encode(turns).finding)
+    assert "train_on: last_assistant" in str(case.encode(turns).findings)
     last = case.example(turns, train_on="last_assistant")
     assert trained(last, case.tokenizer) == ["<think>\nLet me see.\n</think>\n\nFive.<|im_end|>"]
     assert text_of(last.ids, case.tokenizer) == case.rendered(turns)
@@ -502,7 +502,7 @@ def test_r1_drops_all_thoughts_so_they_cannot_be_trained(train_on, count):
     assert kind == "malformed"
     assert f"turn {count if train_on == 'last_assistant' else 2}" in what
     # the last turn alone is no way out: here it is what is refused
-    assert train_on == "assistant" or "last_assistant" not in str(encoded.finding)
+    assert train_on == "assistant" or "last_assistant" not in str(encoded.findings)
 
 
 @pytest.mark.parametrize("name", ["llama-3.1", "gemma-2", "zephyr", "smollm2", "tulu-3"])
@@ -629,7 +629,7 @@ def test_what_is_said_beside_a_call_is_trained_or_its_loss_noticed():
     (call, _) = trained(OWN["qwen2.5"].example(turns), OWN["qwen2.5"].tokenizer)
     assert call.startswith("Let me see.\n<tool_call>")
     assert "refuses this conversation" in refusal(OWN["zephyr"].encode(turns))[1] or "leaves out" in str(
-        OWN["zephyr"].encode(turns).finding
+        OWN["zephyr"].encode(turns).findings
     )
 
 
@@ -853,9 +853,9 @@ def test_characters_that_a_tokenizer_has_not_are_found_wherever_they_stand(place
     example_of(encode({"messages": turns}, tokenizer, template="plain"))
     turns[place]["content"] += " 数"
     encoded = encode({"messages": turns}, tokenizer, template="plain")
-    assert encoded.finding is not None
-    assert encoded.finding.kind == "not_round_trip"
-    assert "'数'" in str(encoded.finding.error)
+    assert encoded.findings
+    assert encoded.findings[0].kind == "not_round_trip"
+    assert "'数'" in str(encoded.findings[0].error)
 
 
 @pytest.mark.parametrize(
@@ -874,8 +874,8 @@ def test_what_a_lossy_tokenizer_loses_is_found_wherever_it_stands(values):
     tokenizer = fast(lowercasing())
     template = {"template": "chatml"} if {"messages", "instruction"} & set(values) else {}
     encoded = encode(values, tokenizer, **template)
-    assert encoded.finding is not None
-    assert encoded.finding.kind == "not_round_trip"
+    assert encoded.findings
+    assert encoded.findings[0].kind == "not_round_trip"
     lowered = {
         key: [turn | {"content": turn["content"].lower()} for turn in value] if key == "messages" else value.lower()
         for key, value in values.items()
@@ -953,8 +953,8 @@ def test_an_end_token_in_the_prompt_is_the_prompts_and_not_trained(which, prompt
     tokenizer = whole_tokenizer(which)
     prompt = prompt.replace("{}", tokenizer.eos_token)
     encoded = encode({"prompt": prompt, "completion": "Four."}, tokenizer)
-    if encoded.finding is not None:  # where the end token is the BOS too
-        assert encoded.finding.kind == "double_bos"
+    if encoded.findings:  # where the end token is the BOS too
+        assert encoded.findings[0].kind == "double_bos"
         return
     example = example_of(encoded)
     (run,) = trained(example, tokenizer)

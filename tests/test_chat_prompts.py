@@ -20,7 +20,7 @@ from lora_cli.recipe import Recipe
 
 
 def fix_of(encoded: Any) -> str:
-    return str(encoded.finding.error.fix)
+    return str(encoded.findings[0].error.fix)
 
 
 # ── where an answer ends ────────────────────────────────────────────────────────────────────────────────────────
@@ -37,9 +37,9 @@ def test_an_answer_is_trained_to_the_token_at_which_the_model_stops_also_behind_
 def test_answers_that_end_otherwise_as_the_last_one_are_found_and_each_keeps_its_end_if_that_is_allowed():
     tokenizer = tokenizer_of("harmony")
     encoded = encode({"messages": [Q, A, Q2, says("Five.")]}, tokenizer)
-    assert encoded.finding.kind == "two_forms"
-    assert "'<|channel|>final<|message|>Four.<|end|>'" in encoded.finding.error.what
-    assert "'<|channel|>final<|message|>Four.<|return|>'" in encoded.finding.error.what
+    assert encoded.findings[0].kind == "two_forms"
+    assert "'<|channel|>final<|message|>Four.<|end|>'" in encoded.findings[0].error.what
+    assert "'<|channel|>final<|message|>Four.<|return|>'" in encoded.findings[0].error.what
     assert [run.rpartition(">")[0][-8:] for run in trained(encoded.example, tokenizer)] == ["r.<|end|", "|return|"]
     last = example_of(encode({"messages": [Q, A, Q2, says("Five.")]}, tokenizer, train_on="last_assistant"))
     assert trained(last, tokenizer) == ["<|channel|>final<|message|>Five.<|return|>"]

@@ -223,7 +223,7 @@ WORDS = {
 
 def judged(encoded: Encoded, cell: Cell, where: str) -> str:
     """Right or refused; anything else fails."""
-    if encoded.finding is None:
+    if not encoded.findings:
         assert cell.why in ("", "no prompt"), f"{where}: trained, but {cell.why} {cell.words}"
         assert encoded.example is not None
         if cell.why:
@@ -231,7 +231,7 @@ def judged(encoded: Encoded, cell: Cell, where: str) -> str:
         assert list(encoded.example.ids) == cell.ids, where
         assert [span[:2] for span in encoded.example.spans] == cell.spans, where
         return "right"
-    kind, error = encoded.finding.kind, encoded.finding.error
+    kind, error = encoded.findings[0].kind, encoded.findings[0].error
     assert error is not None
     assert cell.why, f"{where}: refused with {error.what}"
     assert KINDS[kind].stops
@@ -281,7 +281,7 @@ def run_table(oracle: Oracle, name: str, **settings: Any) -> Counter[str]:
             verdict = judged(encoded, cell, f"{name}, {kind}, {'last' if last else 'all'}")
             if verdict.endswith("last_assistant"):
                 assert not last, f"{name}, {kind}: its own fix"
-                assert encode(oracle.tokenizer, turns, tools, **words, train_on="last_assistant").finding is None
+                assert not encode(oracle.tokenizer, turns, tools, **words, train_on="last_assistant").findings
             counts[verdict] += 1
     return counts
 
@@ -365,10 +365,10 @@ def test_built_in_templates_train_behind_the_prompt_that_other_programs_make_of_
             continue
         encoded = encode(tokenizer, turns, None, template=template)
         wanted = [at for at, turn in enumerate(turns) if turn["role"] == "assistant" and turn["content"].strip()]
-        if encoded.finding is not None:
+        if encoded.findings:
             counts["refused"] += 1
-            error = encoded.finding.error
-            if encoded.finding.kind == "no_stop_token":
+            error = encoded.findings[0].error
+            if encoded.findings[0].kind == "no_stop_token":
                 assert not special
             elif "wants user and assistant in turn" not in error.what:
                 assert "thoughts apart" in kind, error.what

@@ -63,7 +63,7 @@ def trained(values: dict[str, Any], **data: Any) -> list[str]:
     """What is trained of a row, span by span."""
     rows, tokenizer = rows_of(values), make_tokenizer()
     (encoded,) = encoder(rows, tokenizer, **data).encode(iter(rows), Findings())
-    assert encoded.example is not None, encoded.finding
+    assert encoded.example is not None, encoded.findings
     return [tokenizer.decode(encoded.example.ids[first:last]) for first, last, _ in encoded.example.spans]
 
 

@@ -370,8 +370,8 @@ def test_json_text_with_half_a_character_is_refused(tokenizer, messages):
     assert "\\ud83d" in messages
     (row,) = rows_of({"messages": messages})
     (encoded,) = RowEncoder(recipe(), tokenizer, [row]).encode(iter([row]), Findings())
-    assert encoded.finding is not None
-    assert encoded.finding.kind == "malformed"
+    assert encoded.findings
+    assert encoded.findings[0].kind == "malformed"
 
 
 @pytest.mark.parametrize("depth", [5_000, 200_000])
@@ -439,11 +439,11 @@ def test_values_that_json_has_not_do_no_harm(tokenizer, value, place):
     (encoded,) = RowEncoder(recipe(template="chatml"), tokenizer, [row]).encode(iter([row]), Findings())
     if place in ("row", "turn"):
         assert encoded.example is not None
-        assert encoded.finding is None
-    elif encoded.finding is not None:
-        assert encoded.finding.kind == "malformed"
-        assert encoded.finding.error is not None
-        assert encoded.finding.error.where == "rows.jsonl: row 1"
+        assert not encoded.findings
+    elif encoded.findings:
+        assert encoded.findings[0].kind == "malformed"
+        assert encoded.findings[0].error is not None
+        assert encoded.findings[0].error.where == "rows.jsonl: row 1"
 
 
 def test_turns_of_a_table_have_nulls_for_what_they_lack():
@@ -613,7 +613,7 @@ def test_a_weight_that_the_loss_cannot_hold_is_refused(tokenizer, values):
     (row,) = rows_of(values)
     (encoded,) = RowEncoder(recipe(), tokenizer, [row]).encode(iter([row]), Findings())
     assert encoded.example is None
-    assert encoded.finding is not None
+    assert encoded.findings
 
 
 @settings(max_examples=50)

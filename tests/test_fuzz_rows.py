@@ -239,8 +239,8 @@ def complaint(result: Encoded, row: Row, vocabulary: int) -> str | None:
     """What is wrong with an outcome; nothing if it is a valid example or a finding that names its row."""
     if result.row is not row:
         return "it is of another row"
-    found, example = result.finding, result.example
-    if found is not None:
+    example = result.example
+    for found in result.findings:
         if found.kind not in KINDS:
             return f"unknown kind {found.kind}"
         if found.kind != "left_out" and (found.error is None or found.error.where != row.where or not found.error.fix):

@@ -3,6 +3,8 @@
 # ruff: noqa: E501  # templates, each on a line
 from __future__ import annotations
 
+import functools
+import json
 import re
 import time
 from collections.abc import Callable
@@ -17,7 +19,6 @@ from jinja2.sandbox import ImmutableSandboxedEnvironment
 from tiny_model import make_tokenizer
 
 from lora_cli import limits
-from lora_cli.data.chat import jinja
 from lora_cli.data.chat.jinja import BoundedTemplate
 from lora_cli.data.files.readers import Row
 from lora_cli.data.gate import Encoded, Findings
@@ -66,6 +67,7 @@ BOMBS = {
     "doubling without a loop": doubled("_ ~ _", "'aaaa'", "{{ s60 | length }}"),
     "doubling in with": "{% with a='a' * 99 %}" + "{% with a=a + a %}" * 60 + "{{ a | length }}" + "{% endwith %}" * 61,
     "growing by replace": again("{% set n.s = n.s | replace('a', 'aaaaaaaaaaaaaaaaa') %}"),
+    "growing by replace in a list": "{{ ['a' * 1000000] | replace('a', 'a' * 1000) | length }}",
     "growing by the method replace": again("{% set n.s = n.s.replace('a', 'aaaaaaaaaaaaaaaaa') %}"),
     "a filter block": "{% filter replace('a', 'a' * 100000) %}{{ 'a' * 100000 }}{% endfilter %}",
     "a text times a number": "{{ 'a' * 9000000000 }}",
@@ -155,7 +157,7 @@ def test_time_is_limited_where_steps_are_slow(monkeypatch: pytest.MonkeyPatch) -
 )
 def test_what_is_rendered_is_what_jinja_renders(text: str) -> None:
     plain = ImmutableSandboxedEnvironment(trim_blocks=True, lstrip_blocks=True, extensions=[jinja2.ext.loopcontrols])
-    plain.filters["tojson"] = jinja._to_json
+    plain.filters["tojson"] = functools.partial(json.dumps, ensure_ascii=False)
 
     def outcome(render: Callable[..., str]) -> str:
         try:

@@ -26,16 +26,11 @@ from lora_cli.errors import LoraError
 
 
 @dataclass(frozen=True)
-class Text:
-    row: Row
-    text: str
-    weight: float = 1.0
-
-
-@dataclass(frozen=True)
 class Completion:
+    """prompt: None for a text, which is trained whole."""
+
     row: Row
-    prompt: str
+    prompt: str | None
     completion: str
     weight: float = 1.0
 
@@ -55,7 +50,7 @@ class Conversation:
     notes: tuple[str, ...] = ()
 
 
-Document = Text | Completion | Conversation
+Document = Completion | Conversation
 
 
 @dataclass(frozen=True)
@@ -295,7 +290,7 @@ def _written(columns: Columns) -> str:
 
 
 def _text(form: Format, row: Row, weight: float) -> Document:
-    return Text(row, form.text(row, "text"), weight)
+    return Completion(row, None, form.text(row, "text"), weight)
 
 
 def _completion(form: Format, row: Row, weight: float) -> Document:

@@ -254,28 +254,22 @@ class Finding:
 
 @dataclass(frozen=True)
 class Encoded:
-    """The result of encoding a row: an example, a finding that rejects it, or both, where the recipe can allow it."""
+    """The result of encoding a row: an example, findings that reject it, or both, where the recipe can allow all."""
 
     row: Row
     example: Example | None
-    finding: Finding | None = None
+    findings: tuple[Finding, ...] = ()
     notes: tuple[str, ...] = ()
     proved: bool = False  # the bytes of its tokens are those of its text
-    also: tuple[Finding, ...] = ()  # further ones, since a recipe may allow the first and not these
-
-    @property
-    def findings(self) -> tuple[Finding, ...]:
-        return () if self.finding is None else (self.finding, *self.also)
 
 
 def problem(row: Row, kind: str, what: str, fix: str) -> Finding:
     return Finding(kind, LoraError(what, where=row.where, fix=fix))
 
 
-def unstopped(document: Conversation, template: ChatTemplate | None, turn: int, token: str | None = None) -> Finding:
-    name = template.name if template is not None else ""
+def unstopped(document: Conversation, template: ChatTemplate, turn: int, token: str | None) -> Finding:
     how = "without a special token" if token is None else f"in {token!r}, which is not a special token of the tokenizer"
-    what = f"the chat template ({name}) ends turn {turn + 1} {how}: the model would not learn to stop"
+    what = f"the chat template ({template.name}) ends turn {turn + 1} {how}: the model would not learn to stop"
     fix = "use a model whose template ends turns with a stop token, or data.template: alpaca or plain, which end "
     return problem(document.row, "no_stop_token", what, f"{fix}them with the model's end token")
 
@@ -291,7 +285,7 @@ def special_in_text(document: Conversation, template: ChatTemplate) -> Finding |
 
 
 def refused(document: Document, kind: str, what: str, fix: str) -> Encoded:
-    return Encoded(document.row, None, problem(document.row, kind, what, fix))
+    return Encoded(document.row, None, (problem(document.row, kind, what, fix),))
 
 
 def nothing_trained(document: Document) -> Encoded:

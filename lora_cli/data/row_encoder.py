@@ -13,7 +13,7 @@ from transformers import PreTrainedTokenizerBase
 
 from lora_cli.data.chat.template import ChatTemplate, chat_template
 from lora_cli.data.columns import applicable
-from lora_cli.data.encode import TRAIN_ON, Encoder, Prepared, Tokenized
+from lora_cli.data.encode import TRAIN_ON, Encoder, Prepared
 from lora_cli.data.example import Example, cut, windows
 from lora_cli.data.files.readers import Row
 from lora_cli.data.files.sources import Source
@@ -57,9 +57,8 @@ class RowEncoder:
         unread = [column for column in self.format.unread() if column != self._group_by]
         said = [f"{self.format.name} ({self.format.reason}"]
         if weighed := self.format.weighed():
-            said.append(
-                f"{weighed[0]} weighs the loss; if it means something else, write data.columns: {{weight: null}}"
-            )
+            fix = "if it means something else, write data.columns: {weight: null}"
+            said.append(f"{weighed[0]} weighs the loss; {fix}")
         if unread:
             said.append(f"columns not used: {', '.join(unread)}")
         if keys := self.format.keys.unread():
@@ -81,7 +80,7 @@ class RowEncoder:
                     findings.add(found.kind, place, found.error)
                 yield encoded
 
-    def _tokenize(self, prepared: list[Prepared | Encoded]) -> Tokenized:
+    def _tokenize(self, prepared: list[Prepared | Encoded]) -> Sequence[Prepared | Encoded]:
         ends = (prepared[0], prepared[-1])
         first, last = (each.row if isinstance(each, Encoded) else each.document.row for each in ends)
         where = first.where if first is last else f"{first.where} to {last.number}"
@@ -91,13 +90,11 @@ class RowEncoder:
 
 def require_template_used(data: DataRecipe, template: ChatTemplate | None) -> None:
     """Raises LoraError if the recipe says something of a chat template, but no source goes through one."""
-    given = {"template": data.template, "template_arguments": data.template_arguments}
-    for name in (name for name, value in given.items() if value and template is None):
-        raise LoraError(
-            f"data.{name} is set, but no row goes through a chat template",
-            fix=f"remove it (--set data.{name}={'null' if name == 'template' else '{}'}), or give the rows as messages "
-            "or instructions",
-        )
+    for name, empty in (("template", "null"), ("template_arguments", "{}")):
+        if getattr(data, name) and template is None:
+            what = f"data.{name} is set, but no row goes through a chat template"
+            fix = f"remove it (--set data.{name}={empty}), or give the rows as messages or instructions"
+            raise LoraError(what, fix=fix)
 
 
 def fit_length(
@@ -106,19 +103,13 @@ def fit_length(
     """The example, or if it is above max_seq_len (a finding): nothing, its start, or pieces of it."""
     if len(example.ids) <= max_seq_len:
         return [example]
-    error = LoraError(
-        f"{len(example.ids)} tokens, but max_seq_len is {max_seq_len}",
-        where=example.source,
-        fix="raise data.max_seq_len, or choose data.too_long: drop, truncate or split",
-    )
+    where, fix = example.source, "raise data.max_seq_len, or choose data.too_long: drop, truncate or split"
+    error = LoraError(f"{len(example.ids)} tokens, but max_seq_len is {max_seq_len}", where=where, fix=fix)
     findings.add("too_long", (example.file, example.row), error)
     if too_long == "split":
         if data_format != "text":
-            raise LoraError(
-                "too_long: split is for text; a conversation cannot be cut",
-                where=example.source,
-                fix="choose drop or truncate",
-            )
+            what = "too_long: split is for text; a conversation cannot be cut"
+            raise LoraError(what, where=where, fix="choose drop or truncate")
         return windows(example, max_seq_len, stride or max_seq_len)
     if too_long != "truncate":
         return []
@@ -126,11 +117,8 @@ def fit_length(
     if short.targets:
         return [short]
     first = max(example.spans[0][0], 1) + 1
-    error = LoraError(
-        "no target tokens are left after truncation",
-        where=example.source,
-        fix=f"raise data.max_seq_len to {first} or more, or choose data.too_long: drop",
-    )
+    fix = f"raise data.max_seq_len to {first} or more, or choose data.too_long: drop"
+    error = LoraError("no target tokens are left after truncation", where=where, fix=fix)
     findings.add("no_target", (example.file, example.row), error)
     return []
 
@@ -152,11 +140,8 @@ def require_columns(columns: Columns, sources: Sequence[Source]) -> None:
 def _require_train_on(data: DataRecipe, form: Format, where: str) -> None:
     known = ("completion", *TRAIN_ON["chat"]) if form.pair else TRAIN_ON[form.name]
     if data.train_on is not None and data.train_on not in known:
-        raise LoraError(
-            f"data.train_on: {data.train_on} has no meaning for the format {form.name}",
-            where=where,
-            fix=f"write one of {', '.join(known)}, or remove it",
-        )
+        what = f"data.train_on: {data.train_on} has no meaning for the format {form.name}"
+        raise LoraError(what, where=where, fix=f"write one of {', '.join(known)}, or remove it")
 
 
 # ── working ahead ─────────────────────────────────────────────────────────────────────────────────────────────────────

@@ -9,7 +9,7 @@ import json
 import math
 import re
 from collections import Counter
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Mapping
 from typing import TYPE_CHECKING, Any
 
 from lora_cli.errors import LoraError
@@ -18,6 +18,7 @@ if TYPE_CHECKING:
     from lora_cli.data.chat.template import ChatTemplate
 
 Columns = Mapping[str, str | None]  # what a row means → its column; None: not used
+_AS_TEXT = "write it as text, in quotes"
 _SMALLEST, _LARGEST = 1e-6, 1e6  # weights of the loss that float32 sums well
 _SPEAKERS = {  # ShareGPT's names and OpenAI's
     **dict.fromkeys(("system", "developer"), "system"),
@@ -41,35 +42,33 @@ class Reader:
 
     def turn(self, message: Any, called: str) -> tuple[dict[str, Any], float]:
         """A turn and the weight of its loss. Raises LoraError for one that cannot be read. called: for messages."""
-        where, message = self._where, decoded(message)
-        given: dict[str, Any] = message if isinstance(message, dict) else {}
-        given = {key: value for key, value in given.items() if value is not None}
+        message = decoded(message)
+        given = {key: value for key, value in message.items() if value is not None} if isinstance(message, dict) else {}
         role_key, content_key = self._keys(given)
         role, content = given.pop(role_key, None), given.pop(content_key, None)
         if not isinstance(role, str):
-            fix = "every turn needs one: system, user, assistant"
-            raise LoraError(f"{called} has no {role_key}", where=where, fix=fix)
+            raise self._error(f"{called} has no {role_key}", "every turn needs one: system, user, assistant")
         speaker = _SPEAKERS.get(role.lower())
         if speaker is None:
             fix = f"use one of {', '.join(_SPEAKERS)}"
-            raise LoraError(f"{called} is by {role!r}, which is not a known role", where=where, fix=fix)
+            raise self._error(f"{called} is by {role!r}, which is not a known role", fix)
         weight = self._weight(given)
-        require_no_other_meaning(given, called, where)
+        require_no_other_meaning(given, called, self._where)
         if role.lower() == "function_call":
             given["tool_calls"], content = decoded(content), ""
         calls = self._calls(given, called)
         if speaker == "tool":
             content = self._result(content, called)
         if isinstance(content, list):
-            content = _joined_parts(content, called, where)
+            content = self._joined_parts(content, called)
         if content is None and (calls or given.get("reasoning_content")):
             content = ""
         if not isinstance(content, str):
             fix = "every turn needs its text" if content is None else "write it as text, in quotes"
-            raise LoraError(f"{called} has no {content_key}", where=where, fix=fix)
+            raise self._error(f"{called} has no {content_key}", fix)
         for key in ("reasoning_content", "reasoning", "thinking"):
             if not isinstance(given.get(key, ""), str):
-                raise LoraError(f"{key} of {called} is not text", where=where, fix="write it as text, in quotes")
+                raise self._error(f"{key} of {called} is not text", _AS_TEXT)
         rest = {key: value for key, value in given.items() if key not in ("role", "content")}
         turn = {"role": speaker, "content": content, **rest}
         return (turn | {"tool_calls": calls} if calls else turn), weight
@@ -77,8 +76,7 @@ class Reader:
     def tools(self, given: Any, older: Any = None) -> list[dict[str, Any]] | None:
         """The functions of a row, as a list or as its JSON text; None if there are none. older: `functions`."""
         if given and older:
-            fix = "remove one of them"
-            raise LoraError("the row has both tools and functions", where=self._where, fix=fix)
+            raise self._error("the row has both tools and functions", "remove one of them")
         tools = decoded(self._without_nulls(given or older))
         if not tools:
             return None
@@ -87,7 +85,7 @@ class Reader:
             function = tool.get("function", tool) if isinstance(tool, dict) else None
             if not isinstance(function, dict) or not isinstance(function.get("name"), str):
                 fix = 'write [{"type": "function", "function": {"name": "…", "parameters": {…}}}, …]'
-                raise LoraError("tools is not a list of functions", where=self._where, fix=fix)
+                raise self._error("tools is not a list of functions", fix)
             found.append({"type": "function", "function": function} if function is tool else tool)
         return found
 
@@ -113,11 +111,30 @@ class Reader:
         """The calls of a turn, removed from it: those of tool_calls, or the one of OpenAI's older function_call."""
         calls, older = (self._without_nulls(decoded(given.pop(key, None))) for key in ("tool_calls", "function_call"))
         if calls and older:
-            fix = "remove one of them"
-            raise LoraError(f"{called} has both tool_calls and function_call", where=self._where, fix=fix)
+            raise self._error(f"{called} has both tool_calls and function_call", "remove one of them")
         if older is not None and not (self._filled and older == {}):
             calls = older
-        return _tool_calls(calls, called, self._where, self._filled)
+        return self._with_values(calls, called)
+
+    def _with_values(self, calls: Any, called: str) -> list[dict[str, Any]]:
+        """Calls as templates want them: arguments as values, which OpenAI's API gives as text.
+
+        A table has null in the place of arguments that are {}.
+        """
+        if calls is None:
+            return []
+        found = []
+        for call in calls if isinstance(calls, list) else [calls]:
+            function = call.get("function", call) if isinstance(call, dict) else None
+            own: dict[str, Any] = function if isinstance(function, dict) else {}
+            name, arguments = own.get("name"), decoded(own.get("arguments", {} if self._filled else None))
+            if not isinstance(name, str) or not isinstance(arguments, dict):
+                fix = 'write it as {"function": {"name": "…", "arguments": {…}}}'
+                raise self._error(f"{called} has a malformed tool call", fix)
+            rest = {key: value for key, value in call.items() if key not in ("function", "name", "arguments")}
+            own = own if "function" in call else {"name": name}
+            found.append({"type": "function", **rest, "function": {**own, "arguments": arguments}})
+        return found
 
     def _result(self, content: Any, called: str) -> Any:
         """The result of a tool as text: an object, a number or a list of them as JSON, as programs hand it on."""
@@ -127,8 +144,7 @@ class Reader:
         try:
             text = json.dumps(self._without_nulls(content), ensure_ascii=False, allow_nan=False)
         except (TypeError, ValueError, RecursionError):
-            fix = "write it as text, in quotes"
-            raise LoraError(f"the result of {called} cannot be written as JSON", where=self._where, fix=fix) from None
+            raise self._error(f"the result of {called} cannot be written as JSON", _AS_TEXT) from None
         self.notes.add("result_as_json")
         return text
 
@@ -143,44 +159,19 @@ class Reader:
             return kept
         return [self._without_nulls(each) for each in value] if isinstance(value, list) else value
 
+    def _joined_parts(self, parts: list[Any], called: str) -> str:
+        """OpenAI's list of parts; this program trains on text alone."""
+        texts = [part.get("text") for part in parts if isinstance(part, dict) and part.get("type", "text") == "text"]
+        if len(texts) < len(parts) or not all(isinstance(text, str) for text in texts):
+            raise self._error(f"{called} has a part that is not text", "only text can be trained on")
+        return "".join(texts)  # type: ignore[arg-type]
+
+    def _error(self, what: str, fix: str) -> LoraError:
+        return LoraError(what, where=self._where, fix=fix)
+
 
 def _is_part(part: Any) -> bool:
     return isinstance(part, dict) and (isinstance(part.get("type"), str) or set(part) == {"text"})
-
-
-def _joined_parts(parts: list[Any], called: str, where: str) -> str:
-    """OpenAI's list of parts; this program trains on text alone."""
-    texts = [part.get("text") for part in parts if isinstance(part, dict) and part.get("type", "text") == "text"]
-    if len(texts) < len(parts) or not all(isinstance(text, str) for text in texts):
-        raise LoraError(f"{called} has a part that is not text", where=where, fix="only text can be trained on")
-    return "".join(texts)  # type: ignore[arg-type]
-
-
-def _tool_calls(calls: Any, called: str, where: str, filled: bool) -> list[dict[str, Any]]:
-    """Calls as templates want them: arguments as values, which OpenAI's API gives as text.
-
-    filled: of a table, which has null in the place of arguments that are {}.
-    """
-    calls = [calls] if isinstance(calls, dict) else calls
-    if calls is None:
-        return []
-    found = []
-    for call in calls if isinstance(calls, list) else [{}]:
-        function = call.get("function", call) if isinstance(call, dict) else None
-        arguments = decoded(function.get("arguments", {} if filled else None)) if isinstance(function, dict) else None
-        if (
-            not isinstance(function, dict)
-            or not isinstance(function.get("name"), str)
-            or not isinstance(arguments, dict)
-        ):
-            fix = '{"function": {"name": "…", "arguments": {…}}}'
-            raise LoraError(f"{called} has a malformed tool call", where=where, fix=f"write it as {fix}")
-        rest: dict[str, Any] = {
-            key: value for key, value in call.items() if key not in ("function", "name", "arguments")
-        }
-        own = function if "function" in call else {"name": function["name"]}
-        found.append({"type": "function"} | rest | {"function": {**own, "arguments": arguments}})
-    return found
 
 
 def decoded(value: Any) -> Any:
@@ -200,30 +191,32 @@ def said_weight(
     values: dict[str, Any], train: str | None, weight: str | None, where: str, *, inside: bool = False
 ) -> float:
     """What `train` and `weight` say: 0 for train: false, else the weight, else 1. inside: of a turn, not of a row."""
-    flag = values.get(train) if train is not None else None
+    unused = "for a column that means something else, write data.columns: {{{}: null}}"
+    unused = "rename a key that means something else" if inside else unused
+    flag = None if train is None else values.get(train)
     if isinstance(flag, str):
         flag = {"true": True, "false": False, "": None}.get(flag.strip().lower(), flag)
     if flag is not None and not isinstance(flag, bool):
-        other = "rename a key that means something else"
-        other = other if inside else "for a column that means something else, write data.columns: {train: null}"
-        fix = f"write true or false; {other}"
+        fix = f"write true or false; {unused.format('train')}"
         raise LoraError(f"{train} is {flag!r}, neither true nor false", where=where, fix=fix)
     if flag is False:
         return 0.0
-    number = values.get(weight) if weight is not None else None
-    if number is None or number == "":
+    given = None if weight is None else values.get(weight)
+    if given is None or given == "":
         return 1.0
-    try:
-        number = float(number)
-    except (TypeError, ValueError, OverflowError):
-        number = math.nan
+    number = _number(given)
     if not (math.isfinite(number) and number >= 0):
-        other = "rename a key that means something else"
-        other = other if inside else "for a column that means something else, write data.columns: {weight: null}"
-        fix = f"write a number from 0 on; {other}"
-        shown = _short(values[weight])  # type: ignore[index]
-        raise LoraError(f"{weight} is {shown}, which is not a weight", where=where, fix=fix)
+        fix = f"write a number from 0 on; {unused.format('weight')}"
+        raise LoraError(f"{weight} is {_short(given)}, which is not a weight", where=where, fix=fix)
     return bounded(number, where)
+
+
+def _number(value: Any) -> float:
+    """What a value is as a number; NaN if it is none."""
+    try:
+        return float(value)
+    except (TypeError, ValueError, OverflowError):
+        return math.nan
 
 
 def _short(value: Any) -> str:
@@ -253,9 +246,10 @@ def require_no_other_meaning(given: Mapping[str, Any], called: str, where: str) 
     for key, value in given.items():
         if not {word.lower() for word in _WORD.findall(key)} & _ABOUT_LOSS:
             continue
-        if isinstance(value, str) and value.strip().lower() not in ("true", "false") and not _is_number(value):
+        flag = str(value).strip().lower() in ("true", "false")
+        if isinstance(value, str) and not flag and math.isnan(_number(value)):
             continue  # text does not say whether a turn is trained
-        meaning = "train" if isinstance(value, bool) or str(value).strip().lower() in ("true", "false") else "weight"
+        meaning = "train" if flag else "weight"
         by_hand = f"write train: false on the turns that are not to be trained, and remove {key}"
         mapped = f"write data.columns: {{{meaning}: {key}}} if it says which turns are trained; else {by_hand}"
         inverted = isinstance(value, list | dict) or "mask" in key.lower()
@@ -264,14 +258,6 @@ def require_no_other_meaning(given: Mapping[str, Any], called: str, where: str) 
             where=where,
             fix=by_hand if inverted else mapped,
         )
-
-
-def _is_number(text: str) -> bool:
-    try:
-        float(text)
-    except ValueError:
-        return False
-    return True
 
 
 class TurnKeys:
@@ -305,33 +291,20 @@ class _Watched(dict[str, Any]):
         super().__init__(turn)
         self._noted = read
 
-    def _all(self) -> None:
-        self._noted.update(self)
-
-    def __getitem__(self, key: str) -> Any:
-        self._noted.add(key)
-        return super().__getitem__(key)
-
-    def get(self, key: str, default: Any = None) -> Any:
-        self._noted.add(key)
-        return super().get(key, default)
-
-    def __contains__(self, key: object) -> bool:
-        self._noted.add(str(key))
-        return super().__contains__(key)
-
-    def __iter__(self) -> Iterator[str]:
-        for key in super().__iter__():
-            self._noted.add(key)
-            yield key
-
-    def items(self) -> Any:
-        self._all()
-        return super().items()
-
-    def values(self) -> Any:
-        self._all()
-        return super().values()
-
     def __or__(self, other: Any) -> Any:
-        return _Watched(dict(super().items()) | other, self._noted)
+        return _Watched(dict(dict.items(self)) | other, self._noted)
+
+
+def _noting(name: str) -> Callable[..., Any]:
+    """A method of dict that notes the key it is asked for; one that is asked for none goes through all of them."""
+    method = getattr(dict, name)
+
+    def noted(turn: _Watched, *args: Any) -> Any:
+        turn._noted.update(args[:1] or dict.keys(turn))
+        return method(turn, *args)
+
+    return noted
+
+
+for _name in ("__getitem__", "get", "__contains__", "__iter__", "items", "values"):
+    setattr(_Watched, _name, _noting(_name))

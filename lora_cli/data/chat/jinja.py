@@ -25,7 +25,7 @@ from jinja2.utils import Namespace
 
 from lora_cli import limits
 from lora_cli.data.chat.jinja_count import SIMPLE, CountedEnvironment
-from lora_cli.errors import LoraError
+from lora_cli.errors import LoraError, reason_of
 from lora_cli.limits import LimitReached
 
 # Some templates print today's date. A run that is prepared again, or resumed on another day, must see the same tokens.
@@ -45,17 +45,15 @@ class BoundedTemplate:
             self._compiled = self._environment.from_string(text)
         except LoraError:
             raise
-        except (RecursionError, MemoryError):
+        except Exception as error:
+            deep, line = isinstance(error, RecursionError | MemoryError), getattr(error, "lineno", None) or 1
             raise LoraError(
-                "the chat template is nested too deeply", where=name, fix="write it with fewer levels"
-            ) from None
-        except (jinja2.TemplateError, SyntaxError, ValueError, OverflowError) as error:
-            line = getattr(error, "lineno", None)
-            raise LoraError(
-                f"the chat template is not valid Jinja: {error}", where=f"{name}:{line or 1}", fix="correct this line"
+                f"the chat template is not valid Jinja: {reason_of(error)}",
+                where=name if deep else f"{name}:{line}",
+                fix="write it with fewer levels" if deep else "correct this line",
             ) from None
 
-    @property
+    @functools.cached_property
     def reads(self) -> set[str]:
         """Names that the template looks up and does not make itself."""
         names = jinja2.meta.find_undeclared_variables(self._environment.parse(self._text))
@@ -93,28 +91,24 @@ class _Environment(CountedEnvironment):
 
     def __init__(self, name: str):
         super().__init__(name, extensions=[_GenerationMarks, jinja2.ext.loopcontrols])
-        self.filters["tojson"] = _to_json
-        for each in (_GROWING | _SLOW_FILTERS | _LAZY_FILTERS) & self.filters.keys():
-            self.filters[each] = self._metered(each, self.filters[each])
-        self.filters |= {"trim": self._trimmed, "list": self._listed}
-        for each in _COMPARING_TESTS:
-            self.tests[each] = self._compared(self.tests[each])
+        own, tests = self.filters, self.tests
+        own |= {name: self._metered(name, own[name]) for name in (_GROWING | _SLOW_FILTERS) & own.keys()}
+        own |= {name: self._kept(own[name]) for name in _LAZY_FILTERS}
+        own |= {"trim": self._trimmed, "tojson": self._as_json}
+        tests |= {name: self._compared(tests[name]) for name in _COMPARING_TESTS}
         self.globals |= {"raise_exception": _refuse, "strftime_now": DATE.strftime, "namespace": _Namespace}
         del self.globals["lipsum"]
 
     # ── what a template does ──────────────────────────────────────────────────────────────────────────────────────────
 
     def call_binop(self, context: Any, operator: str, left: Any, right: Any) -> Any:
-        if type(left) is int and type(right) is int and operator == "%":
-            return left % right
         if operator == "%" and isinstance(left, str | bytes):
             self._pay_for_format(left, right)
-        elif operator == "**" and isinstance(left, int) and isinstance(right, int):
-            self._require_few(max(left.bit_length(), 1) * abs(right), limits.TEMPLATE_BITS, "bits of a number")
+        elif isinstance(left, int) and isinstance(right, int):
+            bits, more = left.bit_length(), right.bit_length()
+            bits = max(bits, 1) * abs(right) if operator == "**" else bits + more
+            self._require_few(bits, limits.TEMPLATE_BITS, "bits of a number")
         elif operator == "*":
-            if isinstance(left, int) and isinstance(right, int):
-                bits = left.bit_length() + right.bit_length()
-                self._require_few(bits, limits.TEMPLATE_BITS, "bits of a number")
             both: list[tuple[Any, Any]] = [(left, right), (right, left)]
             for value, times in both:
                 if hasattr(value, "__len__") and isinstance(times, int):
@@ -122,19 +116,17 @@ class _Environment(CountedEnvironment):
         return self.made(super().call_binop(context, operator, left, right))
 
     def call(__self, __context: Any, __obj: Any, *args: Any, **kwargs: Any) -> Any:
-        if type(__obj) is BuiltinMethodType:
-            name = __obj.__name__
-            if name == "join" and args and isinstance(args[0], GeneratorType):
-                args = (list(args[0]), *args[1:])
-            if args and name in _GROWING:
-                __self._pay_for_text(name, str(__obj.__self__), args, kwargs)
+        method = getattr(__obj, "__wrapped__", __obj)  # of str.format, which the sandbox wraps
+        if type(method) is BuiltinMethodType:
+            name, owner, args = method.__name__, method.__self__, _without_generators(args)
+            if name in ("format", "format_map"):
+                __self._pay_for_format(owner, (*args, kwargs))
+            elif args and name in _GROWING:
+                __self._pay_for_text(name, str(owner), args, kwargs)
             elif name in ("count", "index", "update"):
-                __self._pay_for((__obj.__self__, *args))
+                __self._pay_for((owner, *args))
         else:
-            for each in args:
-                if type(each) is not str or len(each) > 32:
-                    __self.made(each)
-            for each in kwargs.values():
+            for each in (*args, *kwargs.values()):
                 __self.made(each)
         result = super().call(__context, __obj, *args, **kwargs)
         return result if type(result) in SIMPLE else __self.made(result)
@@ -150,17 +142,6 @@ class _Environment(CountedEnvironment):
     def is_safe_attribute(self, obj: Any, attr: str, value: Any) -> bool:
         return attr not in _REFUSED_METHODS and super().is_safe_attribute(obj, attr, value)
 
-    def wrap_str_format(self, value: Any) -> Any:
-        formatted = super().wrap_str_format(value)
-        if formatted is None:
-            return None
-
-        def paid(*args: Any, **kwargs: Any) -> str:
-            self._pay_for_format(value.__self__, (*args, kwargs))
-            return formatted(*args, **kwargs)
-
-        return paid
-
     # ── what is paid before it is done ──────────────────────────────────────────────────────────────────────────
 
     def _metered(self, name: str, function: Callable[..., Any]) -> Callable[..., Any]:
@@ -168,19 +149,17 @@ class _Environment(CountedEnvironment):
 
         @functools.wraps(function)
         def filtered(*args: Any, **kwargs: Any) -> Any:
-            given = args[first:]
-            value, others = given[0], given[1:]
-            if name in _LAZY_FILTERS:  # paid for item by item
-                return self.made(function(*args, **kwargs))
+            args = _without_generators(args)
+            value, others = args[first], args[first + 1 :]
             weight = self._weight(value)
             self.spend(weight)
-            self._pay_for_text(name, value if isinstance(value, str) else "", others, kwargs)
-            if name == "tojson":
-                self.spend(weight * (4 + _indent(*others, **kwargs) * self._size(value)[1]))
-            elif name == "join":
-                return self._join(function, args, given, kwargs)
-            elif name == "format":
-                self._pay_for_format(str(value), kwargs or others)
+            if name == "join":
+                self._pay_for_text(name, str(others[0] if others else kwargs.get("d", "")), (value,), {})
+            else:
+                text = value if isinstance(value, str) else str(value) if name == "replace" else ""
+                self._pay_for_text(name, text, others, kwargs)
+            if name == "format":
+                self._pay_for_format(value, kwargs or others)
             elif name in ("sum", "striptags"):  # both copy what they have so far at each item
                 self.spend(weight * weight >> 5)
             elif name in _SLOW_FILTERS:
@@ -189,26 +168,35 @@ class _Environment(CountedEnvironment):
 
         return filtered
 
+    def _kept(self, function: Callable[..., Any]) -> Callable[..., Any]:
+        """A filter whose result is paid for: of a generator item by item."""
+        return functools.wraps(function)(lambda *args, **kwargs: self.made(function(*args, **kwargs)))
+
     def _trimmed(self, value: Any, chars: str | None = None) -> str:
         """|trim, by far the most frequent filter."""
         if chars is not None:
             self._pay_for_text("strip", str(value), (chars,), {})
         return (value if type(value) is str else str(value)).strip(chars)
 
-    def _listed(self, value: Any) -> list[Any]:
-        if isinstance(value, str | range):
-            self.spend(len(value))
-        return self.made(list(value))
+    def _as_json(
+        self,
+        value: Any,
+        ensure_ascii: bool = False,
+        indent: Any = None,
+        separators: Any = None,
+        sort_keys: bool = False,
+    ) -> str:
+        weight, depth = self._size(value)
+        width = len(indent) if isinstance(indent, str) else abs(indent or 0)
+        self._require_few(width, limits.TEMPLATE_WIDTH, "for tojson")
+        self.spend(weight * (5 + width * depth))
+        if separators is not None:
+            separators = tuple(str(each)[:64] for each in separators)
+        options: Any = {"ensure_ascii": ensure_ascii, "indent": indent, "separators": separators}
+        return self.made(json.dumps(value, sort_keys=sort_keys, **options))
 
     def _compared(self, function: Callable[..., Any]) -> Callable[..., Any]:
-        @functools.wraps(function)
-        def compared(*values: Any) -> Any:
-            for each in values:
-                if type(each) is not str or len(each) > 32:
-                    self.seen(each)
-            return function(*values)
-
-        return compared
+        return lambda *values: function(*map(self.seen, values))
 
     def _pay_for(self, arguments: tuple[Any, ...]) -> None:
         self.spend(sum(map(self._weight, arguments)))
@@ -224,27 +212,12 @@ class _Environment(CountedEnvironment):
                     self._require_few(abs(each), limits.TEMPLATE_WIDTH, f"for {name}")
                     self.spend(int(abs(each)) >> 5)
         texts = [each for each in given if isinstance(each, str)]
-        longest = max([8, *map(len, texts), *(each for each in given if isinstance(each, int))])
-        if name == "replace" and len(texts) > 1:
-            self.spend(text.count(texts[0]) * len(texts[1]) >> 5)
-        elif name == "join" and len(args) == 1 and hasattr(args[0], "__len__"):
+        if name == "join" and len(args) == 1 and hasattr(args[0], "__len__"):
             self.spend(len(args[0]) * (1 + len(text)) >> 5)
-        elif name in ("strip", "lstrip", "rstrip") and texts:
-            self.spend(len(text) * len(texts[0]) >> 10)
-        elif name == "indent":
-            self.spend((text.count("\n") + 1) * longest >> 5)
-        elif name == "expandtabs":
-            self.spend(text.count("\t") * longest >> 5)
-        elif name == "wordwrap":
-            self.spend(len(text) * longest >> 5)
-
-    def _join(self, function: Callable[..., Any], args: Any, given: Any, kwargs: dict[str, Any]) -> str:
-        """|join: of a generator too, which is gone through once."""
-        values = list(given[0])
-        between = [each for each in (*given[1:2], kwargs.get("d")) if isinstance(each, str)]
-        self.spend(len(values) * (1 + (max(map(len, between), default=0) >> 5)))
-        self._pay_for(tuple(values))
-        return function(*args[: len(args) - len(given)], values, *given[1:], **kwargs)
+        elif name in _TIMES:
+            widths = [int(each) for each in given if isinstance(each, int) and name in _WIDENING]
+            longest = max([8, *map(len, texts), *widths])
+            self.spend(_TIMES[name](text, texts[0] if texts else "") * longest >> 5)
 
     def _pay_for_format(self, text: Any, arguments: Any) -> None:
         """'%10d' % n, and '{:10}'.format(n): widths in the text, and arguments that are inserted many times."""
@@ -263,10 +236,16 @@ class _Environment(CountedEnvironment):
 
 # Filters and methods of texts whose result can be longer than what they are given
 _WIDENING = {"center", "ljust", "rjust", "zfill", "expandtabs", "indent", "wordwrap", "batch", "slice", "round"}
-_WIDENING |= {"tojson"}
 _GROWING = _WIDENING | {"replace", "join", "format", "strip", "lstrip", "rstrip", "sum"}
 _SLOW_FILTERS = {"sort", "dictsort", "groupby", "unique", "pprint", "urlize", "striptags", "xmlattr", "min", "max"}
-_LAZY_FILTERS = {"map", "select", "reject", "selectattr", "rejectattr", "items"}
+_TIMES: dict[str, Callable[[str, str], int]] = {  # how often an argument is written, or gone through
+    "replace": lambda text, old: text.count(old),
+    "indent": lambda text, _: text.count("\n") + 1,
+    "expandtabs": lambda text, _: text.count("\t"),
+    "wordwrap": lambda text, _: len(text),
+    **dict.fromkeys(("strip", "lstrip", "rstrip"), lambda text, _: len(text) >> 5),
+}
+_LAZY_FILTERS = {"list", "map", "select", "reject", "selectattr", "rejectattr", "items"}
 _COMPARING_TESTS = ["in", "==", "eq", "equalto", "!=", "ne", ">", "gt", "greaterthan", "ge", ">=", "<", "lt"]
 _COMPARING_TESTS += ["lessthan", "<=", "le", "lower", "upper", "divisibleby"]
 _OF_DICTS = frozenset(dir(dict))
@@ -289,13 +268,6 @@ def _refuse(message: str) -> None:
     raise Refused(message)
 
 
-def _to_json(
-    value: Any, ensure_ascii: bool = False, indent: Any = None, separators: Any = None, sort_keys: bool = False
-) -> str:
-    if separators is not None:
-        separators = tuple(str(each)[:64] for each in separators)
-    return json.dumps(value, ensure_ascii=ensure_ascii, indent=indent, separators=separators, sort_keys=sort_keys)
-
-
-def _indent(ensure_ascii: bool = False, indent: Any = None, *_: Any, **__: Any) -> int:
-    return indent if isinstance(indent, int) else len(indent) if isinstance(indent, str) else 0
+def _without_generators(values: tuple[Any, ...]) -> tuple[Any, ...]:
+    """With lists in their place, whose length is known."""
+    return tuple(list(each) if isinstance(each, GeneratorType) else each for each in values)

@@ -1,17 +1,17 @@
-"""The count of a template's steps, and the code that counts: what jinja2 would compile to, with a count in it."""
+"""The count of a template's steps, and where it counts: what jinja2 parsed gets counts put into it."""
 
 from __future__ import annotations
 
 import time
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from itertools import chain
 from types import GeneratorType
 from typing import Any
 
 import jinja2
 from jinja2 import nodes
-from jinja2.compiler import CodeGenerator, operators
 from jinja2.sandbox import ImmutableSandboxedEnvironment
+from jinja2.visitor import NodeTransformer
 
 from lora_cli import limits
 from lora_cli.limits import LimitReached
@@ -20,12 +20,12 @@ _STEPS_BETWEEN_LOOKS = 20_000  # at the clock
 _OPERATIONS_A_STEP = 16
 _MANY_TERMS = 16  # of one expression; up to here its value is at most so many times what is kept
 SIMPLE = {bool, int, float, range, type(None), jinja2.Undefined}
-_CONTAINERS = (list, tuple, set, frozenset, type({}.keys()), type({}.values()), type({}.items()))
+_CONTAINERS = (dict, list, tuple, set, frozenset, type({}.keys()), type({}.values()), type({}.items()))
 _FIX = "use another chat template (such as data.template: plain), or shorten the row"
 
 
-class CountingGenerator(CodeGenerator):
-    """Code that counts: what is written here calls spend, seen, made, add or joined of CountedEnvironment.
+class _Counts(NodeTransformer):
+    """Puts counts into a parsed template: around values that are kept, and into all that is gone through repeatedly.
 
     Ordinary templates are to be as fast as without. So an operation is not paid for where its result can be no larger
     than a few of the values that are there; what is kept under a name, put into a list or handed on is paid for, and
@@ -34,85 +34,63 @@ class CountingGenerator(CodeGenerator):
 
     _long = False  # within an expression of many terms
 
-    def visit_ExprStmt(self, node: nodes.ExprStmt, frame: Any) -> None:
-        if isinstance(node.node, nodes.Const):  # put there by with_counts; templates have no statement of this kind
-            self.writeline(f"environment.spend({node.node.value})")
-        else:
-            super().visit_ExprStmt(node, frame)
-
-    def visit_Add(self, node: nodes.Add, frame: Any) -> None:
-        terms: list[Any] = []
-        top: Any = node
-        while isinstance(top, nodes.Add):  # a + b + c at once
-            terms.append(top.right)
-            top = top.left
-        self._summed(node, super().visit_Add, "add", [top, *reversed(terms)], frame)
-
-    def visit_Concat(self, node: nodes.Concat, frame: Any) -> None:
-        self._summed(node, super().visit_Concat, "joined", node.nodes, frame)
-
-    def _summed(self, node: Any, visit: Any, name: str, terms: list[Any], frame: Any) -> None:
-        before = self._long
-        self._long = before or len(terms) + sum(1 for _ in node.find_all((nodes.Add, nodes.Concat))) > _MANY_TERMS
-        if self._long:
-            self.write(f"environment.{name}((")
-            for each in terms:
-                self.visit(each, frame)
-                self.write(", ")
-            self.write("))")
-        else:
-            visit(node, frame)
-        self._long = before
-
-    def visit_List(self, node: nodes.List, frame: Any) -> None:
-        self._made(super().visit_List, node, frame, node.items)
-
-    def visit_Tuple(self, node: nodes.Tuple, frame: Any) -> None:
-        self._made(super().visit_Tuple, node, frame, node.items if node.ctx == "load" else [])
-
-    def visit_Dict(self, node: nodes.Dict, frame: Any) -> None:
-        self._made(super().visit_Dict, node, frame, [part for each in node.items for part in (each.key, each.value)])
-
-    def _made(self, visit: Any, node: Any, frame: Any, items: list[Any]) -> None:
-        plain = all(isinstance(each, nodes.Const) for each in items)
-        self.write("(" if plain else "environment.made(")
-        visit(node, frame)
-        self.write(")")
-
-    def visit_Compare(self, node: nodes.Compare, frame: Any) -> None:
-        sides = [node.expr, *(each.expr for each in node.ops)]
-        plain = any(_literal(each) for each in sides)  # one side is short, so the comparison is
-        self.write("(")
-        for operator, side in zip(["", *(operators[each.op] for each in node.ops)], sides, strict=True):
-            self.write(f" {operator} {'(' if plain else 'environment.seen('}")
-            self.visit(side, frame)
-            self.write(")")
-        self.write(")")
-
-
-def _literal(node: nodes.Expr) -> bool:
-    items = getattr(node, "items", None)
-    return isinstance(node, nodes.Const) or (items is not None and all(isinstance(each, nodes.Const) for each in items))
-
-
-def with_counts(template: nodes.Template) -> nodes.Template:
-    """A count at the start of all that can be gone through more than once, and of every value that gets a name."""
-    for node in list(template.find_all((nodes.For, nodes.Macro, nodes.CallBlock, nodes.Block))):
-        body: list[Any] = node.body  # type: ignore[attr-defined]
-        does = sum(1 for each in body for _ in each.find_all(nodes.Expr)) // _OPERATIONS_A_STEP
-        body.insert(0, nodes.ExprStmt(nodes.Const(1 + does), lineno=node.lineno))
+    def _repeated(self, node: Any) -> nodes.Node:
+        does = sum(1 for each in node.body for _ in each.find_all(nodes.Expr)) // _OPERATIONS_A_STEP
+        self.generic_visit(node)
+        node.body.insert(0, nodes.ExprStmt(_spent(1 + does), lineno=node.lineno))
         if isinstance(node, nodes.For) and node.test is not None:
-            node.test = nodes.And(nodes.Test(nodes.Const(None), "\0tick", [], [], None, None), node.test)
-    for node in list(template.find_all(nodes.Assign)):
+            node.test = nodes.And(nodes.Not(_spent(1)), node.test)
+        return node
+
+    visit_For = visit_Macro = visit_CallBlock = visit_Block = _repeated
+
+    def visit_Assign(self, node: nodes.Assign) -> nodes.Node:
+        self.generic_visit(node)
         if not isinstance(node.node, nodes.Const | nodes.Call | nodes.Compare | nodes.Test | nodes.Not):
-            node.node = _made(node.node)
-    for node in list(template.find_all(nodes.With)):
-        node.values = [_made(each) for each in node.values]
-    return template
+            node.node = _counted("made", node.node)
+        return node
+
+    def visit_With(self, node: nodes.With) -> nodes.Node:
+        self.generic_visit(node)
+        node.values = [_counted("made", each) for each in node.values]
+        return node
+
+    def _summed(self, node: Any) -> nodes.Node:
+        before = self._long
+        terms = len(getattr(node, "nodes", ())) + sum(1 for _ in node.find_all((nodes.Add, nodes.Concat)))
+        self._long = before or terms > _MANY_TERMS
+        self.generic_visit(node)
+        long, self._long = self._long, before
+        if long and isinstance(node, nodes.Concat):  # before all of them are put together
+            node.nodes = [_counted("made", each) for each in node.nodes]
+        return _counted("made", node) if long else node
+
+    visit_Add = visit_Concat = _summed
+
+    def _collected(self, node: Any) -> nodes.Node:
+        self.generic_visit(node)
+        stored = getattr(node, "ctx", "load") != "load"
+        plain = all(isinstance(each, nodes.Literal) for each in node.find_all(nodes.Expr))
+        return node if stored or plain else _counted("made", node)
+
+    visit_List = visit_Tuple = visit_Dict = _collected
+
+    def visit_Compare(self, node: nodes.Compare) -> nodes.Node:
+        self.generic_visit(node)
+        sides: list[Any] = [node, *node.ops]
+        if not any(isinstance(each.expr, nodes.Literal) for each in sides):  # else one is short, so the comparison is
+            for each in sides:
+                each.expr = _counted("seen", each.expr)
+        return node
 
 
-def _made(node: Any) -> nodes.Expr:
-    return nodes.Filter(node, "\0made", [], [], None, None, lineno=node.lineno)
+def _counted(how: str, node: Any) -> nodes.Expr:
+    return nodes.Filter(node, f"\0{how}", [], [], None, None, lineno=node.lineno)
+
+
+def _spent(steps: int) -> nodes.Expr:
+    """No template can write this node, which is compiled to the environment's attribute as it is written here."""
+    return nodes.EnvironmentAttribute(f"spend({steps})")
 
 
 class CountedEnvironment(ImmutableSandboxedEnvironment):
@@ -121,18 +99,15 @@ class CountedEnvironment(ImmutableSandboxedEnvironment):
     The count is begun before each rendering; compiling spends from it too (constants are folded).
     """
 
-    code_generator_class = CountingGenerator
-
     def __init__(self, name: str, **options: Any):
         super().__init__(trim_blocks=True, lstrip_blocks=True, optimized=False, **options)
         self.template_name = name
         self.concat = self.joined  # type: ignore[assignment]
-        self.filters["\0made"] = self.made
-        self.tests["\0tick"] = lambda _: self.spend(1) is None
+        self.filters |= {"\0made": self.made, "\0seen": self.seen}
         self.begin({})
 
     def _generate(self, source: Any, *args: Any, **kwargs: Any) -> Any:
-        return super()._generate(with_counts(source), *args, **kwargs)
+        return super()._generate(_Counts().visit(source), *args, **kwargs)
 
     def begin(self, variables: dict[str, Any]) -> None:
         self._given: dict[str, Any] | None = variables
@@ -177,25 +152,20 @@ class CountedEnvironment(ImmutableSandboxedEnvironment):
             return 1 + (len(value) >> 5), 0
         if isinstance(value, int):
             return 1 + (value.bit_length() >> 8), 0
-        inside: Any = value
-        if isinstance(inside, range):
-            return 1 + len(inside), 1
-        if isinstance(value, dict):
-            inside = chain(value, value.values())
-        elif isinstance(value, _CONTAINERS):
-            inside = value
-        else:
+        if isinstance(value, range):
+            return 1 + len(value), 1
+        if not isinstance(value, _CONTAINERS):
             return 1, 0
         known = self._known.get(id(value))
         if known is not None:
             return known[:2]
-        weight, depth, count = 1, 0, 0
-        for each in inside:
+        weight, depth = 1, 0
+        for each in chain(value, value.values()) if isinstance(value, dict) else value:
             more, deeper = self._size(each)
-            weight, depth, count = weight + more, max(depth, deeper), count + 1
+            weight, depth = weight + more, max(depth, deeper)
             if weight > limits.TEMPLATE_MOST_STEPS:
                 raise self._too_much("makes a value that is too large")
-        self.spend(count)
+        self.spend(len(value))
         self._known[id(value)] = weight, depth + 1, value
         return weight, depth + 1
 
@@ -226,25 +196,8 @@ class CountedEnvironment(ImmutableSandboxedEnvironment):
             self.spend(1)
             yield value
 
-    def add(self, terms: tuple[Any, ...]) -> Any:
-        """a + b + …, from the left."""
-        if set(map(type, terms)) == {str}:
-            self.spend(1 + (sum(map(len, terms)) >> 5))
-            return "".join(terms)
-        total = terms[0]
-        for each in terms[1:]:
-            if isinstance(each, str | list | tuple):
-                self.spend(1 + ((len(each) + (len(total) if hasattr(total, "__len__") else 0)) >> 5))
-            total = total + each
-        return self.made(total)
-
-    def joined(self, pieces: Any) -> str:
-        """a ~ b, and all that a template or macro puts out."""
+    def joined(self, pieces: Iterable[str]) -> str:
+        """All that a template, a macro or a block puts out."""
         parts = list(pieces)
-        try:
-            self.spend(len(parts) + (sum(map(len, parts)) >> 5))
-            return "".join(parts)
-        except TypeError:
-            for each in parts:
-                self.seen(each)
-            return "".join(map(str, parts))
+        self.spend(len(parts) + (sum(map(len, parts)) >> 5))
+        return "".join(parts)

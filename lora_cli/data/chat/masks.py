@@ -17,11 +17,11 @@ from typing import Any
 
 from tokenizers import decoders
 from transformers import PreTrainedTokenizerBase
+from transformers.convert_slow_tokenizer import bytes_to_unicode
 
 from lora_cli.data.chat.spans import Span as TurnSpan
 
-_LOOK_BACK = 96  # characters in front of an answer in which its prompt nearly always has a special token
-_KEPT = 4096  # prompts' ends whose tokens are remembered
+_KEPT, _SHORT = 4096, 96  # how many prompts' ends have their tokens remembered, and of how many characters at most
 
 
 @dataclass(frozen=True)
@@ -34,10 +34,13 @@ class Placed:
 
 
 class Masks:
-    """Tokens of rendered conversations, with those of each trained turn behind those of its prompt alone."""
+    """Tokens of texts, with those of each trained turn behind those of its prompt alone.
 
-    def __init__(self, tokenizer: PreTrainedTokenizerBase):
-        self._tokenizer = tokenizer
+    special: the tokenizer adds what it puts around a text; templates write that themselves.
+    """
+
+    def __init__(self, tokenizer: PreTrainedTokenizerBase, *, special: bool):
+        self._tokenizer, self._adds_special = tokenizer, special
         self._backend: Any = tokenizer.backend_tokenizer
         self._known: dict[str, list[int]] = {}
 
@@ -56,44 +59,40 @@ class Masks:
         ends = []
         before = 0
         for span in spans:
-            found = None
-            for low in (max(before, span.start - _LOOK_BACK), before):
-                for each in special.finditer(text, low, span.start):
-                    found = each.start()
-                if found is not None:
-                    break
-            ends.append(text[before if found is None else found : span.start])
+            starts = [found.start() for found in special.finditer(text, before, span.start)]
+            ends.append(text[starts[-1] if starts else before : span.start])
             before = span.start if span.stopped else span.end
         return ends
 
+    def tokens(self, texts: Sequence[str]) -> list[list[int]]:
+        """The tokens of each text, all made at once, on all cores."""
+        found = self._backend.encode_batch_fast(texts, add_special_tokens=self._adds_special)
+        return [encoding.ids for encoding in found]
+
     def tokens_alone(self, texts: Sequence[str]) -> dict[str, list[int]]:
-        """The tokens of each of these prompts' ends."""
+        """The tokens of each of these prompts, or of their ends; those of short ones are remembered."""
         new = [text for text in dict.fromkeys(texts) if text not in self._known]
-        found = self._backend.encode_batch_fast(new, add_special_tokens=False) if new else []
-        made = {text: encoding.ids for text, encoding in zip(new, found, strict=True)}
+        made = dict(zip(new, self.tokens(new), strict=True))
         known = {text: self._known[text] for text in texts if text in self._known}
         if len(self._known) < _KEPT:
-            self._known |= {text: ids for text, ids in made.items() if len(text) <= _LOOK_BACK}
+            self._known |= {text: ids for text, ids in made.items() if len(text) <= _SHORT}
         return known | made
 
     # ── answers ─────────────────────────────────────────────────────────────────────────────────────────────────
 
     def place(
         self, text: str, ids: list[int], spans: Sequence[TurnSpan], prompts: Sequence[tuple[str, list[int]]]
-    ) -> Placed:
+    ) -> Placed | None:
         """ids: of the whole text. prompts: the end of what comes before each span, and its tokens alone.
 
-        Raises LookupError where a span has no tokens.
+        None where a span has no tokens.
         """
-        data = text.encode()
-        spelled = self.bytes_of(ids)
-        if spelled is not None and b"".join(spelled) == data:
-            ends = list(accumulate(map(len, spelled)))
-            starts: Sequence[int] = [0, *ends]
+        spelled = self.spelled(ids, text)
+        if spelled is not None:
+            starts: Sequence[int] = [0, *accumulate(map(len, spelled))]
         else:
-            starts, ends = zip(*self._backend.encode(text, add_special_tokens=False).offsets, strict=True)
-            spelled = None
-        in_bytes = spelled is not None and len(data) != len(text)
+            starts = [start for start, _ in self._backend.encode(text, add_special_tokens=False).offsets]
+        in_bytes = spelled is not None and not text.isascii()
 
         def place_of(character: int) -> int:
             return len(text[:character].encode()) if in_bytes else character
@@ -111,7 +110,7 @@ class Masks:
             else:
                 answer = self.continued(alone, text[span.start : span.end])
                 if not answer:
-                    raise LookupError
+                    return None
                 made += ids[done:at]
                 del made[len(made) - max(0, done - at) :]  # the stop token before, with which the prompt's end begins
                 made += alone
@@ -119,14 +118,13 @@ class Masks:
                 made += answer
             done = last
         made += ids[done:]
-        again = self.bytes_of(made) if spelled is not None and made != ids else spelled
-        return Placed(made, places, again is not None and b"".join(again) == data)
+        proved = spelled is not None and (made == ids or self.spelled(made, text) is not None)
+        return Placed(made, places, proved)
 
     def continued(self, before: list[int], text: str) -> list[int]:
         """The tokens of a text that follows others. A blank that some tokenizers begin any text with is not put in."""
         alone = self._backend.encode(text, add_special_tokens=False).ids
-        spelled = self.bytes_of(alone)
-        if spelled is not None and b"".join(spelled) == text.encode():
+        if self.spelled(alone, text) is not None:
             return alone
         wanted = self._decoded(before) + text
         for anchor in ("\n", "a", "."):
@@ -140,20 +138,22 @@ class Masks:
     def _decoded(self, ids: list[int]) -> str:
         return self._backend.decode(ids, skip_special_tokens=False)
 
-    def bytes_of(self, ids: Sequence[int]) -> list[bytes] | None:
-        """The bytes that each token spells, of a byte-level tokenizer; None for others. Far cheaper than offsets."""
+    def spelled(self, ids: Sequence[int], text: str) -> list[bytes] | None:
+        """The bytes that each token spells, if together they are the text's; None for tokenizers that have none.
+
+        Far cheaper than offsets.
+        """
         table = self._bytes_of_token
-        return None if table is None else [table[id] for id in ids]
+        found = None if table is None else [table[id] for id in ids]
+        return found if found is not None and b"".join(found) == text.encode() else None
 
     @cached_property
     def _bytes_of_token(self) -> list[bytes] | None:
-        """By id. Such a vocabulary writes bytes as printable characters (Radford et al. 2019, encoder.py)."""
+        """By id, of a byte-level tokenizer: its vocabulary writes bytes as printable characters."""
         backend = self._backend
         if not isinstance(backend.decoder, decoders.ByteLevel):
             return None
-        printable = [*range(33, 127), *range(161, 173), *range(174, 256)]
-        others = [byte for byte in range(256) if byte not in printable]
-        latin_1 = {256 + at: byte for at, byte in enumerate(others)}
+        latin_1 = {ord(character): byte for byte, character in bytes_to_unicode().items()}
         vocabulary = backend.get_vocab(with_added_tokens=False)
         added = backend.get_added_tokens_decoder()
         table = [b""] * (max(*vocabulary.values(), *added) + 1)

@@ -58,9 +58,7 @@ class Rendered:
 
 def render_whole(template: ChatTemplate, turns: Turns, where: str, tools: Any = None) -> str:
     """The conversation as text, in which all that was said to the assistant is. Raises LoraError where it is not."""
-    conversation = _Conversation(template, turns, range(0), where, tools)
-    conversation.require_nothing_left_out()
-    return conversation.whole
+    return _Conversation(template, turns, range(0), where, tools).whole
 
 
 def render_with_spans(
@@ -73,7 +71,6 @@ def render_with_spans(
     """
     try:
         conversation = _Conversation(template, turns, wanted, where, tools)
-        conversation.require_nothing_left_out()
         spans = conversation.spans()
         error = conversation.two_forms
     except LimitReached:  # which trying other ways would not change
@@ -90,70 +87,48 @@ def render_with_spans(
 
 
 class _Conversation:
-    """One conversation being looked at. wanted: turns that are to be trained, in order."""
+    """One conversation being looked at. wanted: turns that are to be trained, in order.
+
+    Raises LoraError if the template leaves out the tools, or a turn that is not the assistant's.
+    """
 
     def __init__(self, template: ChatTemplate, turns: Turns, wanted: Sequence[int], where: str, tools: Any):
         self.template, self.turns, self.wanted, self.where, self.tools = template, turns, wanted, where, tools
         self.whole = template.render(turns, where, tools)
         self.two_forms: LoraError | None = None
-        self._of_last = (-1, "")  # asked for more than once
+        self._require_nothing_left_out()
 
-    def render(self, upto: int) -> str:
-        return self.template.render(self.turns[:upto], self.where, self.tools)
-
-    def prompt(self, upto: int) -> str:
-        if upto == self._of_last[0]:
-            return self._of_last[1]
-        prompt = self.template.render(self.turns[:upto], self.where, self.tools, generation_prompt=True)
-        if len(self.wanted) and upto == self.wanted[-1]:
-            self._of_last = (upto, prompt)
-        return prompt
+    def render(self, upto: int, *, prompt: bool = False) -> str:
+        return self.template.render(self.turns[:upto], self.where, self.tools, generation_prompt=prompt)
 
     # ── nothing is left out ─────────────────────────────────────────────────────────────────────────────────────
 
-    def require_nothing_left_out(self) -> None:
-        """Raises LoraError if the template leaves out the tools, or a turn that is not the assistant's."""
+    def _require_nothing_left_out(self) -> None:
         if self.tools and self.template.render(self.turns, self.where) == self.whole:
             raise self._error("leaves out the tools", "use a template that takes tools, or remove them")
         others = [at for at, turn in enumerate(self.turns) if turn["role"] != "assistant" and turn["content"].strip()]
-        places = self.places(others, self._shows(others))
+        places = self.places(others)
         for at in others:
             if not (_says(self.whole, self.turns[at]["content"]) if places is None else at in places):
-                role = self.turns[at]["role"]
-                raise self._error(
-                    f"leaves out turn {at + 1}, by {role}", "use a template that takes such turns, or remove the turn"
-                )
+                fix = "use a template that takes such turns, or remove the turn"
+                raise self._error(f"leaves out turn {at + 1}, by {self.turns[at]['role']}", fix)
 
-    def _shows(self, others: Sequence[int]) -> int | None:
-        """The turn whose prompt holds all of the others and begins the whole; None if the whole itself is needed."""
-        last = self.wanted[-1] if len(self.wanted) else 0
-        if not last or (others and others[-1] > last):
-            return None
-        try:
-            return last if self.whole.startswith(self.prompt(last)) else None
-        except CannotRender:
-            return None
-
-    def places(self, asked: Sequence[int], last: int | None = None) -> dict[int, int] | None:
-        """Where in the text the content of each turn that is asked for ends, if it is in it; None if marks disturb.
-
-        last: to look no further than at the prompt of this turn.
-        """
-        plain, prompt = (self.whole, False) if last is None else (self.prompt(last), True)
+    def places(self, asked: Sequence[int]) -> dict[int, int] | None:
+        """Where in the text the content of each turn that is asked for ends, if it is in it; None if marks disturb."""
         for low, high in _PRIVATE:
             mark = re.compile(f"[{chr(low)}-{chr(high)}]")
             if high - low >= len(self.turns) and not mark.search(self.whole):
                 break
         else:
             return None
-        marked = list(self.turns[:last])
+        marked = list(self.turns)
         for at in asked:
             marked[at] = marked[at] | {"content": _marked(marked[at]["content"], chr(low + at))}
         try:
-            text = self.template.render(marked, self.where, self.tools, generation_prompt=prompt)
+            text = self.template.render(marked, self.where, self.tools)
         except CannotRender:
             return None
-        if mark.sub("", text) != plain:
+        if mark.sub("", text) != self.whole:
             return None
         return {ord(found[0]) - low: found.start() - number for number, found in enumerate(mark.finditer(text))}
 
@@ -194,9 +169,9 @@ class _Conversation:
     def _prompt(self, turn: int, alone: str) -> str:
         """What the template prompts this turn with; of a first turn, what it writes on its own."""
         if turn:
-            return self.prompt(turn)
+            return self.render(turn, prompt=True)
         try:
-            prompt = self.prompt(0)
+            prompt = self.render(0, prompt=True)
         except CannotRender:  # most templates look at the first turn
             prompt = "\0"
         if self.whole.startswith(prompt):
@@ -257,11 +232,8 @@ class _Conversation:
                 spans.append(replace(like, start=before + len(lead), end=behind + len(ending), turn=turn))
                 self._require_said(self.whole[spans[-1].start : spans[-1].end], turn)
             else:
-                raise LoraError(
-                    f"a conversation of {len(self.turns):,} turns is too long to be proved turn by turn",
-                    where=self.where,
-                    fix="divide it into rows of a few hundred turns",
-                )
+                what = f"a conversation of {len(self.turns):,} turns is too long to be proved turn by turn"
+                raise LoraError(what, where=self.where, fix="divide it into rows of a few hundred turns")
         return spans
 
     # ── errors ──────────────────────────────────────────────────────────────────────────────────
@@ -286,12 +258,11 @@ class _Conversation:
         if not turn or _same(self.whole, prompt) < begins:
             return self._apart(turn, "what comes before it")
         here = self.whole[begins : len(prompt) + 20]
-        return NotPrompted(
-            f"the chat template ({self.template.name}) prompts a generation with {_short(prompt[begins:])}, but turn "
-            f"{turn + 1} begins with {_short(here)}: generation would begin in another place than training",
-            where=self.where,
-            fix="use a template whose generation prompt is the beginning of the turn",
+        what = (
+            f"prompts a generation with {_short(prompt[begins:])}, but turn {turn + 1} begins with {_short(here)}: "
+            "generation would begin in another place than training"
         )
+        return self._error(what, "use a template whose generation prompt is the beginning of the turn", NotPrompted)
 
     def _apart(self, turn: int, what: str = "it") -> LoraError:
         return LoraError(
@@ -301,15 +272,11 @@ class _Conversation:
         )
 
     def _another_form(self, turn: int, alone: str, here: str) -> LoraError:
-        return LoraError(
-            f"the chat template ({self.template.name}) renders turn {turn + 1} as {_short(here)}, but as the last one, "
-            f"as it is when it is generated, as {_short(alone)}",
-            where=self.where,
-            fix="give each assistant turn a row of its own, with the turns before it",
-        )
+        what = f"renders turn {turn + 1} as {_short(here)}, but as the last one, as it is when it is generated, as "
+        return self._error(what + _short(alone), "give each assistant turn a row of its own, with the turns before it")
 
-    def _error(self, what: str, fix: str) -> LoraError:
-        return LoraError(f"the chat template ({self.template.name}) {what}", where=self.where, fix=fix)
+    def _error(self, what: str, fix: str, kind: type[LoraError] = LoraError) -> LoraError:
+        return kind(f"the chat template ({self.template.name}) {what}", where=self.where, fix=fix)
 
 
 def _what_works(template: ChatTemplate, turns: Turns, wanted: Sequence[int], where: str, tools: Any) -> str | None:
@@ -319,7 +286,6 @@ def _what_works(template: ChatTemplate, turns: Turns, wanted: Sequence[int], whe
     def works(template: ChatTemplate, turns: Turns, wanted: Sequence[int]) -> bool:
         try:
             conversation = _Conversation(template, turns, wanted, where, tools)
-            conversation.require_nothing_left_out()
             return all(span.stopped for span in conversation.spans()) and conversation.two_forms is None
         except LoraError:
             return False

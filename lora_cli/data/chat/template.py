@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import json
 import re
+import traceback
 from collections.abc import Iterator, Mapping
 from functools import cached_property
 from importlib import resources
@@ -18,7 +19,7 @@ from typing import Any
 from transformers import PreTrainedTokenizerBase
 
 from lora_cli.data.chat.jinja import BoundedTemplate, Refused
-from lora_cli.errors import LoraError
+from lora_cli.errors import LoraError, reading
 from lora_cli.files import require_regular
 from lora_cli.limits import LimitReached
 from lora_cli.recipe import TEMPLATES
@@ -51,7 +52,7 @@ class ChatTemplate:
         self.special = re.compile(either)
         self.stop = re.compile(rf"\s*{either}")
         self.stops_at_end = re.compile(rf"{either}(?:\s*{either})*\s*\Z")
-        self._compiled = BoundedTemplate(text, name)
+        self.compiled = BoundedTemplate(text, name)
 
     @property
     def own_text(self) -> str | None:
@@ -64,9 +65,9 @@ class ChatTemplate:
         turns = [_with_every_name(turn) if len(turn) > 2 else turn for turn in turns]
         try:
             try:
-                return self._compiled.render(messages=turns, **variables)
+                return self.compiled.render(messages=turns, **variables)
             except TypeError:  # some templates want the arguments of calls as JSON text
-                return self._compiled.render(messages=_with_text_arguments(turns), **variables)
+                return self.compiled.render(messages=_with_text_arguments(turns), **variables)
         except LimitReached as error:
             raise LimitReached(error.what, where=where, fix=error.fix) from None
         except Refused as error:
@@ -83,11 +84,6 @@ class ChatTemplate:
                 fix="the template's own code fails on what this row holds: change the row, or name another template in "
                 "data.template",
             ) from None
-
-    @property
-    def steps(self) -> int:
-        """How many the last rendering took."""
-        return self._compiled.steps
 
     def special_in_text(self, turns: Turns, tools: Any = None) -> tuple[int, str] | None:
         """The first turn (counted from 1; 0 is the tools) whose text holds a special token, and that token."""
@@ -132,15 +128,10 @@ class ChatTemplate:
         return prompted[len(without) :] if prompted.startswith(without) else ""
 
     @cached_property
-    def reads(self) -> set[str]:
-        """Names of the variables that the template looks up."""
-        return self._compiled.reads
-
-    @cached_property
     def others(self) -> list[tuple[str, ChatTemplate]]:
         """What could be written in the recipe to render in another way: the setting, and the template it gives."""
         found = []
-        if "enable_thinking" in self.reads:
+        if "enable_thinking" in self.compiled.reads:
             text = _with_arguments(self, {"enable_thinking": False})
             found.append(("data.template_arguments: {enable_thinking: false}", text))
         return found + [(f"data.template: {name}", chat_template(self.tokenizer, name)) for name in TEMPLATES]
@@ -151,10 +142,8 @@ class ChatTemplate:
 
     def _line_of(self, error: Exception) -> str:
         """The line of the template at which an error arose, where Jinja tells it."""
-        line, frame = None, error.__traceback__
-        while frame is not None:
-            line = frame.tb_lineno if frame.tb_frame.f_code.co_filename == "<template>" else line
-            frame = frame.tb_next
+        frames = traceback.walk_tb(error.__traceback__)
+        line = ([0] + [at for frame, at in frames if frame.f_code.co_filename == "<template>"])[-1]
         lines = self.text.splitlines()
         return f" (line {line} of the template: {lines[line - 1].strip()})" if line and line <= len(lines) else ""
 
@@ -183,14 +172,8 @@ def _found(tokenizer: PreTrainedTokenizerBase, wanted: str | None, where: str) -
         return text, tokenizer, f"built-in {wanted}"
     if wanted is not None:
         require_regular(Path(wanted))
-        try:
+        with reading("the chat template cannot be read", wanted, f"built-in ones are {', '.join(TEMPLATES)}"):
             return Path(wanted).read_text(encoding="utf-8"), tokenizer, wanted
-        except (OSError, UnicodeDecodeError) as error:
-            reason = error.strerror if isinstance(error, OSError) else "not UTF-8 text"
-            known = ", ".join(TEMPLATES)
-            raise LoraError(
-                f"the chat template cannot be read: {reason}", where=wanted, fix=f"built-in ones are {known}"
-            ) from None
     if not tokenizer.chat_template:
         raise LoraError(
             "the model has no chat template, so messages cannot be rendered",
@@ -203,7 +186,7 @@ def _found(tokenizer: PreTrainedTokenizerBase, wanted: str | None, where: str) -
 
 
 def _require_read(template: ChatTemplate, arguments: Mapping[str, Any]) -> None:
-    reads = template.reads - set(_OURS)
+    reads = template.compiled.reads - set(_OURS)
     for name in arguments:
         if name not in reads:
             known = ", ".join(sorted(reads)) or "none"
@@ -232,13 +215,9 @@ def _with_bos(template: ChatTemplate) -> ChatTemplate:
     backend: Any = tokenizer.backend_tokenizer
     ids = [tokenizer.bos_token_id, *backend.encode(opening, add_special_tokens=False).ids]
     # A tokenizer may begin a text with a blank, yet not where it is behind a special token: then it is written.
-    as_wanted = [
-        blank for blank in ("", " ") if backend.encode(bos + blank + opening, add_special_tokens=False).ids == ids
-    ]
-    written = "{{- bos_token + ' ' }}" if as_wanted[:1] == [" "] else "{{- bos_token }}"
-    text = (
-        template.text.lstrip(" \t") if re.match(r"[ \t]+{[%#]", template.text) else template.text
-    )  # as at a line's start
+    tried = {blank: backend.encode(bos + blank + opening, add_special_tokens=False).ids for blank in ("", " ")}
+    written = "{{- bos_token + ' ' }}" if tried[""] != ids == tried[" "] else "{{- bos_token }}"
+    text = re.sub(r"\A[ \t]+(?={[%#])", "", template.text)  # as at a line's start
     return ChatTemplate(written + text, tokenizer, template.name)
 
 
