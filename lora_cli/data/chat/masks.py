@@ -21,8 +21,6 @@ from transformers.convert_slow_tokenizer import bytes_to_unicode
 
 from lora_cli.data.chat.spans import Span as TurnSpan
 
-_KEPT, _SHORT = 4096, 96  # how many prompts' ends have their tokens remembered, and of how many characters at most
-
 
 @dataclass(frozen=True)
 class Placed:
@@ -42,7 +40,6 @@ class Masks:
     def __init__(self, tokenizer: PreTrainedTokenizerBase, *, special: bool):
         self._tokenizer, self._adds_special = tokenizer, special
         self._backend: Any = tokenizer.backend_tokenizer
-        self._known: dict[str, list[int]] = {}
 
     @cached_property
     def special(self) -> set[int]:
@@ -70,13 +67,9 @@ class Masks:
         return [encoding.ids for encoding in found]
 
     def tokens_alone(self, texts: Sequence[str]) -> dict[str, list[int]]:
-        """The tokens of each of these prompts, or of their ends; those of short ones are remembered."""
-        new = [text for text in dict.fromkeys(texts) if text not in self._known]
-        made = dict(zip(new, self.tokens(new), strict=True))
-        known = {text: self._known[text] for text in texts if text in self._known}
-        if len(self._known) < _KEPT:
-            self._known |= {text: ids for text, ids in made.items() if len(text) <= _SHORT}
-        return known | made
+        """The tokens of each of these prompts, or of their ends, many of which are equal."""
+        different = list(dict.fromkeys(texts))
+        return dict(zip(different, self.tokens(different), strict=True))
 
     # ── answers ─────────────────────────────────────────────────────────────────────────────────────────────────
 
