@@ -15,7 +15,7 @@ from pyarrow import parquet
 from tiny_model import make_tokenizer
 
 from lora_cli.data.files.readers import Row, read_file
-from lora_cli.data.formats import Completion, Conversation, Document, Text, detect_format
+from lora_cli.data.formats import Completion, Conversation, Document, detect_format
 from lora_cli.data.gate import Findings
 from lora_cli.data.prepare import prepare
 from lora_cli.data.row_encoder import RowEncoder
@@ -352,8 +352,8 @@ def test_the_fix_for_columns_of_other_programs_reads_all_that_they_say(case):
     if isinstance(document, Conversation):
         assert [turn["content"] for turn in document.turns] == texts
     else:
-        assert isinstance(document, Completion | Text)
-        assert [document.completion if isinstance(document, Completion) else document.text] == texts
+        assert isinstance(document, Completion)
+        assert [document.completion] == texts
     reading = choose_reading(rows_of(values))  # `lora init` reads it the same way
     assert dict(reading.columns) == suggested(error)
 
@@ -428,8 +428,8 @@ def test_a_list_of_pictures_is_refused_even_if_the_text_does_not_speak_of_it():
 
 def test_rows_without_pictures_beside_others_are_text():
     for value in ([], None, ""):
-        assert isinstance(read({"text": "<image> is a tag of HTML", "images": value}), Text)
-    assert isinstance(read({"text": "An article.", "image": "https://example.com/a.png"}), Text)
+        assert isinstance(read({"text": "<image> is a tag of HTML", "images": value}), Completion)
+    assert isinstance(read({"text": "An article.", "image": "https://example.com/a.png"}), Completion)
 
 
 # ── several sources ─────────────────────────────────────────────────────────────────────────────────────────────

@@ -15,7 +15,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from lora_cli.data.files.readers import Row
-from lora_cli.data.formats import NEEDED, Completion, Conversation, Document, Format, Text, detect_format
+from lora_cli.data.formats import NEEDED, Completion, Conversation, Document, Format, detect_format
 from lora_cli.data.gate import Findings
 from lora_cli.data.row_encoder import RowEncoder
 from lora_cli.errors import LoraError
@@ -158,9 +158,9 @@ def test_columns_that_mean_nothing_known_bring_no_suggestion():
 @given(st.text(max_size=20), st.text(max_size=20))
 def test_texts_are_taken_as_they_stand(one, other):
     text, completion = read({"text": one}), read({"prompt": one, "completion": other})
-    assert isinstance(text, Text)
+    assert isinstance(text, Completion)
     assert isinstance(completion, Completion)
-    assert (text.text, text.weight) == (one, 1)
+    assert (text.prompt, text.completion, text.weight) == (None, one, 1)
     assert (completion.prompt, completion.completion, completion.weight) == (one, other, 1)
 
 
@@ -526,7 +526,8 @@ def test_null_says_that_a_column_means_something_else():
     row = ROWS["text"] | {"train": "2024-01-01", "weight": "80 kg"}
     refusal(row)
     document = read(row, "auto", {"train": None, "weight": None})
-    assert isinstance(document, Text)
+    assert isinstance(document, Completion)
+    assert document.prompt is None
     assert document.weight == 1
     assert detect_format(rows_of(row), "auto", {"train": None, "weight": None}).unused == ("train", "weight")
     both = ROWS["text"] | ROWS["completion"]
@@ -667,4 +668,4 @@ def test_train_on_has_to_have_a_meaning_for_the_format(tokenizer, shape, train_o
 
 def test_a_format_can_be_made_by_hand():
     document = Format("text").read(Row("a", 1, {"text": "b"}))
-    assert document == Text(Row("a", 1, {"text": "b"}), "b", 1.0)
+    assert document == Completion(Row("a", 1, {"text": "b"}), None, "b", 1.0)

@@ -14,7 +14,7 @@ from pyarrow import compute, parquet
 from lora_cli.data.files.readers import Row, read_file
 from lora_cli.data.files.sources import HubSource, read_rows
 from lora_cli.data.files.tables import rows_of
-from lora_cli.data.formats import Text, detect_format
+from lora_cli.data.formats import Completion, detect_format
 from lora_cli.errors import LoraError
 
 KINDS = ["parquet", "arrow", "stream.arrow", "hub"]
@@ -101,8 +101,8 @@ def test_a_column_of_a_type_that_json_lacks_is_text_where_it_can_be_written_and_
     form = detect_format([row])
     if text is not None:
         document = form.read(row)
-        assert isinstance(document, Text)
-        assert document.text == text
+        assert isinstance(document, Completion)
+        assert (document.prompt, document.completion) == (None, text)
         return
     with pytest.raises(LoraError, match="not text") as caught:
         form.read(row)
