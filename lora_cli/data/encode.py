@@ -16,7 +16,7 @@ from lora_cli.data.chat.template import ChatTemplate, wants_bos
 from lora_cli.data.example import Example, Span
 from lora_cli.data.files.readers import Row
 from lora_cli.data.formats import Completion, Conversation, Document, Format
-from lora_cli.data.gate import Encoded, Finding, nothing_trained, refused, special_in_text, unstopped
+from lora_cli.data.gate import Encoded, Finding, nothing_trained, problem, refused, special_in_text, unstopped
 from lora_cli.errors import LoraError
 from lora_cli.limits import LimitReached
 
@@ -169,8 +169,7 @@ class Encoder:
             found, notes = self._findings(document, each.rendered, ids, spans)
         row = document.row
         if self._bos is not None and ids[:2] == [self._bos] * 2:
-            error = LoraError("two BOS tokens at the start", where=row.where, fix="remove the one in the text")
-            found.append(Finding("double_bos", error))
+            found.append(problem(row, "double_bos", "two BOS tokens at the start", "remove the one in the text"))
         example = Example(ids, spans, row.file, row.number)
         if not example.targets:
             return nothing_trained(document)
@@ -251,7 +250,7 @@ def _lossy(row: Row, text: str, back: str) -> Finding:
     lost = sorted(set(_plain(text)) - set(_plain(back)))
     what = f"the tokenizer cannot give back {' '.join(map(repr, lost[:5]))}" if lost else "the tokens spell other text"
     fix = "replace these characters, or use a model whose tokenizer has them"
-    return Finding("not_round_trip", LoraError(what, where=row.where, fix=fix))
+    return problem(row, "not_round_trip", what, fix)
 
 
 def _plain(text: str) -> str:
