@@ -82,12 +82,11 @@ def remove_damaged(place: Path) -> None:
 
 def forget_killed(cache: Path) -> None:
     """Remove what processes that have ended left half-done."""
-    for folder in cache.iterdir() if cache.is_dir() else ():
+    for folder in cache.glob(".*"):
         left = _HALF_DONE.fullmatch(folder.name)
-        if left is None:
-            continue
-        alive = Path(f"/proc/{left[1]}").exists() or not Path("/proc").exists()
-        if not alive or int(left[1]) == os.getpid():  # an earlier process had this number
+        process = int(left[1]) if left else None
+        alive = process is None or Path(f"/proc/{process}").exists() or not Path("/proc").exists()
+        if not alive or process == os.getpid():  # an earlier process had this number
             with suppress(OSError):
                 remove_ours(folder, FILES)
 

@@ -50,11 +50,7 @@ def prepare(
     place = cache.cache_folder(recipe) / preparation.key
     if keep:
         cache.require_no_link(place, own)
-    data = _open(place)
-    if data is None and keep:
-        data = _build_in_place(preparation, place, own)
-    elif data is None:
-        data = build_for_now(preparation)
+    data = _open(place) or (_build_in_place(preparation, place, own) if keep else build_for_now(preparation))
     if not inspect:
         require_trainable(data.summary, recipe.data)
     return data
@@ -101,10 +97,9 @@ def _build_in_place(preparation: Preparation, place: Path, own: bool) -> Prepare
         require_trainable(data.summary, preparation.data)
         if kind(place) is not None and _open(place) is None:  # damaged, or made elsewhere
             cache.remove_damaged(place)
-        try:
+        with suppress(OSError):  # another run may be first; what is open here stays readable
             building.rename(place)
-        except OSError:  # another run was first; what is open here stays readable
-            remove_ours(building, cache.FILES)
+        remove_ours(building, cache.FILES)
     except BaseException:
         remove_ours(building, cache.FILES)
         for folder in made:
@@ -162,17 +157,12 @@ class Preparation:
 
     @classmethod
     def of(cls, recipe: Recipe, tokenizer: PreTrainedTokenizerBase) -> Preparation:
-        data, written = recipe.data, (Path(recipe.output), cache.cache_folder(recipe))
-        train = [] if data.streaming else data.train
-        held_out = data.validation if isinstance(data.validation, list) else []
-        return cls(
-            [(each.weight, open_source(each, written=written)) for each in train],
-            [open_source(each, held_out=True, written=written) for each in held_out],
-            data,
-            tokenizer,
-            recipe.train.seed,
-            recipe.train.tokens_per_micro_batch,
-        )
+        data, train, written = recipe.data, recipe.train, (Path(recipe.output), cache.cache_folder(recipe))
+        trained = [] if data.streaming else data.train
+        training = [(each.weight, open_source(each, written=written)) for each in trained]
+        files = data.validation if isinstance(data.validation, list) else []
+        held_out = [open_source(each, held_out=True, written=written) for each in files]
+        return cls(training, held_out, data, tokenizer, train.seed, train.tokens_per_micro_batch)
 
     @property
     def sources(self) -> list[Source]:
@@ -217,7 +207,7 @@ class Preparation:
         data = self.data
         if not data.streaming:
             require_template_used(data, self._template)
-        facts, held = writer.facts[train], writer.facts[validation]
+        facts, held = (writer.facts[indices] for indices in (train, validation))
         rows = rows_to_shuffle(facts["tokens"], data.max_seq_len if data.packing else None, self.row_tokens, self.seed)
         write_arrays(folder / "train.arrow", {"indices": train})
         write_arrays(folder / "validation.arrow", {"indices": validation})

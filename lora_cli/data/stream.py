@@ -13,7 +13,9 @@ import os
 from collections import deque
 from collections.abc import Iterator
 from dataclasses import replace
-from itertools import count, islice
+from heapq import merge
+from itertools import count, islice, starmap
+from operator import itemgetter
 from pathlib import Path
 from typing import Any
 
@@ -24,12 +26,12 @@ from lora_cli.base.text import positions, vocabulary
 from lora_cli.data.chat.template import ChatTemplate
 from lora_cli.data.example import Example
 from lora_cli.data.files.readers import Row
-from lora_cli.data.files.sources import FileSource, open_source
+from lora_cli.data.files.sources import FileSource, Source, open_source
 from lora_cli.data.gate import Findings, Lengths, Weights, facts_of
 from lora_cli.data.order import permutation, rows_to_shuffle, split_by_length
 from lora_cli.data.report import stream_lines
 from lora_cli.data.row_encoder import RowEncoder, fit_length, require_columns, require_template_used
-from lora_cli.data.store import Examples, PreparedData, Summary, by_length, micro_batches_per_step, rows_per_micro_batch
+from lora_cli.data.store import PreparedData, Summary, by_length, micro_batches_per_step, rows_per_micro_batch
 from lora_cli.errors import LoraError
 from lora_cli.recipe import Recipe
 
@@ -44,6 +46,7 @@ class StreamFeed:
 
     def __init__(self, recipe: Recipe, data: PreparedData, tokenizer: PreTrainedTokenizerBase):
         self._recipe, self.data, self._tokenizer = recipe, data, tokenizer
+        self.validation = data.validation
         written = [Path(recipe.output)]
         self._sources = [
             (each.weight, open_source(each, streaming=True, written=written)) for each in recipe.data.train
@@ -52,6 +55,7 @@ class StreamFeed:
         if self._several:
             require_columns(recipe.data.columns, [source for _, source in self._sources])
         self._encoders: dict[int, RowEncoder] = {}
+        self._template: ChatTemplate | None = None
         self._largest_id = 2**31
         self._examples: list[Example] = []
         self._step = 1
@@ -88,10 +92,6 @@ class StreamFeed:
         )
 
     @property
-    def validation(self) -> Examples:
-        return self.data.validation
-
-    @property
     def total_steps(self) -> int:
         assert self._recipe.train.max_steps is not None
         return self._recipe.train.max_steps
@@ -101,10 +101,6 @@ class StreamFeed:
 
     def lines(self) -> list[str]:
         return stream_lines(self.summary, len(self.validation), self.total_steps)
-
-    @property
-    def _template(self) -> ChatTemplate | None:
-        return next((encoder.template for encoder in self._encoders.values() if encoder.template is not None), None)
 
     def require_fit(self, config: Any, model: str) -> None:
         """Every window from now on must fit the model's vocabulary. Raises LoraError if max_seq_len is too long."""
@@ -184,6 +180,7 @@ class StreamFeed:
             own = [row for owner, row in rows if owner == at]
             if at not in self._encoders:  # the first window shows a source's format, for all of them
                 self._encoders[at] = RowEncoder(data, self._tokenizer, own, several=self._several)
+                self._template = self._template or self._encoders[at].template
             encoder = self._encoders[at]
             for each in encoder.encode(iter(own), findings):
                 if each.example is not None:
@@ -205,16 +202,15 @@ class StreamFeed:
 
     def _mixed(self) -> Iterator[tuple[int, Row]]:
         """Rows of all sources with the number of their source, once each: always of the source that lags behind."""
-        streams = {at: source.rows() for at, (_, source) in enumerate(self._sources)}
-        taken = dict.fromkeys(streams, 0)
-        while streams:
-            at = min(streams, key=lambda each: ((taken[each] + 1) / self._sources[each][0], each))
-            row = next(streams[at], None)
-            if row is None:
-                del streams[at]
-                continue
-            taken[at] += 1
+        for (_, at), row in merge(*starmap(_placed, enumerate(self._sources)), key=itemgetter(0)):
             yield at, row
+
+
+def _placed(at: int, weighted: tuple[float, Source]) -> Iterator[tuple[tuple[float, int], Row]]:
+    """The rows of the source `at`, each with where it comes among those of all: by its number over the weight."""
+    weight, source = weighted
+    for number, row in enumerate(source.rows(), 1):
+        yield (number / weight, at), row
 
 
 def _file_identity(source: FileSource) -> dict[str, str]:
