@@ -41,9 +41,7 @@ KINDS = {
     "no_target": Kind(
         "rows with no target token", "give them a completion or an assistant turn, or remove them (train: false)"
     ),
-    "too_long": Kind(
-        "rows above max_seq_len", "raise data.max_seq_len, or choose data.too_long: drop, truncate or split"
-    ),
+    "too_long": Kind("rows above max_seq_len", "raise data.max_seq_len, or set data.too_long: drop, truncate or split"),
     "no_stop_token": Kind(
         "trained turns without a stop token", "use data.template: alpaca or plain, or a template with stop tokens"
     ),

@@ -188,11 +188,9 @@ def hold_out(groups: np.ndarray, fraction: float, seed: int, where: str | None =
         what = "rows" if len(sizes) == len(groups) else in_groups
         works = [share for share in _FRACTIONS if 0 < len(chosen(share)) < len(sizes)]
         other = f"write data.validation: {works[0]:g}, or " if works else ""
-        raise LoraError(
-            f"data.validation: {fraction} of {len(groups)} {what} is {round(len(groups) * fraction)} rows",
-            where=where,
-            fix=f"{other}add data, name a file in data.validation, or write data.validation: null to hold nothing out",
-        )
+        fix = f"{other}add data, name a file in data.validation, or write data.validation: null to hold nothing out"
+        said = f"data.validation: {fraction} of {len(groups)} {what} is {round(len(groups) * fraction)} rows"
+        raise LoraError(said, where=where, fix=fix)
     return np.flatnonzero(np.isin(group_of, held))
 
 

@@ -41,14 +41,11 @@ def data_lines(data: PreparedData, recipe: Recipe) -> list[str]:
     else:
         lines.append("not packed; the examples of a step are grouped by length")
     total = order.total_steps(recipe.train.epochs, recipe.train.max_steps)
-    lines.append(
-        f"{counted(total, 'step')} ({total / order.steps_per_epoch:.2f} epochs), about "
-        f"{tokens / order.steps_per_epoch:,.0f} tokens a step"
-    )
-    if summary.findings.counts.get("too_long") and "too_long" not in summary.findings.stopping(settings.allow):
-        lines.append(
-            f"{counted(summary.findings.counts['too_long'], 'row')} above {limit:,} tokens: {_DONE[settings.too_long]}"
-        )
+    epochs, a_step = total / order.steps_per_epoch, tokens / order.steps_per_epoch
+    lines.append(f"{counted(total, 'step')} ({epochs:.2f} epochs), about {a_step:,.0f} tokens a step")
+    over = summary.findings.counts.get("too_long")
+    if over and "too_long" not in summary.findings.stopping(settings.allow):
+        lines.append(f"{counted(over, 'row')} above {limit:,} tokens: {_DONE[settings.too_long]}")
     return lines
 
 

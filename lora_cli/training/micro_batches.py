@@ -92,11 +92,9 @@ class MicroBatches:
         if self.recipe.shard_base:
             raise self._too_large_to_share(largest, str(problem))
         if len(largest) == 1:
-            raise LoraError(
-                f"a single example of {len(largest[0].ids):,} tokens does not fit into memory ({problem})",
-                where=largest[0].source,
-                fix="use train.gradient_checkpointing: full, a smaller data.max_seq_len, or quantization: nf4",
-            )
+            what = f"a single example of {len(largest[0].ids):,} tokens does not fit into memory ({problem})"
+            fix = "use train.gradient_checkpointing: full, a smaller data.max_seq_len, or quantization: nf4"
+            raise LoraError(what, where=largest[0].source, fix=fix)
         while len(cut(batches, splits)[0]) >= len(largest):
             splits *= 2
         return splits
@@ -117,8 +115,8 @@ class MicroBatches:
             return splits
         fitting = self._fewest_that_fit(largest, splits, auto, say)
         if auto:
-            piece = cut(largest, fitting)[0]
-            say(f"micro-batches of up to {_tokens(piece):,} tokens fit: a step is cut into up to {fitting}")
+            tokens = _tokens(cut(largest, fitting)[0])
+            say(f"micro-batches of up to {tokens:,} tokens fit: a step is cut into up to {fitting}")
         return fitting
 
     def _is_ample(self, tokens: int) -> bool:
