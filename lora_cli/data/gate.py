@@ -148,9 +148,8 @@ class Findings:
         ]
 
     def fix(self, kind: str) -> str:
-        errors = self.errors.get(kind) or []
-        same = {error.fix for error in errors}
-        return errors[0].fix if len(same) == 1 and errors[0].fix else KINDS[kind].fix
+        fixes = {error.fix for error in self.errors.get(kind, [])}
+        return (fixes.pop() if len(fixes) == 1 else None) or KINDS[kind].fix
 
     def rows(self, kind: str) -> str:
         """The first rows of a kind, as a person reads them."""

@@ -184,8 +184,7 @@ def hold_out(groups: np.ndarray, fraction: float, seed: int, where: str | None =
 
     held = chosen(fraction)
     if not 0 < len(held) < len(sizes):
-        in_groups = f"rows in {len(sizes)} group{'s' if len(sizes) > 1 else ''}"
-        what = "rows" if len(sizes) == len(groups) else in_groups
+        what = "rows" if len(sizes) == len(groups) else f"rows in {len(sizes)} group{'s' if len(sizes) > 1 else ''}"
         works = [share for share in _FRACTIONS if 0 < len(chosen(share)) < len(sizes)]
         other = f"write data.validation: {works[0]:g}, or " if works else ""
         fix = f"{other}add data, name a file in data.validation, or write data.validation: null to hold nothing out"

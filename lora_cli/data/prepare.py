@@ -135,9 +135,6 @@ class _Seen:
         self.pieces = array("i")  # examples that it became
         self.content, self.group = array("Q"), array("Q")  # hashes
 
-    def where(self, at: int, names: list[str]) -> tuple[str, int]:
-        return names[self.file[at]], self.row[at]
-
 
 @dataclass
 class Preparation:
@@ -209,11 +206,10 @@ class Preparation:
             require_template_used(data, self._template)
         facts, held = (writer.facts[indices] for indices in (train, validation))
         rows = rows_to_shuffle(facts["tokens"], data.max_seq_len if data.packing else None, self.row_tokens, self.seed)
-        write_arrays(folder / "train.arrow", {"indices": train})
-        write_arrays(folder / "validation.arrow", {"indices": validation})
         write_arrays(folder / "rows.arrow", vars(rows))
         digest = hashlib.sha256(writer.fingerprint.encode())
-        for indices in (train, validation):
+        for name, indices in {"train": train, "validation": validation}.items():
+            write_arrays(folder / f"{name}.arrow", {"indices": indices})
             digest.update(indices.tobytes() + b"|")
         template = self._template
         summary = Summary(
@@ -247,9 +243,8 @@ class Preparation:
             self._read(source, held if at >= len(self.training) else seen, writer)
             source.require_unchanged()
             ends.append(writer.count)
-        names = list(self._files)
-        self._close_gate(seen, held, names)
-        return self._split(seen, ends, names)
+        self._close_gate(seen, held)
+        return self._split(seen, ends)
 
     def _read(self, source: Source, seen: _Seen, writer: ExampleWriter) -> None:
         data, rows = self.data, source.rows()
@@ -287,21 +282,23 @@ class Preparation:
 
     # ── what can only be said when all rows were seen ───────────────────────────────────────────────────────────
 
-    def _close_gate(self, seen: _Seen, held: _Seen, names: list[str]) -> None:
-        findings, data = self._findings, self.data
-        findings.settle_too_long(data.too_long, self._rows)
+    def _find(self, kind: str, seen: _Seen, rows: np.ndarray) -> None:
+        """The same finding for several rows, by their indices."""
+        names = list(self._files)
+        for at in rows.tolist():
+            self._findings.add(kind, (names[seen.file[at]], seen.row[at]))
+
+    def _close_gate(self, seen: _Seen, held: _Seen) -> None:
+        self._findings.settle_too_long(self.data.too_long, self._rows)
         content = np.asarray(seen.content)
-        for at in duplicates(content).tolist():
-            findings.add("duplicate", seen.where(at, names))
-        other = np.asarray(held.content)
-        for at in np.flatnonzero(np.isin(other, content)).tolist():
-            findings.add("overlap", held.where(at, names))
+        self._find("duplicate", seen, duplicates(content))
+        self._find("overlap", held, np.flatnonzero(np.isin(np.asarray(held.content), content)))
         for id in sorted(self._stops - generation_ends(self.tokenizer)):
             shown = str(self.tokenizer.convert_ids_to_tokens(id))
             error = LoraError(f"trained turns end in {shown}, but the model's end token is another")
-            findings.add("stop_not_end", None, error)
+            self._findings.add("stop_not_end", None, error)
 
-    def _split(self, seen: _Seen, ends: list[int], names: list[str]) -> tuple[np.ndarray, np.ndarray]:
+    def _split(self, seen: _Seen, ends: list[int]) -> tuple[np.ndarray, np.ndarray]:
         """Indices of the examples to train on, repeated by the weights of their sources, and of those held out.
 
         ends: one behind the last example of each source.
@@ -319,8 +316,7 @@ class Preparation:
                 if len(kept) and not self._findings.stopping(data.allow):
                     raise
             content = np.asarray(seen.content)
-            for at in np.flatnonzero(rows & np.isin(content, content[~rows])).tolist():  # equal rows of other groups
-                self._findings.add("overlap", seen.where(at, names))
+            self._find("overlap", seen, np.flatnonzero(rows & np.isin(content, content[~rows])))  # of other groups
             held = np.repeat(rows, np.asarray(seen.pieces))
         train = [np.empty(0, np.int64)]
         for number, ((weight, _), start, end) in enumerate(zip(self.training, [0, *ends], ends, strict=False)):

@@ -5,7 +5,7 @@ from __future__ import annotations
 import hashlib
 import json
 import os
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import lru_cache
 from pathlib import Path
@@ -137,9 +137,6 @@ class Examples(Sequence[Example]):
         if isinstance(at, slice):
             return Examples(self.store, self.indices[at])
         return self.store[self.indices[at]]
-
-    def __iter__(self) -> Iterator[Example]:
-        return (self.store[index] for index in self.indices)
 
     @property
     def lengths(self) -> np.ndarray:

@@ -47,18 +47,14 @@ class StreamFeed:
     def __init__(self, recipe: Recipe, data: PreparedData, tokenizer: PreTrainedTokenizerBase):
         self._recipe, self.data, self._tokenizer = recipe, data, tokenizer
         self.validation = data.validation
-        written = [Path(recipe.output)]
-        self._sources = [
-            (each.weight, open_source(each, streaming=True, written=written)) for each in recipe.data.train
-        ]
+        train, written = recipe.data.train, [Path(recipe.output)]
+        self._sources = [(each.weight, open_source(each, streaming=True, written=written)) for each in train]
         self._several = len(self._sources) > 1
         if self._several:
             require_columns(recipe.data.columns, [source for _, source in self._sources])
         self._encoders: dict[int, RowEncoder] = {}
         self._template: ChatTemplate | None = None
         self._largest_id = 2**31
-        self._examples: list[Example] = []
-        self._step = 1
         self.seek({"pass": 0, "rows": 0, "unit": 0, "step": 1})
         require_template_used(recipe.data, self._template)
         self._first = self._examples  # of the first window
