@@ -529,7 +529,7 @@ def test_what_is_missing_or_unreadable_in_the_folder_is_said(saved):
     assert f"no adapter here: {CONFIG} is missing" in refused(lambda: read_adapter(saved))
     for text in ("{", "[]", ""):
         (saved / CONFIG).write_text(text)
-        assert "not valid JSON" in refused(lambda: read_adapter(saved))
+        assert "configuration is not valid" in refused(lambda: read_adapter(saved))
     (saved / "kept.json").rename(saved / CONFIG)
     (saved / TENSORS).unlink()
     assert f"the adapter folder has no {TENSORS}" in refused(lambda: read_adapter(saved))

@@ -537,7 +537,7 @@ def test_the_disk_fills_while_a_checkpoint_is_written(
             {},
             "model: the model folder holds no safetensors weights (only pytorch_model.bin)",
         ),
-        ({"model.safetensors": b""}, {}, "model/model.safetensors: damaged or incomplete safetensors file: 0 bytes"),
+        ({"model.safetensors": b""}, {}, "model/model.safetensors: damaged or incomplete safetensors file (0 bytes)"),
         ({"model.safetensors": b"x" * 500}, {}, "model/model.safetensors: damaged or incomplete safetensors file"),
         (
             {"model.safetensors": None, "model.safetensors.index.json": '{"weight_map": {"a": "part.safetensors"}}'},
@@ -574,7 +574,8 @@ def test_a_tokenizer_that_fails_once_it_is_used(refused_later: Any, model: Any, 
 def test_truncated_weights(refused: Any, model: Any, tiny_gpt2: Path):
     whole = (tiny_gpt2 / "model.safetensors").read_bytes()
     message = refused(base_model=str(model({"model.safetensors": whole[:-100]})))
-    assert f"incomplete safetensors file: {len(whole) - 100} bytes, but the header describes {len(whole)}" in message
+    assert f"incomplete safetensors file ({len(whole) - 100} bytes)" in message
+    assert "file not fully covered" in message
 
 
 def test_a_model_that_is_no_causal_language_model(refused_later: Any, model: Any):
@@ -688,8 +689,8 @@ def replace(name: str, change: Callable[[bytes], bytes]) -> Callable[[Path], Any
         (replace("adapter_model.safetensors", lambda b: b[:8] + b"#" * 99 + b[107:]), "damaged or incomplete adapter"),
         (lambda folder: (folder / "adapter_model.safetensors").unlink(), "has no adapter_model.safetensors"),
         (lambda folder: (folder / "adapter_config.json").unlink(), "there is no adapter in this folder"),
-        (replace("adapter_config.json", lambda b: b[:-9]), "the adapter's configuration is not valid JSON"),
-        (replace("adapter_config.json", lambda b: b"[]"), "the adapter's configuration is not valid JSON"),
+        (replace("adapter_config.json", lambda b: b[:-9]), "the adapter's configuration is not valid: Invalid JSON"),
+        (replace("adapter_config.json", lambda b: b"[]"), "the adapter's configuration is not valid: Input should be"),
         (replace("adapter_config.json", lambda b: b.replace(b'"LORA"', b'"IA3"')), "this is a IA3 adapter; only LORA"),
         (
             replace("adapter_config.json", lambda b: b.replace(b'"use_dora": false', b'"use_dora": true')),
@@ -710,9 +711,9 @@ def edit_config(**values: Any) -> Callable[[Path], Any]:
 @pytest.mark.parametrize(
     ("values", "says"),
     [
-        ({"alpha_pattern": ["q_proj"]}, "alpha_pattern is of the wrong type: ['q_proj']"),
-        ({"target_modules": {"q_proj": 1}}, "target_modules is of the wrong type: "),
-        ({"base_model_name_or_path": 3}, "base_model_name_or_path is of the wrong type: 3"),
+        ({"alpha_pattern": ["q_proj"]}, "not valid: alpha_pattern: input should be an object"),
+        ({"target_modules": {"q_proj": 1}}, "not valid: target_modules.str: input should be a valid string"),
+        ({"base_model_name_or_path": 3}, "not valid: base_model_name_or_path: input should be a valid string"),
         ({"lora_alpha": float("inf")}, "lora_alpha is inf, not a finite number"),
         ({"lora_alpha": None}, "lora_alpha is None, not a finite number"),
         ({"alpha_pattern": {"(": 2}}, "alpha_pattern: '(' is not a valid regular expression"),
@@ -774,14 +775,14 @@ def test_damaged_generation_settings(refused: Any, model: Any, content: str, say
 
 
 def test_a_weight_file_with_a_gap(refused_later: Any, model: Any, tiny_gpt2: Path):
-    """Its header is readable, and safetensors would refuse it when the tensors are read."""
+    """Its header is readable, but a part of the file belongs to no tensor."""
     data = (tiny_gpt2 / "model.safetensors").read_bytes()
     length = int.from_bytes(data[:8], "little")
     header = json.loads(data[8 : 8 + length])
     del header["transformer.h.0.attn.c_proj.weight"]
     text = json.dumps(header).encode()
     folder = model({"model.safetensors": len(text).to_bytes(8, "little") + text + data[8 + length :]})
-    assert "the header has gaps between tensors" in refused_later(base_model=str(folder))
+    assert "invalid offset for tensor" in refused_later(base_model=str(folder))
 
 
 def test_what_the_file_system_refuses_is_no_traceback(lora: Any):

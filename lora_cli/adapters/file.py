@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors import SafetensorError, safe_open
+from safetensors import safe_open
 from torch import Tensor
 
 from lora_cli.adapters.attach import attach
@@ -22,20 +22,19 @@ from lora_cli.adapters.keys import by_module
 from lora_cli.adapters.kinds import KINDS, kind_of
 from lora_cli.adapters.layer import LoRALinear
 from lora_cli.adapters.metadata import FORMAT, AdapterMetadata, read_metadata
-from lora_cli.adapters.peft_config import CONFIG, alphas, elsewhere, read_config, require_ranks, whole_matching
+from lora_cli.adapters.peft_config import CONFIG, alphas, elsewhere, read_config, require_own, whole_matching
 from lora_cli.adapters.targets import linear_layers
 from lora_cli.adapters.trained import Trained, trained_modules
 from lora_cli.base.device import DTYPES
 from lora_cli.base.linear import is_linear, stored_transposed, unquantized_layers
 from lora_cli.base.source import BaseSource
 from lora_cli.base.tensor_files import write_tensors
-from lora_cli.errors import LoraError, command
+from lora_cli.errors import LoraError, command, reading
 from lora_cli.foreign import Shape
 
 TENSORS = "adapter_model.safetensors"
 CHAT_TEMPLATE = "chat_template.jinja"  # where the Hugging Face libraries look for it
 FILES: Shape = {CONFIG: None, TENSORS: None, CHAT_TEMPLATE: None}  # all that save_adapter writes
-_PICKLED = "adapter_model.bin"
 
 
 @dataclass(frozen=True)
@@ -181,47 +180,28 @@ def read_adapter(folder: Path) -> AdapterFile:
     path = folder / TENSORS
     if not path.is_file():
         raise _no_tensors(folder)
-    try:
-        with safe_open(path, "pt") as stored:
-            texts = stored.metadata() or {}
-            flat = {key: stored.get_tensor(key) for key in stored.keys()}  # noqa: SIM118 - it has keys, but is not a dict
-    except (SafetensorError, OSError, ValueError) as error:
-        raise LoraError(
-            f"damaged or incomplete adapter file: {error}",
-            where=str(path),
-            fix="copy it again, or use an earlier checkpoint",
-        ) from None
+    fix = "copy it again, or use an earlier checkpoint"
+    with reading("damaged or incomplete adapter file", path, fix), safe_open(path, "pt") as stored:
+        texts = stored.metadata() or {}
+        flat = {key: stored.get_tensor(key) for key in stored.keys()}  # noqa: SIM118 - it has keys, but is not a dict
     metadata = read_metadata(texts, path)
     tensors, base_weights = by_module(flat, path, config, elsewhere(folder, config))
     ranks = {name: len(each["lora_A.weight"]) for name, each in tensors.items() if "lora_A.weight" in each}
-    require_ranks(config, ranks, folder)
-    by_module_alphas = alphas(config, ranks, folder)
-    _require_alpha(config, metadata, folder)
-    return AdapterFile(folder, config, metadata, by_module_alphas, tensors, base_weights)
+    alpha = alphas(config, ranks, folder)
+    require_own(config, ranks, metadata.alpha, folder)
+    return AdapterFile(folder, config, metadata, alpha, tensors, base_weights)
 
 
 def _no_tensors(folder: Path) -> LoraError:
-    if (folder / _PICKLED).exists():
+    what, fix = f"the adapter folder has no {TENSORS}", "copy the adapter again"
+    if (pickled := folder / "adapter_model.bin").exists():
+        what += f": {pickled.name} is pickled and is not opened (pickles can run code)"
         code = (
             "import torch, safetensors.torch as s; "
-            f"s.save_file(torch.load({str(folder / _PICKLED)!r}, weights_only=True), {str(folder / TENSORS)!r})"
+            f"s.save_file(torch.load({str(pickled)!r}, weights_only=True), {str(folder / TENSORS)!r})"
         )
-        return LoraError(
-            f"the adapter folder has no {TENSORS}: {_PICKLED} is pickled and is not opened (pickles can run code)",
-            where=str(folder),
-            fix=f"if you trust it: {command('python', '-c', code)}",
-        )
-    return LoraError(f"the adapter folder has no {TENSORS}", where=str(folder), fix="copy the adapter again")
-
-
-def _require_alpha(config: Mapping[str, Any], metadata: AdapterMetadata, folder: Path) -> None:
-    if metadata.alpha is not None and (config.get("lora_alpha") != metadata.alpha or config.get("alpha_pattern")):
-        raise LoraError(
-            f"{CONFIG} does not belong to these tensors: they were saved for lora_alpha {metadata.alpha:g}, but it has "
-            f"{config.get('lora_alpha')!r}",
-            where=str(folder),
-            fix=f"copy {CONFIG} and the tensors again, both from the folder that one training wrote",
-        )
+        fix = f"if you trust it: {command('python', '-c', code)}"
+    return LoraError(what, where=str(folder), fix=fix)
 
 
 def attach_adapter(model: Any, adapter: AdapterFile, base: BaseSource) -> dict[str, Trained]:
@@ -231,23 +211,17 @@ def attach_adapter(model: Any, adapter: AdapterFile, base: BaseSource) -> dict[s
     or when any tensor has no place or any place no tensor.
     """
     if adapter.metadata.base_fingerprint not in (None, base.fingerprint):
-        raise LoraError(
-            f"the adapter was trained on another base model: on {adapter.base_model}, not on {base.name}",
-            where=str(adapter.folder),
-            fix=f"use the base model {adapter.base_model}"
-            + (f" at revision {adapter.base_revision}" if adapter.base_revision else ""),
-        )
+        what = f"the adapter was trained on another base model: on {adapter.base_model}, not on {base.name}"
+        revision = f" at revision {adapter.base_revision}" if adapter.base_revision else ""
+        raise LoraError(what, where=str(adapter.folder), fix=f"use the base model {adapter.base_model}{revision}")
     modules = dict(model.named_modules())
     _require_base_weights(model, adapter)
     problems = _misfits(modules, adapter) + _unfilled(model, adapter)
     if problems:
-        raise LoraError(
-            f"the adapter (of {adapter.base_model or 'an unnamed base'}) does not fit {base.name}: "
-            f"{len(problems)} layers differ",
-            where=str(adapter.folder),
-            details=problems[:6],
-            fix="use the base model that it was trained on",
-        )
+        what = f"the adapter (of {adapter.base_model or 'an unnamed base'}) does not fit {base.name}: "
+        what += f"{len(problems)} layers differ"
+        fix = "use the base model that it was trained on"
+        raise LoraError(what, where=str(adapter.folder), details=problems[:6], fix=fix)
     named = [name for name in modules if name in adapter.tensors]
     layers = attach(model, [adapter.target(name) for name in named])
     _load(layers, adapter)
@@ -287,8 +261,5 @@ def _unfilled(model: Any, adapter: AdapterFile) -> list[str]:
         meant = set(whole_matching(wanted, names, "target_modules", adapter.folder))
     else:
         meant = {name for name in names if any(name == last or name.endswith(f".{last}") for last in wanted)}
-    return [
-        f"{name}: in target_modules, but not in the file"
-        for name in names
-        if name in meant and name not in adapter.tensors
-    ]
+    unfilled = [name for name in names if name in meant and name not in adapter.tensors]
+    return [f"{name}: in target_modules, but not in the file" for name in unfilled]

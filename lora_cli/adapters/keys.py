@@ -43,17 +43,14 @@ def by_module(
             continue
         part = f"{found['stem']}{found['end'] or ''}" if found else ""
         if found is None or tensor.ndim != PARTS.get(part) or not tensor.numel():
-            raise LoraError(
-                f"{key} {tuple(tensor.shape)} is not the A or B of a linear layer", where=str(path), fix=elsewhere
-            )
+            what = f"{key} {tuple(tensor.shape)} is not the A or B of a linear layer"
+            raise LoraError(what, where=str(path), fix=elsewhere)
         parts = tensors.setdefault(found["module"], {})
         names.add(found["adapter"])
         if part in parts or len(names) > 1:
-            raise LoraError(
-                f"the file holds more than one adapter: {', '.join(sorted(map(str, names)))}",
-                where=str(path),
-                fix="save one of them alone with PEFT: model.save_pretrained(folder, selected_adapters=[name])",
-            )
+            what = f"the file holds more than one adapter: {', '.join(sorted(map(str, names)))}"
+            fix = "save one of them alone with PEFT: model.save_pretrained(folder, selected_adapters=[name])"
+            raise LoraError(what, where=str(path), fix=fix)
         parts[part] = tensor
     if not tensors:
         raise LoraError("the adapter file holds no tensors of an adapter", where=str(path), fix=_AGAIN)

@@ -39,11 +39,8 @@ def adapter_folder(path: Path) -> Path:
     if (path / "adapter" / CONFIG).is_file():
         return path / "adapter"
     if (path / "recipe.yaml").is_file():
-        raise LoraError(
-            "this run has no adapter yet",
-            where=str(path),
-            fix=f"finish it: {command('lora', 'train', path / 'recipe.yaml', '--resume')}",
-        )
+        finishing = command("lora", "train", path / "recipe.yaml", "--resume")
+        raise LoraError("this run has no adapter yet", where=str(path), fix=f"finish it: {finishing}")
     what = "there is no adapter in this folder" if path.is_dir() else "no such folder"
     raise LoraError(what, where=str(path), fix=f"name a run folder, or a folder with {CONFIG}")
 
@@ -107,8 +104,8 @@ def adapter_template(folder: Path) -> str | None:
 
 def _stored_as(source: BaseSource) -> str:
     """As a checkpoint is stored, if a recipe can ask for that; others are loaded as they are, or refused on loading."""
-    kind = stored_quantization(source)
-    return kind if kind is not None and is_known(kind) else "none"
+    kind = stored_quantization(source) or "none"
+    return kind if is_known(kind) else "none"
 
 
 def other_base(adapter: AdapterFile, named: str | None) -> list[str]:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import math
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -13,27 +12,15 @@ from pydantic import BaseModel, ConfigDict, ValidationError
 from lora_cli.adapters.kinds import COMPUTED
 from lora_cli.adapters.patterns import BadPattern, matching
 from lora_cli.errors import LoraError, command
-from lora_cli.foreign import MOST_JSON_BYTES, read_bytes
+from lora_cli.foreign import read_bytes, reason
 
 CONFIG = "adapter_config.json"
 TESTED_PEFT = "peft==0.21.2"  # as in constraints.txt
-# What PEFT can store in a LoRA adapter and this program cannot compute; a value other than these would be lost.
-_PLAIN = {
-    "use_dora": False,
-    "bias": "none",
-    "lora_bias": False,
-    "modules_to_save": None,
-    "target_parameters": None,
-    "trainable_token_indices": None,
-    "alora_invocation_tokens": None,
-    "layer_replication": None,
-    "megatron_config": None,
-    "use_qalora": False,
-    "use_bdlora": None,
-    "arrow_config": None,
-    "kasa_config": None,
-    "monteclora_config": None,
-}
+# What PEFT can store in a LoRA adapter and this program cannot compute; a value other than those of _OFF would be lost
+_LOST = {"use_dora", "bias", "lora_bias", "modules_to_save", "target_parameters", "trainable_token_indices"}
+_LOST |= {"alora_invocation_tokens", "layer_replication", "megatron_config", "use_qalora", "use_bdlora"}
+_LOST |= {"arrow_config", "kasa_config", "monteclora_config"}
+_OFF = (None, False, "none", [], {})
 # Starts of PEFT that also change the base's weights; the adapter means nothing on the base as it was.
 _CHANGED_BASE = ("pissa", "olora", "corda", "loftq", "lora_ga")
 # Kinds of PEFT that do not change weights: nobody can merge them.
@@ -43,37 +30,42 @@ _DEFAULT_RANK = 8  # PEFT's, for a file without `r`
 _COPY = "copy the adapter again"
 
 
+class _Config(BaseModel):
+    """PEFT's configuration, with the types of what is used: a wrong one would otherwise come up far from here."""
+
+    model_config = ConfigDict(strict=True, extra="allow")
+
+    base_model_name_or_path: str | None = None
+    revision: str | None = None
+    target_modules: str | list[str] | None = None
+    alpha_pattern: dict[str, Any] | None = None
+    rank_pattern: dict[str, int] | None = None
+    r: int = _DEFAULT_RANK
+
+
 def read_config(folder: Path) -> dict[str, Any]:
     """Raises LoraError for a file that is damaged, or that describes what this program cannot compute."""
     path = folder / CONFIG
     if not path.exists():
-        raise LoraError(
-            f"no adapter here: {CONFIG} is missing", where=str(folder), fix="name an adapter folder or a run folder"
-        )
+        fix = "name an adapter folder or a run folder"
+        raise LoraError(f"no adapter here: {CONFIG} is missing", where=str(folder), fix=fix)
     try:
-        config = json.loads(read_bytes(path.resolve(), MOST_JSON_BYTES))  # a link, as the hub's cache has them
-    except (ValueError, RecursionError):
-        config = None
-    if not isinstance(config, dict):
-        raise LoraError("the adapter's configuration is not valid JSON", where=str(path), fix=_COPY)
+        content = read_bytes(path.resolve())  # a link, as the hub's cache has them
+        config = _Config.model_validate_json(content).model_dump(exclude_unset=True)
+    except ValidationError as error:
+        what = f"the adapter's configuration is not valid: {reason(error)}"
+        raise LoraError(what, where=str(path), fix=_COPY) from None
     kind = config.get("peft_type")
     if kind != "LORA":
-        raise LoraError(
-            f"this is a {kind} adapter; only LORA can be opened", where=str(path), fix=elsewhere(folder, config)
-        )
-    _require_types(config, path)
-    plain = {key: value for key, value in _PLAIN.items() if key not in COMPUTED}
-    lost = [f"{key}: {config[key]}" for key in plain if config.get(key, plain[key]) not in (plain[key], None, [], {})]
+        what = f"this is a {kind} adapter; only LORA can be opened"
+        raise LoraError(what, where=str(path), fix=elsewhere(folder, config))
+    lost = [f"{key}: {config[key]}" for key in sorted(_LOST - COMPUTED) if config.get(key) not in _OFF]
     start = config.get("init_lora_weights")
     if isinstance(start, str) and start.lower().startswith(_CHANGED_BASE):
         lost.append(f"init_lora_weights: {start}, which changes the base model's weights")
     if lost:
-        raise LoraError(
-            "the adapter uses what this program cannot compute",
-            where=str(path),
-            details=lost,
-            fix=elsewhere(folder, config),
-        )
+        what, fix = "the adapter uses what this program cannot compute", elsewhere(folder, config)
+        raise LoraError(what, where=str(path), details=lost, fix=fix)
     return config
 
 
@@ -106,20 +98,25 @@ def alphas(config: dict[str, Any], ranks: dict[str, int], folder: Path) -> dict[
     return {name: alpha * math.sqrt(ranks[name]) if stabilized else float(alpha) for name, alpha in found.items()}
 
 
-def require_ranks(config: dict[str, Any], ranks: dict[str, int], folder: Path) -> None:
-    """Raises LoraError where r and rank_pattern are not the ranks of the tensors: the file is another adapter's.
+def require_own(config: dict[str, Any], ranks: dict[str, int], alpha: float | None, folder: Path) -> None:
+    """Raises LoraError for another adapter's file: its ranks are not the tensors', or its alpha not that of the save.
 
     The scaling is alpha / rank, so a configuration of another run beside the tensors would be another model.
+    alpha: that the tensors were saved for, where they say so.
     """
+    details: list[str] = []
     said = _by_pattern(config.get("r", _DEFAULT_RANK), config.get("rank_pattern") or {}, "rank_pattern", ranks, folder)
     wrong = [name for name in ranks if said[name] != ranks[name]]
     if wrong:
-        raise LoraError(
-            f"{CONFIG} does not belong to these tensors: {len(wrong)} of {len(ranks)} layers have another rank",
-            where=str(folder),
-            details=[f"{name}: rank {ranks[name]}, but the configuration says {said[name]!r}" for name in wrong[:5]],
-            fix=f"copy {CONFIG} and the tensors again, both from the folder that one training wrote",
-        )
+        why = f"{len(wrong)} of {len(ranks)} layers have another rank"
+        details = [f"{name}: rank {ranks[name]}, but the configuration says {said[name]!r}" for name in wrong[:5]]
+    elif alpha is not None and (config.get("lora_alpha") != alpha or config.get("alpha_pattern")):
+        why = f"they were saved for lora_alpha {alpha:g}, but it has {config.get('lora_alpha')!r}"
+    else:
+        return
+    what = f"{CONFIG} does not belong to these tensors: {why}"
+    fix = f"copy {CONFIG} and the tensors again, both from the folder that one training wrote"
+    raise LoraError(what, where=str(folder), details=details, fix=fix)
 
 
 def _by_pattern(value: Any, pattern: dict[str, Any], setting: str, names: Mapping[str, Any], folder: Path) -> dict:
@@ -137,24 +134,3 @@ def whole_matching(key: str, names: Sequence[str], setting: str, folder: Path, *
         return matching(f"{before}({key})" if before else key, names, literal=False)
     except BadPattern as error:
         raise LoraError(f"{setting}: {key!r} {error}", where=str(folder / CONFIG), fix=_COPY) from None
-
-
-class _Types(BaseModel):
-    """Of what is used: a wrong type would otherwise come up far from here."""
-
-    model_config = ConfigDict(strict=True)
-
-    base_model_name_or_path: str | None = None
-    revision: str | None = None
-    target_modules: str | list[str] | None = None
-    alpha_pattern: dict[str, Any] | None = None
-    rank_pattern: dict[str, int] | None = None
-    r: int = _DEFAULT_RANK
-
-
-def _require_types(config: dict[str, Any], path: Path) -> None:
-    try:
-        _Types.model_validate(config)
-    except ValidationError as error:
-        key = str(error.errors()[0]["loc"][0])
-        raise LoraError(f"{key} is of the wrong type: {config[key]!r}", where=str(path), fix=_COPY) from None

@@ -13,6 +13,7 @@ from typing import Any
 import torch
 
 from lora_cli.adapters.trained import Trained, trained_parameters
+from lora_cli.base.trials import in_mode, model_errors
 from lora_cli.errors import LoraError
 
 _STRUCTURAL = ("attention", "all-linear")  # targets that are chosen here, not named by a person
@@ -30,22 +31,10 @@ def unreached(
     parameters = trained_parameters(model)
     for parameter in parameters:
         parameter.grad = None
-    training = model.training
     devices = {parameter.device for parameter in model.parameters() if parameter.is_cuda}
-    with torch.random.fork_rng(list(devices)):
-        model.train()
-        try:
-            backward()
-        except (LoraError, torch.OutOfMemoryError):
-            raise
-        except Exception as error:  # any architecture's own code
-            said = (str(error).strip() or type(error).__name__).splitlines()[0][:200]
-            raise LoraError(
-                f"{name or type(model).__name__} cannot compute a training step: {type(error).__name__}: {said}",
-                fix="upgrade transformers, or choose another model",
-            ) from error
-        finally:
-            model.train(training)
+    what = f"{name or type(model).__name__} cannot compute a training step"
+    with torch.random.fork_rng(list(devices)), in_mode(model, training=True), model_errors(what):
+        backward()
     reached = {_beside(name) for name, module in modules.items() if module.has_gradient()}
     for parameter in parameters:
         parameter.grad = None

@@ -54,16 +54,13 @@ def find_targets(
     if layers is not None:
         names = _in_layers(names, layers, block_lists(model))
     if not names:
-        raise LoraError(
-            "no layer is left to adapt",
-            details=[_listing(linear)],
-            fix="loosen adapter.exclude_modules or adapter.layers",
-        )
+        fix = "loosen adapter.exclude_modules or adapter.layers"
+        raise LoraError("no layer is left to adapt", details=[_listing(linear)], fix=fix)
     targets = {name: Target(name, rank, alpha) for name in names}
-    for pattern, value in (rank_pattern or {}).items():
-        targets |= {n: replace(targets[n], rank=value) for n in _require(pattern, names, "rank_pattern", linear)}
-    for pattern, value in (alpha_pattern or {}).items():
-        targets |= {n: replace(targets[n], alpha=value) for n in _require(pattern, names, "alpha_pattern", linear)}
+    for what, values in (("rank", rank_pattern), ("alpha", alpha_pattern)):
+        for pattern, value in (values or {}).items():
+            hit = _require(pattern, names, f"{what}_pattern", linear)
+            targets |= {name: replace(targets[name], **{what: value}) for name in hit}
     if rank_stabilized:  # written as the alpha that gives the same scaling, which every reader of adapters knows
         targets = {n: replace(each, alpha=each.alpha * math.sqrt(each.rank)) for n, each in targets.items()}
     asked = targets
@@ -119,10 +116,9 @@ def _select(model: Any, linear: dict[str, nn.Module], target_modules: str | Sequ
         names = [name for name in linear if any(name.startswith(f"{blocks}.") for blocks in block_lists(model))]
     elif target_modules == "attention":
         names = _attention_layers(model, linear)
-    elif isinstance(target_modules, str):
-        names = _require(target_modules, list(linear), "target_modules", linear)
     else:
-        hit = {name for pattern in target_modules for name in _require(pattern, list(linear), "target_modules", linear)}
+        patterns = [target_modules] if isinstance(target_modules, str) else target_modules
+        hit = {name for pattern in patterns for name in _require(pattern, list(linear), "target_modules", linear)}
         names = [name for name in linear if name in hit]
     if not names:
         raise LoraError(
@@ -153,18 +149,12 @@ def _require(pattern: str, names: list[str], key: str, linear: dict[str, nn.Modu
     try:
         hit = matching(pattern, names)
     except BadPattern as error:
-        raise LoraError(
-            f"adapter.{key}: {pattern!r} {error}",
-            details=[_listing(linear)],
-            fix="correct it, or name layers from that list",
-        ) from None
+        what, fix = f"adapter.{key}: {pattern!r} {error}", "correct it, or name layers from that list"
+        raise LoraError(what, details=[_listing(linear)], fix=fix) from None
     if not hit:
         near = difflib.get_close_matches(pattern, {name.rsplit(".", 1)[-1] for name in names}, n=1)
-        raise LoraError(
-            f"adapter.{key}: {pattern} matched no layer",
-            details=[_listing(linear)],
-            fix=f"did you mean {near[0]}?" if near else "choose from that list, or write target_modules: all-linear",
-        )
+        fix = f"did you mean {near[0]}?" if near else "choose from that list, or write target_modules: all-linear"
+        raise LoraError(f"adapter.{key}: {pattern} matched no layer", details=[_listing(linear)], fix=fix)
     return hit
 
 
@@ -185,12 +175,10 @@ def _in_layers(names: list[str], layers: Sequence[int], blocks: list[str]) -> li
     wanted = {at: at + depth if at < 0 else at for at in layers}
     absent = [at for at in layers if wanted[at] not in present]
     if absent:
-        raise LoraError(
-            f"adapter.layers: no adapted layer in block {absent[0]}",
-            fix=f"blocks with such layers: {present[0]} to {present[-1]}"
-            if present
-            else "no targeted layer is inside a block",
-        )
+        fix = "no targeted layer is inside a block"
+        if present:
+            fix = f"blocks with such layers: {present[0]} to {present[-1]}"
+        raise LoraError(f"adapter.layers: no adapted layer in block {absent[0]}", fix=fix)
     return [name for name in names if index(name) in wanted.values()]
 
 

@@ -15,6 +15,7 @@ import numpy as np
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.nn.attention.varlen import varlen_attn
 from transformers import AttentionInterface, AttentionMaskInterface
 from transformers.integrations.sdpa_attention import sdpa_attention_forward
 from transformers.masking_utils import sdpa_mask
@@ -23,12 +24,8 @@ from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING
 from lora_cli.base.causal_attention import causal_attention
 from lora_cli.base.text import largest
 
-try:
-    from torch.nn.attention.varlen import varlen_attn
-except ImportError:  # torch before 2.10
-    varlen_attn = None
-if varlen_attn is not None and not {"scale", "window_size", "enable_gqa"} <= {*signature(varlen_attn).parameters}:
-    varlen_attn = None  # an earlier form, such as torch 2.10's, has no windows and no shared keys and values
+if not {"scale", "window_size", "enable_gqa"} <= {*signature(varlen_attn).parameters}:
+    varlen_attn: Any = None  # torch 2.10's has no windows and no shared keys and values
 
 PER_EXAMPLE = "sdpa_per_example"
 _row_is_packed: ContextVar[bool] = ContextVar("row_is_packed", default=False)
@@ -138,37 +135,18 @@ def _varlen(
     longest: int,
 ) -> Tensor:
     """(1, tokens, heads, head_dim), without copying anything to the host, so the GPU never waits."""
-    assert varlen_attn is not None
     # The kernel wants one head_dim, while latent attention has narrower values: zeros beside them change nothing.
     wide = max(query.shape[-1], value.shape[-1])
     padded = (x if x.shape[-1] == wide else F.pad(x, (0, wide - x.shape[-1])) for x in (query, key, value))
     q, k, v = (x[0].transpose(0, 1).contiguous() for x in padded)  # (tokens, heads, head_dim)
     back = -1 if window is None else window - 1  # the window counts the token itself
-    out = varlen_attn(
-        q,
-        k,
-        v,
-        ends,
-        ends,
-        longest,
-        longest,
-        scale=query.shape[-1] ** -0.5 if scaling is None else scaling,
-        window_size=(back, 0),
-        enable_gqa=query.shape[1] != key.shape[1],
-    )
-    return out[..., : value.shape[-1]].unsqueeze(0)  # type: ignore[index]
+    settings: Any = {"window_size": (back, 0), "enable_gqa": query.shape[1] != key.shape[1]}
+    scale = query.shape[-1] ** -0.5 if scaling is None else scaling
+    out = varlen_attn(q, k, v, ends, ends, longest, longest, scale=scale, **settings)
+    return out[..., : value.shape[-1]].unsqueeze(0)
 
 
-def _mask(
-    *,
-    q_length: int,
-    kv_length: int,
-    attention_mask: Tensor | None = None,
-    allow_is_causal_skip: bool = True,
-    use_vmap: bool = False,
-    local_size: int | None = None,
-    **kwargs: Any,
-) -> Tensor | None:
+def _mask(*, local_size: int | None = None, **settings: Any) -> Tensor | None:
     """No mask for a packed row, whose block mask would be quadratic in all of its tokens; else the one of SDPA.
 
     Whether the row is packed is known from the call of the model (`watch_rows`): architectures forbid the causal
@@ -176,18 +154,12 @@ def _mask(
     mask alone, such as Qwen2-MoE: the mask of a packed row is then that number, expanded to the shape of a mask, which
     takes no memory.
     """
-    plain = attention_mask is None and q_length == kv_length and not allow_is_causal_skip and not use_vmap
-    if plain and _row_is_packed.get() and _by_example(kwargs):
-        return None if local_size is None else torch.tensor(local_size).expand(1, 1, q_length, kv_length)
-    return sdpa_mask(
-        q_length=q_length,
-        kv_length=kv_length,
-        attention_mask=attention_mask,
-        allow_is_causal_skip=allow_is_causal_skip,
-        use_vmap=use_vmap,
-        local_size=local_size,
-        **kwargs,
-    )
+    tokens = settings["q_length"]
+    special = settings.get("attention_mask") is not None or settings.get("use_vmap", False)
+    plain = not special and tokens == settings["kv_length"] and not settings.get("allow_is_causal_skip", True)
+    if plain and _row_is_packed.get() and _by_example(settings):
+        return None if local_size is None else torch.tensor(local_size).expand(1, 1, tokens, tokens)
+    return sdpa_mask(local_size=local_size, **settings)
 
 
 def watch_rows(model: nn.Module) -> None:

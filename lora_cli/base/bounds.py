@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 import re
 from collections.abc import Collection, Iterator
 from pathlib import Path
@@ -136,10 +137,7 @@ def _state(part: Any) -> Any:
 def _growth(part: Any) -> float:
     """How many times as long a text may become by replacements, each on what the ones before have made."""
     if isinstance(part, list):
-        product = 1.0
-        for each in part:
-            product *= _growth(each)
-        return product
+        return math.prod(map(_growth, part))
     if not isinstance(part, dict):
         return 1.0
     if part.get("type") == "Replace":

@@ -33,14 +33,13 @@ def pick_device(request: str) -> torch.device:
         "cpu": True,
         "cuda": torch.cuda.is_available(),
         "mps": torch.backends.mps.is_available(),
-        "xpu": hasattr(torch, "xpu") and torch.xpu.is_available(),
+        "xpu": torch.xpu.is_available(),
     }
     if request != "auto" and not available[request]:
         present = ", ".join(kind for kind, here in available.items() if here)
-        raise LoraError(
-            f"device: {request} was asked for, but torch {torch.__version__} finds none",
-            fix=f"write device: auto (devices here: {present}), or install a torch build and driver for {request}",
-        )
+        what = f"device: {request} was asked for, but torch {torch.__version__} finds none"
+        fix = f"write device: auto (devices here: {present}), or install a torch build and driver for {request}"
+        raise LoraError(what, fix=fix)
     only_cpu = request == "cpu" or not any(here for kind, here in available.items() if kind != "cpu")
     return PartialState(cpu=only_cpu).device  # type: ignore[return-value]
 
@@ -53,10 +52,8 @@ def pick_dtype(request: str, device: torch.device) -> tuple[torch.dtype, str]:
     """
     if request != "auto":
         if device.type == "cuda" and request == "bf16" and not torch.cuda.is_bf16_supported(including_emulation=False):
-            raise LoraError(
-                f"dtype: bf16 was asked for, but {torch.cuda.get_device_name(device)} does not have it",
-                fix="write dtype: auto",
-            )
+            what = f"dtype: bf16 was asked for, but {torch.cuda.get_device_name(device)} does not have it"
+            raise LoraError(what, fix="write dtype: auto")
         return DTYPES[request], "as the recipe says"
     if device.type == "cuda":
         if torch.cuda.is_bf16_supported(including_emulation=False):

@@ -58,10 +58,8 @@ def load_model(
                 ignore_mismatched_sizes=True,  # refused below, with the names
             )
         except (torch.OutOfMemoryError, MemoryError):
-            raise LoraError(
-                f"{source.name} does not fit into the memory of {device}",
-                fix="use quantization: nf4, or a smaller base model",
-            ) from None
+            what = f"{source.name} does not fit into the memory of {device}"
+            raise LoraError(what, fix="use quantization: nf4, or a smaller base model") from None
     model, info = loaded
     _require_all_weights(source, info)
     for parameter in model.parameters():
@@ -126,21 +124,15 @@ def load_tokenizer(source: BaseSource, *, trust_remote_code: bool = False) -> Pr
         tokenizer = AutoTokenizer.from_pretrained(
             source.folder, trust_remote_code=trust_remote_code, local_files_only=True
         )
-        if tokenizer.is_fast:
-            require_modest_tokenizer(tokenizer, source.folder)
+        if not tokenizer.is_fast:
+            what = "the tokenizer gives no character offsets (it is not a fast tokenizer)"
+            raise LoraError(what, where=str(source.folder))
+        require_modest_tokenizer(tokenizer, source.folder)
         tried: Any = tokenizer("tried once: a damaged setting can fail as late as this")
-        if tokenizer.is_fast:
-            require_own_tokens(tokenizer, tried["input_ids"], source.folder)
-    if not tokenizer.is_fast:
-        raise LoraError(
-            "the tokenizer gives no character offsets (it is not a fast tokenizer)", where=str(source.folder)
-        )
+        require_own_tokens(tokenizer, tried["input_ids"], source.folder)
     if tokenizer.eos_token_id is None:
-        raise LoraError(
-            "the tokenizer has no end token, so the model could not learn where to stop",
-            where=str(source.folder),
-            fix="set eos_token in tokenizer_config.json",
-        )
+        what = "the tokenizer has no end token, so the model could not learn where to stop"
+        raise LoraError(what, where=str(source.folder), fix="set eos_token in tokenizer_config.json")
     return tokenizer
 
 
@@ -158,10 +150,8 @@ def quiet_libraries() -> None:
 def model_config(source: BaseSource, trust_remote_code: bool) -> Any:
     """The configuration of a causal language model. Raises LoraError for any other, and for an unknown kind."""
     if source.config.get("auto_map") and not trust_remote_code and source.config.get("model_type") is None:
-        raise LoraError(
-            f"{source.name} is defined by Python code of its own",
-            fix="read that code, then write trust_remote_code: true",
-        )
+        fix = "read that code, then write trust_remote_code: true"
+        raise LoraError(f"{source.name} is defined by Python code of its own", fix=fix)
     kind = source.config.get("model_type")
     if isinstance(kind, str) and kind in CONFIG_MAPPING:
         what, fix = "the model's configuration cannot be read", _CHECK_CONFIG
@@ -174,10 +164,8 @@ def model_config(source: BaseSource, trust_remote_code: bool) -> Any:
     if type(config) not in MODEL_FOR_CAUSAL_LM_MAPPING and not remote:
         architectures = source.config.get("architectures")
         named = ", ".join(map(str, architectures)) if isinstance(architectures, list) else config.model_type
-        raise LoraError(
-            f"{source.name} ({named}) is not a causal language model",
-            fix="choose a decoder-only model such as Llama, Qwen, Mistral or GPT-2",
-        )
+        fix = "choose a decoder-only model such as Llama, Qwen, Mistral or GPT-2"
+        raise LoraError(f"{source.name} ({named}) is not a causal language model", fix=fix)
     _without_dropout(config)
     return config
 
@@ -195,20 +183,14 @@ def _require_all_weights(source: BaseSource, info: Any) -> None:
     missing = sorted(info["missing_keys"])
     mismatched = sorted(str(key) for key in info["mismatched_keys"])
     if missing or mismatched:
-        raise LoraError(
-            f"the weights do not fill the model: {len(missing)} tensors missing, {len(mismatched)} of another shape",
-            where=str(source.folder),
-            details=(missing + mismatched)[:5],
-            fix="the checkpoint and config.json do not belong together, or the download is incomplete",
-        )
+        what = f"the weights do not fill the model: {len(missing)} tensors missing, {len(mismatched)} of another shape"
+        fix = "the checkpoint and config.json do not belong together, or the download is incomplete"
+        raise LoraError(what, where=str(source.folder), details=(missing + mismatched)[:5], fix=fix)
 
 
 def unused_tensors(model: Any) -> list[str]:
     """A sentence on what the checkpoint holds and the model's class has no place for, if anything."""
     unused = getattr(model, "unused_tensors", ())
-    if not unused:
-        return []
     shown = ", ".join(unused[:3]) + (" …" if len(unused) > 3 else "")
-    return [
-        f"{len(unused)} tensors of the checkpoint are not used, for the model's class has no place for them: {shown}"
-    ]
+    what = f"{len(unused)} tensors of the checkpoint are not used, because the model's class has no place for them"
+    return [f"{what}: {shown}"] if unused else []

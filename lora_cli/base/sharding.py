@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import inspect
 from collections.abc import Iterable, Sequence
 from typing import Any
 
@@ -16,15 +15,11 @@ from lora_cli.errors import LoraError
 
 
 def require_shardable(processes: int) -> None:
-    """Raises LoraError where no base can be spread: over one process, or with a torch that is too old."""
+    """Raises LoraError for a single process, over which no base can be spread."""
     if processes == 1:
         raise LoraError(
             "train.shard_base spreads the base model over several processes, but this is a single one",
             fix="start it with torchrun --nproc-per-node N -m lora_cli train …, or write train.shard_base: false",
-        )
-    if "ignored_params" not in inspect.signature(fully_shard).parameters:
-        raise LoraError(
-            f"train.shard_base needs torch 2.7 or later, and this is {torch.__version__}", fix="upgrade torch"
         )
 
 
@@ -47,15 +42,11 @@ def shard_base(model: Any, blocks: Sequence[nn.Module], trained: Iterable[nn.Par
     for module in model.modules():
         if (kind := storage_of(module)) is not None:
             kind.make_shardable(module, device)
-    settings: dict[str, Any] = {"mesh": init_device_mesh(device.type, (torch.distributed.get_world_size(),))}
-    settings["ignored_params"] = whole
-    for block in blocks:
-        fully_shard(block, reshard_after_forward=True, **settings)
+    shares = list(blocks)
     embeddings, head = model.get_input_embeddings(), model.get_output_embeddings()
-    if embeddings.weight is not head.weight and not _inside(embeddings, blocks):
-        fully_shard(embeddings, reshard_after_forward=True, **settings)
-    fully_shard(model, reshard_after_forward=False, **settings)
-
-
-def _inside(module: nn.Module, blocks: Sequence[nn.Module]) -> bool:
-    return any(module is other for block in blocks for other in block.modules())
+    inside_a_block = any(embeddings is module for block in blocks for module in block.modules())
+    if embeddings.weight is not head.weight and not inside_a_block:
+        shares.append(embeddings)
+    mesh = init_device_mesh(device.type, (torch.distributed.get_world_size(),))
+    for module in [*shares, model]:
+        fully_shard(module, mesh=mesh, reshard_after_forward=module is not model, ignored_params=whole)

@@ -18,7 +18,6 @@ _WANTED += ["LICENSE*", "NOTICE*", "README.md"]  # which a merged folder keeps
 _ADAPTER = "adapter_config.json"
 _FOLDER = "name the folder that holds config.json and the weights"
 _FROM_GGUF = "use the model that the file was made from: a folder or hub id with config.json and safetensors"
-_NO_ACCESS = (401, 403)  # HTTP: unauthorized, forbidden
 _UNWANTED = ["original/*", "onnx/*", "openvino/*", "*.bin", "*.pth", "*.gguf"]
 
 
@@ -38,6 +37,12 @@ class BaseSource:
     def config(self) -> dict[str, Any]:
         return read_object(self.folder / "config.json")
 
+    def stated(self, *keys: str) -> Any:
+        """The first of these settings that config.json has; a composite one may have it for its text alone."""
+        text = self.config.get("text_config")
+        parts = (self.config, text if isinstance(text, dict) else {})
+        return next((part[key] for part in parts for key in keys if part.get(key) is not None), None)
+
 
 def find_base(name: str, revision: str | None = None, *, trust_remote_code: bool = False) -> BaseSource:
     """The folder of a base model; a hub id is downloaded once into the Hugging Face cache.
@@ -48,16 +53,12 @@ def find_base(name: str, revision: str | None = None, *, trust_remote_code: bool
     _require_model_folder(name, folder)
     if folder.is_dir():
         if revision is not None:
-            raise LoraError(
-                f"revision {revision} is for hub models, but {name} is a local folder", fix="remove revision"
-            )
+            what = f"revision {revision} is for hub models, but {name} is a local folder"
+            raise LoraError(what, fix="remove revision")
         source = BaseSource(name, folder.resolve())
     elif name.startswith((".", "/", "~")) or name.count("/") > 1:
-        raise LoraError(
-            "no such model folder",
-            where=name,
-            fix="check the path, or use a hub id such as HuggingFaceTB/SmolLM2-135M-Instruct",
-        )
+        fix = "check the path, or use a hub id such as HuggingFaceTB/SmolLM2-135M-Instruct"
+        raise LoraError("no such model folder", where=name, fix=fix)
     else:
         source = _download(name, revision, trust_remote_code)
     _check_folder(source)
@@ -69,10 +70,8 @@ def _require_model_folder(name: str, path: Path) -> None:
     if name.lower().endswith(".gguf") and not path.is_dir():
         raise LoraError(f"{name} is a GGUF file, which cannot be trained on yet", fix=_FROM_GGUF)
     if path.is_file():
-        beside = (path.parent / "config.json").is_file()
-        raise LoraError(
-            f"{name} is a file, not a model folder", fix=f"name its folder: {path.parent}" if beside else _FOLDER
-        )
+        fix = f"name its folder: {path.parent}" if (path.parent / "config.json").is_file() else _FOLDER
+        raise LoraError(f"{name} is a file, not a model folder", fix=fix)
     if not path.is_dir() or (path / "config.json").exists():
         return
     adapter = path if (path / _ADAPTER).is_file() else path / "adapter"
@@ -98,9 +97,8 @@ def _check_folder(source: BaseSource) -> None:
     require_modest_config(read_object(config), config, stored_tensors(source.folder))
     generation = source.folder / "generation_config.json"
     ends = read_object(generation).get("eos_token_id") if generation.is_file() else None
-    if ends is not None and not all(
-        type(end) is int and 0 <= end < 2**31 for end in (ends if isinstance(ends, list) else [ends])
-    ):
+    several = ends if isinstance(ends, list) else [0 if ends is None else ends]
+    if not all(type(end) is int and 0 <= end < 2**31 for end in several):
         raise LoraError("eos_token_id is not a token's number", where=str(generation), fix="download the file again")
 
 
@@ -112,30 +110,25 @@ def _download(name: str, revision: str | None, trust_remote_code: bool) -> BaseS
     try:
         with disk_errors(Path(constants.HF_HUB_CACHE)):
             path = snapshot_download(name, revision=revision, allow_patterns=wanted, ignore_patterns=_UNWANTED)
-    except hub.HFValidationError:
-        raise LoraError(
-            f"{name} is neither a folder here nor a hub id", fix="write owner/name, or a path to a model folder"
-        ) from None
-    except hub.GatedRepoError:
-        raise LoraError(
-            f"{name} is gated: its owner wants you to accept terms first",
-            fix=f"accept them on the model's page, then run `hf auth login` or set HF_TOKEN ({name})",
-        ) from None
-    except hub.RevisionNotFoundError:
-        raise LoraError(f"{name} has no revision {revision}", fix="check base model and revision") from None
-    except (hub.HTTPError, OSError) as error:  # HTTPError: that of httpx or httpx2, by the version of huggingface_hub
+    # HTTPError: that of httpx or httpx2, by the version of huggingface_hub
+    except (hub.HFValidationError, hub.HTTPError, OSError) as error:
         cause = error.__cause__ or error  # "not in the cache" hides why there was no answer
         status = getattr(getattr(cause, "response", None), "status_code", None)
-        if isinstance(error, hub.RepositoryNotFoundError) or status in _NO_ACCESS:
-            raise LoraError(
-                f"the hub has no model {name} that you may read",
-                fix="check the spelling; for a private model run `hf auth login` or set HF_TOKEN; or name a folder",
-            ) from None
-        reason = (str(cause).strip() or type(cause).__name__).splitlines()[0]
-        raise LoraError(
-            f"{name} is not in the local cache and cannot be downloaded: {reason}",
-            fix="connect to the network and try again (what has arrived is kept), or give the path of a model folder",
-        ) from None
+        if isinstance(error, hub.HFValidationError):
+            what, fix = f"{name} is neither a folder here nor a hub id", "write owner/name, or a path to a model folder"
+        elif isinstance(error, hub.GatedRepoError):
+            what = f"{name} is gated: its owner wants you to accept terms first"
+            fix = f"accept them on the model's page, then run `hf auth login` or set HF_TOKEN ({name})"
+        elif isinstance(error, hub.RevisionNotFoundError):
+            what, fix = f"{name} has no revision {revision}", "check base model and revision"
+        elif isinstance(error, hub.RepositoryNotFoundError) or status in (401, 403):  # unauthorized, forbidden
+            what = f"the hub has no model {name} that you may read"
+            fix = "check the spelling; for a private model run `hf auth login` or set HF_TOKEN; or name a folder"
+        else:
+            reason = (str(cause).strip() or type(cause).__name__).splitlines()[0]
+            what = f"{name} is not in the local cache and cannot be downloaded: {reason}"
+            fix = "connect to the network and try again (what has arrived is kept), or give the path of a model folder"
+        raise LoraError(what, fix=fix) from None
     folder = Path(path)
     return BaseSource(name, folder, revision=folder.name)
 
@@ -148,11 +141,8 @@ def require_inside(path: Path, folder: Path) -> None:
     target = path.resolve()
     in_hub_cache = target.parent.name == "blobs" and target.parent.parent.name.startswith("models--")
     if not target.is_relative_to(folder.resolve()) and not in_hub_cache:
-        copied = f"{folder}-copy"
-        raise LoraError(
-            f"{path.relative_to(folder)} is a link that leads out of this folder, to {target}",
-            where=str(folder),
-            fix=f"if its links are yours: {command('cp', '-rL', folder, copied)}, and name the copy",
-        )
+        what = f"{path.relative_to(folder)} is a link that leads out of this folder, to {target}"
+        copying = command("cp", "-rL", folder, f"{folder}-copy")
+        raise LoraError(what, where=str(folder), fix=f"if its links are yours: {copying}, and name the copy")
     if not path.exists():
         raise LoraError(f"{path.relative_to(folder)} is a broken link", where=str(folder), fix="remove it")

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from typing import Any
 
 from torch import Tensor
 
@@ -20,16 +19,14 @@ def stored_quantization(source: BaseSource) -> str | None:
 
     Raises LoraError where config.json says that it is quantized, but not how.
     """
-    stated = _stated(source.config)
+    stated = source.stated("quantization_config", "compression_config")
     if stated is None:
         return None
     kind = storage_stated(stated) if isinstance(stated, dict) else None
     if kind is None:
-        raise LoraError(
-            "quantization_config in config.json does not say how the weights are stored (quant_method)",
-            where=str(source.folder / "config.json"),
-            fix="download the model again, or use the unquantized model",
-        )
+        what = "quantization_config in config.json does not say how the weights are stored (quant_method)"
+        fix = "download the model again, or use the unquantized model"
+        raise LoraError(what, where=str(source.folder / "config.json"), fix=fix)
     return kind
 
 
@@ -39,22 +36,18 @@ def require_quantization(source: BaseSource, quantization: str) -> None:
     if kind in (None, quantization):
         return
     require_trainable(source)
-    raise LoraError(
-        f"the checkpoint is already quantized ({kind}), but was asked for with quantization: {quantization}",
-        where=str(source.folder),
-        fix=f"write quantization: {kind} (on the command line --quantization {kind})",
-    )
+    what = f"the checkpoint is already quantized ({kind}), but was asked for with quantization: {quantization}"
+    fix = f"write quantization: {kind} (on the command line --quantization {kind})"
+    raise LoraError(what, where=str(source.folder), fix=fix)
 
 
 def require_trainable(source: BaseSource) -> None:
     """Raises LoraError if no recipe can train on weights that are stored so, such as GPTQ, AWQ, FP8 or MXFP4."""
     kind = stored_quantization(source)
     if kind is not None and not is_known(kind):
-        raise LoraError(
-            f"the checkpoint is already quantized ({kind}), which cannot be trained on",
-            where=str(source.folder),
-            fix=f"use the unquantized model; quantization: {DEFAULT} then quantizes it as it is loaded",
-        )
+        what = f"the checkpoint is already quantized ({kind}), which cannot be trained on"
+        fix = f"use the unquantized model; quantization: {DEFAULT} then quantizes it as it is loaded"
+        raise LoraError(what, where=str(source.folder), fix=fix)
 
 
 def dense_tensor(tensors: Mapping[str, StoredTensor], name: str) -> Tensor:
@@ -64,16 +57,5 @@ def dense_tensor(tensors: Mapping[str, StoredTensor], name: str) -> Tensor:
     """
     parts = [(part, each) for each in tensors if (part := part_of(each)) is not None and part.weight == name]
     kind = parts[0][0].kind if parts else PLAIN
-    return kind.dense_stored(
-        read_tensor(tensors[name]), {part.name: read_tensor(tensors[each]) for part, each in parts}
-    )
-
-
-def _stated(config: dict[str, Any]) -> Any:
-    """What a configuration says of quantization; a composite one may say it of its text alone."""
-    text = config.get("text_config")
-    for part in (config, text if isinstance(text, dict) else {}):
-        for key in ("quantization_config", "compression_config"):
-            if part.get(key) is not None:
-                return part[key]
-    return None
+    beside = {part.name: read_tensor(tensors[each]) for part, each in parts}
+    return kind.dense_stored(read_tensor(tensors[name]), beside)

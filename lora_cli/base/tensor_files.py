@@ -18,16 +18,8 @@ from torch import Tensor
 
 from lora_cli.base.weight_files import StoredTensor
 
-NAMES = {
-    torch.float64: "F64",
-    torch.float32: "F32",
-    torch.float16: "F16",
-    torch.bfloat16: "BF16",
-    torch.int64: "I64",
-    torch.int32: "I32",
-    torch.int8: "I8",
-    torch.uint8: "U8",
-}
+NAMES = {torch.float64: "F64", torch.float32: "F32", torch.float16: "F16", torch.bfloat16: "BF16"}
+NAMES |= {torch.int64: "I64", torch.int32: "I32", torch.int8: "I8", torch.uint8: "U8"}
 _DTYPES = {name: dtype for dtype, name in NAMES.items()}
 
 
@@ -58,14 +50,11 @@ def write_entries(path: Path, entries: Sequence[Entry], metadata: Mapping[str, s
 
 def write_tensors(path: Path, tensors: Mapping[str, Tensor], metadata: Mapping[str, str]) -> None:
     """A file of these tensors, in their order."""
-    write_entries(
-        path,
-        [
-            Entry(name, NAMES[each.dtype], tuple(each.shape), each.numel() * each.itemsize, partial(put_bytes, each))
-            for name, each in tensors.items()
-        ],
-        metadata,
-    )
+    entries = [
+        Entry(name, NAMES[each.dtype], tuple(each.shape), each.nbytes, partial(put_bytes, each))
+        for name, each in tensors.items()
+    ]
+    write_entries(path, entries, metadata)
 
 
 def read_tensor(own: StoredTensor) -> Tensor:

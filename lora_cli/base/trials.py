@@ -34,9 +34,7 @@ _LENGTHS = (7, 40, 5)  # of examples on one row, in tokens, of a model that sees
 @torch.no_grad()
 def require_computes(model: Any) -> None:
     """Raises LoraError if the model's own code fails on a short row of text, as it may with a wrong configuration."""
-    _logits(
-        model, ordinary_tokens(model, 2, 0).to(model.device), f"{type(model).__name__} cannot compute a row of text"
-    )
+    _logits(model, ordinary_tokens(model, 2, 0).to(model.device), type(model).__name__)
 
 
 def require_causal(model: Any, device: torch.device, *, name: str | None = None) -> None:
@@ -45,7 +43,7 @@ def require_causal(model: Any, device: torch.device, *, name: str | None = None)
     Such a model would be trained to repeat what it sees; encoders such as BERT are among transformers' causal models.
     """
     name = name or type(model).__name__
-    with _evaluating(model):
+    with in_mode(model, training=False):
         earlier, last, deviation = _seen_from_before(model, device, name)
     most = earlier.max().item()
     everywhere = not _batch_decides(model) and (earlier > 0).float().mean() > 0.5
@@ -64,7 +62,7 @@ def require_causal(model: Any, device: torch.device, *, name: str | None = None)
 def require_no_leak(model: Any, device: torch.device, *, name: str | None = None) -> None:
     """Raises LoraError if this architecture cannot keep packed examples apart, or cannot compute packed rows at all."""
     name = name or type(model).__name__
-    with _evaluating(model):
+    with in_mode(model, training=False):
         difference, leaking = packing_difference(model, device, name)
         moved, most = (0.0, 0.0) if model.dtype == torch.float32 else _seen_from_beside(model, device, name)
     limit = _FP32 if model.dtype == torch.float32 else _ROUNDING_SHARE * leaking
@@ -86,7 +84,7 @@ def packing_difference(model: Any, device: torch.device, name: str = "the model"
     not start at zero. Packed as it should be, only rounding is left: about 1e-6 in fp32, 1e-2 in bf16.
     """
     examples = _examples(model, device)
-    alone = torch.cat([_logits(model, example, f"{name} cannot compute a row of text") for example in examples])
+    alone = torch.cat([_logits(model, example, name) for example in examples])
     packed, leaking = _packed(model, examples, name), _logits(model, torch.cat(examples), name)
 
     def difference(logits: Tensor) -> float:
@@ -105,7 +103,7 @@ def _seen_from_before(model: Any, device: torch.device, name: str) -> tuple[Tens
     row = ordinary_tokens(model, min(_CAUSAL_TOKENS, positions(model.config) or _CAUSAL_TOKENS), 0)
     others = [token for token in ordinary_tokens(model, 64, 1).unique() if token != row[-1]][:3]
     rows = [torch.cat([row[:-1], last[None]]).to(device) for last in (row[-1], *others)]
-    own, *changed = (_logits(model, each, f"{name} cannot compute a row of text") for each in rows)
+    own, *changed = (_logits(model, each, name) for each in rows)
     if own.isnan().any():
         raise LoraError(
             f"{name} computes NaN in {str(model.dtype).removeprefix('torch.')}",
@@ -138,28 +136,14 @@ def _seen_from_beside(model: Any, device: torch.device, name: str) -> tuple[floa
 def _packed(model: Any, examples: list[Tensor], name: str) -> Tensor:
     """(tokens, vocabulary), fp32."""
     inputs = packed_inputs([len(example) for example in examples], examples[0].device)
-    fix = "write data.packing: false"
-    return _logits_of(
-        model, f"{name} cannot compute packed rows", fix, input_ids=torch.cat(examples).unsqueeze(0), **inputs
-    )[0]
+    with model_errors(f"{name} cannot compute packed rows", "write data.packing: false"):
+        return model(input_ids=torch.cat(examples)[None], **inputs, use_cache=False).logits[0].float()
 
 
-def _logits(model: Any, ids: Tensor, failed: str) -> Tensor:
+def _logits(model: Any, ids: Tensor, name: str) -> Tensor:
     """(tokens, vocabulary) of one row, fp32."""
-    return _logits_of(model, failed, input_ids=ids.unsqueeze(0))[0]
-
-
-def _logits_of(model: Any, failed: str, fix: str | None = None, **inputs: Any) -> Tensor:
-    """(rows, tokens, vocabulary), fp32. What the model's code raises becomes a LoraError under its own name."""
-    try:
-        return model(**inputs, use_cache=False).logits.float()
-    except torch.OutOfMemoryError:
-        raise
-    except Exception as error:  # any architecture's own code
-        said = (str(error).strip() or type(error).__name__).splitlines()[0][:200]
-        raise LoraError(
-            f"{failed}: {type(error).__name__}: {said}", fix=fix or "upgrade transformers, or choose another model"
-        ) from error
+    with model_errors(f"{name} cannot compute a row of text"):
+        return model(input_ids=ids[None], use_cache=False).logits[0].float()
 
 
 def _limit(model: Any, leak: float, deviation: float) -> float:
@@ -238,7 +222,7 @@ def same_logits(model: Any, rule: Callable[[Tensor], Tensor]) -> bool:
     """Whether the head's output with `rule` applied is what the model returns as logits, for a few tokens."""
     seen: list[Tensor] = []
     ids = torch.arange(min(8, vocabulary(model.config)), device=model.get_input_embeddings().weight.device)
-    with _evaluating(model):
+    with in_mode(model, training=False):
         stated = with_head_hook(model, lambda _, inputs: seen.append(inputs[0]), {"input_ids": ids[None]}).logits
         if len(seen) != 1:
             return False
@@ -261,10 +245,23 @@ def _close(actual: Tensor, expected: Tensor) -> bool:
 
 
 @contextmanager
-def _evaluating(model: Any) -> Iterator[None]:
-    training = model.training
-    model.eval()
+def in_mode(model: Any, *, training: bool) -> Iterator[None]:
+    """Within this block the model is in training or evaluation mode."""
+    before = model.training
+    model.train(training)
     try:
         yield
     finally:
-        model.train(training)
+        model.train(before)
+
+
+@contextmanager
+def model_errors(what: str, fix: str = "upgrade transformers, or choose another model") -> Iterator[None]:
+    """Turn what an architecture's own code raises in this block into a LoraError; running out of memory aside."""
+    try:
+        yield
+    except (LoraError, torch.OutOfMemoryError):
+        raise
+    except Exception as error:
+        said = (str(error).strip() or type(error).__name__).splitlines()[0][:200]
+        raise LoraError(f"{what}: {type(error).__name__}: {said}", fix=fix) from error

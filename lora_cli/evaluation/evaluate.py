@@ -26,7 +26,7 @@ from lora_cli.data.row_encoder import RowEncoder, fit_length
 from lora_cli.errors import LoraError
 from lora_cli.evaluation.gain import Gain, paired_gain
 from lora_cli.evaluation.perplexity import Score, score
-from lora_cli.recipe import DataRecipe, Recipe, SourceRecipe, load_recipe
+from lora_cli.recipe import DataRecipe, SourceRecipe, load_recipe
 from lora_cli.streams import print_note
 
 _DEFAULT_LENGTH = 1024  # tokens of context, where nothing says more
@@ -44,36 +44,23 @@ def evaluate_run(
 
     trust_remote_code: from the command line; the run's own recipe may be a stranger's.
     """
-    if not (run / "recipe.yaml").is_file():
-        raise LoraError(
-            "this is not a run folder: recipe.yaml is missing",
-            where=str(run),
-            fix="name a run folder, or use --model and --data",
-        )
-    recipe = load_recipe(run / "recipe.yaml")
+    file = run / "recipe.yaml"
+    if not file.is_file():
+        fix = "name a run folder, or use --model and --data"
+        raise LoraError("this is not a run folder: recipe.yaml is missing", where=str(run), fix=fix)
+    recipe = load_recipe(file)
     if recipe.trust_remote_code and not trust_remote_code:
-        raise LoraError(
-            f"this run asks to execute the Python code of {recipe.base_model}, and a run may be a stranger's",
-            where=str(run / "recipe.yaml"),
-            fix="read that code, then add --trust-remote-code",
-        )
+        what = f"this run asks to execute the Python code of {recipe.base_model}, and a run may be a stranger's"
+        raise LoraError(what, where=str(file), fix="read that code, then add --trust-remote-code")
     if data is None and recipe.data.validation is None:
         raise LoraError("this run has no validation data", where=str(run), fix="name a file with --data")
-    opened = open_model(
-        recipe.base_model,
-        run,
-        quantization=recipe.quantization,
-        dtype=recipe.dtype,
-        device=device or recipe.device,
-        trust_remote_code=trust_remote_code,
-        revision=recipe.revision,
-    )
-    examples = (
-        _own_validation(recipe, opened)
-        if data is None
-        else _file_examples(data, opened, recipe.data.max_seq_len, stride, recipe.data)
-    )
-    return compare(opened, *examples)
+    own = recipe.model_dump(include={"quantization", "dtype", "revision"})
+    at = device or recipe.device
+    opened = open_model(recipe.base_model, run, device=at, trust_remote_code=trust_remote_code, **own)
+    if data is not None:
+        return compare(opened, *_file_examples(data, opened, recipe.data.max_seq_len, stride, recipe.data))
+    examples = prepare(recipe, opened.tokenizer).validation
+    return compare(opened, examples, target_bytes(examples, opened.tokenizer))
 
 
 def evaluate_model(
@@ -89,9 +76,8 @@ def evaluate_model(
     opened = open_model(model, adapter, **opening)
     longest = positions(opened.model.config) or _DEFAULT_LENGTH
     if max_seq_len is not None and max_seq_len > longest:
-        raise LoraError(
-            f"--max-seq-len {max_seq_len} is above what the model can see ({longest})", fix=f"use {longest} or less"
-        )
+        what = f"--max-seq-len {max_seq_len} is above what the model can see ({longest})"
+        raise LoraError(what, fix=f"use {longest} or less")
     return compare(opened, *_file_examples(data, opened, max_seq_len or min(longest, _DEFAULT_LENGTH), stride))
 
 
@@ -101,11 +87,9 @@ def compare(opened: Opened, examples: Sequence[Example], text_bytes: int) -> dic
     lay_out = partial(collate, packed=False, pad_id=pad_id, device=opened.device)
     budget = max(4096, *(len(example.ids) for example in examples))
 
-    def measure(name: str) -> Score:
-        return score(name, opened.model, examples, lay_out, budget, text_bytes)
-
     for note in opened.notes:
         print_note(f"note: {note}")
+    measure = partial(score, opened.model, examples, lay_out, budget, text_bytes)
     with adapters_disabled(opened.model):
         scores = {"base": measure("base model")}
     if opened.adapter is not None:
@@ -123,11 +107,9 @@ def as_dict(scores: dict[str, Score]) -> dict[str, Any]:
 
 
 def print_scores(scores: dict[str, Score], console: Console) -> None:
-    table = Table(
-        "", "loss", "perplexity", "bits per byte", "target tokens", box=None, pad_edge=False, header_style="bold"
-    )
-    for column in table.columns[1:]:
-        column.justify = "right"
+    table = Table("", box=None, pad_edge=False, header_style="bold")
+    for column in ("loss", "perplexity", "bits per byte", "target tokens"):
+        table.add_column(column, justify="right")
     for name, each in scores.items():
         numbers = (f"{each.loss:.4f}", f"{each.perplexity:.3f}", f"{each.bits_per_byte:.4f}", f"{each.target_tokens:,}")
         table.add_row(name, *numbers)
@@ -143,11 +125,6 @@ def gain_of(scores: dict[str, Score]) -> Gain:
     """Of the adapter over the base, compared example by example."""
     (before, targets), (after, _) = scores["base"].examples, scores["adapter"].examples
     return paired_gain(before, after, targets)
-
-
-def _own_validation(recipe: Recipe, opened: Opened) -> tuple[Sequence[Example], int]:
-    examples = prepare(recipe, opened.tokenizer).validation
-    return examples, target_bytes(examples, opened.tokenizer)
 
 
 def _file_examples(
@@ -172,21 +149,12 @@ def _file_examples(
     examples = [each.example for each in reader.encode(iter(rows), findings) if each.example is not None]
     findings.require_none(settings.allow)
     text_bytes = target_bytes(examples, opened.tokenizer)
-    policy = "split" if reader.format.name == "text" else "error"
     fitting: list[Example] = []
     for example in examples:
-        if len(example.ids) <= max_seq_len:
-            fitting.append(example)
-        elif policy == "error":
-            raise LoraError(
-                f"{len(example.ids)} tokens, but the window is {max_seq_len}",
-                where=example.source,
-                fix="raise --max-seq-len, or remove the row",
-            )
-        else:
-            fitting += fit_length(
-                example, max_seq_len, policy, reader.format.name, findings, stride or max_seq_len // 2
-            )
+        if reader.format.name != "text" and len(example.ids) > max_seq_len:
+            what = f"{len(example.ids)} tokens, but the window is {max_seq_len}"
+            raise LoraError(what, where=example.source, fix="raise --max-seq-len, or remove the row")
+        fitting += fit_length(example, max_seq_len, "split", "text", findings, stride or max_seq_len // 2)
     return fitting, text_bytes
 
 

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
-from importlib import resources
 from pathlib import Path
 from typing import Any
 
@@ -15,7 +14,7 @@ from lora_cli.adapters.trained import adapters_disabled
 from lora_cli.base.text import positions, vocabulary
 from lora_cli.data.chat.template import wants_bos
 from lora_cli.data.example import Example
-from lora_cli.errors import LoraError
+from lora_cli.errors import LoraError, reading
 from lora_cli.evaluation.gain import paired_gain
 from lora_cli.evaluation.perplexity import Collate, example_losses
 
@@ -40,24 +39,18 @@ def general_text(tokenizer: PreTrainedTokenizerBase, config: Any, path: Path | N
     one for another alphabet, or the model has no embedding for it: a loss on unknown tokens would say nothing.
     Raises LoraError for a file that cannot be read, is too short or cannot be spelled; call it before training.
     """
-    text = _read(path) if path is not None else _own_text()
+    text = _read(path or Path(__file__).with_name("general.txt"))
     backend: Any = tokenizer.backend_tokenizer
     ids = backend.encode(text, add_special_tokens=False).ids[:MOST_TOKENS]
     unknown = sum(id == tokenizer.unk_token_id for id in ids)
     if 2 * unknown > len(ids) or max(ids, default=0) >= vocabulary(config):
         if path is None:
             return None
-        raise LoraError(
-            f"the model's tokenizer cannot spell this text: {unknown} of {len(ids)} tokens are unknown to it",
-            where=str(path),
-            fix="name a text in a language that the model was trained on",
-        )
+        what = f"the model's tokenizer cannot spell this text: {unknown} of {len(ids)} tokens are unknown to it"
+        raise LoraError(what, where=str(path), fix="name a text in a language that the model was trained on")
     if path is not None and len(ids) < LEAST_TOKENS:
-        raise LoraError(
-            f"{len(ids)} tokens are too few to see forgetting in",
-            where=str(path),
-            fix=f"name a text of a page or more: {LEAST_TOKENS} tokens at least, up to {MOST_TOKENS} are used",
-        )
+        fix = f"name a text of a page or more: {LEAST_TOKENS} tokens at least, up to {MOST_TOKENS} are used"
+        raise LoraError(f"{len(ids)} tokens are too few to see forgetting in", where=str(path), fix=fix)
     length = min(WINDOW, positions(config) or WINDOW)
     start: list[int] = [tokenizer.bos_token_id] if wants_bos(tokenizer) else []  # type: ignore[list-item]
     step = length - len(start)
@@ -104,19 +97,7 @@ def measure_forgetting(
     }
 
 
-def _own_text() -> str:
-    return (resources.files("lora_cli.evaluation") / "general.txt").read_text(encoding="utf-8")
-
-
 def _read(path: Path) -> str:
-    try:
-        with path.open(encoding="utf-8-sig") as stream:
-            return stream.read(64 * MOST_TOKENS)  # characters: no need to tokenize a whole book
-    except OSError as error:
-        raise LoraError(
-            f"the general text cannot be read: {error.strerror}", where=str(path), fix="name a text file"
-        ) from None
-    except UnicodeDecodeError:
-        raise LoraError(
-            "the general text is not UTF-8", where=str(path), fix="save it as UTF-8, or name a plain text file"
-        ) from None
+    what, fix = "the general text cannot be read", "name a text file, saved as UTF-8"
+    with reading(what, path, fix), path.open(encoding="utf-8-sig") as stream:
+        return stream.read(64 * MOST_TOKENS)  # characters: no need to tokenize a whole book

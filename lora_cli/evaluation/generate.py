@@ -37,9 +37,8 @@ def generate(
     """
     conversation = chat and prompt is None and sys.stdin.isatty()
     if conversation and as_json:
-        raise LoraError(
-            "--json is for one prompt, not for a conversation", fix="give the prompt as an argument or on stdin"
-        )
+        what = "--json is for one prompt, not for a conversation"
+        raise LoraError(what, fix="give the prompt as an argument or on stdin")
     if prompt is None and not conversation:
         prompt = sys.stdin.read()
     if prompt is not None and not prompt.strip():

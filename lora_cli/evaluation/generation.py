@@ -5,10 +5,12 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from copy import deepcopy
+from functools import partial
 from typing import Any
 
 import torch
 from torch import Tensor
+from torch.nn.utils.rnn import pad_sequence
 from transformers import GenerationConfig, LogitsProcessor, PreTrainedTokenizerBase
 from transformers.generation.streamers import TextStreamer
 
@@ -60,10 +62,8 @@ def generation_config(
     stops = {*(ends if isinstance(ends, list) else [ends]), own_end, stop} - {None, -1}  # some write -1 for none
     tokens = model.get_input_embeddings().weight.shape[0]
     if beyond := [each for each in stops if not 0 <= each < tokens]:
-        raise LoraError(
-            f"the end token {str(beyond[0])[:20]} is not one of the model's {tokens} tokens",
-            fix="correct eos_token_id in generation_config.json and config.json, or download the model again",
-        )
+        fix = "correct eos_token_id in generation_config.json and config.json, or download the model again"
+        raise LoraError(f"the end token {str(beyond[0])[:20]} is not one of the model's {tokens} tokens", fix=fix)
     sampling = {"temperature": temperature, "top_p": top_p, "top_k": top_k} if temperature > 0 else {}
     return GenerationConfig(
         max_new_tokens=max_new_tokens,
@@ -92,22 +92,17 @@ def complete(
     emit: called with each piece of text as it comes; for a single prompt only. Raises CheckFailed for a model whose
     output is not finite.
     """
-    before = tokenizer.padding_side, tokenizer.pad_token
-    tokenizer.padding_side = "left"
-    if tokenizer.pad_token is None:
-        tokenizer.pad_token = tokenizer.eos_token
-    try:
-        batch = tokenizer(list(prompts), return_tensors="pt", padding=True, add_special_tokens=special_tokens)
-    finally:
-        tokenizer.padding_side, tokenizer.pad_token = before
-    require_token(int(batch["input_ids"].max()) if batch["input_ids"].numel() else 0, model)  # type: ignore[union-attr]
-    config = _within_positions(config, batch["input_ids"].shape[1], model)  # type: ignore[union-attr]
-    inputs = {name: batch[name].to(model.device) for name in ("input_ids", "attention_mask")}  # type: ignore[union-attr]
+    encoded: Any = tokenizer(list(prompts), add_special_tokens=special_tokens)["input_ids"]
+    rows = [torch.tensor(each, dtype=torch.long, device=model.device) for each in encoded]
+    pad_left = partial(pad_sequence, batch_first=True, padding_side="left")
+    inputs = {"input_ids": pad_left(rows, padding_value=config.pad_token_id)}
+    inputs["attention_mask"] = pad_left([torch.ones_like(row) for row in rows])
+    require_token(max((token for each in encoded for token in each), default=0), model)
+    config = _within_positions(config, inputs["input_ids"].shape[1], model)
     streamer = _Streamer(tokenizer, emit) if emit is not None else None
+    further: Any = {"streamer": streamer, "logits_processor": [_Finite()]}
     with _no_other_settings(model):
-        tokens = model.eval().generate(
-            **inputs, generation_config=config, streamer=streamer, logits_processor=[_Finite()]
-        )
+        tokens = model.eval().generate(**inputs, generation_config=config, **further)
     new = tokens[:, inputs["input_ids"].shape[1] :]
     return tokenizer.batch_decode(new, skip_special_tokens=True)
 
@@ -121,10 +116,8 @@ def _within_positions(config: GenerationConfig, prompt: int, model: Any) -> Gene
     if not seen or prompt + config.max_new_tokens <= seen:  # type: ignore[operator]
         return config
     if prompt >= seen:
-        raise LoraError(
-            f"the prompt has {prompt:,} tokens, but the model sees {seen:,} at most",
-            fix="shorten the prompt, or use a model with a longer context",
-        )
+        fix = "shorten the prompt, or use a model with a longer context"
+        raise LoraError(f"the prompt has {prompt:,} tokens, but the model sees {seen:,} at most", fix=fix)
     shorter = deepcopy(config)
     shorter.max_new_tokens = seen - prompt
     return shorter
@@ -134,10 +127,8 @@ def require_token(largest: int, model: Any) -> None:
     """Raises LoraError for an id without an embedding in the model: the tokenizer is not the model's own."""
     known = model.get_input_embeddings().weight.shape[0]
     if largest >= known:
-        raise LoraError(
-            f"the tokenizer gives token {largest}, but the model has {known} tokens",
-            fix="use the model's own tokenizer: copy or download tokenizer.json again",
-        )
+        fix = "use the model's own tokenizer: copy or download tokenizer.json again"
+        raise LoraError(f"the tokenizer gives token {largest}, but the model has {known} tokens", fix=fix)
 
 
 @contextmanager

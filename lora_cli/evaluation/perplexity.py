@@ -11,6 +11,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from lora_cli.base.trials import in_mode
 from lora_cli.data.batches import MicroBatch, similar_length_batches
 from lora_cli.data.example import Example
 from lora_cli.data.store import Examples
@@ -67,9 +68,7 @@ def example_losses(
     require_token(max((int(np.max(example.ids)) for example in examples), default=0), model)
     lengths = examples.lengths if isinstance(examples, Examples) else [len(e.ids) for e in examples]
     batches = similar_length_batches(lengths, max_tokens)
-    training = model.training
-    model.eval()
-    try:
+    with in_mode(model, training=False):
         for first in range(0, len(batches), processes):
             if should_stop is not None and should_stop():
                 raise EvaluationStopped
@@ -82,13 +81,11 @@ def example_losses(
                 where = torch.tensor(batch)
                 targets[where] = counts
                 losses.index_add_(0, where.repeat_interleave(counts), each)
-    finally:
-        model.train(training)
     return losses, targets
 
 
 def score(
-    name: str, model: Any, examples: Sequence[Example], collate: Collate, max_tokens: int, text_bytes: int
+    model: Any, examples: Sequence[Example], collate: Collate, max_tokens: int, text_bytes: int, name: str
 ) -> Score:
     """Raises CheckFailed if the loss is NaN or infinite. name: of what is measured, for the message."""
     losses, targets = example_losses(model, examples, collate, max_tokens)
@@ -99,7 +96,5 @@ def score(
             f"the loss of the {name} is {loss}: its weights are damaged, or too large for its dtype",
             fix="try --dtype fp32; if that does not help, copy or download it again",
         )
-    bits = loss * count / math.log(2)
-    return Score(
-        loss, math.exp(min(loss, 700)), bits / text_bytes if text_bytes else math.inf, count, (losses, targets)
-    )
+    bits_per_byte = loss * count / math.log(2) / text_bytes if text_bytes else math.inf
+    return Score(loss, math.exp(min(loss, 700)), bits_per_byte, count, (losses, targets))

@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 from transformers import AutoModelForCausalLM
 
-from lora_cli.base.device import free_memory_bytes
+from lora_cli.base.device import DTYPES, free_memory_bytes
 from lora_cli.base.linear import is_quantized, plain_layer
 from lora_cli.base.source import BaseSource
 from lora_cli.base.storage.registry import part_of
@@ -107,14 +107,9 @@ def divergence(reference: Tensor, other: Tensor) -> float:
 
 def dtype_of(source: BaseSource, stored: Mapping[str, StoredTensor]) -> torch.dtype:
     """The dtype that a checkpoint's dense weights have: what config.json says, else what most of them are stored in."""
-    text = source.config.get("text_config")
-    inner = text if isinstance(text, dict) else {}
-    named = [at.get(key) for at in (source.config, inner) for key in ("dtype", "torch_dtype")]
-    known = {"float32": torch.float32, "float16": torch.float16, "bfloat16": torch.bfloat16}
-    for each in named:
-        if isinstance(each, str) and each in known:
-            return known[each]
-    return commonest_dtype(stored)
+    named = {str(dtype).removeprefix("torch."): dtype for dtype in DTYPES.values()}
+    known = named.get(str(source.stated("dtype", "torch_dtype")))
+    return commonest_dtype(stored) if known is None else known
 
 
 def commonest_dtype(stored: Mapping[str, StoredTensor]) -> torch.dtype:

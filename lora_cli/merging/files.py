@@ -13,8 +13,7 @@ from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
-from lora_cli.adapters.file import CHAT_TEMPLATE
-from lora_cli.base.source import require_inside
+from lora_cli.base.source import BaseSource, require_inside
 from lora_cli.base.weight_files import weight_files
 from lora_cli.errors import LoraError
 from lora_cli.merging.tensors import INDEX
@@ -54,9 +53,8 @@ def require_place(output: Path) -> Path:
 def require_outside(place: Path, base: Path) -> None:
     """Raises LoraError for an output inside the base's folder, which would be part of the base from then on."""
     if place.resolve().is_relative_to(base.resolve()):
-        raise LoraError(
-            "the output is inside the base model's folder", where=str(place), fix="choose another --output beside it"
-        )
+        what = "the output is inside the base model's folder"
+        raise LoraError(what, where=str(place), fix="choose another --output beside it")
 
 
 def base_files(base: Path, *, code: bool) -> tuple[list[Path], list[str]]:
@@ -66,31 +64,26 @@ def base_files(base: Path, *, code: bool) -> tuple[list[Path], list[str]]:
     """
     weights = {file.resolve() for file in weight_files(base)}
     taken: list[Path] = []
-    pickles: list[str] = []
-    others: list[str] = []
-    scripts: list[str] = []
+    left: dict[str, list[str]] = {}
     for path in _walk(base):
         name = path.relative_to(base)
         if path.resolve() in weights:
             continue
-        kinds = {suffix.lower() for suffix in path.suffixes}
-        if kinds & _PICKLES:
-            pickles.append(name.as_posix())
-        elif path.suffix.lower() in _OTHER_WEIGHTS or (name.name.endswith(".index.json") and name.as_posix() != INDEX):
-            others.append(name.as_posix())
-        elif path.suffix.lower() in _CODE and not code:
-            scripts.append(name.as_posix())
+        if (reason := _why_left_out(name, code)) is not None:
+            left.setdefault(reason, []).append(name.as_posix())
         else:
             require_inside(path, base)
             taken.append(name)
-    said = []
-    if pickles:
-        said.append(f"{_some(pickles)} left out: pickled files can run code, and hold the base's weights if any")
-    if others:
-        said.append(f"{_some(others)} left out: the base's weights in another form, without the adapter")
-    if scripts:
-        said.append(f"{_some(scripts)} left out: code of the base is copied only with --trust-remote-code")
-    return taken, said
+    return taken, [f"{_some(names)} left out: {reason}" for reason, names in left.items()]
+
+
+def _why_left_out(name: Path, code: bool) -> str | None:
+    suffix = name.suffix.lower()
+    if _PICKLES & {each.lower() for each in name.suffixes}:
+        return "pickled files can run code, and hold the base's weights if any"
+    if suffix in _OTHER_WEIGHTS or (name.name.endswith(".index.json") and name.as_posix() != INDEX):
+        return "the base's weights in another form, without the adapter"
+    return "code of the base is copied only with --trust-remote-code" if suffix in _CODE and not code else None
 
 
 def _walk(base: Path) -> Iterator[Path]:
@@ -136,44 +129,33 @@ def _edit(config: dict[str, Any], dtype: str | None, dequantized: bool) -> None:
             _edit(value, dtype, dequantized)
 
 
-def add_stop_tokens(base: Path, place: Path, stops: Sequence[int]) -> list[int]:
+def add_stop_tokens(source: BaseSource, place: Path, stops: Sequence[int]) -> list[int]:
     """Let generation end at the tokens that training taught to end at; returns those that the base did not end at."""
-    path = base / "generation_config.json"
-    config = json.loads((base / "config.json").read_text(encoding="utf-8"))
+    path = source.folder / "generation_config.json"
     if path.is_file():
         settings = json.loads(path.read_text(encoding="utf-8"))
     else:  # transformers then takes these from config.json
-        inner = config.get("text_config")
-        config = (inner if isinstance(inner, dict) else {}) | config
-        settings = {key: config[key] for key in ("bos_token_id", "eos_token_id", "pad_token_id") if key in config}
+        named = {key: source.stated(key) for key in ("bos_token_id", "eos_token_id", "pad_token_id")}
+        settings = {key: value for key, value in named.items() if value is not None}
     own = settings.get("eos_token_id")
     ends = own if isinstance(own, list) else [] if own is None else [own]
     added = [stop for stop in stops if stop not in ends]
     if added:
         settings.pop("_from_model_config", None)  # transformers 4 may take the ends of config.json over these
-        _write_json(
-            place / path.name, settings | {"eos_token_id": [*ends, *added] if ends or len(added) > 1 else added[0]}
-        )
+        settings["eos_token_id"] = [*ends, *added] if ends or len(added) > 1 else added[0]
+        _write_json(place / path.name, settings)
     return added
-
-
-def write_chat_template(place: Path, template: str | None) -> None:
-    """The template that the adapter was trained with, where it brings one: all programs take this file first."""
-    if template is not None:
-        (place / CHAT_TEMPLATE).write_text(template, encoding="utf-8", newline="")
 
 
 def write_notes(place: Path, facts: dict[str, Any], title: str) -> None:
     """merge.json, and a README that says what this folder is."""
     _write_json(place / "merge.json", facts)
     other = f"\nThe base model's own page is {_BASE_README}.\n" if (place / _BASE_README).exists() else ""
-    lines = [
-        f"# {title}",
-        "",
-        f"An adapter for {facts['base_model']}, merged into its weights by `lora merge`.",
-        f"This model keeps {facts['kept']:.2%} of what the adapter changes; merge.json says how that was measured.",
-    ]
-    (place / _README).write_text("\n".join(lines) + "\n" + other, encoding="utf-8")
+    text = (
+        f"# {title}\n\nAn adapter for {facts['base_model']}, merged into its weights by `lora merge`.\n"
+        f"This model keeps {facts['kept']:.2%} of what the adapter changes; merge.json says how that was measured.\n"
+    )
+    (place / _README).write_text(text + other, encoding="utf-8")
 
 
 def _write_json(path: Path, value: Any) -> None:

@@ -18,7 +18,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from lora_cli.adapters.file import AdapterFile, read_adapter
+from lora_cli.adapters.file import CHAT_TEMPLATE, AdapterFile, read_adapter
 from lora_cli.adapters.opened import Opened, adapter_folder, adapter_template, open_model, other_base
 from lora_cli.adapters.trained import Trained, adapters_disabled, trained_modules
 from lora_cli.base.device import DTYPES
@@ -97,7 +97,8 @@ def merge(
     compute what base + adapter compute.
     """
     place = files.require_place(output)
-    job = _Merge(source, place, base, dtype, onto, trust_remote_code, say)
+    job = _Merge(source, base, dtype, onto, trust_remote_code, say)
+    files.require_outside(place, job.source.folder)
     opened = job.open_trained()
     tokens, origin = comparison_tokens(source, opened.model)
     reference = log_probabilities(opened.model, tokens)
@@ -133,50 +134,36 @@ def merge(
 class _Merge:
     """One merge on its way: what was read of adapter and base before any weight is."""
 
-    def __init__(
-        self,
-        source: Path,
-        place: Path,
-        base: str | None,
-        dtype: str,
-        onto: str,
-        remote_code: bool,
-        say: Callable[[str], None],
-    ):
-        self.folder = adapter_folder(source)
-        self.path, self.base, self.remote_code, self.say = source, base, remote_code, say
+    def __init__(self, path: Path, base: str | None, dtype: str, onto: str, code: bool, say: Callable[[str], None]):
+        self.folder, self.say = adapter_folder(path), say
+        self.open = partial(open_model, base, path, device="cpu", trust_remote_code=code)
         self.adapter: AdapterFile = read_adapter(self.folder)
         self.notes: list[str] = []
-        self.quantized: set[str] = set()
+        self.quantized: set[str] = set()  # names of the layers held in 4 or 8 bits, without adapters
         name, revision = (base, None) if base is not None else self.adapter.own_base()
-        self.source: BaseSource = find_base(name, revision, trust_remote_code=remote_code)
+        self.source: BaseSource = find_base(name, revision, trust_remote_code=code)
         self.stored = stored_tensors(self.source.folder)
         self.held = held = stored_quantization(self.source)  # as the checkpoint itself is
         self.quantization = self.adapter.metadata.quantization or held or "none"
+        where = str(self.source.folder)
         if held is not None and onto == "original":
-            raise LoraError(
-                f"the base is stored in {held}: there are no original weights in it to merge onto",
-                where=str(self.source.folder),
-                fix="leave out --onto, or name the unquantized model with --base",
-            )
+            what = f"the base is stored in {held}: there are no original weights in it to merge onto"
+            raise LoraError(what, where=where, fix="leave out --onto, or name the unquantized model with --base")
         if held is not None and self.quantization != held:
-            raise LoraError(
-                f"the adapter was trained on a base held in {self.quantization}, but this one is stored in {held}",
-                where=str(self.source.folder),
-                fix="name the base model of the training with --base",
-            )
+            what = f"the adapter was trained on a base held in {self.quantization}, but this one is stored in {held}"
+            raise LoraError(what, where=where, fix="name the base model of the training with --base")
         self.onto = onto if self.quantization != "none" else "original"
-        files.require_outside(place, self.source.folder)
         for note in other_base(self.adapter, base):
             self._note(note)
         self.dtype = None if dtype == "keep" else DTYPES[dtype]
         self.dense = self.dtype or dtype_of(self.source, self.stored)
         self.template = adapter_template(self.folder)
-        self.taken, left_out = files.base_files(self.source.folder, code=remote_code)
+        self.taken, left_out = files.base_files(self.source.folder, code=code)
         for note in left_out:
             self._note(note)
         parameters = parameters_stored(self.stored)
-        self.fp32 = fits_in_fp32(parameters, self._vocabulary(), held_besides=0 if self.quantization == "none" else 1.2)
+        widest = max((each.shape[0] for each in self.stored.values() if len(each.shape) == 2), default=0)  # of logits
+        self.fp32 = fits_in_fp32(parameters, widest, held_besides=0 if self.quantization == "none" else 1.2)
         kept = self.dense if self.held is not None else commonest_dtype(self.stored)
         self.written_dtype = next((name for name, each in DTYPES.items() if each == (self.dtype or kept)), "fp64")
         self._require_room(parameters)
@@ -185,14 +172,9 @@ class _Merge:
         self.notes.append(text)
         self.say(text)
 
-    def _vocabulary(self) -> int:
-        """Rows of the largest table; the logits of the comparison are that wide."""
-        tables = (each.shape[0] for each in self.stored.values() if len(each.shape) == 2)
-        return max(tables, default=0)
-
     def _require_room(self, parameters: int) -> None:
-        size = self.dtype.itemsize if self.dtype is not None else self.dense.itemsize
-        largest = max(parameters * size, 0 if self.dtype else sum(each.size_bytes for each in self.stored.values()))
+        as_stored = 0 if self.dtype else sum(each.size_bytes for each in self.stored.values())
+        largest = max(parameters * self.dense.itemsize, as_stored)
         beside = sum((self.source.folder / name).stat().st_size for name in self.taken)
         self.needed_bytes = largest + beside + 10_000_000
         if parameters > 1e9:
@@ -202,18 +184,20 @@ class _Merge:
                 "comparison's tokens, some minutes each for a large model"
             )
         if not self.fp32:
+            smallest = f"{_NOISE['16 bits']:g} nats a token"
             self._note(
-                "too little memory to compare in fp32: compared in 16 bits, which cannot see differences below "
-                f"{_NOISE['16 bits']:g} nats a token"
+                f"too little memory for fp32: compared in 16 bits, which cannot see differences below {smallest}"
             )
 
     def open_trained(self) -> Opened:
         """Base + adapter as trained; in fp32 arithmetic on the weights of training where memory allows it."""
         if self.quantization == "none":
-            opened = self._open("none", "fp32" if self.fp32 else "auto")
+            opened = self.open_original()
         else:
-            opened = self._open(self.quantization, self.adapter.metadata.compute_dtype or "auto")
-            self.quantized = _quantized(opened.model)
+            compute = self.adapter.metadata.compute_dtype or "auto"
+            opened = self.open(quantization=self.quantization, dtype=compute)
+            layers = opened.model.named_modules(remove_duplicate=False)
+            self.quantized = {name.removesuffix(".base_layer") for name, layer in layers if is_quantized(layer)}
             self._say_of_other_layers(opened.model)
             if self.fp32:
                 make_dense(opened.model)
@@ -222,28 +206,15 @@ class _Merge:
 
     def open_original(self) -> Opened:
         self.quantized = set()
-        return self._open("none", "fp32" if self.fp32 else "auto")
-
-    def _open(self, quantization: str, dtype: str) -> Opened:
-        return open_model(
-            self.base,
-            self.path,
-            quantization=quantization,
-            dtype=dtype,
-            device="cpu",
-            trust_remote_code=self.remote_code,
-        )
+        return self.open(quantization="none", dtype="fp32" if self.fp32 else "auto")
 
     def _say_of_other_layers(self, model: Any) -> None:
         """Some layers cannot be held in 4 bits on a CPU; if they were in training, this is not quite that model."""
         trained = self.adapter.metadata.unquantized_modules
         if trained is None:
-            self._note(
-                "the adapter does not say which layers were quantized in training (it was made before that was kept)"
-            )
-            return
-        other = sorted(set(unquantized_layers(model)) ^ set(trained))
-        if other:
+            why = "it was made before that was kept"
+            self._note(f"the adapter does not say which layers were quantized in training ({why})")
+        elif other := sorted(set(unquantized_layers(model)) ^ set(trained)):
             self._note(
                 f"{len(other)} layers are quantized in another way on this machine than in training, the first is "
                 f"{other[0]}: merge where it was trained to get that model exactly"
@@ -264,15 +235,16 @@ class _Merge:
         files.copy_files(self.source.folder, self.taken, place)
         named = str(self.dtype).removeprefix("torch.") if self.dtype is not None else None
         files.write_config(self.source.folder, place, dtype=named, dequantized=self.held is not None)
-        files.write_chat_template(place, self.template)
-        added = files.add_stop_tokens(self.source.folder, place, trained_stops(opened, self.adapter.metadata.prompting))
+        if self.template is not None:  # the adapter's own, which all programs take before that of any other file
+            (place / CHAT_TEMPLATE).write_text(self.template, encoding="utf-8", newline="")
+        added = files.add_stop_tokens(self.source, place, trained_stops(opened, self.adapter.metadata.prompting))
         names = [str(opened.tokenizer.convert_ids_to_tokens(each)) for each in added]
         if names:
             self._note(f"generation now also ends at {', '.join(names)}, which the base's settings leave out")
         return names
 
     def write_notes(self, place: Path, report: MergeReport) -> None:
-        base = self.source.name if self.source.revision is not None else Path(self.source.folder).name
+        base = self.source.name if self.source.revision is not None else self.source.folder.name
         facts = report.as_dict() | {"base_model": base, "base_revision": self.source.revision}
         facts |= {"base_fingerprint": self.source.fingerprint, "quantization": self.quantization}
         facts |= {"prompting": self.adapter.metadata.prompting, "method": self.adapter.metadata.method}
@@ -282,11 +254,8 @@ class _Merge:
 
 def result_lines(report: MergeReport) -> list[str]:
     """What was written, and how near it is to base + adapter."""
-    effect = (
-        f"keeps {report.kept:.2%} of the adapter's effect"
-        if report.adapter_effect > 0
-        else "the adapter changes nothing"
-    )
+    kept = f"keeps {report.kept:.2%} of the adapter's effect"
+    effect = kept if report.adapter_effect > 0 else "the adapter changes nothing"
     return [
         f"merged {report.layers} layers onto the {report.onto} weights, in {report.dtype}: {report.output}",
         f"{effect}: compared with base + adapter in {report.compared_in} on {report.tokens_compared} tokens "
@@ -311,15 +280,6 @@ def trained_stops(opened: Opened, prompting: str | None) -> list[int]:
     return [stop] if stop is not None and stop != tokenizer.unk_token_id else []
 
 
-def _quantized(model: Any) -> set[str]:
-    """Names of the layers that are held in 4 or 8 bits, as they are without adapters."""
-    return {
-        name.removesuffix(".base_layer")
-        for name, layer in model.named_modules(remove_duplicate=False)
-        if is_quantized(layer)
-    }
-
-
 def _changed(model: Any, quantized: set[str]) -> dict[str, Fresh]:
     """Of every adapted and every quantized layer, the weight that the merged model has, by parameter name."""
     found: dict[str, Fresh] = {}
@@ -339,21 +299,17 @@ def _merged_weight(layer: Any, name: str) -> Tensor:
     weight = dense_weight(frozen)  # (out, in)
     weight = layer.merged(weight) if isinstance(layer, Trained) else weight.float()
     if not torch.isfinite(weight).all():
-        raise CheckFailed(
-            f"the merged weight of {name} holds NaN or infinity",
-            fix="copy adapter and base model again, and train again",
-        )
+        fix = "copy adapter and base model again, and train again"
+        raise CheckFailed(f"the merged weight of {name} holds NaN or infinity", fix=fix)
     return weight.T if stored_transposed(frozen) else weight
 
 
 def _require_own_head(model: Any) -> None:
     head, embeddings = model.get_output_embeddings(), model.get_input_embeddings()
     if isinstance(head, Trained) and head.base_layer.weight is embeddings.weight:
-        raise LoraError(
-            "the adapter changes the output head, which this model shares with its embeddings: one stored tensor "
-            "cannot be both",
-            fix="use base and adapter together (lora generate --adapter), or train without the head",
-        )
+        what = "the adapter changes the output head, which this model shares with its embeddings: "
+        fix = "use base and adapter together (lora generate --adapter), or train without the head"
+        raise LoraError(f"{what}one stored tensor cannot be both", fix=fix)
 
 
 def _require_same(report: MergeReport, job: _Merge) -> None:
@@ -377,8 +333,6 @@ def _require_same(report: MergeReport, job: _Merge) -> None:
 def _require_number(measured: float, adapter: AdapterFile) -> None:
     """A comparison with nan is never true, so no limit would be passed."""
     if not math.isfinite(measured):
-        raise CheckFailed(
-            "base + adapter produce NaN or infinity: their weights are damaged, or too large",
-            where=str(adapter.folder),
-            fix="nothing was written; copy the adapter and download the base model again",
-        )
+        what = "base + adapter produce NaN or infinity: their weights are damaged, or too large"
+        fix = "nothing was written; copy the adapter and download the base model again"
+        raise CheckFailed(what, where=str(adapter.folder), fix=fix)

@@ -22,6 +22,7 @@ from lora_cli.errors import LoraError
 from lora_cli.merging.tensors import Fresh, is_beside
 
 _COMPUTED = (".inv_freq", ".masked_bias", ".attn.bias")
+_TOGETHER = "use base and adapter together instead: lora generate --adapter ADAPTER"
 
 
 def _parameter_names(model: Any) -> dict[str, str]:
@@ -87,21 +88,16 @@ class Places:
             reached |= {id(changed[each]) for each in parameters & changed.keys()}
         lost = [name for name, each in changed.items() if id(each) not in reached]
         if lost:
-            raise LoraError(
-                f"{len(lost)} merged layers have no place in the base's weight files, the first is {lost[0]}",
-                fix="use base and adapter together instead: lora generate --adapter ADAPTER",
-            )
+            what = f"{len(lost)} merged layers have no place in the base's weight files, the first is {lost[0]}"
+            raise LoraError(what, fix=_TOGETHER)
         return found
 
     def unused(self, fresh: Collection[str]) -> list[str]:
         """Stored tensors that fill nothing in the model; buffers of older versions that it computes itself aside."""
         used = {name for name, parameter in self.direct.items() if parameter in self.parameters}
         used |= {name for names, parameters in self.converted if parameters & self.parameters.keys() for name in names}
-        return [
-            name
-            for name in self.names
-            if name not in used and not name.endswith(_COMPUTED) and not is_beside(name, fresh)
-        ]
+        left = (name for name in self.names if name not in used and not name.endswith(_COMPUTED))
+        return [name for name in left if not is_beside(name, fresh)]
 
     def _as_stored(self, values: dict[str, Tensor], names: set[str]) -> dict[str, Fresh]:
         """Several parameters in the form of the checkpoint, as transformers' saving would bring them back into it."""
@@ -119,10 +115,8 @@ class Places:
             if name.removeprefix(prefix) in places
         }
         if found.keys() != names:
-            raise LoraError(
-                f"{min(names - found.keys())} of the base's weight files cannot be made of the merged layers",
-                fix="use base and adapter together instead: lora generate --adapter ADAPTER",
-            )
+            what = f"{min(names - found.keys())} of the base's weight files cannot be made of the merged layers"
+            raise LoraError(what, fix=_TOGETHER)
         return found
 
 

@@ -10,6 +10,7 @@ from __future__ import annotations
 import json
 from collections.abc import Callable, Collection, Iterator, Mapping
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import BinaryIO
 
@@ -69,18 +70,12 @@ def _plan(
             target = dtype or FLOATS.get(own.dtype, dense)
             shape, make = fresh[name].shape, fresh[name].make
         elif dtype is not None and own.dtype in FLOATS and FLOATS[own.dtype] != dtype:
-            target, shape, make = dtype, own.shape, lambda own=own: read_tensor(own)
+            target, shape, make = dtype, own.shape, partial(read_tensor, own)
         else:
-            yield Entry(name, own.dtype, own.shape, own.size_bytes, lambda out, own=own: _copy(own, out))
+            yield Entry(name, own.dtype, own.shape, own.size_bytes, partial(_copy, own))
             continue
         size = torch.Size(shape).numel() * target.itemsize
-        yield Entry(
-            name,
-            NAMES[target],
-            shape,
-            size,
-            lambda out, name=name, make=make, target=target: _write_tensor(out, name, make(), target),
-        )
+        yield Entry(name, NAMES[target], shape, size, partial(_write_tensor, name, make, target))
 
 
 def is_beside(name: str, fresh: Collection[str]) -> bool:
@@ -101,13 +96,13 @@ def _copy(own: StoredTensor, out: BinaryIO) -> None:
             left -= len(piece)
 
 
-def _write_tensor(out: BinaryIO, name: str, value: Tensor, target: torch.dtype) -> None:
+def _write_tensor(name: str, make: Callable[[], Tensor], target: torch.dtype, out: BinaryIO) -> None:
+    value = make()
     cast = value.to(target).contiguous()
     if not torch.isfinite(cast).all() and (torch.isfinite(value) & ~torch.isfinite(cast)).any():
-        limit = torch.finfo(target).max
+        kind, limit = str(target).removeprefix("torch."), torch.finfo(target).max
         raise CheckFailed(
-            f"{name} holds numbers up to {value.abs().max().item():.3g}, which {str(target).removeprefix('torch.')} "
-            f"cannot: its largest is {limit:.5g}",
+            f"{name} holds numbers up to {value.abs().max().item():.3g}, but the largest of {kind} is {limit:.5g}",
             fix="nothing was written; use --dtype fp32" + (" or --dtype bf16" if target == torch.float16 else ""),
         )
     put_bytes(cast, out)
