@@ -23,6 +23,8 @@ from tiny_model import make_tokenizer, save_tiny  # noqa: E402
 
 from lora_cli.base.load import quiet_libraries  # noqa: E402
 from lora_cli.cli import main  # noqa: E402
+from lora_cli.data.files.folders import find_files  # noqa: E402
+from lora_cli.data.files.readers import Row  # noqa: E402
 from lora_cli.data.order import Groups  # noqa: E402
 from lora_cli.errors import LoraError  # noqa: E402
 from lora_cli.recipe import load_recipe  # noqa: E402
@@ -80,6 +82,11 @@ def sums(tmp_path: Path) -> Path:
         for a, b in [(i % 7, (3 * i) % 11) for i in range(24)]
     ]
     return write_rows(tmp_path / "sums.jsonl", rows)
+
+
+def read_rows(path: Path) -> list[Row]:
+    """All rows of a file, a folder or a pattern."""
+    return list(find_files(str(path)).rows())
 
 
 def write_rows(path: Path, rows: list[dict[str, Any]]) -> Path:

@@ -14,7 +14,7 @@ from typing import Any
 
 import pytest
 import torch
-from conftest import Said, write_rows
+from conftest import Said, read_rows, write_rows
 
 
 @pytest.fixture
@@ -167,8 +167,6 @@ def test_parquet_that_was_cut_or_holds_no_rows(refused: Any, tmp_path: Path):
 
 def test_values_stay_as_they_stand(tmp_path: Path):
     """No guessing of types: a completion that looks like a number or a date is text."""
-    from lora_cli.data.files.sources import read_rows
-
     (tmp_path / "a.csv").write_text('\ufeffprompt,completion\n1,"2"\n\nNA,null\n"a ""b""\nc",\n', encoding="utf-8")
     assert [(row.number, *row.values.items()) for row in read_rows(tmp_path / "a.csv")] == [
         (1, ("prompt", "1"), ("completion", "2")),

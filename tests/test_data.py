@@ -11,7 +11,7 @@ import numpy as np
 import pyarrow
 import pytest
 import torch
-from conftest import write_rows
+from conftest import read_rows, write_rows
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from pyarrow import parquet
@@ -19,7 +19,6 @@ from pyarrow import parquet
 from lora_cli.data.batches import collate, similar_length_batches
 from lora_cli.data.example import Example
 from lora_cli.data.files.readers import Row
-from lora_cli.data.files.sources import read_rows
 from lora_cli.data.gate import Findings
 from lora_cli.data.order import hold_out, pack, similar_lengths
 from lora_cli.data.prepare import prepare

@@ -11,7 +11,7 @@ from typing import Any
 
 import pytest
 import torch
-from conftest import write_rows
+from conftest import read_rows, write_rows
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from transformers import AutoModelForCausalLM, AutoTokenizer
@@ -22,7 +22,6 @@ from lora_cli.base.load import load_tokenizer
 from lora_cli.base.source import find_base
 from lora_cli.data.batches import collate
 from lora_cli.data.example import Example, windows
-from lora_cli.data.files.sources import read_rows
 from lora_cli.data.prepare import prepare
 from lora_cli.errors import CheckFailed, LoraError
 from lora_cli.evaluation.evaluate import evaluate_model, evaluate_run

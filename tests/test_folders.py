@@ -141,9 +141,9 @@ def test_files_that_describe_data_are_no_rows(name, tmp_path):
     assert names(folder) == ["rows.jsonl"]
     data, recipe = prepared(str(folder))
     assert len(data.train) == 1
-    assert f"  {called}: not read, describes data, holds no rows" in data_lines(data, recipe)
+    assert f"  {called}: not read, describes data and holds no rows" in data_lines(data, recipe)
     assert "  README.txt: not read, is about the data, by its name" in data_lines(data, recipe)
-    with pytest.raises(LoraError, match="describes data, and holds no rows") as caught:
+    with pytest.raises(LoraError, match="describes data and holds no rows") as caught:
         prepared(str(folder / called))
     assert str(folder) in str(caught.value.fix)
     assert [path.name for path in find_files(str(folder / "*.json*")).paths] == ["rows.jsonl"]

@@ -16,14 +16,14 @@ from typing import Any
 import conftest
 import pyarrow as pa
 import pytest
-from conftest import write_rows
+from conftest import read_rows, write_rows
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from pyarrow import parquet
 
-from lora_cli.data.files import folders, sources
+from lora_cli.data.files import folders
 from lora_cli.data.files.readers import Row, kind_of, read_file
-from lora_cli.data.files.sources import FileSource, open_source, read_rows
+from lora_cli.data.files.sources import FileSource, open_source
 from lora_cli.data.prepare import prepare
 from lora_cli.errors import LoraError
 from lora_cli.recipe import Recipe, SourceRecipe
@@ -474,7 +474,7 @@ def test_preparing_stops_where_a_file_changes_under_its_hands(tmp_path, monkeypa
             elif row.number == 5 and change == "delete":
                 path.unlink()
 
-    monkeypatch.setattr(sources, "read_file", reading)
+    monkeypatch.setattr(folders, "read_file", reading)
     with pytest.raises(LoraError, match="changed while it was read") as caught:
         prepare(recipe_of(tmp_path, str(path)), tokenizer, keep=keep)
     assert caught.value.where == str(path)

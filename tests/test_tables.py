@@ -9,10 +9,11 @@ from typing import Any
 
 import pyarrow as pa
 import pytest
+from conftest import read_rows
 from pyarrow import compute, parquet
 
 from lora_cli.data.files.readers import Row, read_file
-from lora_cli.data.files.sources import HubSource, read_rows
+from lora_cli.data.files.sources import HubSource
 from lora_cli.data.files.tables import rows_of
 from lora_cli.data.formats import Completion, detect_format
 from lora_cli.errors import LoraError

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 from lora_cli.data.files.readers import Row
@@ -16,14 +16,9 @@ NEEDED = {
     "completion": (("prompt", "completion"),),
     "text": (("text",),),
 }
-OPTIONAL = {
-    "chat": ("tools", "functions", "system"),
-    "instruction": ("input", "system", "history"),
-    "completion": (),
-    "text": (),
-}
+OPTIONAL = {"chat": ("tools", "functions", "system"), "instruction": ("input", "system", "history")}
 EVERYWHERE = ("train", "weight")
-_OF_TURNS = ("role", "content")  # keys of turns, not columns
+OF_TURNS = ("role", "content")  # keys of turns, not columns
 PREFERENCE = (  # what preference data call their answers
     *("chosen", "rejected", "chosen_response", "rejected_response"),
     *("chosen_messages", "rejected_messages", "rejected_completion", "rejected_answer", "rejected_output"),
@@ -57,17 +52,19 @@ def canonical(columns: Columns, rows: Sequence[Row], wanted: str) -> Columns:
 
 def read_by(name: str, taken: Sequence[str]) -> set[str]:
     """All that a format reads of a row. taken: which of its alternatives."""
-    return {*taken, *OPTIONAL[name], *EVERYWHERE, *(_OF_TURNS if name == "chat" else ())}
+    return {*taken, *OPTIONAL.get(name, ()), *EVERYWHERE, *(OF_TURNS if name == "chat" else ())}
 
 
 def is_turns(value: Any) -> bool:
     """Whether this is a list of turns, or its JSON text."""
     value = decoded(value)
-    return (
-        isinstance(value, list)
-        and bool(value)
-        and all(isinstance(each, dict) and ("role" in each or "from" in each) for each in value)
-    )
+    turns = value if isinstance(value, list) else []
+    return bool(turns) and all(isinstance(each, dict) and ("role" in each or "from" in each) for each in turns)
+
+
+def first_value(rows: Sequence[Row], column: str | None) -> Any:
+    """The first value of a column that is not empty; None if there is none, or no column."""
+    return next((row.values[column] for row in rows if column is not None and row.values.get(column)), None)
 
 
 def turn_keys(rows: Sequence[Row]) -> set[str]:
@@ -79,13 +76,13 @@ def turn_keys(rows: Sequence[Row]) -> set[str]:
 def applicable(columns: Columns, rows: Sequence[Row]) -> dict[str, str | None]:
     """Those of the recipe's columns that these rows have."""
     present = {name for row in rows for name in row.values}
-    inside = turn_keys(rows) if {*_OF_TURNS, *EVERYWHERE} & columns.keys() else set()
+    inside = turn_keys(rows) if {*OF_TURNS, *EVERYWHERE} & columns.keys() else set()
     return {
         meaning: column
         for meaning, column in columns.items()
         if column is None
-        or (meaning not in _OF_TURNS and column in present)
-        or (meaning in (*_OF_TURNS, *EVERYWHERE) and column in inside)
+        or (meaning not in OF_TURNS and column in present)
+        or (meaning in (*OF_TURNS, *EVERYWHERE) and column in inside)
     }
 
 
@@ -97,33 +94,25 @@ def guess(rows: Sequence[Row]) -> tuple[str, Columns] | None:
 
     Names are compared without case. The answer that preference data call chosen can be trained; the rejected one not.
     """
-    present = list(dict.fromkeys(name for row in rows for name in row.values))
+    present = dict.fromkeys(name for row in rows for name in row.values)
     known = {name.strip().lower(): name for name in reversed(present)}
 
-    def called(names: Sequence[str], *, but: str | None = None) -> str | None:
-        return next((known[name] for name in names if name in known and known[name] != but), None)
-
-    def value(column: str | None) -> Any:
-        return next((row.values[column] for row in rows if column is not None and row.values.get(column)), None)
+    def called(names: Sequence[str]) -> str | None:
+        return next((known[name] for name in names if name in known), None)
 
     asked, answer, more, turns = called(_ASKED), called(_ANSWERS), called(("input", "context")), called(_TURNS)
     chosen = called(("chosen",))
-    found: dict[str, str]
-    if turns is None and chosen is not None and is_turns(value(chosen)):
-        if asked is not None and is_turns(value(asked)):
-            name, found = "chat", {"prompt": asked, "completion": chosen}
-        else:
-            name, found = "chat", {"messages": chosen}
-    elif turns is not None:
+    found: Mapping[str, str | None]
+    if turns is not None:
         name, found = "chat", {"conversations" if turns == "conversations" else "messages": turns}
-    elif asked is not None and answer is not None and (more is not None or asked.lower() == "instruction"):
+    elif is_turns(first_value(rows, chosen)):
+        pair = is_turns(first_value(rows, asked))
+        name, found = "chat", {"prompt": asked, "completion": chosen} if pair else {"messages": chosen}
+    elif asked and answer and (more or asked.lower() == "instruction"):
         # without its input, a question could not be answered
-        name, found = "instruction", {"instruction": asked, "output": answer}
-        found |= {"input": more} if more is not None else {}
-    elif asked is not None and answer is not None:
-        name, found = "completion", {"prompt": asked, "completion": answer}
-    elif answer is not None and "input" in known:
-        name, found = "completion", {"prompt": known["input"], "completion": answer}
+        name, found = "instruction", {"instruction": asked, "output": answer} | ({"input": more} if more else {})
+    elif answer and (asked or "input" in known):
+        name, found = "completion", {"prompt": asked or known["input"], "completion": answer}
     elif text := called(_TEXTS) or chosen:
         name, found = "text", {"text": text}
     else:
@@ -145,19 +134,10 @@ def require_trainable(row: Row, name: str, columns: Columns) -> None:
             if mark is None and not isinstance(value, list | dict | bytes):
                 continue  # a number or a name that nothing refers to
             meant = f" ({mark[0]} in its text)" if mark else ""
-            raise LoraError(
-                f"the row has {column}{meant}, but only text can be trained",
-                where=row.where,
-                fix=f"remove the rows with {column}, or that column and what the text says of it",
-            )
-        if column == "label" and name in ("completion", "chat") and _is_false(value):
-            raise LoraError(
-                "label is false, which marks an answer that is not to be learned; preference data are not supported",
-                where=row.where,
-                fix="write data.columns: {train: label} to train the good answers alone; rename a column that means "
-                "something else",
-            )
-
-
-def _is_false(value: Any) -> bool:
-    return value is False or (isinstance(value, str) and value.strip().lower() == "false")
+            what = f"the row has {column}{meant}, but only text can be trained"
+            fix = f"remove the rows with {column}, or that column and what the text says of it"
+            raise LoraError(what, where=row.where, fix=fix)
+        if column == "label" and name in ("completion", "chat") and str(value).strip().lower() == "false":
+            what = "label is false, which marks an answer that is not to be learned; preference data are not supported"
+            only = "write data.columns: {train: label} to train the good answers alone"
+            raise LoraError(what, where=row.where, fix=f"{only}; rename a column that means something else")

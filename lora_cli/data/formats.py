@@ -3,17 +3,20 @@
 from __future__ import annotations
 
 import difflib
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, field
+from itertools import chain
 from typing import Any
 
 from lora_cli.data.columns import (
     NEEDED,
+    OF_TURNS,
     PREFERENCE,
     Columns,
     applicable,
     canonical,
     column_of,
+    first_value,
     guess,
     is_turns,
     read_by,
@@ -78,15 +81,18 @@ class Format:
 
     def read(self, row: Row) -> Document | None:
         """The document of a row; None if it says `train: false`. Raises LoraError for a malformed one, naming it."""
-        if not row.values.keys() <= self._seen:
-            self._seen.update(row.values)
+        self._seen.update(row.values)
         weight = said_weight(row.values, self.column("train"), self.column("weight"), row.where)
         if weight == 0:
             return None
         if weight != 1:
             self._weighed.add(str(self.column("weight")))
         require_trainable(row, self.name, self.columns)
-        return _READ["pair" if self.pair else self.name](self, row, weight)
+        if self.name == "text":
+            return Completion(row, None, self.text(row, "text"), weight)
+        if self.name == "completion":
+            return Completion(row, self.text(row, "prompt"), self.text(row, "completion"), weight)
+        return (_instruction if self.name == "instruction" else _conversation)(self, row, weight)
 
     def unread(self) -> list[str]:
         """Columns of the rows read so far that nothing reads."""
@@ -110,26 +116,19 @@ class Format:
         return column_of(self.columns, meaning)
 
     def value(self, row: Row, meaning: str) -> Any:
-        column = self.column(meaning)
-        value = None if column is None else row.values.get(column)
+        column, value = self.column(meaning), self.optional(row, meaning)
         if value is None:
             present = ", ".join(name for name, value in row.values.items() if value is not None)
-            raise LoraError(
-                f"the row has no {column or meaning}",
-                where=row.where,
-                fix=f"add it, or remove the row; its columns: {present or 'none'}",
-            )
+            fix = f"add it, or remove the row; its columns: {present or 'none'}"
+            raise LoraError(f"the row has no {column or meaning}", where=row.where, fix=fix)
         return value
 
     def text(self, row: Row, meaning: str) -> str:
         value = self.value(row, meaning)
         if not isinstance(value, str):
             kind = value.why if isinstance(value, Unreadable) else type(value).__name__
-            raise LoraError(
-                f"{self.column(meaning)} is {kind}, not text",
-                where=row.where,
-                fix="write it as text: in JSON in quotes, in a table as a column of strings",
-            )
+            fix = "write it as text: in JSON in quotes, in a table as a column of strings"
+            raise LoraError(f"{self.column(meaning)} is {kind}, not text", where=row.where, fix=fix)
         return value
 
     def optional(self, row: Row, meaning: str) -> Any:
@@ -166,22 +165,15 @@ def suggestion(rows: Sequence[Row]) -> Format | None:
     guessed = guess(rows)
     if guessed is None:
         return None
-    found = _fitting(rows, "auto", guessed[1])
-    if not isinstance(found, Format):
-        found = _fitting(rows, guessed[0], guessed[1])
-    return found if isinstance(found, Format) else None
+    tried = (_fitting(rows, wanted, guessed[1]) for wanted in ("auto", guessed[0]))
+    return next((found for found in tried if isinstance(found, Format)), None)
 
 
 def _fitting(rows: Sequence[Row], wanted: str, columns: Columns) -> Format | list[str]:
     """The format, or the names of all that fit."""
     present = {name for row in rows for name in row.values}
-    has = {
-        meaning
-        for alternatives in NEEDED.values()
-        for needed in alternatives
-        for meaning in needed
-        if column_of(columns, meaning) in present
-    }
+    meanings = chain.from_iterable(chain.from_iterable(NEEDED.values()))
+    has = {meaning for meaning in meanings if column_of(columns, meaning) in present}
     fitting = {
         name: needed
         for name, alternatives in NEEDED.items()
@@ -192,15 +184,12 @@ def _fitting(rows: Sequence[Row], wanted: str, columns: Columns) -> Format | lis
     if name is None:
         return list(fitting)
     pair = name in ("completion", "chat") and "chat" not in fitting and has >= {"prompt", "completion"}
-    pair = pair and all(is_turns(_first(rows, column_of(columns, each))) for each in ("prompt", "completion"))
+    pair = pair and all(is_turns(first_value(rows, column_of(columns, each))) for each in ("prompt", "completion"))
     taken = NEEDED["completion"][0] if pair else fitting.get(name, NEEDED[name][0])
     name = "chat" if pair else name
     if unnamed := [meaning for meaning in taken if column_of(columns, meaning) is None]:
-        raise LoraError(
-            f"data.columns says that no column is {unnamed[0]}, but the format {name} needs one",
-            where=rows[0].file,
-            fix=f"name its column, or choose another data.format than {name}",
-        )
+        what = f"data.columns says that no column is {unnamed[0]}, but the format {name} needs one"
+        raise LoraError(what, where=rows[0].file, fix=f"name its column, or choose another data.format than {name}")
     shown = " and ".join(str(column_of(columns, meaning)) for meaning in taken)
     reason = f"the rows have {shown}" if wanted == "auto" else "named in the recipe"
     reason += f"; {shown} are lists of turns" if pair else ""
@@ -208,27 +197,15 @@ def _fitting(rows: Sequence[Row], wanted: str, columns: Columns) -> Format | lis
     return Format(name, columns, reason, tuple(sorted(present - known)), tuple(taken), wanted, pair)
 
 
-def _first(rows: Sequence[Row], column: str | None) -> Any:
-    return next((row.values[column] for row in rows if column is not None and row.values.get(column)), None)
-
-
 def require_present(rows: Sequence[Row], columns: Columns, who: str = "the rows have") -> None:
     """Raises LoraError for a column of the recipe that these rows lack."""
     present = {name for row in rows for name in row.values}
-    inside = ("role", "content")  # of turns: a turn without one is named by its number
-    there = applicable(columns, rows)
-    missing = [
-        column
-        for meaning, column in columns.items()
-        if column is not None and meaning not in there and meaning not in inside
-    ]
+    there = {*applicable(columns, rows), *OF_TURNS}  # a turn without its role is named by its number
+    missing = [column for meaning, column in columns.items() if column is not None and meaning not in there]
     if missing:
         near = difflib.get_close_matches(missing[0], sorted(present), n=1)
-        raise LoraError(
-            f"data.columns names {missing[0]}, but {who} no such column",
-            where=rows[0].file,
-            fix=f"did you mean {near[0]}?" if near else f"their columns: {', '.join(sorted(present))}",
-        )
+        fix = f"did you mean {near[0]}?" if near else f"their columns: {', '.join(sorted(present))}"
+        raise LoraError(f"data.columns names {missing[0]}, but {who} no such column", where=rows[0].file, fix=fix)
 
 
 def _require_read(form: Format, rows: Sequence[Row]) -> None:
@@ -239,17 +216,13 @@ def _require_read(form: Format, rows: Sequence[Row]) -> None:
     unread = [meaning for meaning, column in form.columns.items() if column is not None and meaning not in read]
     if not unread:
         return
-    reads = ", ".join(sorted(read))
-    fix = f"remove {unread[0]} from data.columns; {form.name} reads {reads}"
+    fix = f"remove {unread[0]} from data.columns; {form.name} reads {', '.join(sorted(read))}"
     if form.name == "completion" and unread[0] in ("input", "system", "history"):
         mapped = {"instruction": form.column("prompt"), "output": form.column("completion")}
         mapped |= {meaning: form.columns[meaning] for meaning in unread if meaning in ("input", "system", "history")}
         fix = f"write data.columns: {_written(mapped)}, which the format instruction reads"
-    raise LoraError(
-        f"data.columns says that {form.columns[unread[0]]} is {unread[0]}, which the format {form.name} does not read",
-        where=rows[0].file,
-        fix=fix,
-    )
+    what = f"{form.columns[unread[0]]} is {unread[0]}, which the format {form.name} does not read"
+    raise LoraError(f"data.columns says that {what}", where=rows[0].file, fix=fix)
 
 
 def _no_format(rows: Sequence[Row], fitting: list[str]) -> NoFormat:
@@ -264,13 +237,10 @@ def _no_format(rows: Sequence[Row], fitting: list[str]) -> NoFormat:
         fix = f"write {form}data.columns: {_written(found.columns)}"
     details = [f"formats and their columns: {known}"]
     if preference := [name for name in present if name in PREFERENCE]:
-        details.append(
-            f"{' and '.join(preference)}: preference data are not supported; the chosen answers alone can be trained"
-        )
-    fits = "more than one format" if fitting else "no format"
-    error = NoFormat(
-        f"the columns {', '.join(present) or '(none)'} fit {fits}", where=rows[0].where, details=details, fix=fix
-    )
+        only = "preference data are not supported; the chosen answers alone can be trained"
+        details.append(f"{' and '.join(preference)}: {only}")
+    what = f"the columns {', '.join(present) or '(none)'} fit {'more than one' if fitting else 'no'} format"
+    error = NoFormat(what, where=rows[0].where, details=details, fix=fix)
     error.renamed = tuple((str(column), meaning) for meaning, column in found.columns.items()) if found else ()
     return error
 
@@ -289,70 +259,46 @@ def _written(columns: Columns) -> str:
 # ── rows ────────────────────────────────────────────────────────────────────────────────────────────────────────
 
 
-def _text(form: Format, row: Row, weight: float) -> Document:
-    return Completion(row, None, form.text(row, "text"), weight)
-
-
-def _completion(form: Format, row: Row, weight: float) -> Document:
-    return Completion(row, form.text(row, "prompt"), form.text(row, "completion"), weight)
-
-
 def _instruction(form: Format, row: Row, weight: float) -> Document:
     """Alpaca's columns as a conversation: an input follows its instruction after an empty line."""
-    turns: list[dict[str, Any]] = []
-    weights: list[float] = []
-
-    def say(role: str, content: str, weight: float) -> None:
-        turns.append({"role": role, "content": content})
-        weights.append(weight)
-
-    if system := form.optional(row, "system"):
-        say("system", form.text(row, "system") if system else "", 0.0)
+    said = [("system", form.text(row, "system"), 0.0)] if form.optional(row, "system") else []
     history = form.optional(row, "history") or []
     if not isinstance(history, list) or not all(
         isinstance(pair, list | tuple) and len(pair) == 2 and all(isinstance(part, str) for part in pair)
         for pair in history
     ):
-        raise LoraError(
-            "history is not a list of pairs", where=row.where, fix='write [["instruction", "output"], …], oldest first'
-        )
-    for asked, answered in history:
-        say("user", asked, 0.0)
-        say("assistant", answered, weight)
-    instruction, more = form.text(row, "instruction"), form.optional(row, "input")
-    if more is not None:
-        more = form.text(row, "input")
-    say("user", f"{instruction}\n\n{more}" if more else instruction, 0.0)
-    say("assistant", form.text(row, "output"), weight)
-    return Conversation(row, turns, weights, weight=weight)
+        fix = 'write [["instruction", "output"], …], oldest first'
+        raise LoraError("history is not a list of pairs", where=row.where, fix=fix)
+    instruction = form.text(row, "instruction")
+    more = "" if form.optional(row, "input") is None else form.text(row, "input")
+    last = (f"{instruction}\n\n{more}" if more else instruction, form.text(row, "output"))
+    for asked, answered in (*history, last):
+        said += [("user", asked, 0.0), ("assistant", answered, weight)]
+    turns = [{"role": role, "content": content} for role, content, _ in said]
+    return Conversation(row, turns, [each for _, _, each in said], weight=weight)
 
 
-def _chat(form: Format, row: Row, weight: float) -> Document:
-    name = "messages" if form.optional(row, "messages") is not None else "conversations"
-    if form.optional(row, name) is None:
-        name = "messages"
-    form._used.add(name)
-    return _conversation(form, row, weight, [name])
+def _turn_columns(form: Format, row: Row) -> tuple[str, ...]:
+    """Which columns hold a row's turns: messages or conversations, or TRL's conversational prompt and completion."""
+    if form.pair:
+        return "prompt", "completion"
+    given = [name for name in ("messages", "conversations") if form.optional(row, name) is not None]
+    form._used.add(name := next(iter(given), "messages"))
+    return (name,)
 
 
-def _pair(form: Format, row: Row, weight: float) -> Document:
-    """TRL's conversational prompt and completion, each a list of turns."""
-    return _conversation(form, row, weight, ["prompt", "completion"])
-
-
-def _conversation(form: Format, row: Row, weight: float, names: Sequence[str]) -> Document:
+def _conversation(form: Format, row: Row, weight: float) -> Document:
     reader = Reader(form.columns, row.where, filled=row.filled)
     turns: list[dict[str, Any]] = []
     weights: list[float] = []
     if (system := form.optional(row, "system")) not in (None, ""):
         turns.append({"role": "system", "content": form.text(row, "system") if system else ""})
         weights.append(0.0)
-    for name in names:
+    for name in _turn_columns(form, row):
         messages = decoded(form.value(row, name))
         if not isinstance(messages, list) or not messages:
-            raise LoraError(
-                f"{name} is not a list of turns", where=row.where, fix='write [{"role": "user", "content": "…"}, …]'
-            )
+            fix = 'write [{"role": "user", "content": "…"}, …]'
+            raise LoraError(f"{name} is not a list of turns", where=row.where, fix=fix)
         context = form.pair and form.context and name == "prompt"
         for number, message in enumerate(messages, 1):
             turn, own = reader.turn(message, f"turn {number} of {name}")
@@ -361,12 +307,3 @@ def _conversation(form: Format, row: Row, weight: float, names: Sequence[str]) -
     tools = reader.tools(form.optional(row, "tools"), form.optional(row, "functions"))
     form.keys.look(turns, tools, row.where)
     return Conversation(row, turns, weights, tools, weight, tuple(sorted(reader.notes)))
-
-
-_READ: dict[str, Callable[[Format, Row, float], Document]] = {
-    "text": _text,
-    "completion": _completion,
-    "instruction": _instruction,
-    "chat": _chat,
-    "pair": _pair,
-}

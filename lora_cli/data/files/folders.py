@@ -7,22 +7,25 @@ from __future__ import annotations
 
 import difflib
 import glob
+import hashlib
 import json
 import os
 import re
 from collections.abc import Iterable, Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
+from functools import cached_property
 from itertools import pairwise, takewhile
 from pathlib import Path
 from typing import Any
 
-from lora_cli.data.files.readers import kind_of
+from lora_cli.data.files.readers import Row, kind_of, read_file
 from lora_cli.errors import LoraError
 
 _MOST_FILES = 100_000  # that are looked at in a folder or for a pattern, data or not
 _SHOWN = 5
 _METADATA = ("dataset_info.json", "dataset_infos.json", "dataset_dict.json", "state.json")
 _LARGEST_METADATA = 16 * 2**20
+_DESCRIBES = "describes data and holds no rows"
 _ABOUT = ("readme", "license", "licence", "notice", "changelog", "citation", "contributing", "authors", "requirements")
 _SPLIT_OF = {
     **dict.fromkeys(("train", "training"), "train"),
@@ -33,15 +36,50 @@ _WORD = re.compile(r"[A-Z]?[a-z]+|[A-Z]+")
 
 
 @dataclass(frozen=True)
-class Files:
-    """paths: to read, by their names. left: others that look like data → why they are not read. one: named itself."""
+class FileSource:
+    """One or more files, read in the order of their names. name: as the recipe has it.
 
+    left: others that look like data → why they are not read. one: the name is that of the one file.
+    """
+
+    name: str
     paths: tuple[Path, ...]
-    left: dict[str, str]
-    one: bool = False
+    left: dict[str, str] = field(default_factory=dict, kw_only=True)
+    one: bool = field(default=False, kw_only=True)
+
+    def rows(self) -> Iterator[Row]:
+        for path in self.paths:
+            yield from read_file(path)
+
+    @cached_property
+    def identity(self) -> dict[str, str]:
+        """path → sha256 of its bytes."""
+        self._stamps  # taken before the bytes are read  # noqa: B018
+        return {str(path): _hash(path) for path in self.paths}
+
+    @cached_property
+    def _stamps(self) -> dict[Path, tuple[int, int]]:
+        return {path: _stamp(path) for path in self.paths}
+
+    def require_unchanged(self) -> None:
+        """Raises LoraError if a file was written to since its identity was taken: some of it may be new, some old."""
+        for path, before in self._stamps.items():
+            if not path.exists() or _stamp(path) != before:
+                fix = "wait until it is written, then run again"
+                raise LoraError("the file was changed while it was read", where=str(path), fix=fix)
 
 
-def find_files(name: str, *, held_out: bool = False, written: Sequence[Path] = ()) -> Files:
+def _stamp(path: Path) -> tuple[int, int]:
+    stat = path.stat()
+    return stat.st_size, stat.st_mtime_ns
+
+
+def _hash(path: Path) -> str:
+    with path.open("rb") as stream:
+        return hashlib.file_digest(stream, "sha256").hexdigest()
+
+
+def find_files(name: str, *, held_out: bool = False, written: Sequence[Path] = ()) -> FileSource:
     """The files of a path, a folder or a pattern.
 
     Of a folder with splits in its names, training takes train, and held-out data validation, else test. held_out:
@@ -57,15 +95,13 @@ def find_files(name: str, *, held_out: bool = False, written: Sequence[Path] = (
         found = [each for each in sorted(_few(matched, name)) if each.is_file()]
         if not found:
             raise LoraError("no file matches this pattern", where=name, fix="check the pattern; ** goes into folders")
-        left = {str(each): "describes data, holds no rows" for each in found if _is_metadata(each)}
-        return Files(tuple(each for each in found if str(each) not in left), left)
+        left = {str(each): _DESCRIBES for each in found if _is_metadata(each)}
+        return FileSource(name, tuple(each for each in found if str(each) not in left), left=left)
     if not path.exists():
         raise LoraError("no such data file", where=name, fix=_nearby(path))
     if _is_metadata(path):
-        raise LoraError(
-            "this file describes data, and holds no rows", where=name, fix=f"name the data files, or {path.parent}"
-        )
-    return Files((path,), {}, one=True)
+        raise LoraError(f"this file {_DESCRIBES}", where=name, fix=f"name the data files, or {path.parent}")
+    return FileSource(name, (path,), one=True)
 
 
 def split_of(path: Path) -> str | None:
@@ -79,20 +115,13 @@ def split_of(path: Path) -> str | None:
     return None
 
 
-def _of_folder(folder: Path, name: str, held_out: bool, written: Sequence[Path]) -> Files:
-    looked_at = sorted(
-        each
-        for each in _few(outside_runs(map(Path, _inside(folder)), folder, written), name)
-        if kind_of(each) and each.is_file() and not _hidden(each, folder)
-    )
+def _of_folder(folder: Path, name: str, held_out: bool, written: Sequence[Path]) -> FileSource:
+    inside = _few(outside_runs(_inside(folder), folder, written), name)
+    there = [each for each in inside if not _hidden(each, folder)]
+    looked_at = sorted(each for each in there if kind_of(each) and each.is_file())
     left = _no_rows(looked_at)
     found = [each for each in looked_at if each not in left]
     if not found:
-        there = (
-            each
-            for each in _few(outside_runs(map(Path, _inside(folder)), folder, written), name)
-            if not _hidden(each, folder)
-        )
         others = sorted({each.suffix for each in there if each.suffix})[:_SHOWN]
         ends = f"; the files there end in {', '.join(others)}" if others and not left else ""
         fix = "name a folder that holds some, or a file (.jsonl, .csv, .parquet, .txt, …)"
@@ -103,7 +132,7 @@ def _of_folder(folder: Path, name: str, held_out: bool, written: Sequence[Path])
     wanted = _wanted(splits, name, held_out)
     left |= {each: f"its name says {split}" for split in splits if split not in wanted for each in splits[split]}
     paths = sorted(each for split in wanted for each in splits[split])
-    return Files(tuple(paths), {str(each): why for each, why in sorted(left.items())})
+    return FileSource(name, tuple(paths), left={str(each): why for each, why in sorted(left.items())})
 
 
 def _wanted(splits: dict[str | None, list[Path]], name: str, held_out: bool) -> list[str | None]:
@@ -113,22 +142,16 @@ def _wanted(splits: dict[str | None, list[Path]], name: str, held_out: bool) -> 
         return list(others[:1] or splits)
     if not others:
         return list(splits)
-    if "train" in splits and None not in splits:
-        return ["train"]
-    held = [each for split in others for each in splits[split]]
-    if "train" not in splits and None not in splits:
-        raise LoraError(
-            f"by their names all files of this folder are for {' or '.join(others)}, none to train on: {_shown(held)}",
-            where=name,
-            fix=f"if they are intended, name them: data.train: {_as_list(held)}",
-        )
-    rest = sorted([*splits.get("train", []), *splits[None]])
-    raise LoraError(
-        f"some files of this folder are for {' or '.join(others)} by their names, and others name no split: "
-        f"{_shown(held)} beside {_shown(splits[None])}",
-        where=name,
-        fix=f"name the files to train on: data.train: {_as_list(rest)}",
-    )
+    meant, held = " or ".join(others), [each for split in others for each in splits[split]]
+    if None in splits:
+        beside = f"others name no split: {_shown(held)} beside {_shown(splits[None])}"
+        what = f"some files of this folder are for {meant} by their names, and {beside}"
+        rest = sorted([*splits.get("train", []), *splits[None]])
+        raise LoraError(what, where=name, fix=f"name the files to train on: data.train: {_as_list(rest)}")
+    if "train" not in splits:
+        what = f"by their names all files of this folder are for {meant}, none to train on: {_shown(held)}"
+        raise LoraError(what, where=name, fix=f"if they are intended, name them: data.train: {_as_list(held)}")
+    return ["train"]
 
 
 def _shown(paths: list[Path]) -> str:
@@ -138,12 +161,10 @@ def _shown(paths: list[Path]) -> str:
 
 def _as_list(paths: list[Path]) -> str:
     """As a recipe has them: one by one, or where they are many as patterns of the folders they lie in."""
-    names = [glob.escape(str(each)) for each in paths]
+    names = [str(each) for each in paths]
     if len(names) > 2 * _SHOWN:
         names = sorted({f"{glob.escape(str(each.parent))}/{each.name[:1]}*{each.suffix}" for each in paths})
-    else:
-        names = list(map(str, paths))
-    return f"[{', '.join(json.dumps(each, ensure_ascii=False) for each in names)}]"
+    return json.dumps(names, ensure_ascii=False)
 
 
 # ── files without rows ──────────────────────────────────────────────────────────────────────────────────────────
@@ -155,7 +176,7 @@ def _no_rows(paths: Iterable[Path]) -> dict[Path, str]:
     saved: dict[Path, Any] = {}  # folder → the names of its data files, where `datasets` wrote them down
     for path in paths:
         if _is_metadata(path):
-            left[path] = "describes data, holds no rows"
+            left[path] = _DESCRIBES
             if path.name == "state.json":
                 files = _object(path).get("_data_files")
                 saved[path.parent] = {each.get("filename") for each in files or [] if isinstance(each, dict)}
@@ -192,9 +213,8 @@ def _object(path: Path) -> dict[str, Any]:
 # ── the disk ────────────────────────────────────────────────────────────────────────────────────────────────────
 
 
-def _inside(folder: Path) -> Iterator[str]:
-    for place, _, names in os.walk(folder):
-        yield from (os.path.join(place, name) for name in names)
+def _inside(folder: Path) -> Iterator[Path]:
+    return (Path(place, name) for place, _, names in os.walk(folder) for name in names)
 
 
 def _few(paths: Iterator[Path], name: str) -> Iterator[Path]:
@@ -239,11 +259,3 @@ def _is_of_a_run(folder: Path, top: Path, written: set[Path]) -> bool:
         return True
     real = Path(os.path.realpath(folder))
     return not written.isdisjoint((real, *real.parents))
-
-
-def require_text(path: Path) -> None:
-    """Raises LoraError for a name that nothing can write down: the run's files say which data it was trained on."""
-    try:
-        str(path).encode("utf-8")
-    except UnicodeEncodeError:
-        raise LoraError("the name of this file is not text in UTF-8", where=str(path), fix="rename it") from None

@@ -9,33 +9,28 @@ from __future__ import annotations
 
 import codecs
 import csv
-import gzip
 import io
 import json
 import re
-import zlib
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
-from functools import lru_cache, partial
+from functools import lru_cache
 from itertools import chain, islice
 from pathlib import Path
-from typing import IO, Any
+from typing import Any, BinaryIO
 
 from lora_cli import limits
-from lora_cli.data.files.tables import TABLE_KINDS
+from lora_cli.data.files.tables import TABLE_KINDS, Values
 from lora_cli.errors import LoraError, command
 from lora_cli.files import require_regular
 from lora_cli.limits import LimitReached
 
-PACKED = (".gz", ".zst")  # what text kinds may be compressed with
-
+_UNPACK = {".gz": "gzip", ".zst": "zstd"}  # what text kinds may be compressed with
 _PARSED = {b"{": 72, b"[": 64, b",": 32, b'"': 25}  # bytes in Python for each of these marks in JSON
 _LOOKED_AT = 50  # lines that show what the values of a CSV file are separated by
 _NAMES = {",": "commas", ";": "semicolons", "\t": "tabs", "|": "bars"}
 _QUOTED = re.compile(rb'"[^"]*"')
-
-Values = dict[str, Any]
 
 
 @dataclass(frozen=True)
@@ -57,25 +52,27 @@ class Row:
 
 def kind_of(path: Path) -> str | None:
     """The ending that says how a file is read, without what it is compressed with; None for files of other kinds."""
-    endings = [each.lower() for each in path.suffixes[-2:]]
-    if endings and endings[-1] in PACKED:
-        kind = endings[0] if len(endings) > 1 else ""
-        return kind if kind in _TEXT_KINDS else None
-    return endings[-1] if endings and endings[-1] in (*_TEXT_KINDS, *TABLE_KINDS) else None
+    packed = path.suffix.lower() in _UNPACK
+    kind = Path(path.stem if packed else path.name).suffix.lower()
+    return kind if kind in (_TEXT_KINDS if packed else _KINDS) else None
 
 
 def require_kind(path: Path) -> str:
-    """How a file is read. Raises LoraError for one of an unknown kind, and for what is not a regular file."""
+    """How a file is read. Raises LoraError for one of an unknown kind, and for what is not a regular file.
+
+    And for a name that nothing can write down: the run's files say which data it was trained on.
+    """
+    try:
+        str(path).encode()
+    except UnicodeEncodeError:
+        raise LoraError("the name of this file is not text in UTF-8", where=str(path), fix="rename it") from None
     kind = kind_of(path)
     if kind is None:
-        known = ", ".join((*_TEXT_KINDS, *TABLE_KINDS))
-        raise LoraError(
-            f"unknown kind of data file {''.join(path.suffixes[-2:]) or '(no ending)'}",
-            where=str(path),
-            fix="save the sheet as CSV in UTF-8, and name that file"
-            if path.suffix.lower() in (".xlsx", ".xls", ".ods")
-            else f"use {known}; all but the last two also with .gz or .zst",
-        )
+        fix = f"use {', '.join(_KINDS)}; all but the last two also with .gz or .zst"
+        if path.suffix.lower() in (".xlsx", ".xls", ".ods"):
+            fix = "save the sheet as CSV in UTF-8, and name that file"
+        ending = "".join(path.suffixes[-2:]) or "(no ending)"
+        raise LoraError(f"unknown kind of data file {ending}", where=str(path), fix=fix)
     require_regular(path)
     return kind
 
@@ -88,11 +85,11 @@ def read_file(path: Path) -> Iterator[Row]:
     kind = require_kind(path)
     if path.stat().st_size == 0:
         raise LoraError("the data file is empty", where=str(path), fix="check what wrote it")
-    if path.suffix.lower() in PACKED:
+    if path.suffix.lower() in _UNPACK:
         entry = path.stat()
         _require_modest(path, entry.st_size, entry.st_mtime_ns)
     number = 0
-    for number, values in enumerate({**_TEXT_KINDS, **TABLE_KINDS}[kind](path), 1):
+    for number, values in enumerate(_KINDS[kind](path), 1):
         yield Row(str(path), number, values, filled=kind in TABLE_KINDS)
     if number == 0:
         raise LoraError("the data file has no rows", where=str(path), fix="check what wrote it")
@@ -102,53 +99,55 @@ def read_file(path: Path) -> Iterator[Row]:
 def _require_modest(path: Path, size: int, _written: int) -> None:
     """Raises LimitReached for a small packed file that holds far too much, before its rows take time one by one."""
     if size <= limits.UNPACKED_FIRST:
-        counted = limits.Unpacked(path)
         with _opened(path) as stream:
-            while piece := stream.read(1 << 20):
-                counted.add(len(piece))
+            while stream.read(1 << 20):
+                pass
+
+
+class _Counted(io.RawIOBase):
+    """The bytes that come out of a packed file. Raises LimitReached beyond what a file of its size may hold."""
+
+    def __init__(self, stream: Any, path: Path):
+        self._stream, self._counted = stream, limits.Unpacked(path)
+
+    def readable(self) -> bool:
+        return True
+
+    def readinto(self, buffer: Any) -> int:
+        count = self._stream.readinto(buffer)
+        self._counted.add(count)
+        return count
 
 
 @contextmanager
-def _opened(path: Path) -> Iterator[IO[bytes]]:
-    """The bytes of a file, decompressed. Raises LoraError for a damaged archive and for bytes that are not UTF-8."""
-    packing = path.suffix.lower()
+def _opened(path: Path) -> Iterator[BinaryIO]:
+    """The bytes of a file, decompressed. Raises LoraError for a damaged archive, LimitReached if it holds too much."""
+    packing = _UNPACK.get(path.suffix.lower())
+    if packing is None:
+        with path.open("rb") as file:
+            yield file
+        return
+    import pyarrow
+
     try:
-        if packing == ".gz":
-            with gzip.open(path, "rb") as stream:
-                yield stream  # type: ignore[misc]
-        elif packing == ".zst":
-            import pyarrow
-
-            with pyarrow.CompressedInputStream(str(path), "zstd") as stream, io.BufferedReader(stream) as lines:  # type: ignore[arg-type]
-                yield lines  # type: ignore[misc]
-        else:
-            with path.open("rb") as stream:
-                yield stream
-    except (EOFError, zlib.error, gzip.BadGzipFile) as error:
-        raise _damaged(path, error) from None
-    except OSError as error:  # pyarrow has no exception of its own for a damaged archive
-        if packing != ".zst" or error.errno is not None:
+        with pyarrow.CompressedInputStream(str(path), packing) as stream:
+            yield io.BufferedReader(_Counted(stream, path), 1 << 20)
+    except OSError as error:
+        if error.errno is not None:  # of the disk; pyarrow gives a damaged archive no number
             raise
-        raise _damaged(path, error) from None
-
-
-def _damaged(path: Path, error: Exception) -> LoraError:
-    return LoraError(f"the compressed file is damaged: {error}", where=str(path), fix="write or copy it again")
+        what = f"the compressed file is damaged: {error}"
+        raise LoraError(what, where=str(path), fix="write or copy it again") from None
 
 
 def _text_of(path: Path) -> str:
+    packed = path.suffix.lower() in _UNPACK
     with _opened(path) as stream:
-        if path.suffix.lower() in PACKED:
-            counted = limits.Unpacked(path)
-            most = min(counted.most, limits.UNPACKED_WHOLE)
-            data = stream.read(most + 1)
-            counted.add(len(data))
-            parsed = len(data) + sum(bytes_each * data.count(mark) for mark, bytes_each in _PARSED.items())
-            if len(data) > most or (kind_of(path) == ".json" and parsed > limits.PARSED_BYTES):
-                what = "unpacked, this file is too large to be read at once"
-                raise LimitReached(what, where=str(path), fix="write it as .jsonl, which is read line by line")
-        else:
-            data = stream.read()
+        data = stream.read(limits.UNPACKED_WHOLE + 1 if packed else -1)
+    if packed:
+        parsed = len(data) + sum(bytes_each * data.count(mark) for mark, bytes_each in _PARSED.items())
+        if len(data) > limits.UNPACKED_WHOLE or (kind_of(path) == ".json" and parsed > limits.PARSED_BYTES):
+            what = "unpacked, this file is too large to be read at once"
+            raise LimitReached(what, where=str(path), fix="write it as .jsonl, which is read line by line")
     try:
         return data.decode("utf-8-sig")
     except UnicodeDecodeError as error:
@@ -162,65 +161,48 @@ def _not_utf8(path: Path, line: int, byte: int, start: bytes) -> LoraError:
     converted = path.with_name(f"{path.name[: path.name.lower().index(kind)]}-utf8{kind}")
     wide = start in (codecs.BOM_UTF16_LE, codecs.BOM_UTF16_BE)
     source = f"-f {'UTF-16' if wide else 'WINDOWS-1252'} -t UTF-8"
-    unpack = {".gz": "gzip -dc", ".zst": "zstd -dc"}.get(path.suffix.lower())
-    given, written = command(path), command(converted)
-    convert = f"{unpack} {given} | iconv {source} > {written}" if unpack else f"iconv {source} {given} > {written}"
+    packing = _UNPACK.get(path.suffix.lower())
+    convert = f"{f'{packing} -dc' if packing else 'cat'} {command(path)} | iconv {source} > {command(converted)}"
     guess = "" if wide else " (Western texts of Windows; another -f if it is something else)"
-    return LoraError(
-        f"{'UTF-16' if wide else 'not UTF-8'} text: byte {byte:#04x}",
-        where=f"{path}:{line}",
-        fix=f"convert it with `{convert}`{guess}, and name {converted}",
-    )
+    what = f"{'UTF-16' if wide else 'not UTF-8'} text: byte {byte:#04x}"
+    return LoraError(what, where=f"{path}:{line}", fix=f"convert it with `{convert}`{guess}, and name {converted}")
 
 
-def _lines(stream: IO[bytes], path: Path) -> Iterator[str]:
-    """As bytes, which are split at line feeds alone: JSON and CSV may hold U+2028.
+def _lines(path: Path) -> Iterator[str]:
+    """Split as bytes, which are split at line feeds alone: JSON and CSV may hold U+2028.
 
     Where the first line shows it, they are split at CR too. A mark of the byte order may begin any line, since files
     are put together of several.
     """
-    start = b""
-    mac = False
-    number = 0
-    counted = limits.Unpacked(path) if path.suffix.lower() in PACKED else None
-    for at, whole in enumerate(iter(lambda: stream.readline(limits.ROW_BYTES + 1), b"")):
-        if counted is not None:
-            counted.add(len(whole))
-        if len(whole) > limits.ROW_BYTES:
-            what = f"this line is longer than {limits.ROW_BYTES:,} bytes"
-            raise LimitReached(what, where=f"{path}:{number + 1}", fix="write one row a line, and cut very long text")
-        if at == 0:
-            start = whole[:2]
-            mac = b"\r" in _QUOTED.sub(b"", whole.rstrip(b"\r\n"))
-        for line in whole.splitlines(keepends=True) if mac else (whole,):
-            number += 1
-            try:
-                text = line.decode()
-            except UnicodeDecodeError as error:
-                raise _not_utf8(path, number, line[error.start], start) from None
-            yield text.removeprefix("\ufeff")
+    start, mac, number = b"", False, 0
+    with _opened(path) as stream:
+        while whole := stream.readline(limits.ROW_BYTES + 1):
+            if len(whole) > limits.ROW_BYTES:
+                what = f"this line is longer than {limits.ROW_BYTES:,} bytes"
+                fix = "write one row a line, and cut very long text"
+                raise LimitReached(what, where=f"{path}:{number + 1}", fix=fix)
+            if number == 0:
+                start, mac = whole[:2], b"\r" in _QUOTED.sub(b"", whole.rstrip(b"\r\n"))
+            for line in whole.splitlines(keepends=True) if mac else (whole,):
+                number += 1
+                try:
+                    text = line.decode()
+                except UnicodeDecodeError as error:
+                    raise _not_utf8(path, number, line[error.start], start) from None
+                yield text.removeprefix("\ufeff")
 
 
 # ── JSON ────────────────────────────────────────────────────────────────────────────────────────────────────────
 
 
 def _json_lines(path: Path) -> Iterator[Values]:
-    with _opened(path) as stream:
-        for number, line in enumerate(_lines(stream, path), 1):
-            text = line.strip()
-            if text:
-                yield _json_row(text, path, number)
-
-
-def _json_row(text: str, path: Path, line: int) -> Values:
-    try:
-        row = _parsed(text)
-    except json.JSONDecodeError as broken:
-        place = f"{path}:{line}:{broken.pos + 1}"
-        raise LoraError(f"broken JSON: {broken.msg}", where=place, fix="correct or remove this line") from None
-    except (ValueError, RecursionError) as broken:
-        raise LoraError(f"broken JSON: {broken}", where=f"{path}:{line}", fix="correct or remove this line") from None
-    return _checked_row(row, f"{path}:{line}")
+    for number, line in enumerate(_lines(path), 1):
+        if text := line.strip():
+            try:
+                row = _parsed(text)
+            except (ValueError, RecursionError) as broken:
+                raise _broken(broken, path, "correct or remove this line", number) from None
+            yield _checked_row(row, f"{path}:{number}")
 
 
 def _json(path: Path) -> Iterator[Values]:
@@ -228,16 +210,21 @@ def _json(path: Path) -> Iterator[Values]:
     text = _text_of(path)
     try:
         parsed = _parsed(text)
-    except json.JSONDecodeError as broken:
-        if broken.msg == "Extra data" and text[: broken.pos].endswith("\n"):
+    except (ValueError, RecursionError) as broken:
+        if isinstance(broken, json.JSONDecodeError) and broken.msg == "Extra data" and text[broken.pos - 1] == "\n":
             yield from _json_lines(path)
             return
-        place = f"{path}:{broken.lineno}:{broken.colno}"
-        raise LoraError(f"broken JSON: {broken.msg}", where=place, fix="correct the file") from None
-    except (ValueError, RecursionError) as broken:
-        raise LoraError(f"broken JSON: {broken}", where=str(path), fix="correct the file") from None
+        raise _broken(broken, path, "correct the file") from None
     for number, row in enumerate(parsed if isinstance(parsed, list) else [parsed], 1):
         yield _checked_row(row, f"{path}: row {number}")
+
+
+def _broken(error: Exception, path: Path, fix: str, line: int | None = None) -> LoraError:
+    """What the parser refused. line: where the text is in the file, if it is not the whole one."""
+    if isinstance(error, json.JSONDecodeError):
+        place = f"{path}:{line or error.lineno}:{error.colno}"
+        return LoraError(f"broken JSON: {error.msg}", where=place, fix=fix)
+    return LoraError(f"broken JSON: {error}", where=f"{path}:{line}" if line else str(path), fix=fix)
 
 
 def _parsed(text: str) -> Any:
@@ -269,19 +256,16 @@ def _checked_row(row: Any, where: str) -> Values:
 # ── CSV and text ─────────────────────────────────────────────────────────────────────────────────────────────
 
 
-def _separated(path: Path, *, tabs: bool) -> Iterator[Values]:
-    with _opened(path) as stream:
-        yield from _of_lines(_lines(stream, path), path, tabs=tabs)
-
-
-def _of_lines(lines: Iterator[str], path: Path, *, tabs: bool) -> Iterator[dict[str, Any]]:
+def _separated(path: Path) -> Iterator[Values]:
     """Rows by the names of the header. Every value is text, also one that looks like a number; an empty one is empty.
 
     Names lose the blanks around them; a column without a name is called by its place. Values of a .csv may be separated
     by semicolons, tabs or bars, if the header and the first lines show it. Raises LoraError with the line.
     """
     csv.field_size_limit(limits.ROW_BYTES)  # 131,072 on its own. Of the whole process; others may read too, so it stays
+    lines = _lines(path)
     before, head = _head(lines)
+    tabs = kind_of(path) == ".tsv"
     delimiter = "\t" if tabs else _delimiter(head)
     begin = before + 1
     try:
@@ -316,12 +300,13 @@ def _head(lines: Iterator[str]) -> tuple[int, list[str]]:
 
 def _delimiter(head: list[str]) -> str:
     """What separates the values of a .csv: commas, unless only something else makes a table of all, or most, lines."""
-    found = {delimiter: _table(head, delimiter) for delimiter in _NAMES}
-    for enough in (1.0, 0.5):
-        good = [delimiter for delimiter, (columns, share) in found.items() if columns > 1 and share >= enough]
-        if good:
-            return "," if "," in good else max(good, key=lambda delimiter: found[delimiter][0])
-    return ","
+
+    def rank(delimiter: str) -> tuple[int, bool, int]:
+        columns, share = _table(head, delimiter)
+        enough = (share >= 0.5) + (share == 1) if columns > 1 else 0
+        return enough, delimiter == ",", columns
+
+    return max(_NAMES, key=rank)
 
 
 def _table(head: list[str], delimiter: str) -> tuple[int, float]:
@@ -349,7 +334,8 @@ def _text(path: Path) -> Iterator[Values]:
 _TEXT_KINDS: dict[str, Callable[[Path], Iterator[Values]]] = {
     ".jsonl": _json_lines,
     ".json": _json,
-    ".csv": partial(_separated, tabs=False),
-    ".tsv": partial(_separated, tabs=True),
+    ".csv": _separated,
+    ".tsv": _separated,
     ".txt": _text,
 }
+_KINDS = {**_TEXT_KINDS, **TABLE_KINDS}

@@ -10,11 +10,13 @@ from __future__ import annotations
 import re
 import struct
 from collections.abc import Callable, Iterator
+from contextlib import suppress
+from itertools import chain, islice
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from lora_cli import limits
-from lora_cli.errors import LoraError
+from lora_cli.errors import LoraError, reading
 from lora_cli.limits import LimitReached, Unpacked
 
 if TYPE_CHECKING:
@@ -24,6 +26,9 @@ _ROWS_AT_ONCE = 1000
 _MAGIC = b"ARROW1"  # at the start and end of an Arrow file
 _END_OF_STREAM = b"\xff\xff\xff\xff\0\0\0\0"  # of an Arrow stream (format specification, "IPC streaming format")
 _OUT_OF_RANGE = "<value out of range"  # as Arrow's cast to text begins
+_LISTS = ("list", "large_list", "fixed_size_list")  # as pyarrow calls them
+_BYTES = ("binary", "large_binary", "fixed_size_binary", "binary_view")
+_COPY_AGAIN = "write or copy it again"
 _NO_FRACTION = re.compile(r"\.0+(?![0-9])")
 
 Values = dict[str, Any]
@@ -55,9 +60,8 @@ def require_distinct(fields: Any, where: str, inside: str = "") -> None:
     fields = list(fields)
     names = [field.name for field in fields]
     if twice := [name for name in names if names.count(name) > 1]:
-        raise LoraError(
-            f"two columns are called {inside}{twice[0]}", where=where, fix="rename one of them, or write only one"
-        )
+        fix = "rename one of them, or write only one"
+        raise LoraError(f"two columns are called {inside}{twice[0]}", where=where, fix=fix)
     for field in fields:
         require_distinct(_members(field.type), where, f"{inside}{field.name}.")
 
@@ -70,21 +74,38 @@ def _members(kind: Any) -> list[Any]:
 
 
 def _values(column: Any) -> list[Any]:
-    """The values of a column in Python, those of types that JSON lacks as text."""
-    from pyarrow import compute, types
+    """The values of a column in Python, those of types that JSON lacks as text, at any depth."""
+    import pyarrow
+    from pyarrow import compute
 
     kind = column.type
-    if types.is_run_end_encoded(kind):
+    if isinstance(column, pyarrow.ChunkedArray):
+        return list(chain.from_iterable(map(_values, column.chunks)))
+    if _is(kind, "run_end_encoded"):
         return _values(compute.run_end_decode(column))  # type: ignore[attr-defined]
-    if types.is_dictionary(kind) and _lacked(kind.value_type):
-        return _values(column.cast(kind.value_type))
-    for timed in (kind, _in_utc(kind)) if _lacked(kind) else ():
-        try:
-            return [_tidied(value, kind) for value in _listed(column.cast(timed).cast(_as_text(kind)))]
-        except Exception:  # an unknown time zone, a type that cannot be cast
-            continue
-    try:
+    if _is(kind, "dictionary") and _lacked(kind.value_type):
+        return _values(column.dictionary_decode())
+    if not _lacked(kind):
         return _listed(column)
+    if _is(kind, "map"):
+        entries = pyarrow.list_(pyarrow.struct([kind.key_field, kind.item_field]))
+        return [_without_repeats(each) for each in _values(column.cast(entries))]
+    if _is(kind, "struct"):
+        members = zip(*map(_values, column.flatten()), strict=True)
+        found = [dict(zip(kind.names, each, strict=True)) for each in members]
+    elif _is(kind, *_LISTS):
+        inner, lengths = iter(_values(column.flatten())), compute.list_value_length(column)  # type: ignore[attr-defined]
+        found = [list(islice(inner, length or 0)) for length in lengths.to_pylist()]
+    else:
+        return _as_text(column)
+    return [value if there else None for value, there in zip(found, column.is_valid().to_pylist(), strict=True)]
+
+
+def _listed(column: Any) -> list[Any]:
+    try:
+        return column.to_pylist(maps_as_pydicts="strict")
+    except KeyError:  # a map that has a key twice
+        return column.to_pylist()
     except Exception:  # pyarrow, pandas and datetime each raise their own
         return [_one(value) for value in column]
 
@@ -96,103 +117,66 @@ def _one(value: Any) -> Any:
         return Unreadable(f"{value.type} out of range")
 
 
-def _listed(column: Any) -> list[Any]:
-    try:
-        return column.to_pylist(maps_as_pydicts="strict")
-    except KeyError:  # a map that has a key twice
-        return column.to_pylist()
+def _without_repeats(entries: list[dict[str, Any]] | None) -> Any:
+    """A map as an object, or as pairs if it has a key twice, or keys that no object can have."""
+    pairs = [tuple(each.values()) for each in entries or []]
+    with suppress(TypeError):
+        pairs = found if len(found := dict(pairs)) == len(pairs) else pairs
+    return None if entries is None else pairs
 
 
 def _lacked(kind: Any) -> bool:
     """Whether JSON has no such type, or none for a part of it."""
+    return _is(kind, "temporal", "decimal", *_BYTES) or any(_lacked(field.type) for field in _members(kind))
+
+
+def _is(kind: Any, *names: str) -> bool:
+    """Whether a type of Arrow is one of those that pyarrow calls so."""
     from pyarrow import types
 
-    own = types.is_temporal(kind) or types.is_decimal(kind) or _is_bytes(kind)
-    return own or any(_lacked(field.type) for field in _members(kind))
+    return any(getattr(types, f"is_{name}")(kind) for name in names)
 
 
-def _is_bytes(kind: Any) -> bool:
-    from pyarrow import types
-
-    some = (types.is_binary, types.is_large_binary, types.is_fixed_size_binary, types.is_binary_view)
-    return any(is_one(kind) for is_one in some)
-
-
-def _as_text(kind: Any) -> Any:
-    """The type with text in the place of times and decimals, at any depth."""
+def _as_text(column: Any) -> list[Any]:
+    """Times and decimals as a person would write them, and bytes where they are UTF-8."""
     import pyarrow
-    from pyarrow import types
 
-    lacked = (types.is_temporal, types.is_decimal)
-    return _changed(kind, lambda leaf: pyarrow.string() if any(is_one(leaf) for is_one in lacked) else leaf)
-
-
-def _in_utc(kind: Any) -> Any:
-    """The type with UTC in the place of time zones, some of which this machine may not know."""
-    import pyarrow
-    from pyarrow import types
-
-    def plain(leaf: Any) -> Any:
-        return pyarrow.timestamp(leaf.unit, "UTC") if types.is_timestamp(leaf) and leaf.tz is not None else leaf
-
-    return _changed(kind, plain)
-
-
-def _changed(kind: Any, change: Callable[[Any], Any]) -> Any:
-    """The type with all types changed that have no others inside."""
-    import pyarrow
-    from pyarrow import types
-
-    def inner(field: Any) -> Any:
-        return field.with_type(_changed(field.type, change))
-
-    if types.is_struct(kind):
-        return pyarrow.struct([inner(field) for field in _members(kind)])
-    if types.is_list(kind):
-        return pyarrow.list_(inner(kind.value_field))
-    if types.is_large_list(kind):
-        return pyarrow.large_list(inner(kind.value_field))
-    if types.is_fixed_size_list(kind):
-        return pyarrow.list_(inner(kind.value_field), kind.list_size)
-    if types.is_map(kind):
-        return pyarrow.map_(_changed(kind.key_type, change), _changed(kind.item_type, change))
-    return change(kind)
-
-
-def _tidied(value: Any, kind: Any) -> Any:
-    """A value whose times and decimals were cast to text, as a person would write them."""
-    from pyarrow import types
-
-    if value is None:
-        return None
-    if types.is_struct(kind):
-        return {field.name: _tidied(value[field.name], field.type) for field in _members(kind)}
-    if types.is_list(kind) or types.is_large_list(kind) or types.is_fixed_size_list(kind):
-        return [_tidied(each, kind.value_type) for each in value]
-    if types.is_map(kind):
-        pairs = value.items() if isinstance(value, dict) else value
-        tidied = [(_tidied(key, kind.key_type), _tidied(each, kind.item_type)) for key, each in pairs]
-        return dict(tidied) if isinstance(value, dict) else tidied
-    if _is_bytes(kind):
+    kind = column.type
+    if _is(kind, *_BYTES):
+        return [_decoded(value) for value in column.to_pylist()]
+    zoned = _is(kind, "timestamp") and kind.tz is not None  # in a zone that this machine may not know
+    for known in (kind, pyarrow.timestamp(kind.unit, "UTC")) if zoned else (kind,):
         try:
-            return value.decode()
-        except UnicodeDecodeError:
-            return value
-    if not types.is_temporal(kind):
+            texts = column.cast(known).cast(pyarrow.string()).to_pylist()
+        except Exception:  # an unknown time zone, a type that cannot be cast
+            continue
+        return texts if _is(kind, "decimal") else [_tidied(text, kind) for text in texts]
+    return _listed(column)
+
+
+def _decoded(value: bytes | None) -> str | bytes | None:
+    try:
+        return None if value is None else value.decode()
+    except UnicodeDecodeError:
         return value
-    if value.startswith(_OUT_OF_RANGE):
+
+
+def _tidied(text: str | None, kind: Any) -> str | Unreadable | None:
+    """A time that was cast to text, without a fraction of zeros and with the unit of a duration."""
+    if text is None:
+        return None
+    if text.startswith(_OUT_OF_RANGE):
         return Unreadable(f"{kind} out of range")
-    return f"{value} {kind.unit}" if types.is_duration(kind) else _NO_FRACTION.sub("", value, count=1)
+    return f"{text} {kind.unit}" if _is(kind, "duration") else _NO_FRACTION.sub("", text, count=1)
 
 
 # ── files ───────────────────────────────────────────────────────────────────────────────────────────────────────
 
 
 def _parquet(path: Path) -> Iterator[Values]:
-    import pyarrow
     from pyarrow import parquet
 
-    try:
+    with reading("cannot be read as Parquet", path, _COPY_AGAIN):
         with parquet.ParquetFile(path) as plain:
             schema, columns = plain.schema_arrow, [plain.schema.column(at) for at in range(len(plain.schema))]
             require_distinct(schema, str(path))
@@ -208,8 +192,6 @@ def _parquet(path: Path) -> Iterator[Values]:
             for batch in file.iter_batches(at_once):
                 for part in small_parts(batch, path, counted):
                     yield from rows_of(part.cast(schema), str(path))
-    except (pyarrow.ArrowException, OSError, ValueError) as error:
-        raise _unreadable(path, "Parquet", error) from None
 
 
 _DELTA_BYTES = 64 << 20  # of delta-coded values that are read at once
@@ -237,26 +219,23 @@ def _arrow(path: Path) -> Iterator[Values]:
     import pyarrow
     from pyarrow import ipc
 
-    try:
-        with pyarrow.OSFile(str(path)) as file:
-            start, end = (8, _MAGIC) if file.read(6) == _MAGIC else (0, _END_OF_STREAM)
-            file.seek(max(0, file.size() - len(end)))
-            if file.read() != end:
-                raise ValueError("it has no end; it was cut")
-            file.seek(start)
-            _require_modest_batches(ipc.MessageReader.open_stream(file), path)
-            file.seek(start)
-            counted, batches, rows = Unpacked(path), 0, 0
-            for batch in ipc.open_stream(file):
-                batch.validate(full=True)  # offsets that point outside would crash the interpreter
-                batches, rows = batches + 1, rows + batch.num_rows
-                require_possible_rows(rows, batch.num_columns, path)
-                for part in small_parts(batch, path, counted):
-                    yield from rows_of(part, str(path))
-            if start and ipc.open_file(file).num_record_batches != batches:
-                raise ValueError("its index and its batches differ")
-    except (pyarrow.ArrowException, OSError, ValueError, struct.error) as error:
-        raise _unreadable(path, "Arrow", error) from None
+    with reading("cannot be read as Arrow", path, _COPY_AGAIN), pyarrow.OSFile(str(path)) as file:
+        start, end = (8, _MAGIC) if file.read(6) == _MAGIC else (0, _END_OF_STREAM)
+        file.seek(max(0, file.size() - len(end)))
+        if file.read() != end:
+            raise ValueError("it has no end; it was cut")
+        file.seek(start)
+        _require_modest_batches(ipc.MessageReader.open_stream(file), path)
+        file.seek(start)
+        counted, batches, rows = Unpacked(path), 0, 0
+        for batch in ipc.open_stream(file):
+            batch.validate(full=True)  # offsets that point outside would crash the interpreter
+            batches, rows = batches + 1, rows + batch.num_rows
+            require_possible_rows(rows, batch.num_columns, path)
+            for part in small_parts(batch, path, counted):
+                yield from rows_of(part, str(path))
+        if start and ipc.open_file(file).num_record_batches != batches:
+            raise ValueError("its index and its batches differ")
 
 
 def _require_modest_batches(messages: Any, path: Path) -> None:
@@ -329,30 +308,24 @@ def small_parts(batch: Any, path: Path, counted: Unpacked) -> Iterator[Any]:
 
 def _written_out(column: Any) -> int:
     """About how many bytes the values of a column have, one that is repeated as often as it is there."""
-    from pyarrow import compute, types
+    from pyarrow import compute
 
     kind = column.type
-    if types.is_run_end_encoded(kind):
+    if _is(kind, "run_end_encoded"):
         return len(column) * max(1, _written_out(column.values))
-    if types.is_dictionary(kind):
+    if _is(kind, "dictionary"):
         values, count = column.dictionary, len(column)
         if not len(values):
             return count
-        some = (types.is_string, types.is_large_string, types.is_binary, types.is_large_binary)
-        if not any(is_one(kind.value_type) for is_one in some):
+        if not _is(kind.value_type, "string", "large_string", "binary", "large_binary"):
             return count * max(1, _written_out(values))
         lengths = compute.binary_length(values)  # type: ignore[attr-defined]
         return count + int(compute.sum(compute.take(lengths, column.indices)).as_py() or 0)  # type: ignore[attr-defined]
-    if types.is_struct(kind):
+    if _is(kind, "struct"):
         return len(column) + sum(_written_out(each) for each in column.flatten())
-    if types.is_list(kind) or types.is_large_list(kind) or types.is_fixed_size_list(kind):
+    if _is(kind, *_LISTS):
         return len(column) + 8 * len(column) + _written_out(column.flatten())
     return len(column) + column.nbytes
-
-
-def _unreadable(path: Path, kind: str, error: Exception) -> LoraError:
-    reason = (str(error).strip() or type(error).__name__).splitlines()[0][:300]
-    return LoraError(f"cannot be read as {kind}: {reason}", where=str(path), fix="write or copy it again")
 
 
 TABLE_KINDS: dict[str, Callable[[Path], Iterator[Values]]] = {".parquet": _parquet, ".arrow": _arrow}
