@@ -13,7 +13,7 @@ import os
 import re
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
-from functools import cached_property
+from functools import cache, cached_property
 from itertools import pairwise, takewhile
 from pathlib import Path
 from typing import Any
@@ -91,8 +91,8 @@ def find_files(name: str, *, held_out: bool = False, written: Sequence[Path] = (
         return _of_folder(path, name, held_out, written)
     if not path.exists() and glob.has_magic(name):
         fixed = Path(*takewhile(lambda part: not glob.has_magic(part), path.parts))
-        matched = outside_runs(map(Path, glob.iglob(name, recursive=True)), fixed, written)
-        found = [each for each in sorted(_few(matched, name)) if each.is_file()]
+        matched = _outside_runs(map(Path, glob.iglob(name, recursive=True)), fixed, written)
+        found = [each for each in sorted(matched) if each.is_file()]
         if not found:
             raise LoraError("no file matches this pattern", where=name, fix="check the pattern; ** goes into folders")
         left = {str(each): _DESCRIBES for each in found if _is_metadata(each)}
@@ -116,8 +116,8 @@ def split_of(path: Path) -> str | None:
 
 
 def _of_folder(folder: Path, name: str, held_out: bool, written: Sequence[Path]) -> FileSource:
-    inside = _few(outside_runs(_inside(folder), folder, written), name)
-    there = [each for each in inside if not _hidden(each, folder)]
+    inside = (Path(place, file) for place, _, files in os.walk(folder) for file in files)
+    there = [each for each in _outside_runs(inside, folder, written) if not _hidden(each.relative_to(folder))]
     looked_at = sorted(each for each in there if kind_of(each) and each.is_file())
     left = _no_rows(looked_at)
     found = [each for each in looked_at if each not in left]
@@ -213,20 +213,8 @@ def _object(path: Path) -> dict[str, Any]:
 # ── the disk ────────────────────────────────────────────────────────────────────────────────────────────────────
 
 
-def _inside(folder: Path) -> Iterator[Path]:
-    return (Path(place, name) for place, _, names in os.walk(folder) for name in names)
-
-
-def _few(paths: Iterator[Path], name: str) -> Iterator[Path]:
-    """Raises LoraError where there are too many, as in a home folder or on a whole disk."""
-    for number, path in enumerate(paths):
-        if number == _MOST_FILES:
-            raise LoraError(f"more than {_MOST_FILES:,} files", where=name, fix="name a folder that holds data alone")
-        yield path
-
-
-def _hidden(path: Path, folder: Path) -> bool:
-    return any(part.startswith((".", "_")) for part in path.relative_to(folder).parts)
+def _hidden(path: Path) -> bool:
+    return any(part.startswith((".", "_")) for part in path.parts)
 
 
 def _nearby(path: Path) -> str:
@@ -240,22 +228,24 @@ def _nearby(path: Path) -> str:
 # ── what is not data: the folders of runs, whose files would be read as rows in the next run ──────────────────────────
 
 
-def outside_runs(paths: Iterable[Path], top: Path, written: Sequence[Path]) -> Iterator[Path]:
-    """The paths that are not in a run folder below `top`, nor in one of `written`, which the run itself writes."""
+def _outside_runs(paths: Iterable[Path], top: Path, written: Sequence[Path]) -> Iterator[Path]:
+    """The paths that are not in a run folder below `top`, nor in one of `written`, which the run itself writes.
+
+    Raises LoraError where there are too many, as in a home folder or on a whole disk.
+    """
     real_top = Path(os.path.realpath(top))
     below = {real for each in written if real_top in (real := Path(os.path.realpath(each))).parents}
-    left_out: dict[Path, bool] = {}
-    for path in paths:
-        folder = path.parent
-        if folder not in left_out:
-            left_out[folder] = _is_of_a_run(folder, top, below)
-        if not left_out[folder]:
-            yield path
 
+    @cache
+    def of_a_run(folder: Path) -> bool:
+        between = [each for each in (folder, *folder.parents) if top in each.parents]
+        if any(all((each / name).exists() for name in ("recipe.yaml", "environment.json")) for each in between):
+            return True
+        real = Path(os.path.realpath(folder))
+        return not below.isdisjoint((real, *real.parents))
 
-def _is_of_a_run(folder: Path, top: Path, written: set[Path]) -> bool:
-    between = [each for each in (folder, *folder.parents) if top in each.parents]
-    if any(all((each / name).exists() for name in ("recipe.yaml", "environment.json")) for each in between):
-        return True
-    real = Path(os.path.realpath(folder))
-    return not written.isdisjoint((real, *real.parents))
+    for number, path in enumerate(path for path in paths if not of_a_run(path.parent)):
+        if number == _MOST_FILES:
+            fix = "name a folder that holds data alone"
+            raise LoraError(f"more than {_MOST_FILES:,} files", where=str(top), fix=fix)
+        yield path

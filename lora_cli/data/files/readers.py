@@ -269,7 +269,8 @@ def _separated(path: Path) -> Iterator[Values]:
     delimiter = "\t" if tabs else _delimiter(head)
     begin = before + 1
     try:
-        blanks = _blanks_follow(head, delimiter)
+        first = next(csv.reader(iter(head), delimiter=delimiter), [])
+        blanks = len(first) > 1 and all(name.startswith(" ") for name in first[1:])  # quotes behind one are quotes
         reader = csv.reader(chain(head, lines), delimiter=delimiter, strict=True, skipinitialspace=blanks)
         names = [name.strip() for name in next(reader, [])]
         header = [name or f"column {number}" for number, name in enumerate(names, 1)]
@@ -319,12 +320,6 @@ def _table(head: list[str], delimiter: str) -> tuple[int, float]:
         return 0, 0.0
     rows = counts[1:-1] if len(head) > _LOOKED_AT else counts[1:]  # the last may go on behind these lines
     return (counts or [0])[0], rows.count(counts[0]) / len(rows) if rows else 1.0
-
-
-def _blanks_follow(head: list[str], delimiter: str) -> bool:
-    """Whether a blank follows each delimiter in the header; quotes behind it would not be recognized."""
-    names = next(csv.reader(iter(head), delimiter=delimiter), [])
-    return len(names) > 1 and all(name.startswith(" ") for name in names[1:])
 
 
 def _text(path: Path) -> Iterator[Values]:

@@ -50,7 +50,13 @@ class HubSource:
     @cached_property
     def identity(self) -> dict[str, str]:
         """name → what tells this version of the data from another: the commit, or the fingerprint of what is cached."""
-        return {self.name: self._commit() or str(getattr(self._loaded, "_fingerprint", self.revision))}
+        from huggingface_hub import HfApi
+
+        try:
+            commit = HfApi().dataset_info(self.hub, revision=self.revision).sha
+        except Exception:  # no network: what `datasets` has cached is as good, and it has a fingerprint
+            commit = None
+        return {self.name: commit or str(getattr(self._loaded, "_fingerprint", self.revision))}
 
     @cached_property
     def _loaded(self) -> Any:
@@ -65,14 +71,6 @@ class HubSource:
 
     def require_unchanged(self) -> None:
         """A commit does not change."""
-
-    def _commit(self) -> str | None:
-        from huggingface_hub import HfApi
-
-        try:
-            return HfApi().dataset_info(self.hub, revision=self.revision).sha
-        except Exception:  # no network: what `datasets` has cached is as good, and it has a fingerprint
-            return None
 
 
 Source = FileSource | HubSource

@@ -49,8 +49,6 @@ def rows_of(batch: pyarrow.RecordBatch | pyarrow.Table, where: str) -> Iterator[
     require_distinct(batch.schema, where)
     names = batch.schema.names
     columns = [_values(batch.column(at)) for at in range(len(names))]
-    if not columns:
-        yield from ({} for _ in range(batch.num_rows))
     for values in zip(*columns, strict=True):
         yield dict(zip(names, values, strict=True))
 
@@ -315,8 +313,6 @@ def _written_out(column: Any) -> int:
         return len(column) * max(1, _written_out(column.values))
     if _is(kind, "dictionary"):
         values, count = column.dictionary, len(column)
-        if not len(values):
-            return count
         if not _is(kind.value_type, "string", "large_string", "binary", "large_binary"):
             return count * max(1, _written_out(values))
         lengths = compute.binary_length(values)  # type: ignore[attr-defined]
