@@ -42,6 +42,11 @@ def signal_received() -> int:
     return _received[0] if _received else signal.SIGINT
 
 
+def interrupted_by_ctrl_c() -> bool:
+    """Whether a KeyboardInterrupt was a person's, and not a signal that ends the program."""
+    return not _received
+
+
 def exit_within(seconds: float) -> None:
     """End the program at the latest after `seconds` of what libraries do at exit, such as waiting for their threads."""
 

@@ -61,7 +61,7 @@ def answers(rows: list[dict[str, str]], adapter: Path | None) -> list[str]:
     with console.status("answering") as status:
         for start in range(0, len(rows), 50):
             prompts = [row["prompt"] for row in rows[start : start + 50]]
-            found += complete(opened.model, opened.tokenizer, prompts, config)
+            found += [each.text for each in complete(opened.model, opened.tokenizer, prompts, config)]
             status.update(f"answering: {len(found)} of {len(rows)}")
     return found
 
@@ -101,7 +101,7 @@ def main() -> None:
     heading("5  The merged model, an ordinary folder, answers")
     merged = json.loads(lora("merge", str(RUN), "--output", str(MERGED), "--json"))
     prompt = "Table dogs(id, name, breed, weight)\nQuestion: How many dogs have a weight above 20?\nSQL:"
-    say(lora("generate", prompt, "--model", str(MERGED), "--max-new-tokens", "48").rstrip())
+    say(lora("generate", str(MERGED), prompt, "--max-new-tokens", "48").rstrip())
 
     heading("Result")
     perplexity = scores["base"]["perplexity"], scores["adapter"]["perplexity"]

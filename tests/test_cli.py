@@ -110,21 +110,19 @@ def test_merge_then_eval_and_generate_with_the_merged_model(smoke_run, tmp_path)
     assert adapted["adapter"]["loss"] < adapted["base"]["loss"]
 
 
-def test_generate_from_argument_stdin_and_chat(smoke_run):
-    by_argument = lora("generate", "ann has", "--run", smoke_run, "--max-new-tokens", "8", "--json")
-    by_stdin = lora("generate", "--run", smoke_run, "--max-new-tokens", "8", "--json", stdin="ann has")
+def test_generate_from_argument_and_stdin(smoke_run):
+    by_argument = lora("generate", smoke_run, "ann has", "--max-new-tokens", "8", "--json")
+    by_stdin = lora("generate", smoke_run, "--max-new-tokens", "8", "--json", stdin="ann has")
     assert by_argument.returncode == 0, by_argument.stderr
     assert json.loads(by_argument.stdout) == json.loads(by_stdin.stdout)
-    streamed = lora("generate", "ann has", "--run", smoke_run, "--max-new-tokens", "8")
+    streamed = lora("generate", smoke_run, "ann has", "--max-new-tokens", "8")
     assert streamed.stdout.strip() == json.loads(by_argument.stdout)["completion"].strip()
-    chat = lora("generate", "hello", "--run", smoke_run, "--chat", "--max-new-tokens", "4", "--no-adapter")
-    assert chat.returncode == 0, chat.stderr
 
 
 def test_sampling_is_seeded(smoke_run):
     def sample(seed: int) -> str:
         options = ["--temperature", "1.5", "--max-new-tokens", "12", "--seed", str(seed), "--json"]
-        return json.loads(lora("generate", "ann", "--run", smoke_run, *options).stdout)["completion"]
+        return json.loads(lora("generate", smoke_run, "ann", *options).stdout)["completion"]
 
     assert sample(1) == sample(1)
     assert sample(1) != sample(2)
@@ -137,10 +135,11 @@ def test_sampling_is_seeded(smoke_run):
         (["eval", "--model", "x"], "nothing to evaluate"),
         (["eval", "runs/x", "--dtype", "fp32"], "a run folder brings its own"),
         (["eval", "runs/x", "--stride", "8"], "--stride is for long text"),
-        (["generate", "hi"], "which model?"),
+        (["generate"], "which model?"),
+        (["generate", "how are you?"], "this names no run, adapter or model"),
+        (["generate", "x", "hi", "--model", "y"], "the model is named twice"),
         (["generate", "hi", "--model", "x", "--top-p", "0.5"], "--temperature 0 is greedy"),
         (["generate", "hi", "--model", "x", "--no-adapter"], "--no-adapter without an adapter"),
-        (["generate", "hi", "--model", "x", "--system", "y"], "--system is for --chat"),
         (["generate", "hi", "--model", "/no/such/model"], "no such model folder"),
         (["merge", "/no/such/run", "--output", "/tmp/never"], "no such folder"),
         (["train", "configs/no-such.yaml"], "no such recipe"),

@@ -15,7 +15,6 @@ from safetensors.torch import load_file, save_file
 from lora_cli.adapters.opened import open_model
 from lora_cli.errors import CheckFailed, LoraError
 from lora_cli.evaluation.evaluate import evaluate_model
-from lora_cli.evaluation.generate import generate
 from lora_cli.evaluation.generation import complete, generation_config
 
 PROMPT = "question answer user"
@@ -32,7 +31,7 @@ def with_settings(base: Path, folder: Path, **settings: Any) -> Path:
 def answer(base: Path, **settings: Any) -> str:
     opened = open_model(str(base), None, device="cpu", dtype="fp32")
     config = generation_config(opened.model, opened.tokenizer, max_new_tokens=24, **settings)
-    return complete(opened.model, opened.tokenizer, [PROMPT], config)[0]
+    return complete(opened.model, opened.tokenizer, [PROMPT], config)[0].text
 
 
 @pytest.mark.parametrize(
@@ -88,20 +87,6 @@ def test_a_model_of_nan_or_infinity_writes_no_text(number, temperature, tiny_lla
         answer(base, temperature=temperature)
 
 
-def test_an_empty_completion_is_said(tiny_llama, tmp_path, capsys):
-    base = shutil.copytree(tiny_llama, tmp_path / "base")
-    tensors = load_file(base / "model.safetensors")
-    tensors["lm_head.weight"][:] = 0  # every logit is 0: greedy takes the first token, which is the end
-    save_file(tensors, base / "model.safetensors", {"format": "pt"})
-    settings: Any = {"use_adapter": True, "chat": False, "system": None, "quantization": None, "dtype": "fp32"}
-    settings |= {"device": "cpu", "trust_remote_code": False, "seed": 0}
-    for as_json in (False, True):
-        generate(PROMPT, model=str(base), adapter=None, as_json=as_json, sampling={"max_new_tokens": 4}, **settings)
-        said = capsys.readouterr()
-        assert "note: the completion is empty" in said.err
-    assert json.loads(said.out)["completion"] == ""
-
-
 def test_a_tokenizer_with_more_tokens_than_the_model_is_refused_by_every_command_that_computes(tiny_gpt2, tmp_path):
     """As eval and generate met it, the embedding raised an IndexError of its own."""
     folder = tmp_path / "model"
@@ -132,7 +117,8 @@ def test_a_prompt_beyond_the_models_positions_is_refused_and_an_answer_ends_at_t
     opened = open_model(str(tiny_gpt2), None, device="cpu", dtype="fp32")
     config = generation_config(opened.model, opened.tokenizer, max_new_tokens=400)
     config.eos_token_id = None
-    (text,) = complete(opened.model, opened.tokenizer, [PROMPT], config)
-    assert text
+    (cut,) = complete(opened.model, opened.tokenizer, [PROMPT], config)
+    assert cut.text
+    assert cut.stop is None
     with pytest.raises(LoraError, match=r"the prompt has .* tokens, but the model sees 256 at most"):
         complete(opened.model, opened.tokenizer, [PROMPT * 200], config)

@@ -46,7 +46,7 @@ FROZEN = {
     "eval base": SCORE,
     "eval adapter": SCORE,
     "merge": {"output", "onto", "dtype", "layers", "tokens_compared", "kl", "adapter_effect", "top1_agreement", "kept"},
-    "generate": {"prompt", "completion"},
+    "generate": {"prompt", "completion", "prompting", "stop", "new_tokens"},
     "runs": {"name", "folder", "state", "step", "total_steps", "why", "loss", "validation_loss", "tokens", "hours"}
     | {"cost", "last_activity"},
     "init": {"recipe", "output", "memory", "notes"},
@@ -80,7 +80,7 @@ def test_keys_of_documents_and_files_only_grow(recipe_file, tiny_llama, sums, tm
         "train": lora(capsys, "train", recipe),
         "eval": lora(capsys, "eval", run),
         "merge": lora(capsys, "merge", run, "--output", tmp_path / "merged"),
-        "generate": lora(capsys, "generate", "one", "--run", run, "--max-new-tokens", "2"),
+        "generate": lora(capsys, "generate", run, "one", "--max-new-tokens", "2"),
         "runs": lora(capsys, "runs", tmp_path),
         "init": lora(capsys, "init", tiny_llama, sums, "--output", tmp_path / "new.yaml"),
         "report.json": json.loads((run / "report.json").read_text()),

@@ -84,8 +84,8 @@ def test_it_answers_in_its_own_chat_template(real_model):
     turns = [{"role": "user", "content": "What is the capital of France? Answer in one word."}]
     prompt = opened.tokenizer.apply_chat_template(turns, tokenize=False, add_generation_prompt=True)
     config = generation_config(opened.model, opened.tokenizer, max_new_tokens=12)
-    (answer,) = complete(opened.model, opened.tokenizer, [prompt], config, special_tokens=False)
-    assert "Paris" in answer
+    (completion,) = complete(opened.model, opened.tokenizer, [prompt], config, special_tokens=False)
+    assert "Paris" in completion.text
 
 
 def test_the_demo_recipe_learns_in_six_steps_and_the_adapter_loads_in_peft(real_model, tmp_path):

@@ -1,102 +1,131 @@
-"""`lora generate`: a prompt from the command line or stdin, one answer or a conversation, streamed as it comes."""
+"""`lora generate`: one prompt, from the command line or stdin, one completion, streamed as it comes.
+
+`Speaker` is a model as it is to be prompted, for the chat too: through the chat template or as the text is.
+"""
 
 from __future__ import annotations
 
 import sys
 from collections.abc import Callable
 from contextlib import nullcontext
-from pathlib import Path
 from typing import Any
 
 from accelerate.utils import set_seed
 
-from lora_cli.adapters.opened import Opened, open_model
+from lora_cli.adapters.named import Named, recorded_prompting
+from lora_cli.adapters.opened import open_model
 from lora_cli.adapters.trained import adapters_disabled
 from lora_cli.data.chat.template import ChatTemplate, chat_template, wants_bos
-from lora_cli.errors import LoraError
-from lora_cli.evaluation.generation import complete, generation_config
+from lora_cli.errors import LoraError, reading
+from lora_cli.evaluation.generation import Completion, complete, generation_config
 from lora_cli.streams import print_json, print_note, print_piece
 
+Emit = Callable[[str], None]
 
-def generate(
-    prompt: str | None,
-    *,
-    model: str | None,
-    adapter: Path | None,
-    use_adapter: bool,
-    chat: bool,
-    system: str | None,
-    seed: int,
-    as_json: bool,
-    sampling: dict[str, Any],
-    **opening: Any,
-) -> None:
-    """Print a completion, or hold a conversation. opening: further arguments of `open_model`.
 
-    prompt: None reads it from stdin; with chat on a terminal, the conversation then goes on until end of input.
+class Speaker:
+    """A model that answers as it was trained to.
+
+    through_template: True or False if the user decides; None goes by what training recorded, then by `default`.
+    use_adapter: False lets the base answer alone; it may be changed between answers. Raises LoraError where a template
+    is wanted and there is none.
     """
-    conversation = chat and prompt is None and sys.stdin.isatty()
-    if conversation and as_json:
-        what = "--json is for one prompt, not for a conversation"
-        raise LoraError(what, fix="give the prompt as an argument or on stdin")
-    if prompt is None and not conversation:
-        prompt = sys.stdin.read()
-    if prompt is not None and not prompt.strip():
+
+    def __init__(
+        self,
+        named: Named,
+        *,
+        through_template: bool | None,
+        default: str,
+        use_adapter: bool = True,
+        seed: int,
+        sampling: dict[str, Any],
+        **opening: Any,
+    ):
+        if not use_adapter and named.adapter is None:
+            raise LoraError("--no-adapter without an adapter", fix="remove it, or name a run")
+        self.opened = opened = open_model(named.model, named.adapter, **opening)
+        self.use_adapter = use_adapter
+        for note in opened.notes:
+            print_note(f"note: {note}")
+        self.recorded = recorded_prompting(
+            named, opened.adapter.metadata.prompting if opened.adapter else None, opened.source.folder
+        )
+        self.template = self._template(through_template, default)
+        stop: Any = self.template.stop_token if self.template is not None else None
+        if stop is not None:
+            stop = opened.tokenizer.convert_tokens_to_ids(stop)
+        self.config = generation_config(opened.model, opened.tokenizer, stop=stop, **sampling)
+        set_seed(seed)
+
+    def _template(self, wanted: bool | None, default: str) -> ChatTemplate | None:
+        """Decides, and says so on stderr unless the user did."""
+        has_one = bool(self.opened.tokenizer.chat_template)
+        through = wanted
+        if wanted is None:
+            through = (self.recorded or (default if has_one else "raw")) == "template"
+        if through:
+            if wanted is None:
+                why = "as in training" if self.recorded else "as nothing says how it was trained"
+                print_note(f"note: prompted through the chat template, {why} (--raw turns it off)")
+            return chat_template(self.opened.tokenizer, None, "the model")
+        if wanted is None and (self.recorded or has_one):
+            why = "as in training" if self.recorded else "as nothing says that it was trained through a chat template"
+            print_note(f"note: the prompt is used as it is, {why}" + (" (or --template)" if has_one else ""))
+        return None
+
+    def prompt(self, turns: list[dict[str, str]]) -> str:
+        """What the model reads: the turns through the template; without one the last turn's text alone."""
+        if self.template is None:
+            return turns[-1]["content"]
+        return self.template.render(turns, "the conversation", generation_prompt=True)
+
+    def answer(self, turns: list[dict[str, str]], emit: Emit | None) -> Completion:
+        """The next turn of the conversation: with one BOS where one is wanted, up to the stop token."""
+        text, tokenizer = self.prompt(turns), self.opened.tokenizer
+        bos = wants_bos(tokenizer) and not text.startswith(str(tokenizer.bos_token))
+        special = bos if self.template is not None else True
+        with nullcontext() if self.use_adapter else adapters_disabled(self.opened.model):
+            return complete(self.opened.model, tokenizer, [text], self.config, special_tokens=special, emit=emit)[0]
+
+    def why_empty(self, completion: Completion) -> str:
+        """What to say of a completion without text."""
+        if completion.stop is None:
+            return f"the completion is empty: all {completion.tokens} tokens are blanks or special tokens"
+        what = f"the completion is empty: the model ended it at once, with {completion.stop}"
+        if self.template is None and self.recorded == "template":
+            return f"{what}; it was trained through a chat template: leave out --raw"
+        if self.template is None and self.opened.tokenizer.chat_template:
+            return f"{what}; if it was trained on conversations, add --template"
+        return f"{what}, as its training may have taught it"
+
+
+def generate(prompt: str | None, named: Named, *, system: str | None, as_json: bool, **speaking: Any) -> None:
+    """Print a completion. prompt: None reads it from stdin. speaking: further arguments of `Speaker`."""
+    text = _from_stdin() if prompt is None else prompt
+    if not text.strip():
         raise LoraError("the prompt is empty", fix="give it as an argument or on stdin")
-    opened = open_model(model, adapter, **opening)
-    for note in opened.notes:
-        print_note(f"note: {note}")
-    set_seed(seed)
-    template = chat_template(opened.tokenizer, None, "the model") if chat else None
-    answer = _answerer(opened, use_adapter, sampling, template)
+    speaker = Speaker(named, default="raw", **speaking)
+    if system is not None and speaker.template is None:
+        raise LoraError("--system is for prompts through a chat template", fix="add --template, or remove it")
     turns = [{"role": "system", "content": system}] if system is not None else []
-    emit = None if as_json else print_piece
-    if conversation:
-        assert template is not None
-        _converse(answer, template, turns)
-        return
-    assert prompt is not None
-    text = prompt
-    if template is not None:
-        text = template.render([*turns, {"role": "user", "content": prompt}], "the prompt", generation_prompt=True)
-    completion = answer(text, emit)
-    if not completion.strip():
-        print_note("note: the completion is empty: the model ended it at once, or wrote only blanks and special tokens")
+    turns.append({"role": "user", "content": text})
+    completion = speaker.answer(turns, None if as_json else print_piece)
     if as_json:
-        print_json({"prompt": prompt, "completion": completion})
+        print_json(
+            {"prompt": text, "completion": completion.text, "prompting": "template" if speaker.template else "raw"}
+            | {"stop": completion.stop, "new_tokens": completion.tokens}
+        )
     else:
         print_piece("\n")
+    if not completion.text.strip():
+        print_note(f"note: {speaker.why_empty(completion)}")
+    elif completion.stop is None:
+        print_note(f"note: cut after {completion.tokens} tokens (--max-new-tokens)")
 
 
-def _answerer(
-    opened: Opened, use_adapter: bool, sampling: dict[str, Any], template: ChatTemplate | None
-) -> Callable[..., str]:
-    """Completes a text as training would have seen it: with one BOS where one is wanted, up to the stop token."""
-    tokenizer = opened.tokenizer
-    token = template.stop_token if template is not None else None
-    stop: Any = tokenizer.convert_tokens_to_ids(token) if token is not None else None
-    config = generation_config(opened.model, tokenizer, stop=stop, **sampling)
-
-    def answer(text: str, emit: Callable[[str], None] | None) -> str:
-        bos = wants_bos(tokenizer) and not text.startswith(str(tokenizer.bos_token))
-        special = bos if template is not None else True
-        with nullcontext() if use_adapter else adapters_disabled(opened.model):
-            return complete(opened.model, tokenizer, [text], config, special_tokens=special, emit=emit)[0]
-
-    return answer
-
-
-def _converse(answer: Callable[..., str], template: ChatTemplate, turns: list[dict[str, str]]) -> None:
-    print_note("Ctrl+D ends the conversation.")
-    while True:
-        try:
-            typed = input("> ")
-        except EOFError:
-            print_piece("\n")
-            return
-        if not typed.strip():
-            continue
-        turns.append({"role": "user", "content": typed})
-        text = template.render(turns, "the conversation", generation_prompt=True)
-        turns.append({"role": "assistant", "content": answer(text, print_piece)})
-        print_piece("\n")
+def _from_stdin() -> str:
+    if sys.stdin.isatty():
+        print_note("Type the prompt; Ctrl+D on an empty line ends it.")
+    with reading("the prompt cannot be read", where="stdin", fix="give it as text in UTF-8"):
+        return sys.stdin.read()

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from copy import deepcopy
+from dataclasses import dataclass
 from functools import partial
 from typing import Any
 
@@ -16,6 +17,18 @@ from transformers.generation.streamers import TextStreamer
 
 from lora_cli.base.text import positions
 from lora_cli.errors import CheckFailed, LoraError
+
+
+@dataclass(frozen=True)
+class Completion:
+    """text: without special tokens. stop: the end token that it ended at; None if max_new_tokens cut it.
+
+    tokens: how many are new, the end token among them.
+    """
+
+    text: str
+    stop: str | None
+    tokens: int
 
 
 class _Streamer(TextStreamer):
@@ -85,7 +98,7 @@ def complete(
     *,
     special_tokens: bool = True,
     emit: Callable[[str], None] | None = None,
-) -> list[str]:
+) -> list[Completion]:
     """Completions of the prompts, generated as one batch (padded on the left, as causal models need it).
 
     special_tokens: whether the tokenizer adds its BOS; not wanted after a chat template, which brings its own.
@@ -95,7 +108,7 @@ def complete(
     encoded: Any = tokenizer(list(prompts), add_special_tokens=special_tokens)["input_ids"]
     rows = [torch.tensor(each, dtype=torch.long, device=model.device) for each in encoded]
     pad_left = partial(pad_sequence, batch_first=True, padding_side="left")
-    inputs = {"input_ids": pad_left(rows, padding_value=config.pad_token_id)}
+    inputs = {"input_ids": pad_left(rows, padding_value=config.pad_token_id or 0)}
     inputs["attention_mask"] = pad_left([torch.ones_like(row) for row in rows])
     require_token(max((token for each in encoded for token in each), default=0), model)
     config = _within_positions(config, inputs["input_ids"].shape[1], model)
@@ -103,8 +116,17 @@ def complete(
     further: Any = {"streamer": streamer, "logits_processor": [_Finite()]}
     with _no_other_settings(model):
         tokens = model.eval().generate(**inputs, generation_config=config, **further)
-    new = tokens[:, inputs["input_ids"].shape[1] :]
-    return tokenizer.batch_decode(new, skip_special_tokens=True)
+    return [_completion(new, tokenizer, config) for new in tokens[:, inputs["input_ids"].shape[1] :].tolist()]
+
+
+def _completion(new: list[int], tokenizer: Any, config: GenerationConfig) -> Completion:
+    """Of the new tokens of one row, which is padded behind the end token where another row is longer."""
+    ends: Any = config.eos_token_id or []
+    end = next((at for at, token in enumerate(new) if token in ends), None)
+    text = tokenizer.decode(new, skip_special_tokens=True)
+    if end is None:
+        return Completion(text, None, len(new))
+    return Completion(text, str(tokenizer.convert_ids_to_tokens(new[end])), end + 1)
 
 
 def _within_positions(config: GenerationConfig, prompt: int, model: Any) -> GenerationConfig:

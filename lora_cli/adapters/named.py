@@ -1,0 +1,75 @@
+"""What a person names to use: a run folder, an adapter folder, a model folder or a model of the hub."""
+
+from __future__ import annotations
+
+import json
+from dataclasses import dataclass
+from pathlib import Path
+
+from lora_cli.adapters.opened import adapter_folder
+from lora_cli.adapters.peft_config import CONFIG
+from lora_cli.errors import LoraError, home_expanded
+from lora_cli.foreign import read_text
+from lora_cli.recipe import load_recipe
+
+_CHAT_FORMATS = ("instruction", "chat")  # formats of a recipe that always go through a template
+
+
+@dataclass(frozen=True)
+class Named:
+    """model: of the base, None for the one that the adapter names. run: the folder that the adapter lies in, if any."""
+
+    model: str | None
+    adapter: Path | None = None
+    run: Path | None = None
+
+
+def find_named(source: str, base: str | None = None) -> Named:
+    """What `source` is, by what its folder holds; what is not a folder is taken for a model of the hub.
+
+    base: a base model to use in place of the one that run or adapter names. Raises LoraError for a folder that is
+    none of these, a file, and a base for what is a whole model.
+    """
+    path = Path(home_expanded(source))
+    if path.is_dir():
+        if (path / CONFIG).is_file() or (path / "recipe.yaml").is_file() or (path / "adapter" / CONFIG).is_file():
+            folder = adapter_folder(path)
+            run = path if folder != path else path.resolve().parent
+            return Named(base, folder, run if (run / "recipe.yaml").is_file() else None)
+        if not (path / "config.json").is_file():
+            raise LoraError(
+                "this folder is neither a run nor an adapter nor a model",
+                where=source,
+                fix=f"name one with recipe.yaml (a run), {CONFIG} (an adapter) or config.json (a model)",
+            )
+    elif path.exists() or any(character.isspace() for character in source):
+        raise LoraError(
+            "this is not a folder" if path.exists() else "this names no run, adapter or model",
+            where=source,
+            fix='name the folder or the model first, then the prompt: lora generate SOURCE "PROMPT"',
+        )
+    if base is not None:
+        raise LoraError(
+            "--base is for an adapter, but this is a whole model", where=source, fix="leave out --base, or name a run"
+        )
+    return Named(source)
+
+
+def recorded_prompting(named: Named, of_adapter: str | None, model: Path) -> str | None:
+    """`template` or `raw`, as training recorded it: in the adapter, in merge.json of a merged model, in a run's recipe.
+
+    of_adapter: what the adapter's own metadata say. model: the folder of the base. None: nothing says.
+    """
+    if named.adapter is None:
+        path = model / "merge.json"
+        try:
+            found = json.loads(read_text(path)).get("prompting") if path.is_file() else None
+        except (LoraError, ValueError, AttributeError, RecursionError):
+            return None  # somebody else's file of that name
+        return found if found in ("template", "raw") else None
+    if of_adapter is not None or named.run is None:
+        return of_adapter
+    data = load_recipe(named.run / "recipe.yaml").data
+    if data.template is not None or data.format in _CHAT_FORMATS:
+        return "template"
+    return None if data.format == "auto" else "raw"

@@ -1,0 +1,145 @@
+"""What a model says: `lora generate` and `lora chat`."""
+
+from __future__ import annotations
+
+from typing import Annotated, Any
+
+import typer
+
+from lora_cli.cli.common import Device, Dtype, Json, Quantization, RemoteCode, heavy
+from lora_cli.errors import LoraError
+
+Source = Annotated[
+    str | None, typer.Argument(help="A run or adapter folder, or a model: a folder or a hub id.", show_default=False)
+]
+Base = Annotated[
+    str | None, typer.Option("--base", help="Base model. Default: the one that the adapter names.", show_default=False)
+]
+Through = Annotated[
+    bool | None,
+    typer.Option(
+        "--template/--raw", help="Prompt through the chat template, or as the text is. Default: as it was trained."
+    ),
+]
+System = Annotated[str | None, typer.Option("--system", help="System message.", show_default=False)]
+NewTokens = Annotated[int, typer.Option(min=1, help="Longest answer in tokens.")]
+Temperature = Annotated[float, typer.Option(min=0.0, help="0 is greedy: always the likeliest token.")]
+TopP = Annotated[float, typer.Option(min=0.0, max=1.0, help="Sample from the likeliest tokens of this probability.")]
+TopK = Annotated[int, typer.Option(min=0, help="Sample from that many of the likeliest tokens; 0 is all.")]
+Penalty = Annotated[float, typer.Option(min=0.01, help="Above 1: words that were used become less likely.")]
+Seed = Annotated[int, typer.Option(min=0, help="Of the sampling.")]
+# Of earlier releases: SOURCE says it all.
+_Model = Annotated[str | None, typer.Option("--model", hidden=True)]
+_Adapter = Annotated[str | None, typer.Option("--adapter", hidden=True)]
+_Run = Annotated[str | None, typer.Option("--run", hidden=True)]
+
+
+def generate(
+    source: Source = None,
+    prompt: Annotated[
+        str | None, typer.Argument(help="The prompt; - or nothing reads it from stdin.", show_default=False)
+    ] = None,
+    base: Base = None,
+    through_template: Through = None,
+    system: System = None,
+    max_new_tokens: NewTokens = 256,
+    temperature: Temperature = 0.0,
+    top_p: TopP = 1.0,
+    top_k: TopK = 0,
+    repetition_penalty: Penalty = 1.0,
+    seed: Seed = 0,
+    quantization: Quantization = None,
+    dtype: Dtype = "auto",
+    device: Device = "auto",
+    trust_remote_code: RemoteCode = False,
+    as_json: Json = False,
+    model: _Model = None,
+    adapter: _Adapter = None,
+    run: _Run = None,
+    chat: Annotated[bool, typer.Option("--chat", hidden=True)] = False,
+    no_adapter: Annotated[bool, typer.Option("--no-adapter", hidden=True)] = False,
+) -> None:
+    """Complete a prompt, as the model was trained to be prompted.
+
+    lora generate runs/my-run "How long is the warranty?"
+    """
+    if named := run or adapter or model:
+        if prompt is not None:
+            raise LoraError("the model is named twice", where=source, fix='lora generate SOURCE "PROMPT"')
+        if run is not None and adapter is not None:
+            raise LoraError("--run and --adapter both name an adapter", fix="give one of them")
+        source, prompt, base = named, source, base or (model if named != model else None)
+    _require_sampled(temperature, top_p, top_k)
+    heavy("lora_cli.evaluation.generate").generate(
+        prompt if prompt != "-" else None,
+        _found(source, base, 'lora generate SOURCE "PROMPT"'),
+        use_adapter=not no_adapter,
+        through_template=True if chat else through_template,
+        system=system,
+        seed=seed,
+        quantization=quantization,
+        dtype=dtype,
+        device=device,
+        trust_remote_code=trust_remote_code,
+        as_json=as_json,
+        sampling={
+            "max_new_tokens": max_new_tokens,
+            "temperature": temperature,
+            "top_p": top_p,
+            "top_k": top_k,
+            "repetition_penalty": repetition_penalty,
+        },
+    )
+
+
+def chat(
+    source: Source = None,
+    base: Base = None,
+    through_template: Through = None,
+    system: System = None,
+    max_new_tokens: NewTokens = 1024,
+    temperature: Temperature = 0.0,
+    top_p: TopP = 1.0,
+    top_k: TopK = 0,
+    repetition_penalty: Penalty = 1.0,
+    seed: Seed = 0,
+    quantization: Quantization = None,
+    dtype: Dtype = "auto",
+    device: Device = "auto",
+    trust_remote_code: RemoteCode = False,
+) -> None:
+    """Talk to a model in the terminal.
+
+    lora chat runs/my-run
+    """
+    _require_sampled(temperature, top_p, top_k)
+    heavy("lora_cli.evaluation.chat").chat(
+        _found(source, base, "lora chat SOURCE"),
+        through_template=through_template,
+        system=system,
+        seed=seed,
+        quantization=quantization,
+        dtype=dtype,
+        device=device,
+        trust_remote_code=trust_remote_code,
+        sampling={
+            "max_new_tokens": max_new_tokens,
+            "temperature": temperature,
+            "top_p": top_p,
+            "top_k": top_k,
+            "repetition_penalty": repetition_penalty,
+        },
+    )
+
+
+def _require_sampled(temperature: float, top_p: float, top_k: int) -> None:
+    if temperature == 0 and (top_p < 1 or top_k > 0):
+        raise LoraError(
+            "--top-p and --top-k are for sampling, but --temperature 0 is greedy", fix="add --temperature 1"
+        )
+
+
+def _found(source: str | None, base: str | None, usage: str) -> Any:
+    if source is None:
+        raise LoraError("which model?", fix=f"name a run, an adapter or a model: {usage}")
+    return heavy("lora_cli.adapters.named").find_named(source, base)

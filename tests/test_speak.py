@@ -1,0 +1,291 @@
+"""`lora generate` and `lora chat`: the model is prompted as it was trained, and what was done is said."""
+
+from __future__ import annotations
+
+import json
+import os
+import pty
+import select
+import shutil
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from conftest import ROOT, randomize_adapter
+from safetensors.torch import load_file, save_file
+
+from lora_cli.adapters.file import save_adapter
+from lora_cli.adapters.named import find_named
+from lora_cli.adapters.opened import open_model
+from lora_cli.adapters.targets import find_targets
+from lora_cli.base.source import find_base
+from lora_cli.errors import LoraError
+
+QUESTION = "question answer user"
+CHAT_ROWS = [{"messages": [{"role": "user", "content": f"one {n}"}, {"role": "assistant", "content": f"two {n}"}]}
+             for n in range(8)]  # fmt: skip
+
+
+@pytest.fixture(scope="module")
+def taught(tiny_llama: Path, tmp_path_factory: pytest.TempPathFactory) -> Any:
+    """Makes an adapter with random B on the tiny model, with what training recorded of its prompting."""
+
+    def make(prompting: str | None) -> Path:
+        from lora_cli.adapters.attach import attach
+
+        folder = tmp_path_factory.mktemp(f"adapter-{prompting}")
+        opened = open_model(str(tiny_llama), None, dtype="fp32", device="cpu")
+        attach(opened.model, find_targets(opened.model, "all-linear", rank=4, alpha=8))
+        randomize_adapter(opened.model, scale=0.5)
+        base = find_base(str(tiny_llama))
+        save_adapter(opened.model, folder, base, quantization="none", double_quantization=False, prompting=prompting)
+        return folder
+
+    return make
+
+
+def by_transformers(adapter: Path, prompt: str, tokens: int) -> str:
+    """What the model says by greedy decoding with PEFT and transformers alone."""
+    from peft import PeftModel
+    from transformers import AutoModelForCausalLM, AutoTokenizer
+
+    base = json.loads((adapter / "adapter_config.json").read_text())["base_model_name_or_path"]
+    tokenizer = AutoTokenizer.from_pretrained(base)
+    model = PeftModel.from_pretrained(AutoModelForCausalLM.from_pretrained(base, dtype=torch.float32), adapter)
+    ids = tokenizer(prompt, return_tensors="pt", add_special_tokens=False).input_ids
+    new = model.generate(input_ids=ids, attention_mask=torch.ones_like(ids), max_new_tokens=tokens, do_sample=False)
+    return str(tokenizer.decode(new[0, ids.shape[1] :], skip_special_tokens=True))
+
+
+def templated(base: Path, *turns: tuple[str, str]) -> str:
+    from transformers import AutoTokenizer
+
+    messages = [{"role": role, "content": content} for role, content in turns]
+    return str(
+        AutoTokenizer.from_pretrained(base).apply_chat_template(messages, tokenize=False, add_generation_prompt=True)
+    )
+
+
+@pytest.mark.parametrize(
+    ("recorded", "options", "through"),
+    [
+        ("template", (), True),
+        ("template", ("--raw",), False),
+        ("raw", (), False),
+        ("raw", ("--template",), True),
+        (None, (), False),
+        (None, ("--template",), True),
+        (None, ("--chat",), True),  # of earlier releases
+    ],
+)
+def test_generate_prompts_as_training_did_and_the_user_overrides(recorded, options, through, taught, tiny_llama, lora):
+    adapter = taught(recorded)
+    said = lora("generate", adapter, QUESTION, "--max-new-tokens", 12, "--dtype", "fp32", "--json", *options)
+    assert said.code == 0, said.text
+    document = json.loads(said.text)
+    prompt = templated(tiny_llama, ("user", QUESTION)) if through else QUESTION
+    assert document["completion"] == by_transformers(adapter, prompt, 12) != ""
+    assert document["prompting"] == ("template" if through else "raw")
+    if not options:
+        assert ("through the chat template" in said.error) == through
+        assert "as in training" in said.error if recorded else "nothing says" in said.error
+
+
+@pytest.mark.parametrize("form", ["run", "adapter", "merged"])
+def test_a_run_its_adapter_and_the_merged_model_are_prompted_as_the_run_was_trained(form, recipe_file, lora, tmp_path):
+    rows = tmp_path / "chats.jsonl"
+    rows.write_text("".join(json.dumps(row) + "\n" for row in CHAT_ROWS))
+    assert lora("train", recipe_file(data={"train": str(rows)})).code == 0
+    if form == "merged":
+        assert lora("merge", tmp_path / "run", "--output", tmp_path / "merged").code == 0
+    source = {"run": tmp_path / "run", "adapter": tmp_path / "run" / "adapter", "merged": tmp_path / "merged"}[form]
+    document = json.loads(lora("generate", source, "one 3", "--max-new-tokens", 4, "--json").text)
+    assert document["prompting"] == "template"
+
+
+@pytest.mark.parametrize(
+    ("data", "prompting"),
+    [({"format": "chat"}, "template"), ({"template": "chatml"}, "template"), ({"format": "completion"}, "raw"),
+     ({}, "raw")],
+)  # fmt: skip
+def test_an_adapter_made_before_that_was_recorded_goes_by_its_runs_recipe(
+    data, prompting, taught, recipe_file, lora, tmp_path
+):
+    run = tmp_path / "run"
+    run.mkdir()
+    shutil.copytree(taught(None), run / "adapter")
+    shutil.copy(recipe_file(data=data), run / "recipe.yaml")
+    document = json.loads(lora("generate", run, QUESTION, "--max-new-tokens", 2, "--json").text)
+    assert document["prompting"] == prompting
+
+
+def with_end_first(tiny_llama: Path, folder: Path) -> Path:
+    base = shutil.copytree(tiny_llama, folder)
+    tensors = load_file(base / "model.safetensors")
+    tensors["lm_head.weight"][:] = 0  # every logit is 0: greedy takes the first token, which is the end
+    save_file(tensors, base / "model.safetensors", {"format": "pt"})
+    return base
+
+
+def test_an_empty_completion_says_so_and_why(tiny_llama, tmp_path, lora):
+    base = with_end_first(tiny_llama, tmp_path / "base")
+    for options in ((), ("--json",)):
+        said = lora("generate", base, QUESTION, *options)
+        assert "the completion is empty: the model ended it at once, with <|endoftext|>" in said.error, said.error
+        assert "add --template" in said.error  # it has one, and nothing says how it was trained
+    (base / "merge.json").write_text(json.dumps({"prompting": "template"}))
+    assert "leave out --raw" in lora("generate", base, QUESTION, "--raw").error
+
+
+def test_a_completion_that_is_cut_says_so(tiny_llama, lora):
+    said = lora("generate", tiny_llama, QUESTION, "--max-new-tokens", 3, "--raw")
+    assert "note: cut after 3 tokens (--max-new-tokens)" in said.error
+    assert json.loads(lora("generate", tiny_llama, QUESTION, "--max-new-tokens", 3, "--json").text)["stop"] is None
+
+
+def test_what_is_named_is_recognized_by_what_it_holds(taught, tiny_llama, tmp_path):
+    adapter = taught(None)
+    assert find_named(str(adapter)).adapter == adapter
+    assert find_named(str(adapter), "other").model == "other"
+    assert find_named(str(tiny_llama)).model == str(tiny_llama)
+    assert find_named("someone/model").model == "someone/model"
+    (tmp_path / "file").write_text("")
+    for wrong, said in (
+        (tmp_path, "neither a run nor an adapter nor a model"),
+        (tmp_path / "file", "this is not a folder"),
+        ("how are you?", "names no run, adapter or model"),
+    ):
+        with pytest.raises(LoraError, match=said):
+            find_named(str(wrong))
+    with pytest.raises(LoraError, match="--base is for an adapter"):
+        find_named(str(tiny_llama), "other")
+
+
+# ── the chat ────────────────────────────────────────────────────────────────────────────────────────────────────
+
+
+@pytest.fixture
+def talk(lora: Any, monkeypatch: pytest.MonkeyPatch) -> Any:
+    """Runs `lora chat` on lines that are typed one after another; an exception among them is raised."""
+
+    def run(source: Path, *typed: Any, options: tuple[Any, ...] = ()) -> Any:
+        lines: Iterator[Any] = iter(typed)
+
+        def read(prompt: str = "") -> str:
+            line = next(lines, EOFError())
+            if isinstance(line, BaseException):
+                raise line
+            return line
+
+        monkeypatch.setattr("builtins.input", read)
+        return lora("chat", source, "--max-new-tokens", 6, "--dtype", "fp32", *options)
+
+    return run
+
+
+def test_a_conversation_is_what_the_template_makes_of_all_turns(taught, tiny_llama, talk, tmp_path):
+    adapter, saved = taught("template"), tmp_path / "chat.jsonl"
+    said = talk(adapter, "one", "two", f"/save {saved}", "/reset", "one", options=("--system", "answer"))
+    assert said.code == 0, said.text
+    turns = json.loads(saved.read_text())["messages"]
+    assert [turn["role"] for turn in turns] == ["system", "user", "assistant", "user", "assistant"]
+    for at in (2, 4):
+        prompt = templated(tiny_llama, *((turn["role"], turn["content"]) for turn in turns[:at]))
+        assert turns[at]["content"] == by_transformers(adapter, prompt, 6)
+    first, second, again = said.text.splitlines()[:3]
+    assert (first, second, again) == (turns[2]["content"], turns[4]["content"], turns[2]["content"])
+    assert saved.stat().st_mode & 0o077 == 0
+    assert "this file exists" in talk(adapter, "one", f"/save {saved}").error
+
+
+def test_base_and_adapter_answer_the_same_message(taught, tiny_llama, talk):
+    adapter = taught("template")
+    said = talk(adapter, "one", "/base", "/again", "/adapter", "/again")
+    answers = [line for line in said.text.splitlines() if line]
+    alone = talk(tiny_llama, "one").text.splitlines()[0]
+    assert answers[0] == answers[2] != answers[1] == alone
+    assert "this model has no adapter" in talk(tiny_llama, "/base").error
+
+
+def test_ctrl_c_ends_the_answer_and_not_the_conversation(taught, talk, monkeypatch, tmp_path):
+    from lora_cli.evaluation import chat
+
+    pieces: list[str] = []
+    printed = chat.print_piece
+
+    def interrupted(text: str) -> None:
+        printed(text)
+        pieces.append(text)
+        if text.strip() and len(pieces) == 2:
+            raise KeyboardInterrupt
+
+    monkeypatch.setattr(chat, "print_piece", interrupted)
+    saved = tmp_path / "chat.jsonl"
+    said = talk(taught("template"), KeyboardInterrupt(), "one", "two", f"/save {saved}")
+    assert said.code == 0, said.text
+    assert "(stopped" in said.error
+    assert "Ctrl+D ends" in said.error
+    turns = json.loads(saved.read_text())["messages"]
+    assert turns[-2:][0]["content"] == "two"
+    assert turns[-1]["content"]
+
+
+def test_cut_and_empty_answers_are_marked_and_errors_do_not_end_the_conversation(tiny_llama, talk, tmp_path):
+    said = talk(tiny_llama, "one", "x " * 400, "/nonsense", "/save", "two", '"""a', 'b"""')
+    assert said.code == 0
+    assert said.error.count("(cut after 6 tokens") == 3
+    assert "the model sees 256 at most" in said.error
+    assert "there is no command /nonsense" in said.error
+    empty = talk(with_end_first(tiny_llama, tmp_path / "base"), "one")
+    assert "(the completion is empty: the model ended it at once" in empty.error
+
+
+def test_without_a_template_each_message_is_completed_by_itself_and_that_is_said(taught, talk):
+    adapter = taught("raw")
+    said = talk(adapter, "one", "two")
+    assert said.text.splitlines() == [by_transformers(adapter, text, 6) for text in ("one", "two")]
+    assert "nothing is remembered" in said.error
+
+
+def test_in_a_terminal_lines_are_edited_and_ctrl_c_and_ctrl_d_do_what_people_expect(tiny_llama):
+    """A real terminal: arrow keys edit the line, Ctrl+C while typing drops it, Ctrl+D ends with exit code 0."""
+    ours, theirs = pty.openpty()
+    words = [sys.executable, "-m", "lora_cli", "chat", str(tiny_llama), "--max-new-tokens", "4"]
+    environment = os.environ | {"PYTHONPATH": str(ROOT), "TERM": "xterm", "INPUTRC": "/dev/null"}
+    # A new session takes the first terminal that it opens as its own: Ctrl+C is then sent to it.
+    terminal = f'exec "$@" < {os.ttyname(theirs)} > {os.ttyname(theirs)} 2>&1'
+    child = subprocess.Popen(["sh", "-c", terminal, "sh", *words], env=environment, start_new_session=True)
+    os.close(theirs)
+    seen = ""
+
+    def wait_for(text: str, seconds: float = 90) -> None:
+        nonlocal seen
+        end = time.monotonic() + seconds
+        while text not in seen:
+            assert time.monotonic() < end, f"{text!r} did not come: {seen!r}"
+            if select.select([ours], [], [], 1)[0]:
+                seen += os.read(ours, 4096).decode(errors="replace")
+        seen = seen[seen.index(text) + len(text) :]
+
+    try:
+        wait_for("> ")
+        os.write(ours, b"ne\x1b[D\x1b[Do\r")  # left, left: becomes "one"
+        wait_for("(cut after 4 tokens")
+        wait_for("> ")
+        os.write(ours, b"\x1b[A")  # up: the last line again, as it was edited
+        wait_for("one")
+        os.write(ours, b"\x03")
+        wait_for("Ctrl+D ends the conversation")
+        wait_for("> ")
+        os.write(ours, b"\x04")
+        assert child.wait(60) == 0
+    finally:
+        if child.poll() is None:
+            child.send_signal(signal.SIGKILL)
+        os.close(ours)
