@@ -308,7 +308,7 @@ def _require_own_head(model: Any) -> None:
     head, embeddings = model.get_output_embeddings(), model.get_input_embeddings()
     if isinstance(head, Trained) and head.base_layer.weight is embeddings.weight:
         what = "the adapter changes the output head, which this model shares with its embeddings: "
-        fix = "use base and adapter together (lora generate --adapter), or train without the head"
+        fix = "use base and adapter together (lora generate ADAPTER), or train without the head"
         raise LoraError(f"{what}one stored tensor cannot be both", fix=fix)
 
 

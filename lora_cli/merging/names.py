@@ -22,7 +22,7 @@ from lora_cli.errors import LoraError
 from lora_cli.merging.tensors import Fresh, is_beside
 
 _COMPUTED = (".inv_freq", ".masked_bias", ".attn.bias")
-_TOGETHER = "use base and adapter together instead: lora generate --adapter ADAPTER"
+_TOGETHER = "use base and adapter together instead: lora generate ADAPTER"
 
 
 def _parameter_names(model: Any) -> dict[str, str]:
