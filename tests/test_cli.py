@@ -104,8 +104,8 @@ def test_merge_then_eval_and_generate_with_the_merged_model(smoke_run, tmp_path)
     assert done.returncode == 0, done.stderr
     assert json.loads(done.stdout)["kept"] > 0.9
     data = ROOT / "tests" / "data" / "smoke.jsonl"
-    merged = json.loads(lora("eval", "--model", tmp_path / "merged", "--data", data, "--json").stdout)
-    adapted = json.loads(lora("eval", "--adapter", smoke_run, "--data", data, "--json").stdout)
+    merged = json.loads(lora("eval", tmp_path / "merged", "--data", data, "--json").stdout)
+    adapted = json.loads(lora("eval", smoke_run / "adapter", "--data", data, "--json").stdout)
     assert merged["base"]["loss"] == pytest.approx(adapted["adapter"]["loss"], abs=0.01)
     assert adapted["adapter"]["loss"] < adapted["base"]["loss"]
 
@@ -133,8 +133,11 @@ def test_sampling_is_seeded(smoke_run):
     [
         (["eval"], "nothing to evaluate"),
         (["eval", "--model", "x"], "nothing to evaluate"),
-        (["eval", "runs/x", "--dtype", "fp32"], "a run folder brings its own"),
-        (["eval", "runs/x", "--stride", "8"], "--stride is for long text"),
+        (["eval", "runs/x"], "nothing to evaluate"),
+        (["eval", "tests", "--stride", "8"], "--stride is for long text"),
+        (["eval", "tests", "--data", "tests/data/smoke.jsonl"], "neither a run nor an adapter nor a model"),
+        (["eval", "tests/dta", "--data", "tests/data/smoke.jsonl"], "did you mean tests/data?"),
+        (["eval", "tests/data/tiny-gpt2"], "this is not a run"),
         (["generate"], "which model?"),
         (["generate", "how are you?"], "this names no run, adapter or model"),
         (["generate", "x", "hi", "--model", "y"], "the model is named twice"),

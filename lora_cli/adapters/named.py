@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from dataclasses import dataclass
+from difflib import get_close_matches
 from pathlib import Path
 
 from lora_cli.adapters.opened import adapter_folder
@@ -17,11 +18,15 @@ _CHAT_FORMATS = ("instruction", "chat")  # formats of a recipe that always go th
 
 @dataclass(frozen=True)
 class Named:
-    """model: of the base, None for the one that the adapter names. run: the folder that the adapter lies in, if any."""
+    """model: of the base, None for the one that the adapter names. run: the folder that the adapter lies in, if any.
+
+    is_run: whether the run itself was named, and not the adapter in it.
+    """
 
     model: str | None
     adapter: Path | None = None
     run: Path | None = None
+    is_run: bool = False
 
 
 def find_named(source: str, base: str | None = None) -> Named:
@@ -35,7 +40,7 @@ def find_named(source: str, base: str | None = None) -> Named:
         if (path / CONFIG).is_file() or (path / "recipe.yaml").is_file() or (path / "adapter" / CONFIG).is_file():
             folder = adapter_folder(path)
             run = path if folder != path else path.resolve().parent
-            return Named(base, folder, run if (run / "recipe.yaml").is_file() else None)
+            return Named(base, folder, run if (run / "recipe.yaml").is_file() else None, is_run=folder != path)
         if not (path / "config.json").is_file():
             raise LoraError(
                 "this folder is neither a run nor an adapter nor a model",
@@ -46,8 +51,12 @@ def find_named(source: str, base: str | None = None) -> Named:
         raise LoraError(
             "this is not a folder" if path.exists() else "this names no run, adapter or model",
             where=source,
-            fix='name the folder or the model first, then the prompt: lora generate SOURCE "PROMPT"',
+            fix="name a run, an adapter or a model first; a prompt comes after it",
         )
+    elif path.name != source and path.parent.is_dir():
+        near = get_close_matches(path.name, [each.name for each in path.parent.iterdir() if each.is_dir()], 1, 0.5)
+        fix = f"did you mean {path.parent / near[0]}?" if near else "check the path; lora runs lists the runs here"
+        raise LoraError("no such folder", where=source, fix=fix)
     if base is not None:
         raise LoraError(
             "--base is for an adapter, but this is a whole model", where=source, fix="leave out --base, or name a run"

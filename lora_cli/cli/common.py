@@ -24,6 +24,16 @@ RemoteCode = Annotated[
     bool, typer.Option("--trust-remote-code", help="Run Python code that the model's repository ships.")
 ]
 
+Source = Annotated[
+    str | None, typer.Argument(help="A run or adapter folder, or a model: a folder or a hub id.", show_default=False)
+]
+Base = Annotated[
+    str | None, typer.Option("--base", help="Base model. Default: the one that the adapter names.", show_default=False)
+]
+# Of earlier releases: SOURCE says it all.
+OldModel = Annotated[str | None, typer.Option("--model", hidden=True)]
+OldAdapter = Annotated[str | None, typer.Option("--adapter", hidden=True)]
+
 
 def home(path: Path | None) -> Path | None:
     return path and Path(home_expanded(str(path)))

@@ -7,16 +7,27 @@ from typing import Annotated, Any
 
 import typer
 
-from lora_cli.cli.common import Device, Dtype, Json, Quantization, RemoteCode, console, heavy
-from lora_cli.errors import refuse_if
+from lora_cli.cli.common import (
+    Base,
+    Device,
+    Dtype,
+    Json,
+    OldAdapter,
+    OldModel,
+    Quantization,
+    RemoteCode,
+    Source,
+    console,
+    heavy,
+)
+from lora_cli.errors import LoraError, home_expanded, refuse_if
 from lora_cli.streams import print_json
 
 
 def evaluate(
-    run: Annotated[Path | None, typer.Argument(help="A run folder.", show_default=False)] = None,
-    model: Annotated[str | None, typer.Option(help="Hub id or folder of a base or merged model.")] = None,
-    adapter: Annotated[Path | None, typer.Option(help="Adapter folder to compare with its base.")] = None,
-    data: Annotated[Path | None, typer.Option(help="Data file to evaluate on.")] = None,
+    source: Source = None,
+    data: Annotated[Path | None, typer.Option("--data", help="Data file. Default: the run's validation data.")] = None,
+    base: Base = None,
     stride: Annotated[
         int | None, typer.Option(help="On long text: tokens to move the window by. Default: half of it.")
     ] = None,
@@ -28,31 +39,40 @@ def evaluate(
     device: Device = "auto",
     trust_remote_code: RemoteCode = False,
     as_json: Json = False,
+    model: OldModel = None,
+    adapter: OldAdapter = None,
 ) -> None:
     """Score base and adapter on the same tokens.
 
     Prints loss, perplexity, bits per byte and the number of target tokens.
+
+    lora eval runs/my-run
     """
-    own = (model, adapter, quantization, max_seq_len, None if dtype == "auto" else dtype)
-    refuse_if(
-        run is not None and any(option is not None for option in own),
-        "a run folder brings its own model, adapter and settings",
-        fix="give either RUN or --model and --adapter",
-    )
-    refuse_if(
-        run is None and (data is None or (model is None and adapter is None)),
-        "nothing to evaluate",
-        fix="lora eval RUN, or lora eval --model MODEL [--adapter ADAPTER] --data FILE",
-    )
+    twice = source is not None and (model or adapter)
+    refuse_if(bool(twice), "the model is named twice", where=source, fix="lora eval SOURCE --data FILE")
+    if adapter is not None:
+        source, base = adapter, base or model
+    source = source or model
+    if source is None or (data is None and not Path(home_expanded(source)).is_dir()):
+        raise LoraError("nothing to evaluate", where=source, fix="lora eval RUN, or lora eval MODEL --data FILE")
     missing = stride is not None and data is None
     refuse_if(missing, "--stride is for long text in --data", fix="remove it, or name a file with --data")
     evaluation = heavy("lora_cli.evaluation.evaluate")
+    named = heavy("lora_cli.adapters.named").find_named(source, base)
     options: dict[str, Any] = {"stride": stride, "trust_remote_code": trust_remote_code}
-    if run is not None:
-        scores = evaluation.evaluate_run(run, data, device=None if device == "auto" else device, **options)
+    if named.run is not None and (data is None or named.is_run):
+        own = (base, quantization, max_seq_len, None if dtype == "auto" else dtype)
+        refuse_if(
+            any(option is not None for option in own),
+            "a run folder brings its own model and settings",
+            where=source,
+            fix=f"name its adapter and a file instead: lora eval {named.adapter} --data FILE",
+        )
+        scores = evaluation.evaluate_run(named.run, data, device=None if device == "auto" else device, **options)
     else:
+        refuse_if(data is None, "this is not a run: name the data to evaluate on", where=source, fix="add --data FILE")
         options |= {"quantization": quantization, "dtype": dtype, "device": device, "max_seq_len": max_seq_len}
-        scores = evaluation.evaluate_model(model, adapter, data, **options)
+        scores = evaluation.evaluate_model(named.model, named.adapter, data, **options)
     if as_json:
         print_json(evaluation.as_dict(scores))
     else:

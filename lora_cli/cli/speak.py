@@ -6,15 +6,9 @@ from typing import Annotated, Any
 
 import typer
 
-from lora_cli.cli.common import Device, Dtype, Json, Quantization, RemoteCode, heavy
+from lora_cli.cli.common import Base, Device, Dtype, Json, OldAdapter, OldModel, Quantization, RemoteCode, Source, heavy
 from lora_cli.errors import LoraError
 
-Source = Annotated[
-    str | None, typer.Argument(help="A run or adapter folder, or a model: a folder or a hub id.", show_default=False)
-]
-Base = Annotated[
-    str | None, typer.Option("--base", help="Base model. Default: the one that the adapter names.", show_default=False)
-]
 Through = Annotated[
     bool | None,
     typer.Option(
@@ -28,10 +22,7 @@ TopP = Annotated[float, typer.Option(min=0.0, max=1.0, help="Sample from the lik
 TopK = Annotated[int, typer.Option(min=0, help="Sample from that many of the likeliest tokens; 0 is all.")]
 Penalty = Annotated[float, typer.Option(min=0.01, help="Above 1: words that were used become less likely.")]
 Seed = Annotated[int, typer.Option(min=0, help="Of the sampling.")]
-# Of earlier releases: SOURCE says it all.
-_Model = Annotated[str | None, typer.Option("--model", hidden=True)]
-_Adapter = Annotated[str | None, typer.Option("--adapter", hidden=True)]
-_Run = Annotated[str | None, typer.Option("--run", hidden=True)]
+OldRun = Annotated[str | None, typer.Option("--run", hidden=True)]
 
 
 def generate(
@@ -53,9 +44,9 @@ def generate(
     device: Device = "auto",
     trust_remote_code: RemoteCode = False,
     as_json: Json = False,
-    model: _Model = None,
-    adapter: _Adapter = None,
-    run: _Run = None,
+    model: OldModel = None,
+    adapter: OldAdapter = None,
+    run: OldRun = None,
     chat: Annotated[bool, typer.Option("--chat", hidden=True)] = False,
     no_adapter: Annotated[bool, typer.Option("--no-adapter", hidden=True)] = False,
 ) -> None:

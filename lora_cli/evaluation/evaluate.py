@@ -111,8 +111,9 @@ def print_scores(scores: dict[str, Score], console: Console) -> None:
     for column in ("loss", "perplexity", "bits per byte", "target tokens"):
         table.add_column(column, justify="right")
     for name, each in scores.items():
+        shown = name if "adapter" in scores else "model"
         numbers = (f"{each.loss:.4f}", f"{each.perplexity:.3f}", f"{each.bits_per_byte:.4f}", f"{each.target_tokens:,}")
-        table.add_row(name, *numbers)
+        table.add_row(shown, *numbers)
     console.print(table)
     if "adapter" in scores:
         change, gain = 1 - scores["adapter"].perplexity / scores["base"].perplexity, gain_of(scores)
