@@ -96,10 +96,10 @@ class Unexpected(LoraError):
     exit_code = 1
 
 
-def refuse_if(wrong: bool, what: str, *, fix: str) -> None:
+def refuse_if(wrong: bool, what: str, *, fix: str, where: Place | None = None) -> None:
     """Raises LoraError, such as for options that contradict each other."""
     if wrong:
-        raise LoraError(what, fix=fix)
+        raise LoraError(what, where=where, fix=fix)
 
 
 @contextmanager

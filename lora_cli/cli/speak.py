@@ -7,7 +7,7 @@ from typing import Annotated, Any
 import typer
 
 from lora_cli.cli.common import Base, Device, Dtype, Json, OldAdapter, OldModel, Quantization, RemoteCode, Source, heavy
-from lora_cli.errors import LoraError
+from lora_cli.errors import LoraError, refuse_if
 
 Through = Annotated[
     bool | None,
@@ -55,10 +55,9 @@ def generate(
     lora generate runs/my-run "How long is the warranty?"
     """
     if named := run or adapter or model:
-        if prompt is not None:
-            raise LoraError("the model is named twice", where=source, fix='lora generate SOURCE "PROMPT"')
-        if run is not None and adapter is not None:
-            raise LoraError("--run and --adapter both name an adapter", fix="give one of them")
+        refuse_if(prompt is not None, "the model is named twice", where=source, fix='lora generate SOURCE "PROMPT"')
+        both = run is not None and adapter is not None
+        refuse_if(both, "--run and --adapter both name an adapter", fix="give one of them")
         source, prompt, base = named, source, base or (model if named != model else None)
     _require_sampled(temperature, top_p, top_k)
     heavy("lora_cli.evaluation.generate").generate(
@@ -124,10 +123,8 @@ def chat(
 
 
 def _require_sampled(temperature: float, top_p: float, top_k: int) -> None:
-    if temperature == 0 and (top_p < 1 or top_k > 0):
-        raise LoraError(
-            "--top-p and --top-k are for sampling, but --temperature 0 is greedy", fix="add --temperature 1"
-        )
+    greedy = "--top-p and --top-k are for sampling, but --temperature 0 is greedy"
+    refuse_if(temperature == 0 and (top_p < 1 or top_k > 0), greedy, fix="add --temperature 1")
 
 
 def _found(source: str | None, base: str | None, usage: str) -> Any:
