@@ -686,7 +686,7 @@ def replace(name: str, change: Callable[[bytes], bytes]) -> Callable[[Path], Any
         (replace("adapter_model.safetensors", lambda b: b""), "damaged or incomplete adapter file: "),
         (replace("adapter_model.safetensors", lambda b: b[:8] + b"#" * 99 + b[107:]), "damaged or incomplete adapter"),
         (lambda folder: (folder / "adapter_model.safetensors").unlink(), "has no adapter_model.safetensors"),
-        (lambda folder: (folder / "adapter_config.json").unlink(), "there is no adapter in this folder"),
+        (lambda folder: (folder / "adapter_config.json").unlink(), "neither a run nor an adapter nor a model"),
         (replace("adapter_config.json", lambda b: b[:-9]), "the adapter's configuration is not valid: Invalid JSON"),
         (replace("adapter_config.json", lambda b: b"[]"), "the adapter's configuration is not valid: Input should be"),
         (replace("adapter_config.json", lambda b: b.replace(b'"LORA"', b'"IA3"')), "this is a IA3 adapter; only LORA"),

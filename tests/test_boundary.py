@@ -165,7 +165,7 @@ def test_ctrl_c_and_a_reader_that_left_are_no_faults(temporary, capfd):
         (["runs", "nope"], "no such folder", "lora runs"),
         (["eval", "nope"], "", ""),
         (["merge", "nope", "--output", "m"], "no such folder", "name a run folder"),
-        (["generate", "hi", "--model", "./nope"], "no such model folder", "check the path"),
+        (["generate", "./nope", "hi"], "no such folder", "check the path"),
         (["init", "./nope", "nope.jsonl"], "", ""),
         (["check", "nope.yaml"], "no such recipe", "check the path"),
     ],

@@ -88,13 +88,13 @@ def test_generate_prompts_as_training_did_and_the_user_overrides(recorded, optio
     adapter = taught(recorded)
     said = lora("generate", adapter, QUESTION, "--max-new-tokens", 12, "--dtype", "fp32", "--json", *options)
     assert said.code == 0, said.text
-    document = json.loads(said.text)
+    document = json.loads(said.out)
     prompt = templated(tiny_llama, ("user", QUESTION)) if through else QUESTION
     assert document["completion"] == by_transformers(adapter, prompt, 12) != ""
     assert document["prompting"] == ("template" if through else "raw")
     if not options:
-        assert ("through the chat template" in said.error) == through
-        assert "as in training" in said.error if recorded else "nothing says" in said.error
+        assert ("through the chat template" in said.text) == through
+        assert "as in training" in said.text if recorded else "nothing says" in said.text
 
 
 @pytest.mark.parametrize("form", ["run", "adapter", "merged"])
@@ -105,7 +105,7 @@ def test_a_run_its_adapter_and_the_merged_model_are_prompted_as_the_run_was_trai
     if form == "merged":
         assert lora("merge", tmp_path / "run", "--output", tmp_path / "merged").code == 0
     source = {"run": tmp_path / "run", "adapter": tmp_path / "run" / "adapter", "merged": tmp_path / "merged"}[form]
-    document = json.loads(lora("generate", source, "one 3", "--max-new-tokens", 4, "--json").text)
+    document = json.loads(lora("generate", source, "one 3", "--max-new-tokens", 4, "--json").out)
     assert document["prompting"] == "template"
 
 
@@ -121,7 +121,7 @@ def test_an_adapter_made_before_that_was_recorded_goes_by_its_runs_recipe(
     run.mkdir()
     shutil.copytree(taught(None), run / "adapter")
     shutil.copy(recipe_file(data=data), run / "recipe.yaml")
-    document = json.loads(lora("generate", run, QUESTION, "--max-new-tokens", 2, "--json").text)
+    document = json.loads(lora("generate", run, QUESTION, "--max-new-tokens", 2, "--json").out)
     assert document["prompting"] == prompting
 
 
@@ -137,16 +137,16 @@ def test_an_empty_completion_says_so_and_why(tiny_llama, tmp_path, lora):
     base = with_end_first(tiny_llama, tmp_path / "base")
     for options in ((), ("--json",)):
         said = lora("generate", base, QUESTION, *options)
-        assert "the completion is empty: the model ended it at once, with <|endoftext|>" in said.error, said.error
-        assert "add --template" in said.error  # it has one, and nothing says how it was trained
+        assert "the completion is empty: the model ended it at once, with <|endoftext|>" in said.text, said.text
+        assert "add --template" in said.text  # it has one, and nothing says how it was trained
     (base / "merge.json").write_text(json.dumps({"prompting": "template"}))
-    assert "leave out --raw" in lora("generate", base, QUESTION, "--raw").error
+    assert "leave out --raw" in lora("generate", base, QUESTION, "--raw").text
 
 
 def test_a_completion_that_is_cut_says_so(tiny_llama, lora):
     said = lora("generate", tiny_llama, QUESTION, "--max-new-tokens", 3, "--raw")
-    assert "note: cut after 3 tokens (--max-new-tokens)" in said.error
-    assert json.loads(lora("generate", tiny_llama, QUESTION, "--max-new-tokens", 3, "--json").text)["stop"] is None
+    assert "note: cut after 3 tokens (--max-new-tokens)" in said.text
+    assert json.loads(lora("generate", tiny_llama, QUESTION, "--max-new-tokens", 3, "--json").out)["stop"] is None
 
 
 def test_what_is_named_is_recognized_by_what_it_holds(taught, tiny_llama, tmp_path):
@@ -198,19 +198,19 @@ def test_a_conversation_is_what_the_template_makes_of_all_turns(taught, tiny_lla
     for at in (2, 4):
         prompt = templated(tiny_llama, *((turn["role"], turn["content"]) for turn in turns[:at]))
         assert turns[at]["content"] == by_transformers(adapter, prompt, 6)
-    first, second, again = said.text.splitlines()[:3]
+    first, second, again = said.out.splitlines()[:3]
     assert (first, second, again) == (turns[2]["content"], turns[4]["content"], turns[2]["content"])
     assert saved.stat().st_mode & 0o077 == 0
-    assert "this file exists" in talk(adapter, "one", f"/save {saved}").error
+    assert "this file exists" in talk(adapter, "one", f"/save {saved}").text
 
 
 def test_base_and_adapter_answer_the_same_message(taught, tiny_llama, talk):
     adapter = taught("template")
     said = talk(adapter, "one", "/base", "/again", "/adapter", "/again")
-    answers = [line for line in said.text.splitlines() if line]
-    alone = talk(tiny_llama, "one").text.splitlines()[0]
+    answers = [line for line in said.out.splitlines() if line]
+    alone = talk(tiny_llama, "one").out.splitlines()[0]
     assert answers[0] == answers[2] != answers[1] == alone
-    assert "this model has no adapter" in talk(tiny_llama, "/base").error
+    assert "this model has no adapter" in talk(tiny_llama, "/base").text
 
 
 def test_ctrl_c_ends_the_answer_and_not_the_conversation(taught, talk, monkeypatch, tmp_path):
@@ -221,36 +221,41 @@ def test_ctrl_c_ends_the_answer_and_not_the_conversation(taught, talk, monkeypat
 
     def interrupted(text: str) -> None:
         printed(text)
-        pieces.append(text)
-        if text.strip() and len(pieces) == 2:
+        pieces.append(text) if text.strip() else None
+        if text.strip() and len(pieces) == 1:
             raise KeyboardInterrupt
 
     monkeypatch.setattr(chat, "print_piece", interrupted)
     saved = tmp_path / "chat.jsonl"
     said = talk(taught("template"), KeyboardInterrupt(), "one", "two", f"/save {saved}")
     assert said.code == 0, said.text
-    assert "(stopped" in said.error
-    assert "Ctrl+D ends" in said.error
+    assert "(stopped" in said.text
+    assert "Ctrl+D ends" in said.text
     turns = json.loads(saved.read_text())["messages"]
-    assert turns[-2:][0]["content"] == "two"
-    assert turns[-1]["content"]
+    assert [turn["content"] for turn in turns[::2]] == ["one", "two"]
+    assert turns[1]["content"] == pieces[0]  # what had come by then
+    assert turns[3]["content"]
 
 
 def test_cut_and_empty_answers_are_marked_and_errors_do_not_end_the_conversation(tiny_llama, talk, tmp_path):
-    said = talk(tiny_llama, "one", "x " * 400, "/nonsense", "/save", "two", '"""a', 'b"""')
+    said = talk(tiny_llama, "one", "x " * 400, "/nonsense", "/save", "two", f"/save {tmp_path / 'saved'}")
     assert said.code == 0
-    assert said.error.count("(cut after 6 tokens") == 3
-    assert "the model sees 256 at most" in said.error
-    assert "there is no command /nonsense" in said.error
+    assert "(cut after 6 tokens" in said.text
+    saved = json.loads((tmp_path / "saved").read_text())["messages"]
+    assert [turn["content"] for turn in saved[::2]] == ["one", "two"]  # the one that failed is taken back
+    talk(tiny_llama, '"""a', "", 'b"""', f"/save {tmp_path / 'lines'}")
+    assert json.loads((tmp_path / "lines").read_text())["messages"][0]["content"] == "a\n\nb"
+    assert "the model sees 256 at most" in said.text
+    assert "there is no command /nonsense" in said.text
     empty = talk(with_end_first(tiny_llama, tmp_path / "base"), "one")
-    assert "(the completion is empty: the model ended it at once" in empty.error
+    assert "(the completion is empty: the model ended it at once" in empty.text
 
 
 def test_without_a_template_each_message_is_completed_by_itself_and_that_is_said(taught, talk):
     adapter = taught("raw")
     said = talk(adapter, "one", "two")
-    assert said.text.splitlines() == [by_transformers(adapter, text, 6) for text in ("one", "two")]
-    assert "nothing is remembered" in said.error
+    assert said.out.splitlines() == [by_transformers(adapter, text, 6) for text in ("one", "two")]
+    assert "nothing is remembered" in said.text
 
 
 def test_in_a_terminal_lines_are_edited_and_ctrl_c_and_ctrl_d_do_what_people_expect(tiny_llama):
@@ -261,7 +266,6 @@ def test_in_a_terminal_lines_are_edited_and_ctrl_c_and_ctrl_d_do_what_people_exp
     # A new session takes the first terminal that it opens as its own: Ctrl+C is then sent to it.
     terminal = f'exec "$@" < {os.ttyname(theirs)} > {os.ttyname(theirs)} 2>&1'
     child = subprocess.Popen(["sh", "-c", terminal, "sh", *words], env=environment, start_new_session=True)
-    os.close(theirs)
     seen = ""
 
     def wait_for(text: str, seconds: float = 90) -> None:
@@ -289,3 +293,4 @@ def test_in_a_terminal_lines_are_edited_and_ctrl_c_and_ctrl_d_do_what_people_exp
         if child.poll() is None:
             child.send_signal(signal.SIGKILL)
         os.close(ours)
+        os.close(theirs)
