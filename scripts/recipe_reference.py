@@ -13,7 +13,8 @@ from lora_cli.recipe import AdapterRecipe, DataRecipe, Recipe, SourceRecipe, Tra
 HEAD = """# The recipe
 
 One YAML file. Made from the schema by `python scripts/recipe_reference.py`; `lora init --schema` prints the same as
-JSON Schema for editors. Unknown keys are refused. `--set key.path=value` overrides a setting from the command line.
+JSON Schema for editors. Unknown keys are refused, with the setting meant; names of axolotl, TRL and others are known.
+`--set key.path=value` overrides a setting from the command line.
 
 Relative paths start at the recipe's folder (those given with `--set`: at the current one). `~` and environment
 variables are expanded in paths; `$$` is a dollar sign. Numbers such as `1e-4` are numbers.

@@ -11,6 +11,7 @@ from pydantic import BaseModel, ValidationError
 from lora_cli import limits
 from lora_cli.errors import LoraError
 from lora_cli.recipe.keys import all_keys, meaning, section_of
+from lora_cli.recipe.peers import hint, hints_inside
 from lora_cli.recipe.schema import Recipe, SourceRecipe
 from lora_cli.recipe.yaml import KeyPath, Places
 
@@ -78,7 +79,8 @@ def _is_source(key: KeyPath) -> bool:
 def _problem(key: KeyPath, found: list[Any], values: dict[str, Any], places: Places, *, suggest: bool) -> LoraError:
     name, where, kind = ".".join(key), places.of(key), found[0]["type"]
     if kind == "extra_forbidden":
-        return LoraError(f"unknown key {name}", where=where, fix=_suggest(key) if suggest else None)
+        fix = hint(key[-1]) or (_suggest(key) if suggest else None)
+        return LoraError(f"unknown key {name}", where=where, fix=fix, details=hints_inside(found[0]["input"]))
     if kind == "missing":
         fix = _example(key).replace("write", "add", 1)
         return LoraError(f"{name} is missing", where=where, details=_meaning(key), fix=fix)
@@ -157,6 +159,9 @@ def _suggest(key: KeyPath) -> str:
     model = SourceRecipe if _is_source(key) else section_of(section.annotation) if section else Recipe
     here = list(model.model_fields) if model else []
     everywhere = {leaf: path for path in all_keys() if (leaf := path[-1])}
+    if tuple(key[-1].split(".")) in all_keys():
+        section, _, leaf = key[-1].partition(".")
+        return f"write {leaf} in the section {section}:, indented"
     key = (*key[:-1], key[-1][:80])  # looking for what is similar takes the square of the length
     near_here = difflib.get_close_matches(key[-1], here, n=1, cutoff=0.6)
     if near_here:
