@@ -88,7 +88,8 @@ def test_several_problems(lora: Any, recipe_file: Any):
 def test_no_recipe(lora: Any, tmp_path: Path):
     said = lora("train", tmp_path / "gone.yaml")
     assert said.code == 2
-    assert said.text == f"error: {tmp_path}/gone.yaml: no such recipe\n  fix: check the path; configs/ holds examples\n"
+    fix = "check the path; lora init --list shows recipes that come with lora"
+    assert said.text == f"error: {tmp_path}/gone.yaml: no such recipe\n  fix: {fix}\n"
 
 
 # ── data files ──────────────────────────────────────────────────────────────────────────────────────────────────

@@ -834,7 +834,7 @@ def test_json_is_one_document(tiny_gpt2: Path, tmp_path: Path):
     ("arguments", "message"),
     [
         (["init", "model"], "which model, and which data?"),
-        (["init", "model", "data", "--schema"], "--schema prints the schema and writes no recipe"),
+        (["init", "model", "data", "--schema"], "--schema stands for itself"),
         (["init", "model", "data", "--gpu", "huge"], "--gpu huge is not an amount of memory"),
     ],
 )

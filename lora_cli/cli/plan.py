@@ -22,6 +22,10 @@ def init(
         str | None, typer.Option(help="Memory of the GPU to train on, such as 12GB. Default: what is in this machine.")
     ] = None,
     output: Annotated[Path, typer.Option(callback=home, help="The recipe to write.")] = Path("recipe.yaml"),
+    cards: Annotated[bool, typer.Option("--list", help="List the recipes that come with lora, by card.")] = False,
+    card: Annotated[
+        str | None, typer.Option(help="Copy the recipe for a card, such as 12GB, instead of making one.")
+    ] = None,
     schema: Annotated[bool, typer.Option("--schema", help="Print the JSON Schema of a recipe, for editors.")] = False,
     trust_remote_code: RemoteCode = False,
     as_json: Json = False,
@@ -30,14 +34,16 @@ def init(
 
     Looks at both, and explains each setting in the recipe. Reads no weights.
     """
-    if schema:
-        more = model is not None or gpu is not None
-        refuse_if(more, "--schema prints the schema and writes no recipe", fix="remove --schema, or all else")
-        from lora_cli.recipe import json_schema
-
-        sys.stdout.write(json_schema() + "\n")
+    alone = [name for name, given in (("--schema", schema), ("--list", cards), ("--card", card is not None)) if given]
+    if alone:
+        more = model is not None or gpu is not None or len(alone) > 1
+        refuse_if(
+            more, f"{alone[0]} stands for itself: no model or data is looked at", fix=f"remove {alone[0]}, or all else"
+        )
+        _without_model(card, output, cards=cards, as_json=as_json)
         return
-    usage = "lora init MODEL DATA [--gpu 12GB]; or for editors: lora init --schema > recipe.schema.json"
+    usage = "lora init MODEL DATA [--gpu 12GB]; for a recipe that comes with lora: lora init --list; "
+    usage += "for editors: lora init --schema > recipe.schema.json"
     refuse_if(model is None or data is None, "which model, and which data?", fix=usage)
     planning = heavy("lora_cli.planning.first_recipe", output)
     with status("looking at model and data"):
@@ -51,6 +57,28 @@ def init(
     print_result(f"{output} is written, for {written.device.name}: {needed}")
     print_result(f"next: {command('lora', 'check', output)}     shows what is trained on")
     print_result(f"      {command('lora', 'train', output)}")
+
+
+def _without_model(card: str | None, output: Path, *, cards: bool, as_json: bool) -> None:
+    """What `init` does without looking at a model: a recipe by card, the list of them, or the schema."""
+    from lora_cli.planning import cards as packaged
+
+    if card is not None:
+        packaged.copy_recipe(card, output)
+        if as_json:
+            print_json({"recipe": str(output)})
+            return
+        print_result(f"{output} is written; data.train in it is to name your data")
+        print_result(f"next: {command('lora', 'check', output)}     shows what is trained on")
+    elif cards and as_json:
+        print_json({"cards": packaged.cards()})
+    elif cards:
+        for name, text in packaged.cards().items():
+            print_result(f"lora init --card {name:5} {text.partition(': ')[2]}")
+    else:
+        from lora_cli.recipe import json_schema
+
+        sys.stdout.write(json_schema() + "\n")
 
 
 def check(

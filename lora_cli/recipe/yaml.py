@@ -103,7 +103,7 @@ def read_recipe_yaml(path: Path, text: str | None = None) -> tuple[dict[str, Any
         node = loader.get_single_node()
         if not isinstance(node, yaml.MappingNode):
             what = "the recipe is empty" if node is None else "a recipe is a mapping of keys to values"
-            raise LoraError(what, where=path, fix="start from one of configs/*.yaml")
+            raise LoraError(what, where=path, fix="start from a recipe that comes with lora: lora init --list")
         twice = _locate(node, (), places)
         values = loader.construct_document(node)
         if not isinstance(values, dict):  # by a tag, such as !!set
@@ -144,7 +144,11 @@ def _nearby_file(path: Path) -> str:
     folder = path.parent if path.parent.is_dir() else Path(".")
     names = [p.name for p in folder.iterdir() if p.suffix in (".yaml", ".yml")]
     near = difflib.get_close_matches(path.name, names, n=1)
-    return f"did you mean {folder / near[0]}?" if near else "check the path; configs/ holds examples"
+    return (
+        f"did you mean {folder / near[0]}?"
+        if near
+        else "check the path; lora init --list shows recipes that come with lora"
+    )
 
 
 def _locate(node: yaml.MappingNode, at: KeyPath, places: Places) -> list[LoraError]:
