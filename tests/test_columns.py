@@ -20,7 +20,7 @@ from lora_cli.data.gate import Findings
 from lora_cli.data.prepare import prepare
 from lora_cli.data.row_encoder import RowEncoder
 from lora_cli.errors import LoraError
-from lora_cli.planning.survey import choose_reading
+from lora_cli.planning.reading import choose_reading
 from lora_cli.recipe import DataRecipe, Recipe
 
 ASKED, ANSWERED = {"role": "user", "content": "How many?"}, {"role": "assistant", "content": "Four."}

@@ -5,8 +5,10 @@ from __future__ import annotations
 import json
 import math
 import re
+import shlex
 import shutil
 import struct
+import subprocess
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -30,6 +32,7 @@ from lora_cli.base.linear import held_bytes
 from lora_cli.base.load import load_model, load_tokenizer
 from lora_cli.base.recompute import save_only_inputs
 from lora_cli.base.source import BaseSource, find_base
+from lora_cli.cli.plan import _meanings
 from lora_cli.data.batches import collate
 from lora_cli.data.example import Example
 from lora_cli.data.prepare import prepare
@@ -40,8 +43,9 @@ from lora_cli.planning.blocks import Block, measure_blocks
 from lora_cli.planning.choices import Device, choose_adapter, choose_sizes, choose_validation
 from lora_cli.planning.first_recipe import write_first_recipe
 from lora_cli.planning.memory import GIB, ModelShape, estimate_memory, parse_size, shape_of
+from lora_cli.planning.reading import Reading, _spelled, choose_reading
 from lora_cli.planning.skeleton import BaseModel, look_at_model
-from lora_cli.planning.survey import DataSurvey, Reading, choose_reading, look_at_rows
+from lora_cli.planning.survey import DataSurvey, look_at_rows
 from lora_cli.recipe import Recipe, load_recipe
 from lora_cli.training.train import train
 
@@ -102,7 +106,10 @@ DATA = {  # how rows look → (what makes them, format, settings of the data sec
     "prompts": (prompts, "completion", {}),
     "chats": (chats, "chat", {}),
     "alpaca": (alpaca, "instruction", {"format": "instruction"}),
-    "questions": (questions, "completion", {"columns": {"prompt": "question", "completion": "answer"}}),
+    "questions": (
+        questions, "instruction",
+        {"format": "instruction", "columns": {"instruction": "question", "output": "answer"}},
+    ),
     "context": (
         with_context, "instruction", {"columns": {"instruction": "question", "output": "answer", "input": "context"}},
     ),
@@ -112,7 +119,7 @@ DATA = {  # how rows look → (what makes them, format, settings of the data sec
 
 
 def written(place: Path, model: Path | str, data: Path | str, gpu: str | None = "8GB", name: str = "r.yaml") -> Recipe:
-    return write_first_recipe(str(model), str(data), place / name, gpu=gpu).recipe
+    return write_first_recipe(str(model), [str(data)], place / name, gpu=gpu).recipe
 
 
 def number(pattern: str, text: str) -> float:
@@ -290,10 +297,129 @@ def test_columns_and_what_they_mean(columns: str, name: str, mapped: dict[str, s
     assert (reading.wanted != "auto") == (columns in ("prompt completion messages", "prompt completion text"))
 
 
-def test_columns_that_mean_nothing(tmp_path: Path, tiny_llama: Path):
-    data = write_rows(tmp_path / "rows.jsonl", [{"a": "x", "b": "y"}])
-    with pytest.raises(LoraError, match="the columns a, b fit no format"):
-        written(tmp_path, tiny_llama, data)
+@pytest.mark.parametrize(
+    "columns",
+    [
+        *["Question Answer", "question answer", "Q A", "q a", "input output", "Input Output", "user assistant"],
+        *["User Assistant", "prompt response", "query response", "question response", "problem solution"],
+    ],
+)
+def test_questions_and_answers_go_through_the_template_of_a_model_that_has_one(columns: str):
+    asked, answer = columns.split(" ")
+    rows = [survey.Row("f", 1, {asked: "x", answer: "y", "Rating": "5"})]
+    reading = choose_reading(rows, template=True)
+    given = {"instruction": asked, "output": answer}
+    assert (reading.name, reading.wanted, reading.columns) == ("instruction", "instruction", given)
+    assert reading.unused == ("Rating",)
+    assert "chat template" in reading.why
+    again = yaml.safe_load(reading.why[reading.why.index("{") :])  # what to write to train without
+    assert choose_reading(rows).columns == {name: column for name, column in again.items() if name != column}
+    assert choose_reading(rows).name == "completion"
+
+
+@pytest.mark.parametrize("columns", ["prompt completion", "Prompt Completion"])
+def test_prompts_and_completions_are_trained_as_they_are(columns: str):
+    rows = [survey.Row("f", 1, dict.fromkeys(columns.split(), "x"))]
+    assert choose_reading(rows, template=True).name == "completion"
+
+
+@pytest.mark.parametrize(
+    ("columns", "named", "template", "read"),
+    [
+        ("Frage Antwort", "question=Frage,answer=Antwort", True, {"instruction": "Frage", "output": "Antwort"}),
+        ("Frage Antwort", "question=frage, answer= ANTWORT", True, {"instruction": "Frage", "output": "Antwort"}),
+        ("Frage Antwort", "question=Frage,answer=Antwort", False, {"prompt": "Frage", "completion": "Antwort"}),
+        ("Frage Antwort", "prompt=Frage,completion=Antwort", True, {"prompt": "Frage", "completion": "Antwort"}),
+        ("a b", "input=a,output=b", True, {"instruction": "a", "output": "b"}),
+        ("a b c", "question=a,answer=b,input=c", False, {"instruction": "a", "output": "b", "input": "c"}),
+        ("title body", "user=title,assistant=body", True, {"instruction": "title", "output": "body"}),
+        ("title body", "text=body", True, {"text": "body"}),
+        ("question answer", "question=answer,answer=question", True, {"instruction": "answer", "output": "question"}),
+    ],
+)
+def test_columns_that_are_named(columns: str, named: str, template: bool, read: dict[str, str]):
+    rows = [survey.Row("f", 1, dict.fromkeys(columns.split(), "x"))]
+    reading = choose_reading(rows, _spelled(_meanings(named), rows), template=template)
+    assert reading.columns == read
+    assert reading.wanted == reading.name == next(iter(NAMES[each] for each in read if each in NAMES))
+
+
+NAMES = {"instruction": "instruction", "prompt": "completion", "text": "text"}
+
+
+@pytest.mark.parametrize("text", ["", "Frage", "question", "question=", "=a", "frage=Frage", "question=a,,answer"])
+def test_columns_that_do_not_say_what_they_mean_are_refused_with_an_example(text: str):
+    with pytest.raises(LoraError, match="does not say what columns mean") as error:
+        _meanings(text)
+    assert _meanings(str(error.value.fix).rpartition(" ")[2]) == {"question": "Frage", "answer": "Antwort"}
+
+
+UNREAD = {
+    "nothing known": [{"a": "x", "b": "y"}],
+    "a title": [{"id": "17", "title": "What is it?", "body": "It is this, and that."}],
+    "names with commas": [{"What, exactly?": "this", 'So "it" is': "that", "n": "3"}],
+    "one text": [{"a": "x y z", "n": "17"}],
+    "half said": [{"Frage": "Was?", "Antwort": "Das."}],
+}
+
+
+@pytest.mark.parametrize("case", UNREAD)
+def test_columns_that_mean_nothing_are_refused_with_a_command_that_works(case: str, tmp_path: Path, tiny_llama: Path):
+    write_rows(tmp_path / "my rows.jsonl", UNREAD[case])
+    half = ["--columns", "question=Frage"] if case == "half said" else []
+    wrong = lora("init", str(tiny_llama), "my rows.jsonl", "--output", "r.yaml", *half, cwd=tmp_path)
+    assert wrong.returncode == 2
+    fix = shlex.split(wrong.stderr.split("such as: ")[1].strip())
+    assert fix[:2] == ["lora", "init"]
+    assert lora(*fix[1:], cwd=tmp_path).returncode == 0
+    columns = load_recipe(tmp_path / "r.yaml").data.columns.values()
+    assert {*columns} <= {*UNREAD[case][0]}
+    assert len(columns) == (1 if case == "one text" else 2)
+
+
+def test_a_title_above_the_header_is_said(tmp_path: Path, tiny_llama: Path):
+    (tmp_path / "faq.csv").write_text("Our FAQ,,\nQuestion,Answer,Rating\nWhat?,This.,5\n")
+    with pytest.raises(LoraError) as error:
+        written(tmp_path, tiny_llama, tmp_path / "faq.csv")
+    found = re.fullmatch(r"remove the first line: `(.+)`, and name (.+)", str(error.value.fix))
+    assert found, error.value
+    subprocess.run(found[1], shell=True, check=True)
+    assert written(tmp_path, tiny_llama, found[2]).data.columns == {"instruction": "Question", "output": "Answer"}
+
+
+def test_several_sources_in_one_recipe(tmp_path: Path, tiny_llama: Path):
+    """A sheet, chats and notes, each read in its own way, and trained."""
+    (tmp_path / "faq.csv").write_text("Question;Answer\n" + "".join(f"{a.strip()};{b}\n" for a, b in sums(30)))
+    (tmp_path / "notes.txt").write_text("It is so. " * 20)
+    data = [str(tmp_path / "faq.csv"), str(chats(tmp_path)), str(tmp_path / "notes.txt")]
+    made = write_first_recipe(str(tiny_llama), data, tmp_path / "r.yaml", gpu="8GB").recipe
+    assert [each.path for each in made.data.train] == data
+    assert (made.data.format, made.data.columns) == ("auto", {"instruction": "Question", "output": "Answer"})
+    recipe = load_recipe(tmp_path / "r.yaml", ["train.max_steps=2"])
+    prepared = prepare(recipe, load_tokenizer(find_base(str(tiny_llama))))
+    assert [form.split(" ")[0] for form in prepared.summary.formats.values()] == ["instruction", "chat", "text"]
+    assert number(r"([\d,]+) rows of", (tmp_path / "r.yaml").read_text()) == 71
+    assert train(recipe, quiet_console())["learned"]
+
+
+def test_several_sources_of_one_kind_say_it_once_and_those_that_differ_are_refused(tmp_path: Path, tiny_llama: Path):
+    for name, header in (("a", "Question,Answer"), ("b", "Question,Answer"), ("c", "Q,A"), ("d", "question,Answer")):
+        (tmp_path / f"{name}.csv").write_text(f"{header}\nWhat is {name}?,It is {name}.\n")
+    made = write_first_recipe(str(tiny_llama), [str(tmp_path / f"{n}.csv") for n in "ab"], tmp_path / "r.yaml")
+    assert (made.recipe.data.format, len(made.recipe.data.train)) == ("instruction", 2)
+    with pytest.raises(LoraError, match=r"a\.csv is read as completion \(Question and Answer\)"):
+        write_first_recipe(str(tiny_llama), [str(tmp_path / f"{n}.csv") for n in "ac"], tmp_path / "s.yaml")
+
+
+def test_of_several_large_sources_a_sample_of_each_is_tokenized(
+    tiny_llama: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+):
+    monkeypatch.setattr(survey, "WHOLE_BYTES", 50_000)
+    monkeypatch.setattr(survey, "SAMPLE_ROWS", 300)
+    (tmp_path / "a").mkdir()
+    data = [str(prompts(tmp_path, 3000)), str(questions(tmp_path / "a"))]
+    write_first_recipe(str(tiny_llama), data, tmp_path / "r.yaml", gpu="8GB")
+    assert "# 3,040 rows of" in (tmp_path / "r.yaml").read_text()
 
 
 def test_a_column_with_a_name_that_yaml_does_not_like(tmp_path: Path, tiny_llama: Path):
@@ -314,7 +440,7 @@ def test_held_out_rows_are_enough_and_not_too_many(rows: int, distinct: int):
 def test_equal_rows_are_not_held_out(tiny_llama: Path, tmp_path: Path):
     """They stay together, so a share of them can be all or none."""
     data = write_rows(tmp_path / "rows.jsonl", [{"prompt": "1 + 1 =", "completion": " 2"}] * 200)
-    result = write_first_recipe(str(tiny_llama), str(data), tmp_path / "r.yaml", gpu="8GB")
+    result = write_first_recipe(str(tiny_llama), [str(data)], tmp_path / "r.yaml", gpu="8GB")
     assert result.recipe.data.validation is None
     assert "199 rows that repeat an earlier row" in result.notes[0]
 
@@ -335,7 +461,7 @@ def test_paths_start_at_the_recipe(
     monkeypatch.chdir(tmp_path / "here")
     place = tmp_path if absolute else Path("..")
     path = Path("../there/recipes/r.yaml")
-    recipe = write_first_recipe(str(place / "model"), str(place / "data" / name), path, gpu="8GB").recipe
+    recipe = write_first_recipe(str(place / "model"), [str(place / "data" / name)], path, gpu="8GB").recipe
     monkeypatch.chdir("/")
     again = load_recipe(tmp_path / "there/recipes/r.yaml")
     assert again == recipe

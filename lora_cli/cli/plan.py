@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import csv
 import sys
 from pathlib import Path
 from typing import Annotated
@@ -16,7 +17,10 @@ from lora_cli.streams import print_json, print_note, print_result
 def init(
     model: Annotated[str | None, typer.Argument(help="Hub id or folder of the base model.", show_default=False)] = None,
     data: Annotated[
-        str | None, typer.Argument(help="Data: a file, a folder of files, or a glob in quotes.", show_default=False)
+        list[str] | None, typer.Argument(help="Data: files, folders of files, or globs in quotes.", show_default=False)
+    ] = None,
+    columns: Annotated[
+        str | None, typer.Option(help="What columns mean, such as question=Frage,answer=Antwort.", show_default=False)
     ] = None,
     gpu: Annotated[
         str | None, typer.Option(help="Memory of the GPU to train on, such as 12GB. Default: what is in this machine.")
@@ -36,18 +40,22 @@ def init(
     """
     alone = [name for name, given in (("--schema", schema), ("--list", cards), ("--card", card is not None)) if given]
     if alone:
-        more = model is not None or gpu is not None or len(alone) > 1
+        more = any(each is not None for each in (model, gpu, columns)) or len(alone) > 1
         refuse_if(
             more, f"{alone[0]} stands for itself: no model or data is looked at", fix=f"remove {alone[0]}, or all else"
         )
         _without_model(card, output, cards=cards, as_json=as_json)
         return
-    usage = "lora init MODEL DATA [--gpu 12GB]; for a recipe that comes with lora: lora init --list; "
+    usage = "lora init MODEL DATA… [--gpu 12GB]; for a recipe that comes with lora: lora init --list; "
     usage += "for editors: lora init --schema > recipe.schema.json"
-    refuse_if(model is None or data is None, "which model, and which data?", fix=usage)
+    if model is None or not data:
+        raise LoraError("which model, and which data?", fix=usage)
+    meanings = _meanings(columns) if columns is not None else None
     planning = heavy("lora_cli.planning.first_recipe", output)
     with status("looking at model and data"):
-        written = planning.write_first_recipe(model, data, output, gpu=gpu, trust_remote_code=trust_remote_code)
+        written = planning.write_first_recipe(
+            model, data, output, gpu=gpu, columns=meanings, trust_remote_code=trust_remote_code
+        )
     if as_json:
         print_json(written.as_dict())
         return
@@ -79,6 +87,22 @@ def _without_model(card: str | None, output: Path, *, cards: bool, as_json: bool
         from lora_cli.recipe import json_schema
 
         sys.stdout.write(json_schema() + "\n")
+
+
+def _meanings(text: str) -> dict[str, str | None]:
+    """What --columns says: field → column; as a line of CSV, so that names with commas can be quoted."""
+    from lora_cli.recipe.schema import FIELDS, OTHER_FIELDS
+
+    fields = {*FIELDS, *OTHER_FIELDS}
+    parts = [part.partition("=") for part in next(csv.reader([text], skipinitialspace=True), [])]
+    found: dict[str, str | None] = {field.strip(): column.strip() for field, _, column in parts}
+    if not found or len(found) < len(parts) or not all(found.values()) or not fields.issuperset(found):
+        what = f"--columns {text} does not say what columns mean"
+        details = [f"fields: {', '.join(sorted(fields))}"]
+        raise LoraError(
+            what, details=details, fix="write field=column, such as --columns question=Frage,answer=Antwort"
+        )
+    return found
 
 
 def check(

@@ -29,6 +29,7 @@ _ASKED = ("instruction", "prompt", "question", "query", "problem", "source", "us
 _ANSWERS = ("output", "completion", "answer", "response", "target", "solution", "assistant", "reply", "chosen", "a")
 _TURNS = ("messages", "conversations", "conversation", "dialog", "dialogue", "chat")
 _TEXTS = ("text", "content", "document", "article", "body")
+_TITLES = ("title", "subject", "headline")  # beside a text they may be what is asked, or a part of it
 
 
 def column_of(columns: Columns, meaning: str) -> str | None:
@@ -113,7 +114,7 @@ def guess(rows: Sequence[Row]) -> tuple[str, Columns] | None:
         name, found = "instruction", {"instruction": asked, "output": answer} | ({"input": more} if more else {})
     elif answer and (asked or "input" in known):
         name, found = "completion", {"prompt": asked or known["input"], "completion": answer}
-    elif text := called(_TEXTS) or chosen:
+    elif (text := called(_TEXTS) or chosen) and not called(_TITLES):
         name, found = "text", {"text": text}
     else:
         return None

@@ -220,7 +220,7 @@ def _require_read(form: Format, rows: Sequence[Row]) -> None:
     if form.name == "completion" and unread[0] in ("input", "system", "history"):
         mapped = {"instruction": form.column("prompt"), "output": form.column("completion")}
         mapped |= {meaning: form.columns[meaning] for meaning in unread if meaning in ("input", "system", "history")}
-        fix = f"write data.columns: {_written(mapped)}, which the format instruction reads"
+        fix = f"write data.columns: {columns_written(mapped)}, which the format instruction reads"
     what = f"{form.columns[unread[0]]} is {unread[0]}, which the format {form.name} does not read"
     raise LoraError(f"data.columns says that {what}", where=rows[0].file, fix=fix)
 
@@ -234,7 +234,10 @@ def _no_format(rows: Sequence[Row], fitting: list[str]) -> NoFormat:
         fix = f"write data.format: {fitting[0]}, or remove a column"
     elif found is not None:
         form = "" if found.wanted == "auto" else f"data.format: {found.wanted} and "
-        fix = f"write {form}data.columns: {_written(found.columns)}"
+        fix = f"write {form}data.columns: {columns_written(found.columns)}"
+        if found.name == "completion":
+            pair = {"instruction": found.column("prompt"), "output": found.column("completion")}
+            fix += f"; or, to go through the model's chat template, {columns_written(pair)}"
     details = [f"formats and their columns: {known}"]
     if preference := [name for name in present if name in PREFERENCE]:
         only = "preference data are not supported; the chosen answers alone can be trained"
@@ -245,7 +248,7 @@ def _no_format(rows: Sequence[Row], fitting: list[str]) -> NoFormat:
     return error
 
 
-def _written(columns: Columns) -> str:
+def columns_written(columns: Columns) -> str:
     """As a recipe has them; names that YAML would read as something else are quoted."""
     import json
 

@@ -5,9 +5,12 @@ survey.py looks, choices.py chooses, memory.py estimates; here the recipe is wri
 
 from __future__ import annotations
 
+import csv
+import io
 import math
 import os
 import re
+from collections.abc import Sequence
 from dataclasses import dataclass
 from itertools import count
 from pathlib import Path
@@ -16,17 +19,19 @@ from typing import Any
 import torch
 
 from lora_cli.base.device import describe_device, pick_device, pick_dtype
+from lora_cli.data.columns import Columns
 from lora_cli.data.files.sources import open_source
 from lora_cli.data.report import finding_lines
 from lora_cli.data.store import PreparedData
-from lora_cli.errors import LoraError
+from lora_cli.errors import LoraError, command
 from lora_cli.files import write_bytes
 from lora_cli.planning import choices
 from lora_cli.planning.choices import Device
 from lora_cli.planning.memory import GIB, Memory, parse_size, shape_of
+from lora_cli.planning.reading import Unread, choose_template, read_together
 from lora_cli.planning.recipe_text import Chosen, Names, Tried, recipe_text
 from lora_cli.planning.skeleton import BaseModel, look_at_model
-from lora_cli.planning.survey import DataSurvey, choose_template, look_at_rows, prepare_rows, survey_data
+from lora_cli.planning.survey import DataSurvey, look_at_rows, prepare_rows, survey_data
 from lora_cli.quantization import DEFAULT
 from lora_cli.recipe import Recipe, load_recipe
 
@@ -48,11 +53,18 @@ class FirstRecipe:
 
 
 def write_first_recipe(
-    model: str, data: str, path: Path, *, gpu: str | None = None, trust_remote_code: bool = False
+    model: str,
+    data: Sequence[str],
+    path: Path,
+    *,
+    gpu: str | None = None,
+    columns: Columns | None = None,
+    trust_remote_code: bool = False,
 ) -> FirstRecipe:
     """Looks at model and data, chooses, tries the recipe on the data, and writes it.
 
-    gpu: memory of the GPU to train on, such as 12GB; None: what is here. Raises LoraError if the file exists, for
+    gpu: memory of the GPU to train on, such as 12GB; None: what is here. columns: what they mean, as in data.columns;
+    questions and answers go through the model's chat template, if it has one. Raises LoraError if the file exists, for
     whatever is wrong with model or data, and if nothing fits into the memory; then nothing is written.
     """
     if path.exists() or path.is_symlink():
@@ -60,10 +72,17 @@ def write_first_recipe(
     if not path.parent.is_dir():
         raise LoraError("no such folder", where=path.parent, fix="make it first, or name another --output")
     device = _device_here() if gpu is None else Device(f"a GPU of {parse_size(gpu) / GIB:g} GiB", parse_size(gpu))
-    source, reading = look_at_rows(data)
-    base = look_at_model(model, trust_remote_code=trust_remote_code)
+    looked = [look_at_rows(each) for each in data]
+    rows = [(source.name, first) for source, first in looked]
+    try:
+        read_together(rows, columns or {}, template=False)  # what cannot be read is said before a model is downloaded
+        base = look_at_model(model, trust_remote_code=trust_remote_code)
+        reading = read_together(rows, columns or {}, template=bool(base.tokenizer.chat_template))
+    except Unread as error:
+        again = [*("lora", "init", model, *data), *(("--gpu", gpu) if gpu else ()), "--output", path]
+        raise _with_command(error, again) from None
     template = choose_template(reading, base.tokenizer)
-    survey = survey_data(source, reading, base.tokenizer, template[0] if template else None)
+    survey = survey_data([each for each, _ in looked], reading, base.tokenizer, template[0] if template else None)
     chosen = _choose(base, survey, device, template)
     names = _names(path, model, data)
     recipe = load_recipe(path, text=recipe_text(chosen, names, None))
@@ -73,6 +92,21 @@ def write_first_recipe(
     assert final.data == recipe.data, "what was tried is not what is written"
     write_bytes(path, text.encode())
     return FirstRecipe(path, final, chosen.fit.memory, device, finding_lines(prepared.findings))
+
+
+def _with_command(error: Unread, again: Sequence[str | Path]) -> LoraError:
+    """The same error with a fix that can be pasted."""
+    if error.titled is not None:
+        path = Path(error.titled)
+        new = path.with_name(f"{path.stem}-table{path.suffix}")
+        fix = f"remove the first line: `tail -n +2 {command(path)} > {command(new)}`, and name {new}"
+        what = "the first line is a title or merged cells, and the names of the columns come below it"
+        return LoraError(what, where=error.where, fix=fix)
+    fix, named = error.fix, io.StringIO()
+    if error.named:
+        csv.writer(named, lineterminator="").writerow(f"{meaning}={column}" for meaning, column in error.named.items())
+        fix = f"say what the columns mean, such as: {command(*again, '--columns', named.getvalue())}"
+    return LoraError(error.what, where=error.where, details=error.details, fix=fix)
 
 
 def _device_here() -> Device:
@@ -108,8 +142,9 @@ def _prepared(recipe: Recipe, chosen: Chosen) -> PreparedData:
     data, train = recipe.data, recipe.train
     if chosen.survey.sample and isinstance(data.validation, float):  # a small share may be less than a row of a sample
         data = data.model_copy(update={"validation": choices.HELD_OUT})
-    source, row_tokens = chosen.survey.sample or open_source(data.train[0]), train.tokens_per_micro_batch
-    prepared = prepare_rows(source, data, chosen.base.tokenizer, seed=train.seed, row_tokens=row_tokens)
+    sources = chosen.survey.sample or [open_source(each) for each in data.train]
+    row_tokens = train.tokens_per_micro_batch
+    prepared = prepare_rows(sources, data, chosen.base.tokenizer, seed=train.seed, row_tokens=row_tokens)
     prepared.require_fit(chosen.base.config, chosen.base.source.name)
     return prepared
 
@@ -135,14 +170,15 @@ def _tried(recipe: Recipe, prepared: PreparedData, survey: DataSurvey) -> Tried:
 # ── names and paths ─────────────────────────────────────────────────────────────────────────────────────────────
 
 
-def _names(path: Path, model: str, data: str) -> Names:
+def _names(path: Path, model: str, data: Sequence[str]) -> Names:
     """Model, data and run folder as the recipe writes them: from its own folder, unless they were given absolute."""
     folder = path.resolve().parent
-    called = re.sub(r"[^A-Za-z0-9._]+", "-", f"{Path(model).resolve().name}-{_stem(data)}").strip("-.")
+    called = re.sub(r"[^A-Za-z0-9._]+", "-", f"{Path(model).resolve().name}-{_stem(data[0])}").strip("-.")
     outputs = (f"runs/{called or 'first'}{f'-{number}' if number > 1 else ''}" for number in count(1))
     output = next(output for output in outputs if not (folder / output).exists())
     base_model = _path(model, folder) if Path(model).is_dir() else model
-    return Names(base_model, _path(data, folder), output, path.name)
+    train = [_path(each, folder) for each in data]
+    return Names(base_model, train if len(train) > 1 else train[0], output, path.name)
 
 
 def _stem(data: str) -> str:

@@ -30,7 +30,7 @@ class Names:
     """How the recipe writes model, data and run folder. recipe: the file itself."""
 
     base_model: str
-    train: str
+    train: str | list[str]
     output: str
     recipe: str
 
@@ -149,15 +149,17 @@ def _data(text: _Yaml, chosen: Chosen, names: Names, tried: Tried | None) -> Non
     tokens, trained = (_amount(number, survey.exact) for number in (survey.tokens, survey.target_tokens))
     text.say(
         f"{_amount(survey.rows, survey.counted)} rows of {reading.shown}: {tokens} tokens, {trained} of them trained "
-        f"({_TRAINED[reading.name]})."
+        f"({', '.join(_TRAINED[name] for name in reading.names)})."
     )
+    if reading.unused:
+        text.say(f"Columns not used: {', '.join(reading.unused)}.")
     if survey.sample is not None:
         text.say(f"Lengths are those of {len(survey.lengths):,} rows; the others are seen by `lora check`.")
     text.set("train", names.train)
     if reading.wanted != "auto":
         text.set("format", reading.wanted, reading.why)
     if reading.columns:
-        text.set("columns", reading.columns, reading.why)
+        text.set("columns", reading.columns, "what they mean here" if reading.wanted != "auto" else reading.why)
     if chosen.template is not None:
         text.set("template", *chosen.template)
     if survey.train_on is not None:

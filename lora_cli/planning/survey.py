@@ -1,80 +1,29 @@
-"""What the data are: their format, how many rows there are and how long, and which template they need."""
+"""What the data are: how many rows there are, and how long."""
 
 from __future__ import annotations
 
 import random
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from itertools import chain, islice
 
 import numpy as np
 from transformers import PreTrainedTokenizerBase
 
-from lora_cli.data.columns import NEEDED, PREFERENCE
 from lora_cli.data.files.readers import Row
 from lora_cli.data.files.sources import FileSource, Source, open_source
-from lora_cli.data.formats import detect_format, suggestion
 from lora_cli.data.order import pack
 from lora_cli.data.prepare import Preparation, build_for_now, require_trainable
 from lora_cli.data.row_encoder import ROWS_TO_DETECT
 from lora_cli.data.store import PreparedData
 from lora_cli.errors import LoraError
+from lora_cli.planning.reading import Reading
 from lora_cli.recipe import DataRecipe, SourceRecipe
 
 WHOLE_BYTES = 64 * 2**20  # of data files that are tokenized whole, in well under a minute; of larger ones a sample is
 SAMPLE_ROWS = 5_000
 READ_BYTES = 2**30  # about, of large data: to count the rows and to choose the sample from
 _SHARE_ROWS = 20_000  # whose trained tokens are looked at one by one
-
-
-# ── columns and template ────────────────────────────────────────────────────────────────────────────────────────
-
-
-@dataclass(frozen=True)
-class Reading:
-    """How rows are to be read. wanted: data.format where it has to be said. shown: the columns, for a person."""
-
-    name: str
-    shown: str
-    wanted: str = "auto"
-    columns: dict[str, str | None] = field(default_factory=dict)
-    why: str = ""
-
-
-def choose_reading(rows: Sequence[Row]) -> Reading:
-    """The format of rows: by their columns, else the richest that fits, else by usual other names of columns.
-
-    Raises LoraError, that of detect_format, if nothing fits.
-    """
-    try:
-        form = detect_format(rows)
-        return Reading(form.name, form.shown)
-    except LoraError:
-        present = {name for row in rows for name in row.values}
-        fitting = [name for name, alternatives in NEEDED.items() if any({*each} <= present for each in alternatives)]
-        if fitting:
-            form = detect_format(rows, fitting[0])  # NEEDED begins with the formats that say most
-            others = " and ".join(fitting[1:])
-            why = f"the columns fit {others} too; {form.name} says where the answers are"
-            return Reading(form.name, form.shown, wanted=fitting[0], why=why)
-        found = suggestion(rows)
-        if found is None:
-            raise
-    why = "what your columns mean here"
-    if any(column in PREFERENCE for column in found.columns.values()):
-        why += "; of preference data, which are not supported, the chosen answers are trained"
-    return Reading(found.name, found.shown, found.wanted, dict(found.columns), why)
-
-
-def choose_template(reading: Reading, tokenizer: PreTrainedTokenizerBase) -> tuple[str, str] | None:
-    """A built-in chat template and why, where one is needed and the model has none."""
-    if reading.name not in ("chat", "instruction") or tokenizer.chat_template:
-        return None
-    special = {str(token) for token in tokenizer.added_tokens_decoder.values() if token.special}
-    if special >= {"<|im_start|>", "<|im_end|>"}:
-        return "chatml", "the model has no chat template, but ChatML's turn marks are among its special tokens"
-    name = "alpaca" if reading.name == "instruction" else "plain"
-    return name, f"the model has no chat template; {name} needs no special token but the end token"
 
 
 # ── rows ────────────────────────────────────────────────────────────────────────────────────────────────────────
@@ -85,6 +34,11 @@ class RowSample(FileSource):
     """Some rows of files, in memory."""
 
     kept: tuple[Row, ...] = ()
+
+    def of(self, source: FileSource) -> RowSample:
+        """Those rows that come from one of several sources."""
+        files = {*map(str, source.paths)}
+        return RowSample(source.name, source.paths, tuple(row for row in self.kept if row.file in files))
 
     def rows(self) -> Iterator[Row]:
         return iter(self.kept)
@@ -99,15 +53,15 @@ class DataSurvey:
     """What is known of the data before the recipe is.
 
     rows: that give examples; counted, or where `counted` is false guessed from sizes. sample: the rows that were
-    tokenized; None: all. lengths: tokens of each example of them, uncut. targets: trained tokens of every stride-th.
-    distinct: unequal rows. train_on: data.train_on and why, where what usually carries loss cannot.
+    tokenized, of each source; None: all. lengths: tokens of each example of them, uncut. targets: trained tokens of
+    every stride-th. distinct: unequal rows. train_on: data.train_on and why, where what usually carries loss cannot.
     """
 
     source: FileSource
     reading: Reading
     rows: int
     counted: bool
-    sample: RowSample | None
+    sample: list[RowSample] | None
     lengths: np.ndarray
     targets: np.ndarray
     stride: int
@@ -140,25 +94,28 @@ class DataSurvey:
         return int(np.add.reduceat(self.targets[rows.members], [0, *rows.ends[:-1]]).max())
 
 
-def look_at_rows(path: str) -> tuple[FileSource, Reading]:
-    """The files and the format of their rows. Raises LoraError for what cannot be read."""
+def look_at_rows(path: str) -> tuple[FileSource, list[Row]]:
+    """The files and their first rows. Raises LoraError for what cannot be read."""
     source = open_source(SourceRecipe.model_validate({"path": path}))
     assert isinstance(source, FileSource)
-    return source, choose_reading(list(islice(source.rows(), ROWS_TO_DETECT)))
+    return source, list(islice(source.rows(), ROWS_TO_DETECT))
 
 
 def survey_data(
-    source: FileSource, reading: Reading, tokenizer: PreTrainedTokenizerBase, template: str | None
+    sources: Sequence[FileSource], reading: Reading, tokenizer: PreTrainedTokenizerBase, template: str | None
 ) -> DataSurvey:
     """Tokenizes all rows, or of large data a sample. Raises LoraError with what the gate finds in them."""
-    uncut = {"max_seq_len": 10**9, "packing": False, "train": source.name, "template": template}
+    name = ", ".join(source.name for source in sources)
+    together = FileSource(name, tuple(path for source in sources for path in source.paths))
+    uncut = {"max_seq_len": 10**9, "packing": False, "train": together.name, "template": template}
     settings = DataRecipe.model_validate(uncut | {"format": reading.wanted, "columns": reading.columns})
-    sample, rows, counted = _sample_of(source)
+    drawn, rows, counted = _sample_of(together)
+    sample = drawn and [part for source in sources if (part := drawn.of(source)).kept]
     train_on = None
     try:
-        data = prepare_rows(sample or source, settings, tokenizer)
+        data = prepare_rows(sample or sources, settings, tokenizer)
     except LoraError as refused:
-        if reading.name not in ("chat", "instruction"):
+        if not {"chat", "instruction"}.issuperset(reading.names):
             raise
         train_on = (
             "last_assistant",
@@ -166,13 +123,13 @@ def survey_data(
         )
         try:
             settings = settings.model_copy(update={"train_on": train_on[0]})
-            data = prepare_rows(sample or source, settings, tokenizer)
+            data = prepare_rows(sample or sources, settings, tokenizer)
         except LoraError:
             raise refused from None
     stride = -(-len(data.train) // _SHARE_ROWS)
     summary = data.summary.train
     return DataSurvey(
-        source=source,
+        source=together,
         reading=reading,
         rows=rows if sample else len(data.train),
         counted=counted,
@@ -188,15 +145,15 @@ def survey_data(
 
 
 def prepare_rows(
-    source: Source,
+    sources: Sequence[Source],
     settings: DataRecipe,
     tokenizer: PreTrainedTokenizerBase,
     *,
     seed: int = 0,
     row_tokens: int | None = None,
 ) -> PreparedData:
-    """The rows of one source, prepared in a temporary folder. Raises LoraError for what would stop a run."""
-    data = build_for_now(Preparation([(1.0, source)], [], settings, tokenizer, seed, row_tokens))
+    """The rows of these sources, prepared in a temporary folder. Raises LoraError for what would stop a run."""
+    data = build_for_now(Preparation([(1.0, source) for source in sources], [], settings, tokenizer, seed, row_tokens))
     require_trainable(data.summary, settings)
     return data
 
