@@ -114,16 +114,20 @@ def check(
     try_model: Annotated[
         bool, typer.Option("--model", help="Also load the model and try it as training would.")
     ] = False,
+    compare_quantization: Annotated[
+        bool,
+        typer.Option(help="Also load the base in nf4, int8 and as it is, and compare their losses on 64 examples."),
+    ] = False,
     as_json: Json = False,
 ) -> None:
     """Check recipe and data, and show what would be trained on.
 
-    Everything short of training. Reads no weights unless --model is given.
+    Everything short of training. Reads no weights unless --model or --compare-quantization is given.
     """
     loaded = trusted_recipe(recipe, overrides or [])
     checking = heavy("lora_cli.planning.check", Path(loaded.output))
     with status("preparing the data"):
-        checked = checking.check(loaded, keep=prepare)
+        checked = checking.check(loaded, keep=prepare or (compare_quantization and not loaded.data.streaming))
     if html is not None:
         checking.write_page(checked, html, show)
     if not as_json:
@@ -135,6 +139,12 @@ def check(
             from lora_cli.training.opening import try_model as tried
 
             document["model"] = tried(loaded, checked, None if as_json else console(stderr=False))
+        if compare_quantization:
+            costs = checking.compare(checked, print_note)
+            document["quantization"] = costs.model_dump()
+            if not as_json:
+                for line in heavy("lora_cli.evaluation.quantization_cost").cost_lines(costs, loaded.quantization):
+                    print_result(line)
     except LoraError as error:
         error.result = document
         raise

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -23,6 +23,7 @@ from lora_cli.data.gate import KINDS
 from lora_cli.data.prepare import prepare, require_trainable
 from lora_cli.data.preview import PAGE_MARK, as_page, as_text, tokens_of
 from lora_cli.errors import LoraError
+from lora_cli.evaluation.quantization_cost import Costs, compare_quantizations, keep_costs, known_lines
 from lora_cli.files import write_bytes
 from lora_cli.planning.skeleton import base_model
 from lora_cli.recipe import Recipe
@@ -108,6 +109,14 @@ def check(recipe: Recipe, *, keep: bool = False) -> Checked:
     return Checked(recipe, source, tokenizer, feed, len(targets), parameters, [*not_adapted(model), *notes])
 
 
+def compare(checked: Checked, say: Callable[[str], None]) -> Costs:
+    """Losses of the base in each quantization; kept beside the prepared data, where there are any."""
+    costs = compare_quantizations(checked.recipe, checked.source, checked.feed, checked.tokenizer, say)
+    if not checked.recipe.data.streaming:
+        keep_costs(checked.recipe, costs)
+    return costs
+
+
 def write_page(checked: Checked, path: Path, show: int) -> None:
     """The preview as an HTML file. Raises LoraError if the path holds something else."""
     if path.exists() and (path.is_dir() or PAGE_MARK not in path.read_bytes()[:200]):
@@ -161,5 +170,6 @@ def _lines(checked: Checked) -> list[tuple[str, str]]:
         ("model", f"{checked.recipe.base_model} ({checked.source.config.get('model_type')})"),
         ("adapter", adapter),
         *(("", line) for line in checked.left_out),
+        *(("", line) for line in known_lines(checked.recipe, checked.source, checked.feed.summary.fingerprint)),
     ]
     return lines + [("" if at else "data", text) for at, text in enumerate(checked.feed.lines())]

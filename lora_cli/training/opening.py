@@ -20,6 +20,7 @@ from lora_cli.data.feed import Feed, open_feed
 from lora_cli.data.prepare import prepare
 from lora_cli.data.report import finding_lines
 from lora_cli.evaluation.forgetting import general_text
+from lora_cli.evaluation.quantization_cost import known_lines
 from lora_cli.files import human_bytes, require_space
 from lora_cli.planning.check import Checked
 from lora_cli.recipe import Recipe
@@ -45,6 +46,8 @@ def open_session(recipe: Recipe, console: Console) -> Session:
     config = model_config(source, recipe.trust_remote_code)
     feed.require_fit(config, source.name)
     text = general_text(tokenizer, config, Path(recipe.data.general_text) if recipe.data.general_text else None)
+    for number, line in enumerate(known_lines(recipe, source, feed.summary.fingerprint)):
+        say(f"{'' if number else 'base':9}{line}")
     session = open_model(recipe, source, tokenizer, feed, say)
     session.general_text = text
     trained = sum(parameter.numel() for parameter in trained_parameters(session.model))

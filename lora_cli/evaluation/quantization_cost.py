@@ -1,0 +1,167 @@
+"""What holding the base in fewer bits costs before anything is trained: losses of the same rows, kind by kind.
+
+A base that quantization makes worse by half a nat has lost more than many adapters gain, and nothing else shows it.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from contextlib import suppress
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import torch
+from pydantic import BaseModel, ConfigDict
+from torch import Tensor
+
+from lora_cli.base.device import pick_device, pick_dtype
+from lora_cli.base.linear import held_bytes
+from lora_cli.base.load import load_model
+from lora_cli.base.source import BaseSource
+from lora_cli.base.stored import stored_quantization
+from lora_cli.data.batches import collate
+from lora_cli.data.cache import cache_folder
+from lora_cli.data.example import Example
+from lora_cli.data.feed import Feed
+from lora_cli.errors import LoraError
+from lora_cli.evaluation.gain import paired_gain
+from lora_cli.evaluation.perplexity import example_losses
+from lora_cli.files import human_bytes, write_bytes
+from lora_cli.foreign import is_real_file, read_json
+from lora_cli.quantization import RULES
+from lora_cli.recipe import Recipe
+
+MOST_EXAMPLES = 64
+WORTH_SAYING = 0.03  # nats a token
+_FILE = "quantization.json"  # beside the prepared data
+
+
+class Cost(BaseModel):
+    """loss: nats per target token of the base alone. weights: bytes.
+
+    cost: loss above that of `none`; low, high: ends of its 95 % interval, None where there is none.
+    """
+
+    model_config = ConfigDict(strict=True, allow_inf_nan=False)
+
+    quantization: str
+    loss: float
+    weights: int
+    cost: float
+    low: float | None
+    high: float | None
+
+
+class Costs(BaseModel):
+    """Costs of one base on one set of data, by kind. held_out: whether the examples are those of the validation."""
+
+    model_config = ConfigDict(strict=True, allow_inf_nan=False)
+
+    data_fingerprint: str
+    base_fingerprint: str
+    dtype: str
+    held_out: bool
+    examples: int
+    target_tokens: int
+    costs: list[Cost]
+
+    def of(self, quantization: str) -> Cost | None:
+        return next((each for each in self.costs if each.quantization == quantization), None)
+
+
+def compare_quantizations(
+    recipe: Recipe, source: BaseSource, feed: Feed, tokenizer: Any, say: Callable[[str], None] = lambda _: None
+) -> Costs:
+    """Loss of the base on at most 64 validation examples (without validation data the first that are trained on), held
+    in each way in turn. Reads all weights, once a kind; one model is in memory at a time.
+
+    say: prints what is being done. Raises LoraError for a checkpoint that is stored quantized: it has no other form.
+    """
+    held = stored_quantization(source)
+    if held is not None:
+        what = f"the checkpoint is stored in {held}: there are no 16-bit weights to compare with"
+        raise LoraError(what, where=str(source.folder), fix="name the unquantized model as base_model")
+    device = pick_device(recipe.device)
+    dtype, _ = pick_dtype(recipe.dtype, device)
+    held_out = len(feed.validation) > 0
+    examples: Sequence[Example] = feed.validation[:MOST_EXAMPLES] if held_out else feed.first(MOST_EXAMPLES)
+    measured: dict[str, tuple[Tensor, Tensor, int]] = {}
+    for kind in sorted(RULES, key=lambda name: name != "none"):
+        say(f"loading the base as {kind}")
+        model = load_model(
+            source,
+            quantization=kind,
+            dtype=dtype,
+            device=device,
+            double_quantization=recipe.double_quantization,
+            trust_remote_code=recipe.trust_remote_code,
+        )
+        lay_out = partial(collate, packed=False, pad_id=tokenizer.eos_token_id, device=device)
+        losses, targets = example_losses(model, examples, lay_out, recipe.data.max_seq_len)
+        measured[kind] = losses, targets, held_bytes(model)
+        del model
+        if device.type == "cuda":
+            torch.cuda.empty_cache()
+    plain, targets, _ = measured["none"]
+    costs = [_cost(kind, plain, losses, targets, weights) for kind, (losses, _, weights) in measured.items()]
+    return Costs(
+        data_fingerprint=feed.summary.fingerprint,
+        base_fingerprint=source.fingerprint,
+        dtype=str(dtype).removeprefix("torch."),
+        held_out=held_out,
+        examples=len(examples),
+        target_tokens=int(targets.sum()),
+        costs=costs,
+    )
+
+
+def _cost(kind: str, plain: Tensor, losses: Tensor, targets: Tensor, weights: int) -> Cost:
+    found = paired_gain(losses, plain, targets)  # of the plain base over this one
+    low, high = (None, None) if kind == "none" else (found.low, found.high)
+    return Cost(quantization=kind, loss=found.before, weights=weights, cost=found.gain, low=low, high=high)
+
+
+def keep_costs(recipe: Recipe, costs: Costs) -> Path:
+    """Write the table beside the prepared data, where training and later checks find it."""
+    path = cache_folder(recipe) / _FILE
+    write_bytes(path, costs.model_dump_json(indent=2).encode())
+    return path
+
+
+def kept_costs(recipe: Recipe, source: BaseSource, fingerprint: str) -> Costs | None:
+    """The table that was kept, if it is of this base and these data."""
+    path = cache_folder(recipe) / _FILE
+    found = None
+    with suppress(LoraError):  # damaged, or somebody else's: it is measured again
+        found = read_json(path, Costs, fix="remove it") if is_real_file(path) else None
+    known = found is not None and (found.base_fingerprint, found.data_fingerprint) == (source.fingerprint, fingerprint)
+    return found if known else None
+
+
+def cost_lines(costs: Costs, chosen: str) -> list[str]:
+    """The table in words, the recipe's own way first named, and what to do where it costs much."""
+    which = "validation" if costs.held_out else "training"
+    lines = [f"loss of the base on {costs.examples} {which} examples, {costs.target_tokens:,} target tokens:"]
+    for each in costs.costs:
+        half = "" if each.low is None or each.high is None else f" ± {(each.high - each.low) / 2:.2f}"
+        more = "" if each.quantization == "none" else f" ({each.cost:+.2f}{half})".replace("-", "−")
+        held = f"{each.quantization} in {costs.dtype}" if each.quantization == "none" else each.quantization
+        lines.append(f"  {held:16} {each.loss:.4f}{more}, {human_bytes(each.weights)} of weights")
+    own = costs.of(chosen)
+    if own is not None and own.cost > WORTH_SAYING and (own.low is None or own.low > 0):
+        better = [each for each in costs.costs if each.cost < own.cost / 2]
+        words = " or ".join(f"{each.quantization} ({human_bytes(each.weights)})" for each in better)
+        fix = f": write quantization: {words} if the memory allows it" if better else ""
+        lines.append(f"{chosen} costs this base {own.cost:.2f} nats a token before anything is learned{fix}")
+    return lines
+
+
+def known_lines(recipe: Recipe, source: BaseSource, fingerprint: str) -> list[str]:
+    """What is known of the cost of the recipe's quantization; where nothing was measured, how to measure it."""
+    if recipe.quantization == "none" or stored_quantization(source) is not None:
+        return []
+    costs = kept_costs(recipe, source, fingerprint)
+    if costs is not None:
+        return cost_lines(costs, recipe.quantization)
+    return [f"what {recipe.quantization} costs this base is not known: lora check --compare-quantization measures it"]

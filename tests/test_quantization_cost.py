@@ -1,0 +1,107 @@
+"""What quantization costs the base: measured on the same rows, kept with the data, said before training."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+from conftest import write_rows
+
+from lora_cli.evaluation.evaluate import evaluate_model
+from lora_cli.evaluation.quantization_cost import Cost, Costs, cost_lines
+
+ROWS = [{"prompt": f"What is {a} plus {a % 3}?\n", "completion": f"It is {a + a % 3}."} for a in range(24)]
+
+
+@pytest.fixture
+def asked(recipe_file: Any, tmp_path: Path, lora: Any) -> Any:
+    """Runs `lora check --compare-quantization` on a recipe in NF4 with 8 validation rows; gives recipe and document."""
+    held_out = write_rows(tmp_path / "held-out.jsonl", ROWS[:8])
+
+    def run(**settings: Any) -> tuple[Path, dict[str, Any]]:
+        data = {"validation": str(held_out)}
+        recipe = recipe_file(**{"quantization": "nf4", "data": data, **settings})
+        said = lora("check", recipe, "--compare-quantization", "--json")
+        assert said.code == 0, said.text
+        return recipe, json.loads(said.out)["quantization"]
+
+    return run
+
+
+def test_each_loss_is_that_of_eval_and_the_cost_its_difference(asked, tiny_llama, tmp_path):
+    _, found = asked()
+    assert (found["examples"], found["held_out"]) == (8, True)
+    by_kind = {each["quantization"]: each for each in found["costs"]}
+    assert by_kind.keys() == {"none", "nf4", "int8"}
+    for kind, each in by_kind.items():
+        data = tmp_path / "held-out.jsonl"
+        score = evaluate_model(str(tiny_llama), None, data, quantization=kind, dtype="fp32")["base"]
+        assert each["loss"] == pytest.approx(score.loss, abs=1e-5)
+        assert each["cost"] == pytest.approx(score.loss - by_kind["none"]["loss"], abs=1e-5)
+        assert found["target_tokens"] == score.target_tokens
+    assert by_kind["nf4"]["low"] < by_kind["nf4"]["cost"] < by_kind["nf4"]["high"]
+    assert by_kind["nf4"]["weights"] < by_kind["int8"]["weights"] < by_kind["none"]["weights"]
+
+
+def test_the_table_is_kept_with_the_data_and_said_by_check_and_train(asked, lora, tmp_path):
+    recipe, found = asked()
+    cost = next(each for each in found["costs"] if each["quantization"] == "nf4")
+    for command in ("check", "train"):
+        said = lora(command, recipe)
+        assert said.code == 0, said.text
+        assert f"nf4              {cost['loss']:.4f}" in said.text + said.out
+        assert "is not known" not in said.text + said.out
+    assert (tmp_path / "run" / "prepared" / "quantization.json").is_file()
+
+
+@pytest.mark.parametrize("other", ["damaged", "other data", "other base", "never measured"])
+def test_a_table_of_something_else_is_not_shown(other, asked, recipe_file, lora, tmp_path):
+    recipe, _ = asked()
+    table = tmp_path / "run" / "prepared" / "quantization.json"
+    if other == "damaged":
+        table.write_text(table.read_text()[:-20])
+    elif other == "never measured":
+        table.unlink()
+    else:
+        document = json.loads(table.read_text())
+        document["base_fingerprint" if other == "other base" else "data_fingerprint"] = "0" * 64
+        table.write_text(json.dumps(document))
+    said = lora("check", recipe).out
+    assert "loss of the base on" not in said
+    assert "what nf4 costs this base is not known: lora check --compare-quantization measures it" in said
+
+
+@pytest.mark.parametrize(
+    ("cost", "low", "said"),
+    [(0.69, 0.61, True), (0.69, -0.1, False), (0.02, 0.01, False), (0.04, 0.03, True), (-0.2, -0.3, False)],
+)
+def test_a_cost_that_is_certain_and_large_is_named_with_what_costs_less(cost, low, said):
+    def of(kind: str, weights: int, cost: float, low: float) -> Cost:
+        return Cost(quantization=kind, loss=2 + cost, weights=weights, cost=cost, low=low, high=2 * cost - low)
+
+    costs = [of("none", 4 * 2**20, 0.0, 0.0), of("nf4", 2**20, cost, low), of("int8", 2 * 2**20, 0.9 * cost, low)]
+    table = Costs(
+        data_fingerprint="",
+        base_fingerprint="",
+        dtype="bfloat16",
+        held_out=True,
+        examples=8,
+        target_tokens=9,
+        costs=costs,
+    )
+    last = cost_lines(table, "nf4")[-1]
+    assert ("before anything is learned" in last) == said
+    if said:
+        assert last.endswith("write quantization: none (4 MiB) if the memory allows it")  # int8 costs nearly as much
+
+
+def test_without_validation_data_the_first_training_rows_are_used_and_that_is_said(asked, lora):
+    recipe, found = asked(data={})
+    assert (found["held_out"], found["examples"]) == (False, 24)
+    assert "24 training examples" in lora("check", recipe).out
+
+
+def test_an_unquantized_recipe_says_nothing_of_it(recipe_file, lora):
+    assert "is not known" not in lora("check", recipe_file()).out
