@@ -256,7 +256,8 @@ def test_nothing_but_an_adapter_is_copied_from_a_checkpoint_into_the_adapter(run
         rehash(newest(run))
     before = snapshot(outside)
     resume(run)
-    assert {path.name for path in (run / "adapter").iterdir()} == {"adapter_config.json", "adapter_model.safetensors"}
+    expected = {"README.md", "adapter_config.json", "adapter_model.safetensors"}
+    assert {path.name for path in (run / "adapter").iterdir()} == expected
     assert snapshot(outside) == before
     assert list((run / "checkpoints").glob("damaged_*")), "it is set aside, with the reason"
 

@@ -18,6 +18,7 @@ from safetensors import safe_open
 from torch import Tensor
 
 from lora_cli.adapters.attach import attach
+from lora_cli.adapters.card import CARD
 from lora_cli.adapters.keys import by_module
 from lora_cli.adapters.kinds import KINDS, kind_of
 from lora_cli.adapters.layer import LoRALinear
@@ -34,7 +35,8 @@ from lora_cli.foreign import Shape
 
 TENSORS = "adapter_model.safetensors"
 CHAT_TEMPLATE = "chat_template.jinja"  # where the Hugging Face libraries look for it
-FILES: Shape = {CONFIG: None, TENSORS: None, CHAT_TEMPLATE: None}  # all that save_adapter writes
+SAVED: Shape = {CONFIG: None, TENSORS: None, CHAT_TEMPLATE: None}  # all that save_adapter writes
+FILES: Shape = SAVED | {CARD: None}  # and the card, at the end of a run
 
 
 @dataclass(frozen=True)

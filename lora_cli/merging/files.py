@@ -13,6 +13,7 @@ from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
+from lora_cli.adapters.card import CARD, model_card
 from lora_cli.base.source import BaseSource, require_inside
 from lora_cli.base.weight_files import weight_files
 from lora_cli.errors import LoraError
@@ -22,7 +23,12 @@ from lora_cli.merging.tensors import INDEX
 _OTHER_WEIGHTS = {".safetensors", ".gguf", ".onnx", ".h5", ".msgpack", ".tflite", ".ot", ".npz", ".mlmodel"}
 _PICKLES = {".bin", ".pt", ".pth", ".ckpt", ".pkl", ".pickle"}
 _CODE = {".py", ".pyc", ".so"}
-_README, _BASE_README = "README.md", "README.base.md"
+_README, _BASE_README = CARD, "README.base.md"
+_USE = """from transformers import AutoModelForCausalLM, AutoTokenizer
+
+tokenizer = AutoTokenizer.from_pretrained("this-folder")
+model = AutoModelForCausalLM.from_pretrained("this-folder", dtype="auto")
+"""
 _OWN = {_BASE_README, "merge.json"}
 
 
@@ -147,15 +153,13 @@ def add_stop_tokens(source: BaseSource, place: Path, stops: Sequence[int]) -> li
     return added
 
 
-def write_notes(place: Path, facts: dict[str, Any], title: str) -> None:
-    """merge.json, and a README that says what this folder is."""
+def write_notes(place: Path, facts: dict[str, Any], base: BaseSource, said: Sequence[str]) -> None:
+    """merge.json, and a README that says what this folder is. said: what was measured, a point each."""
     _write_json(place / "merge.json", facts)
-    other = f"\nThe base model's own page is {_BASE_README}.\n" if (place / _BASE_README).exists() else ""
-    text = (
-        f"# {title}\n\nAn adapter for {facts['base_model']}, merged into its weights by `lora merge`.\n"
-        f"This model keeps {facts['kept']:.2%} of what the adapter changes; merge.json says how that was measured.\n"
-    )
-    (place / _README).write_text(text + other, encoding="utf-8")
+    if (place / _BASE_README).exists():
+        said = [*said, f"The base model's own page is {_BASE_README}."]
+    card = model_card(base, library="transformers", relation="merge", said=said, settings={}, use=_USE)
+    (place / _README).write_text(card, encoding="utf-8")
 
 
 def _write_json(path: Path, value: Any) -> None:

@@ -18,6 +18,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from lora_cli.adapters.card import measured_of, public_name
 from lora_cli.adapters.file import CHAT_TEMPLATE, AdapterFile, read_adapter
 from lora_cli.adapters.opened import Opened, adapter_folder, adapter_template, open_model, other_base
 from lora_cli.adapters.trained import Trained, adapters_disabled, trained_modules
@@ -244,12 +245,13 @@ class _Merge:
         return names
 
     def write_notes(self, place: Path, report: MergeReport) -> None:
-        base = self.source.name if self.source.revision is not None else self.source.folder.name
+        base = public_name(self.source)
         facts = report.as_dict() | {"base_model": base, "base_revision": self.source.revision}
         facts |= {"base_fingerprint": self.source.fingerprint, "quantization": self.quantization}
         facts |= {"prompting": self.adapter.metadata.prompting, "method": self.adapter.metadata.method}
         del facts["output"]
-        files.write_notes(place, {"format": 1, **facts}, Path(report.output).resolve().name)
+        said = [f"Merged by `lora merge`: keeps {report.kept:.2%} of what the adapter changes (how: merge.json)."]
+        files.write_notes(place, {"format": 1, **facts}, self.source, [*measured_of(self.adapter.folder), *said])
 
 
 def result_lines(report: MergeReport) -> list[str]:

@@ -26,7 +26,7 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
-from lora_cli.adapters.file import FILES as ADAPTER_FILES
+from lora_cli.adapters.file import SAVED as ADAPTER_FILES
 from lora_cli.adapters.trained import load_state, state_of
 from lora_cli.errors import LoraError
 from lora_cli.files import write_json, written_whole

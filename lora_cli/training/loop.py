@@ -29,7 +29,7 @@ from lora_cli.training.micro_batches import DoesNotFit, MicroBatches, smaller_li
 from lora_cli.training.optimizer import averaged_weights, learning_rate, make_optimizer, set_learning_rate
 from lora_cli.training.processes import any_process, process_lost_errors, sum_over_processes
 from lora_cli.training.progress import Progress
-from lora_cli.training.report import make_report, require_learned, say_result, write_report
+from lora_cli.training.report import make_report, require_learned, say_result, write_card, write_report
 from lora_cli.training.resume import COMPUTING, Change
 from lora_cli.training.run_folder import RunFolder
 from lora_cli.training.session import Session
@@ -343,6 +343,7 @@ class Run:
         self.writer.adapter(self.folder.last_adapter if self.validator.has_data else self.folder.adapter)
         self.accelerator.wait_for_everyone()  # the shipped adapter is there for all
         report = make_report(self.session, self.state, self.folder, self.accelerator)
+        self.writer.written(lambda: write_card(self.session, report, self.folder))
         self.writer.written(lambda: write_report(self.folder, report, self.say))
         self.accelerator.wait_for_everyone()
         say_result(report, self.folder, self.say)

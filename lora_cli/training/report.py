@@ -7,26 +7,40 @@ from typing import Any
 
 from accelerate import Accelerator
 
-from lora_cli.adapters.file import TENSORS, put_saved
+from lora_cli.adapters.card import CARD, model_card, public_name
+from lora_cli.adapters.file import CHAT_TEMPLATE, TENSORS, put_saved
 from lora_cli.adapters.trained import is_neutral, trained_parameters
 from lora_cli.adapters.update_size import update_sizes
 from lora_cli.data.gate import Weights
 from lora_cli.errors import CheckFailed, DiskError
 from lora_cli.evaluation.forgetting import measure_forgetting
 from lora_cli.evaluation.gain import paired_gain
-from lora_cli.files import write_json
-from lora_cli.foreign import read_text
+from lora_cli.files import replacing, write_json
+from lora_cli.foreign import is_real_folder, read_text
 from lora_cli.training.processes import sum_over_processes
 from lora_cli.training.report_page import write_report_page
 from lora_cli.training.run_folder import RunFolder, read_metrics
 from lora_cli.training.session import Session
 from lora_cli.training.state import State
-from lora_cli.training.verdict import judge, summarize_update_sizes, verdict_lines
+from lora_cli.training.verdict import (
+    best_words,
+    forgetting_words,
+    judge,
+    summarize_update_sizes,
+    update_words,
+    verdict_lines,
+)
 
 _OF_THE_STATE = {
     *("first_loss", "last_loss", "base_validation_loss", "best_validation_loss", "best_step", "last_validation_loss"),
     *("tokens", "target_tokens", "peak_memory_bytes"),
 }
+_USE = """from peft import PeftModel
+from transformers import AutoModelForCausalLM, AutoTokenizer
+
+tokenizer = AutoTokenizer.from_pretrained("{base}")
+model = PeftModel.from_pretrained(AutoModelForCausalLM.from_pretrained("{base}", dtype="auto"), "this-folder")
+"""
 
 
 def make_report(session: Session, state: State, folder: RunFolder, accelerator: Accelerator) -> dict[str, Any]:
@@ -73,6 +87,39 @@ def write_report(folder: RunFolder, report: dict[str, Any], say: Callable[[str],
     except Exception as error:  # whatever a drawing library raises
         say(f"report.html could not be made: {type(error).__name__}: {error}")
     write_json(folder.report, report)
+
+
+def write_card(session: Session, report: dict[str, Any], folder: RunFolder) -> None:
+    """README.md of adapter/, from the report: what was measured, without paths, rows or times."""
+    if not is_real_folder(folder.adapter):
+        return
+    recipe, verdict = session.recipe, judge(report)
+    said = [verdict.headline, verdict.why, forgetting_words(report), update_words(report), best_words(report)]
+    template = session.feed.summary.prompting == "template"
+    settings = {
+        "quantization of the base": recipe.quantization,
+        "rank, alpha, dropout": f"{recipe.adapter.rank}, {recipe.adapter.alpha:g}, {recipe.adapter.dropout:g}",
+        "adapted layers, trained parameters": f"{report['adapted_layers']}, {report['trained_parameters']:,}",
+        "steps, tokens, target tokens": ", ".join(f"{report[k]:,}" for k in ("steps", "tokens", "target_tokens")),
+        "longest example": f"{recipe.data.max_seq_len:,} tokens",
+        "optimizer, peak rate, schedule": ", ".join(
+            (recipe.train.optimizer, f"{recipe.train.learning_rate:g}", recipe.train.schedule)
+        ),
+        "prompts": "through the chat template" if template else "as they are, without a chat template",
+    }
+    use = _USE.format(base=public_name(session.source))
+    if (folder.adapter / CHAT_TEMPLATE).exists():
+        use += f"# training went through the {CHAT_TEMPLATE} of this folder: set tokenizer.chat_template to its text\n"
+    card = model_card(
+        session.source,
+        library="peft",
+        relation="adapter",
+        said=[each for each in said if each],
+        settings=settings,
+        use=use,
+    )
+    with replacing(folder.adapter / CARD) as temporary:
+        temporary.write_text(card, encoding="utf-8")
 
 
 def require_learned(report: dict[str, Any], folder: RunFolder) -> None:
