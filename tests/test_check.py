@@ -9,6 +9,7 @@ from itertools import pairwise
 from pathlib import Path
 
 import pytest
+import yaml
 from conftest import quiet_console, write_rows
 from rich.console import Console
 from typer.testing import CliRunner
@@ -257,3 +258,45 @@ def test_no_weight_is_read(recipe_file, monkeypatch):
     monkeypatch.setattr(AutoModelForCausalLM, "from_pretrained", lambda *_, **__: pytest.fail("weights were read"))
     checked = check(load_recipe(recipe_file()))
     assert checked.layers == 8
+
+
+@pytest.mark.parametrize(
+    ("settings", "told"),
+    [
+        ({"max_steps": 2}, "only 2 optimizer steps"),
+        ({"max_steps": None, "epochs": 1, "gradient_accumulation_steps": 16}, "only 1 optimizer step,"),
+        ({"max_steps": None, "epochs": 0.5, "micro_batch_size": 1}, "only "),
+        ({"max_steps": None, "epochs": 1, "micro_batch_size": "auto", "batch_size": 8}, "only "),
+        ({"max_steps": None, "epochs": 2, "micro_batch_size": 16, "gradient_accumulation_steps": 1}, "only "),
+        ({"max_steps": 30, "epochs": 1, "micro_batch_size": 16}, "only "),
+        ({"max_steps": 20}, None),
+    ],
+)
+@pytest.mark.parametrize("packing", [True, False])
+def test_few_steps_are_a_note_whose_fix_ends_it(recipe_file, settings, told, packing):
+    def notes(train: dict) -> tuple[int, list[str]]:
+        train = {name: value for name, value in train.items() if value is not None}
+        values = yaml.safe_load(recipe_file(data={"packing": packing}, train=train).read_text())
+        if "max_steps" not in train:
+            del values["train"]["max_steps"]
+        path = recipe_file()
+        path.write_text(yaml.safe_dump(values))
+        found = check(load_recipe(path))
+        return found.feed.total_steps, [line for line in found.feed.lines() if line.startswith("note: ")]
+
+    steps, said = notes(settings)
+    assert bool(said) == (told is not None) == (steps < 20)
+    if not said:
+        return
+    assert said[0].startswith(f"note: {told}")
+    written = {name: int(value) for name, value in re.findall(r"train\.(\w+): (\d+)", said[0])}
+    promised = re.search(r"for (\d+) steps", said[0])
+    assert promised is not None
+    assert notes(settings | written) == (int(promised[1]), [])
+
+
+def test_few_steps_of_a_stream_are_a_note_too(recipe_file):
+    path = recipe_file(data={"streaming": True}, train={"max_steps": 3})
+    assert "write train.max_steps: 40 or more" in check(load_recipe(path)).feed.lines()[-1]
+    document = checked_json(path)
+    assert document["steps"] == 3

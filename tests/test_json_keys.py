@@ -38,7 +38,7 @@ FROZEN = {
     }
     | {"peak_memory_bytes"},
     "check": {"ok", "examples", "validation_examples", "tokens", "target_tokens", "lengths", "formats", "template"}
-    | {"layers", "trained_parameters", "fingerprint", "findings", "rows"},
+    | {"steps", "layers", "trained_parameters", "fingerprint", "findings", "rows"},
     "check rows": {"source", "row", "tokens"},
     "check rows tokens": {"id", "text", "trained"},
     "check lengths": {"p50", "p90", "p95", "p99", "longest"},

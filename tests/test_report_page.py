@@ -19,6 +19,7 @@ from lora_cli.training.verdict import (
     duration,
     forgetting_words,
     judge,
+    overfitting_words,
     percent,
     perplexity,
     signed,
@@ -71,6 +72,10 @@ def validation(gain: float, low: float | None, high: float | None, examples: int
     return report(validation=found)
 
 
+def update(median: float, **changes: Any) -> dict[str, Any]:
+    return report(update_sizes=summarize_update_sizes({"a": median}), **changes)
+
+
 # ── the verdict ─────────────────────────────────────────────────────────────────────────────────────────────────
 
 
@@ -100,8 +105,14 @@ def test_the_lines_say_what_was_measured():
             "learned",
             "Training loss 2.4354 → 0.0115 in 114 steps. There was no validation data",
         ),
-        (report(validation=None, steps=1, last_loss=2.4354), "not certain", "nothing shows that it learned"),
-        (report(validation=None, steps=19), "not certain", "differ by chance"),
+        (report(steps=19, learned=False), "nothing learned", "Every B of the adapter is still zero"),
+        (report(steps=19, validation=validation(-0.2, -0.3, -0.1)["validation"]), "nothing learned", "no better"),
+        (report(steps=1, validation=None, last_loss=2.4354), "hardly trained", "it had 1 optimizer step."),
+        (report(steps=19), "hardly trained", "it had 19 optimizer steps. Perplexity 12.79 → 1.08"),
+        (report(steps=20, best_step=20), "learned", "better than its base model"),
+        (update(0.00099, best_step=114), "hardly trained", "its update is tiny, and the last evaluation was the best"),
+        (update(0.00101, best_step=114), "learned", "better than its base model"),
+        (update(0.00099, best_step=60), "learned", "better than its base model"),
         (report(validation=None, last_loss=2.5), "not certain", "nothing shows that it learned"),
         (report(validation=None, last_loss=None), "not certain", "nothing shows that it learned"),
         (validation(math.nan, None, None), "learned", "was not measured"),
@@ -112,6 +123,39 @@ def test_it_learned_or_not_and_why(changed, outcome, word):
     assert verdict.outcome == outcome
     assert word in f"{verdict.headline} {verdict.why}"
     assert (verdict.fix is None) == (outcome == "learned" and changed["validation"] is not None and "±" in verdict.why)
+
+
+def test_few_steps_are_what_to_change_also_where_nothing_was_learned():
+    few = judge(report(steps=2, validation=validation(-0.2, -0.3, -0.1)["validation"]))
+    assert "gradient_accumulation_steps" in str(few.fix)
+    assert "gradient_accumulation_steps" not in str(judge(validation(-0.2, -0.3, -0.1)).fix)
+
+
+@pytest.mark.parametrize(
+    ("changes", "named"),
+    [
+        ({}, False),  # risen by 0.013
+        ({"last_validation_loss": 0.1}, True),
+        ({"last_validation_loss": 0.1, "last_loss": 0.06}, False),  # the training loss is not far below it
+        ({"best_validation_loss": 2.0, "last_validation_loss": 2.03, "last_loss": 0.5}, False),  # 1.5 % more
+        ({"best_validation_loss": 2.0, "last_validation_loss": 2.05, "last_loss": 0.5}, True),
+        ({"best_validation_loss": 0.08, "last_validation_loss": 0.08, "best_step": 114}, False),
+    ],
+)
+def test_overfitting_is_named_where_validation_rose_and_training_is_far_below(changes, named):
+    said = overfitting_words(report(**changes))
+    assert (said is not None) == named
+    assert (said in verdict_lines(report(**changes))) == named
+    if said:
+        assert "and general text got worse" in said
+        assert "got worse" not in str(overfitting_words(report(**changes, general_text=None)))
+        assert "Overfitting: after step 60 the validation loss rose" in page(report(**changes)).words
+
+
+def test_a_run_that_is_hardly_trained_is_not_green():
+    assert "verdict hardly-trained" in report_page(report(steps=2), title="t", recipe="", environment={}, warnings=[])
+    style = report_page(report(), title="t", recipe="", environment={}, warnings=[])
+    assert ".hardly-trained { --side: var(--unsure); }" in style
 
 
 @pytest.mark.parametrize(

@@ -15,6 +15,8 @@ import numpy as np
 from lora_cli.data.example import Example
 from lora_cli.errors import LoraError
 
+FEW_STEPS = 20  # optimizer steps; a run with fewer is hardly trained
+
 
 @lru_cache(maxsize=1)
 def permutation(size: int, seed: tuple[int, ...]) -> np.ndarray:

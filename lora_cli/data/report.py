@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+import math
 import os
+from bisect import bisect_left
 from typing import Any
 
 from lora_cli.data.gate import KINDS, Findings
+from lora_cli.data.order import FEW_STEPS
 from lora_cli.data.store import PreparedData, Summary
 from lora_cli.recipe import Recipe
 
@@ -43,6 +46,8 @@ def data_lines(data: PreparedData, recipe: Recipe) -> list[str]:
     total = order.total_steps(recipe.train.epochs, recipe.train.max_steps)
     epochs, a_step = total / order.steps_per_epoch, tokens / order.steps_per_epoch
     lines.append(f"{counted(total, 'step')} ({epochs:.2f} epochs), about {a_step:,.0f} tokens a step")
+    if note := few_steps_note(data, recipe):
+        lines.append(f"note: {note}")
     over = summary.findings.counts.get("too_long")
     if over and "too_long" not in summary.findings.stopping(settings.allow):
         lines.append(f"{counted(over, 'row')} above {limit:,} tokens: {_DONE[settings.too_long]}")
@@ -86,8 +91,47 @@ def stream_lines(summary: Summary, validation: int, steps: int) -> list[str]:
         f"{window.target_tokens:,} target tokens ({window.target_tokens / window.tokens:.0%})",
         *_example_lines(summary),
         _validation(validation),
-        f"{steps:,} steps",
+        counted(steps, "step"),
+        *([f"note: {_hardly(steps)}; write train.max_steps: {2 * FEW_STEPS} or more"] if steps < FEW_STEPS else []),
     ]
+
+
+def few_steps_note(data: PreparedData, recipe: Recipe) -> str | None:
+    """What to write where a run would end after so few optimizer steps that it is hardly trained, else None.
+
+    Smaller steps come first, because they cost nothing: fewer micro-batches a step, then smaller ones; then more
+    epochs. Each change is the smallest that comes to twice as many steps as are few, counted on these data.
+    """
+    train, changes = recipe.train, dict[str, Any]()
+    total = data.order(recipe).total_steps(train.epochs, train.max_steps)
+    if total >= FEW_STEPS or not len(data.rows):
+        return None
+
+    def steps(**more: Any) -> int:
+        changed = train.model_copy(update=changes | more)
+        return data.order(recipe.model_copy(update={"train": changed})).total_steps(changed.epochs, changed.max_steps)
+
+    enough = min(2 * FEW_STEPS, train.max_steps or 2 * FEW_STEPS)
+    if enough < FEW_STEPS:
+        changes["max_steps"] = enough = 2 * FEW_STEPS
+    if train.micro_batch_size == "auto":
+        sizes = {"batch_size": train.batch_size}
+    else:
+        sizes = {"gradient_accumulation_steps": train.gradient_accumulation_steps}
+        if train.tokens_per_micro_batch is None:
+            sizes["micro_batch_size"] = train.micro_batch_size
+    for name, size in sizes.items():
+        if isinstance(size, int) and size > 1 and steps() < FEW_STEPS:
+            changes[name] = max(1, bisect_left(range(1, size), True, key=lambda each: steps(**{name: each}) < enough))
+    if steps() < FEW_STEPS:
+        changes["epochs"] = math.ceil(enough / steps(epochs=1.0, max_steps=None))
+    written = ", ".join(f"train.{name}: {value}" for name, value in changes.items())
+    more = "" if [*changes] == ["max_steps"] else ", or add data"
+    return f"{_hardly(total)}; write {written} for {steps()} steps{more}"
+
+
+def _hardly(steps: int) -> str:
+    return f"only {counted(steps, 'optimizer step')}, after which an adapter is hardly trained"
 
 
 def _validation(examples: int) -> str:

@@ -50,6 +50,7 @@ class Checked:
         data, train = self.feed.summary, self.feed.summary.train
         return {
             "ok": not data.findings.stopping(self.recipe.data.allow) and train.examples > 0,
+            "steps": self.feed.total_steps,
             "examples": train.examples,
             "validation_examples": len(self.feed.validation),
             "tokens": train.tokens,

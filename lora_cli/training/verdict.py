@@ -22,10 +22,13 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any, Literal, TypeGuard
 
+from lora_cli.data.order import FEW_STEPS
 from lora_cli.files import human_bytes
 
-_FEWEST_STEPS = 20  # with fewer, the difference between the first and the last loss is chance
-Outcome = Literal["learned", "not certain", "nothing learned"]
+_TINY_UPDATE = 0.001  # ‖ΔW‖ / ‖W‖ of the median layer
+_FAR_BELOW = 0.5  # training loss, as a share of the validation loss at the same step
+_RISEN = 0.02  # nats a token of validation loss above its best, and as a share of it
+Outcome = Literal["learned", "not certain", "hardly trained", "nothing learned"]
 
 
 @dataclass(frozen=True)
@@ -42,10 +45,12 @@ def judge(report: Mapping[str, Any]) -> Verdict:
     """What a report says about its adapter.
 
     `nothing learned`: every B is still zero, or the validation loss is no lower than the base model's. `not certain`:
-    it is lower, but the interval includes zero or there is none; or there is no validation data, and the steps are few
-    or the training loss did not fall. `learned`: it is certainly lower; or there is no validation data and the training
-    loss fell over many steps, and the headline says so.
+    it is lower, but the interval includes zero or there is none; or there is no validation data, and the training loss
+    did not fall. `hardly trained`, before these: fewer than 20 steps, or a median update below 0.1 % while the last
+    evaluation was the best. `learned`: it is certainly lower; or there is no validation data and the training loss
+    fell, and the headline says so.
     """
+    hardly = _hardly_trained(report)
     if not report.get("learned"):
         return Verdict(
             "nothing learned",
@@ -56,14 +61,18 @@ def judge(report: Mapping[str, Any]) -> Verdict:
     found = report.get("validation")
     if not found or not is_number(found.get("gain")):
         first, last = report.get("first_loss"), report.get("last_loss")
-        steps = report.get("steps") or 0
         moved, fell = "", False
         if is_number(first) and is_number(last):
-            moved, fell = f"Training loss {first:.4f} → {last:.4f} in {steps} steps. ", last < first
+            moved, fell = (
+                f"Training loss {first:.4f} → {last:.4f} in {count(report.get('steps'))} steps. ",
+                last < first,
+            )
+        if hardly:
+            return Verdict("hardly trained", hardly[0], moved + "There was no validation data.", hardly[1])
         outcome: Outcome = "learned"
         headline = "The adapter learned its training data; whether it helps on anything else was not measured."
         why = "There was no validation data."
-        if steps < _FEWEST_STEPS or not fell:
+        if not fell:
             outcome, headline = "not certain", "The adapter changes the model, but nothing shows that it learned."
             why = "There was no validation data, and training losses of single steps differ by chance."
         return Verdict(outcome, headline, moved + why, "hold rows out for validation: data.validation: 0.05")
@@ -73,8 +82,12 @@ def judge(report: Mapping[str, Any]) -> Verdict:
             "nothing learned",
             "This run learned nothing that helps: on validation data the adapter is no better than its base model.",
             f"Validation {change} nats a token {_examples(found)}.",
-            "lower train.learning_rate or train.epochs, or validate on rows of the same kind as the training rows",
+            hardly[1]
+            if hardly
+            else "lower train.learning_rate or train.epochs, or validate on rows of the same kind as the training rows",
         )
+    if hardly:
+        return Verdict("hardly trained", hardly[0], f"{capital(gain_words(found))}.", hardly[1])
     if found.get("low") is None or found["low"] <= 0:
         sure = "a single example gives no interval" if found.get("low") is None else "its interval includes 0"
         return Verdict(
@@ -87,13 +100,27 @@ def judge(report: Mapping[str, Any]) -> Verdict:
     return Verdict("learned", better, f"{capital(gain_words(found))}.")
 
 
+def _hardly_trained(report: Mapping[str, Any]) -> tuple[str, str] | None:
+    """(headline, what to try), or None. A small update counts only if the loss was still falling at the end."""
+    steps, median = report.get("steps"), (report.get("update_sizes") or {}).get("median")
+    if is_number(steps) and steps < FEW_STEPS:
+        had = f"The adapter is hardly trained: it had {count(steps)} optimizer step{'' if steps == 1 else 's'}."
+        to_try = "lower train.gradient_accumulation_steps or raise train.epochs; lora check says by how much"
+        return had, to_try
+    if is_number(median) and median < _TINY_UPDATE and report.get("best_step") == steps and is_number(steps):
+        had = "The adapter is hardly trained: its update is tiny, and the last evaluation was the best."
+        return had, "raise train.learning_rate or train.epochs"
+    return None
+
+
 def verdict_lines(report: Mapping[str, Any]) -> list[str]:
     """The last lines on the screen, most important first. Missing measurements have no line."""
     verdict = judge(report)
     lines = [verdict.headline, verdict.why]
     if verdict.fix:
         lines.append(f"to try: {verdict.fix}")
-    lines += [line for line in (forgetting_words(report), update_words(report), best_words(report)) if line]
+    measured = (overfitting_words, forgetting_words, update_words, best_words)
+    lines += [line for words in measured if (line := words(report))]
     return [*lines, cost_words(report)]
 
 
@@ -124,6 +151,26 @@ def forgetting_words(report: Mapping[str, Any]) -> str | None:
     if found["low"] > 0:
         return f"{text}: some was forgotten"
     return f"{text}: better than before" if found["high"] < 0 else f"{text}: nothing forgotten that can be seen"
+
+
+def overfitting_words(report: Mapping[str, Any]) -> str | None:
+    """`overfitting: after step 60 the validation loss rose from 0.3000 to 0.4100 …`, or None.
+
+    Both signs are needed: a validation loss that has risen since its best, and a training loss far below it. Each alone
+    is ordinary: a narrow task has a low training loss, and a validation loss wavers.
+    """
+    names = ("best_validation_loss", "last_validation_loss", "last_loss", "best_step")
+    best, last, training, step = (report.get(name) for name in names)
+    if not (is_number(best) and is_number(last) and is_number(training) and is_number(step)):
+        return None
+    if last - best < _RISEN * max(1, best) or training > _FAR_BELOW * last:
+        return None
+    general = report.get("general_text") or {}
+    also = " and general text got worse" if is_number(general.get("low")) and general["low"] > 0 else ""
+    return (
+        f"overfitting: after step {step:,} the validation loss rose from {best:.4f} to {last:.4f}, the training loss "
+        f"fell to {training:.4f}{also}; to try: fewer train.epochs, a lower adapter.rank, or more rows"
+    )
 
 
 def update_words(report: Mapping[str, Any]) -> str | None:
