@@ -180,6 +180,16 @@ def shown(line: str, longest: int = _LONGEST_LINE) -> str:
     return escaped(line)
 
 
+def from_here(text: str) -> str:
+    """The text with paths below the current folder as one writes them there: without what leads to it."""
+    try:
+        here = os.getcwd().rstrip(os.sep)
+    except OSError:  # it was removed
+        return text
+    start = rf"(?<![^\s'\"(=]){re.escape(here + os.sep)}(?=[^\s'\"-])"
+    return re.sub(start, "", text) if here else text
+
+
 def escaped(line: str) -> str:
     """The line with everything spelled out that a terminal would act on, line ends too: \\x1b for an escape."""
     return _UNSEEN.sub(lambda found: ascii(found[0])[1:-1], line)

@@ -14,7 +14,7 @@ from rich.console import Console
 from rich.segment import Segment
 from rich.text import Text
 
-from lora_cli.errors import UNSEEN, escaped
+from lora_cli.errors import UNSEEN, escaped, from_here
 
 
 class Screen(Console):
@@ -50,7 +50,7 @@ def say_on(console: Console) -> Callable[[str], None]:
     """A function that prints one line, however long, on the console."""
 
     def say(text: str) -> None:
-        console.print(escaped(text), markup=False, emoji=False, highlight=False, soft_wrap=True)
+        console.print(escaped(from_here(text)), markup=False, emoji=False, highlight=False, soft_wrap=True)
 
     return say
 

@@ -15,7 +15,7 @@ import select
 import sys
 from typing import Any, NoReturn
 
-from lora_cli.errors import UNSEEN, LoraError, escaped
+from lora_cli.errors import UNSEEN, LoraError, escaped, from_here
 from lora_cli.files import finite
 
 _PATIENCE_SECONDS = 5.0  # for a reader of stderr that does not read: a stopped terminal, a pager
@@ -91,7 +91,7 @@ def print_piece(text: str) -> None:
 def print_note(text: str) -> None:
     """Lines for people on stderr, for what is said before or after rich is there."""
     if sys.stderr is not None:
-        print("\n".join(map(escaped, text.split("\n"))), file=sys.stderr, flush=True)
+        print("\n".join(map(escaped, from_here(text).split("\n"))), file=sys.stderr, flush=True)
 
 
 def finish_results() -> None:

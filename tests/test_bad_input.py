@@ -16,6 +16,8 @@ import pytest
 import torch
 from conftest import Said, read_rows, write_rows
 
+from lora_cli.errors import from_here
+
 
 @pytest.fixture
 def ends(lora: Callable[..., Said], recipe_file: Callable[..., Path], tmp_path: Path) -> Callable[..., str]:
@@ -659,7 +661,7 @@ def opening(lora: Any, trained: Path, tmp_path: Path) -> Callable[..., str]:
 def test_an_adapter_of_another_base(opening: Any, tiny_llama: Path, tiny_gpt2: Path, tmp_path: Path):
     message = opening(lambda _: None, "--model", tiny_gpt2)
     assert message.startswith(f"error: {tmp_path}/adapter: the adapter was trained on another base model: ")
-    assert f"on {tiny_llama}, not on {tiny_gpt2}\n  fix: use the base model {tiny_llama}" in message
+    assert f"on {tiny_llama}, not on {from_here(str(tiny_gpt2))}\n  fix: use the base model {tiny_llama}" in message
 
 
 def test_an_adapter_without_a_fingerprint_that_does_not_fit(opening: Any, tiny_llama: Path, tiny_gpt2: Path):
@@ -671,7 +673,7 @@ def test_an_adapter_without_a_fingerprint_that_does_not_fit(opening: Any, tiny_l
         save_file(tensors, adapter / "adapter_model.safetensors")
 
     message = opening(strip, "--model", tiny_gpt2)
-    assert f"the adapter (of {tiny_llama}) does not fit {tiny_gpt2}: 8 layers differ\n" in message
+    assert f"the adapter (of {tiny_llama}) does not fit {from_here(str(tiny_gpt2))}: 8 layers differ\n" in message
     assert "model.layers.0.self_attn.q_proj: A (2, 64), B (64, 2), but there is no such linear layer\n" in message
     assert "fix: use the base model that it was trained on" in message
 

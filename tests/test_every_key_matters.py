@@ -230,6 +230,7 @@ TESTED_BELOW = {
     "train.activation_memory": "test_activation_memory",
     "train.compile": "test_compile",
     "train.checkpoint_minutes": "test_checkpoint_minutes",
+    "train.patience": "test_patience",
     "train.on_nan": "test_on_nan",
     "train.on_write_error": "test_on_write_error",
     "train.shard_base": "test_shard_base",
@@ -651,6 +652,24 @@ def test_checkpoint_minutes(runs: Runs, monkeypatch: pytest.MonkeyPatch):
         seen[minutes] = list(after)
     last = ["step_000003"]
     assert seen == {1e-9: ["step_000001", "step_000002", *last], 15: last, None: last}
+
+
+def test_patience(runs: Runs, monkeypatch: pytest.MonkeyPatch):
+    """Only the first of three evaluations is the best so far."""
+    from lora_cli.training import validation
+
+    own = validation.example_losses
+    ran = {}
+    for patience in (1, 2, 3, None):
+        scores = iter([1.0, 0.5, 0.6, 0.6])  # of the base and of each step
+
+        def scored(*arguments: Any, scores: Any = scores, **options: Any) -> Any:
+            found, targets = own(*arguments, **options)
+            return torch.full_like(found, next(scores)), targets
+
+        monkeypatch.setattr(validation, "example_losses", scored)
+        ran[patience] = len(losses(runs(VALIDATION | {"train.eval_every": 1, "train.patience": patience})))
+    assert ran == {1: 2, 2: 3, 3: 3, None: 3}
 
 
 def test_on_nan(runs: Runs, monkeypatch: pytest.MonkeyPatch):

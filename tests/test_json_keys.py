@@ -15,7 +15,15 @@ SCORE = {"loss", "perplexity", "bits_per_byte", "target_tokens"}
 REPORT = {
     *("steps", "first_loss", "last_loss", "base_validation_loss", "best_validation_loss", "best_step"),
     *("last_validation_loss", "tokens", "target_tokens", "seconds", "tokens_per_second", "peak_memory_bytes"),
-    *("skipped_steps", "rewound_from_steps", "adapted_layers", "trained_parameters", "validation", "general_text"),
+    *(
+        "ended_early",
+        "skipped_steps",
+        "rewound_from_steps",
+        "adapted_layers",
+        "trained_parameters",
+        "validation",
+        "general_text",
+    ),
     *("update_sizes", "learned", "adapter", "verdict"),
 }
 FROZEN = {

@@ -320,6 +320,7 @@ def test_validation_is_a_fraction_or_a_file(load: Any, problem: Any, tmp_path: P
         ),
         ("{dtype: fp16, device: cpu}", "dtype", "write dtype: auto, or another device"),
         ("train: {eval_every: 5}", "train.eval_every", "set data.validation to a file or a fraction"),
+        ("train: {patience: 2}", "train.patience", "set train.eval_every to the steps between evaluations"),
         ("data: {train: [{path: a, hub: owner/name}]}", "data.train", "write path: data/train.jsonl, or hub: owner/na"),
         (
             "data: {train: a, validation: [{path: b, hub: c/d}]}",
@@ -459,6 +460,7 @@ def test_contradictions_wait_until_all_values_are_valid(problem: Any):
         ("adapter: {projections: [q, v]}", ["adapter.target_modules=all-linear"], ["adapter.projections"]),
         ("double_quantization: true", ["quantization=int8"], ["double_quantization"]),
         ("train: {eval_every: 5}", ["data.validation=null"], ["train.eval_every"]),
+        ("train: {eval_every: 5, patience: 2}", ["data.validation=null"], ["train.eval_every", "train.patience"]),
         (
             "train: {micro_batch_size: auto, batch_size: 16}",
             ["train.tokens_per_micro_batch=2048"],
@@ -801,6 +803,7 @@ VALUES: dict[str, st.SearchStrategy[Any]] = {
     "train.activation_memory": st.none() | _positive,
     "train.seed": st.integers(0, 2**32 - 1),
     "train.eval_every": st.none() | _counts,
+    "train.patience": st.none() | _counts,
     "train.checkpoint_every": st.none() | _counts,
     "train.checkpoint_minutes": st.none() | _positive,
     "output": _names,
@@ -849,6 +852,8 @@ def recipes(draw: Any) -> dict[str, Any]:
     data = values["data"]
     if data.get("validation") is None:
         train.pop("eval_every", None)
+    if train.get("eval_every") is None:
+        train.pop("patience", None)
     if train.get("schedule") == "constant":
         train.pop("min_learning_rate_ratio", None)
     if train.get("optimizer") == "schedule_free_adamw":

@@ -12,10 +12,11 @@ import torch
 from conftest import losses, quiet_console
 from safetensors.torch import load_file
 
-from lora_cli.errors import CheckFailed
+from lora_cli.errors import CheckFailed, LoraError
 from lora_cli.evaluation.evaluate import evaluate_run
 from lora_cli.recipe import load_recipe
-from lora_cli.training import validation
+from lora_cli.training import loop, validation
+from lora_cli.training.run_folder import read_metrics
 from lora_cli.training.train import train
 
 
@@ -68,6 +69,82 @@ def test_update_sizes_are_those_of_the_adapter_that_is_shipped_and_not_of_the_la
         }
     assert report["update_sizes"]["layers"] == pytest.approx(sizes["adapter"], rel=1e-4)
     assert report["update_sizes"]["layers"] != pytest.approx(sizes["adapter_last"], rel=1e-2)
+
+
+@pytest.fixture
+def scored(monkeypatch):
+    """Makes the validation losses of a run: those of its base and its evaluations."""
+
+    own = validation.example_losses
+
+    def make(*losses: float) -> None:
+        scores = iter(losses)
+
+        def found(*arguments: Any, **options: Any) -> Any:
+            _, targets = own(*arguments, **options)
+            return targets * next(scores), targets
+
+        monkeypatch.setattr(validation, "example_losses", found)
+
+    return make
+
+
+WAITS = {
+    "data": {"validation": 0.25},
+    "train": {"max_steps": 30, "eval_every": 2, "checkpoint_every": 3, "patience": 2},
+}
+
+
+def test_patience_ends_a_run_with_its_best_adapter_and_the_schedule_of_the_whole(run_recipe, scored, tmp_path):
+    scored(9.0, 5.0, 4.0, 4.5, 4.1)
+    run, report = run_recipe(**WAITS)
+    rates = [line["learning_rate"] for line in read_metrics(run / "metrics.jsonl")]
+    assert (report["steps"], report["best_step"], report["best_validation_loss"]) == (8, 4, pytest.approx(4.0))
+    assert report["ended_early"] == {"evaluations_since_best": 2, "planned_steps": 30}
+    assert "ended early, after step 8 of 30: 2 evaluations in a row" in (run / "report.html").read_text()
+    scored(*[9.0 - step / 10 for step in range(20)])
+    whole, report = run_recipe(**WAITS, output=str(tmp_path / "whole"))
+    assert (report["steps"], report["ended_early"]) == (30, None)
+    assert [line["learning_rate"] for line in read_metrics(whole / "metrics.jsonl")][:8] == rates
+    status = json.loads((run / "status.json").read_text())
+    assert (status["state"], status["step"]) == ("done", 8)
+
+
+def test_a_run_that_ended_early_is_finished_and_goes_on_with_more_patience(run_recipe, recipe_file, scored):
+    scored(9.0, 5.0, 6.0, 6.0)
+    run, _ = run_recipe(**WAITS)
+    with pytest.raises(LoraError, match="this run is finished") as caught:
+        run_recipe(resume=True, **WAITS)
+    assert "--set train.patience=4 --allow train.patience" in str(caught.value)
+    scored(6.0, 6.0, 5.5)
+    recipe = load_recipe(recipe_file(**WAITS), ["train.patience=4"])
+    report = train(recipe, quiet_console(), resume=True, allow=["train.patience"])
+    assert (report["steps"], report["ended_early"]["evaluations_since_best"]) == (10, 4)
+    assert len(losses(run)) == 10
+
+
+@pytest.mark.parametrize("killed_at", [4, 6, 8])
+def test_a_killed_run_has_the_same_patience_when_it_goes_on(run_recipe, scored, monkeypatch, tmp_path, killed_at):
+    scored(9.0, 5.0, 4.0, 4.5, 4.1)
+    straight, _ = run_recipe(**WAITS, output=str(tmp_path / "straight"))
+    scored(9.0, 5.0, 4.0, 4.5, 4.1)
+    real = loop.Run._optimize
+
+    def optimize(self: Any, step: int) -> Any:
+        if step == killed_at:
+            raise KeyError
+        return real(self, step)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(loop.Run, "_optimize", optimize)
+        with pytest.raises(KeyError):
+            run_recipe(**WAITS)
+    scored(*[5.0, 4.0, 4.5, 4.1][{4: 1, 6: 1, 8: 3}[killed_at] :])  # from the checkpoint at step 3 or 6 on
+    run, report = run_recipe(resume=True, **WAITS)
+    assert report["ended_early"] == {"evaluations_since_best": 2, "planned_steps": 30}
+    for place in ("adapter", "adapter_last"):
+        name = f"{place}/adapter_model.safetensors"
+        assert (run / name).read_bytes() == (straight / name).read_bytes()
 
 
 def test_general_text_is_scored_without_and_with_the_adapter(run_recipe, tmp_path):

@@ -869,3 +869,24 @@ def test_a_setting_of_the_optimizer_that_was_allowed_to_change_takes_effect(reci
     plain, changed = goes_on("plain"), goes_on("changed", f"train.{setting}", allow=(f"train.{setting.split('=')[0]}",))
     assert changed[:3] == plain[:3]  # the third loss is still that of the weights of step 2
     assert changed[3:] != plain[3:]
+
+
+def test_a_run_folder_takes_the_place_of_its_recipe(crashed, lora, tmp_path):
+    run, straight = crashed()
+    said = lora("train", run)
+    assert said.code == 2
+    assert f"fix: continue it with: lora train {run} --resume\n" in said.text
+    moved = run.rename(tmp_path / "moved to $HOME, or: 'here'")
+    assert lora("train", moved, "--resume").code == 0
+    assert losses(moved) == losses(straight)
+    assert not run.exists()
+    assert load_recipe(moved / "recipe.yaml").output == str(moved)
+    assert "this run is finished" in lora("train", moved, "--resume").text
+
+
+def test_a_folder_that_is_no_run_says_what_to_train(recipe_file, lora, tmp_path):
+    path = recipe_file()
+    for words in (["train", tmp_path], ["train", tmp_path, "--resume"]):
+        assert f"fix: train it with: lora train {path}\n" in lora(*words).text
+    (tmp_path / "empty").mkdir()
+    assert "it has no recipe.yaml" in lora("train", tmp_path / "empty").text

@@ -20,9 +20,10 @@ from rich.table import Table
 from rich.text import Text
 
 from lora_cli import streams
-from lora_cli.errors import LoraError, escaped
+from lora_cli.errors import LoraError, escaped, from_here
 from lora_cli.screen import Screen, say_on, status, styled
 from lora_cli.streams import _Notes, _Results
+from lora_cli.training.progress import Progress
 
 HOSTILE = "\x1b]0;title\x07\x9b31m\u202egnp\u2066\u2028\ud800\r\x08 :train: [/b] [red]x[/red]"
 LETHAL = [chr(each) for each in (*range(0x20), *range(0x7F, 0xA0)) if chr(each) != "\n"]
@@ -283,3 +284,43 @@ def test_nothing_prints_past_the_screen():
         text = path.read_text(encoding="utf-8")
         for word in (" print(", "= Console(", "Text(f", "console.status(", "from_markup"):
             assert path.name in allowed or word not in text, f"{path.relative_to(ROOT)}: {word.strip()}"
+
+
+def test_paths_below_the_current_folder_are_said_as_one_writes_them_there(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    here = str(tmp_path)
+    assert from_here(f"error: {here}/runs/a: no such file") == "error: runs/a: no such file"
+    assert from_here(f"lora train '{here}/my runs/a' --resume") == "lora train 'my runs/a' --resume"
+    for other in (f"/mnt{here}/a", f"{here}-2/a", f"{here}/-a", f"{here}/", here):
+        assert from_here(other) == other
+    monkeypatch.chdir("/")
+    assert from_here("/a/b") == "/a/b"
+
+
+STEP = {"step": 1200, "loss": 0.01312, "learning_rate": 1.8e-4, "tokens_per_second": 1234.5}
+STEP |= {"peak_memory_bytes": 2**31, "seconds": 0.2}
+
+
+@pytest.mark.parametrize("width", [20, 40, 60, 80, 150])
+def test_progress_is_one_line_of_whole_words_at_any_width(width):
+    console = Screen(file=io.StringIO(), force_terminal=True, width=width)
+    progress = Progress(console, 11_400, 1, epochs=3.0)
+    progress.line, progress.started = STEP, time.monotonic()
+    (shown,) = console.render_lines(progress._render(), pad=False)
+    text = "".join(segment.text for segment in shown)
+    whole = progress._plain(None, None).split("  ")
+    assert len(text) <= width
+    assert text.lstrip("━").split("  ")[1:] == [part for part in whole if part in text]
+    needed = {"step 1200/11400", *([] if width < 60 else ["loss 0.0131", "11%"])}
+    assert needed <= set(text.split("  "))
+    if width == 150:
+        assert {"epoch 0.32", "rate 1.8e-04", "1,234 tokens/s", "2.00 GiB"} <= set(text.split("  "))
+
+
+def test_off_a_terminal_a_step_is_said_whole():
+    console = Screen(file=io.StringIO(), width=60)
+    progress = Progress(console, 11_400, 1200)
+    progress.step(STEP | {"validation_loss": 0.5})
+    said = console.file.getvalue()  # type: ignore[attr-defined]
+    assert said.startswith("step 1200/11400  11%  loss 0.0131  validation 0.5000 (perplexity 1.65)  rate 1.8e-04")
+    assert "epoch" not in said

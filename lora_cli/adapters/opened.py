@@ -39,7 +39,7 @@ def adapter_folder(path: Path) -> Path:
     if (path / "adapter" / CONFIG).is_file():
         return path / "adapter"
     if (path / "recipe.yaml").is_file():
-        finishing = command("lora", "train", path / "recipe.yaml", "--resume")
+        finishing = command("lora", "train", path, "--resume")
         raise LoraError("this run has no adapter yet", where=str(path), fix=f"finish it: {finishing}")
     what = "there is no adapter in this folder" if path.is_dir() else "no such folder"
     raise LoraError(what, where=str(path), fix=f"name a run folder, or a folder with {CONFIG}")

@@ -46,6 +46,11 @@ class PreparedFeed:
     def total_steps(self) -> int:
         return self.order.total_steps(self.recipe.train.epochs, self.recipe.train.max_steps)
 
+    @property
+    def epochs(self) -> float | None:
+        """How many all steps are; of a stream None."""
+        return self.total_steps / self.order.steps_per_epoch
+
     def first(self, count: int) -> Sequence[Example]:
         """The first examples that are trained on, in the order of the data."""
         return self.data.train[:count]

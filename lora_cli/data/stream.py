@@ -92,6 +92,10 @@ class StreamFeed:
         assert self._recipe.train.max_steps is not None
         return self._recipe.train.max_steps
 
+    @property
+    def epochs(self) -> None:
+        """A stream has no known length."""
+
     def first(self, count: int) -> list[Example]:
         return self._first[:count]
 

@@ -155,6 +155,14 @@ TABLE = [
         fix="set data.validation to a file or a fraction such as 0.05, or remove eval_every",
     ),
     Rule(
+        "train.patience",
+        lambda r: r.train.patience is not None and r.train.eval_every is None,
+        idle_by="train.eval_every",
+    ).says(
+        "patience counts the evaluations of eval_every, which is not set",
+        fix="set train.eval_every to the steps between evaluations, or remove patience",
+    ),
+    Rule(
         "train.micro_batch_size",
         lambda r: r.train.tokens_per_micro_batch is not None,
         idle_by="train.tokens_per_micro_batch",

@@ -253,6 +253,9 @@ class TrainRecipe(Section):
     """Seed of the initial A, the order of rows, the hold-out and dropout."""
     eval_every: int | None = Field(None, ge=1, le=_MOST)
     """Steps between evaluations on the validation data. null: only before and after training."""
+    patience: int | None = Field(None, ge=1, le=_MOST)
+    """Evaluations of eval_every in a row without a lower loss, after which training ends; the best adapter is kept. The
+    learning rate stays that of the whole run. null: never."""
     checkpoint_every: int | None = Field(None, ge=1, le=_MOST)
     """Steps between resumable checkpoints. null: those of checkpoint_minutes, at the end, and when interrupted."""
     checkpoint_minutes: Number | None = Field(15.0, gt=0)

@@ -144,6 +144,12 @@ def verify(folder: Path) -> dict[str, Any]:
     return manifest
 
 
+def read_losses(folder: Path) -> dict[str, Tensor]:
+    """Nats of each validation example, and its target tokens, as `State` names them. Raises LoraError, Damaged."""
+    verify(folder)
+    return _read_state(folder)[2]
+
+
 def _read_state(folder: Path) -> tuple[StateFile, dict[str, Tensor], dict[str, Tensor]]:
     """state.json by its schema; of state.safetensors the random states, and the losses. Raises Damaged."""
     try:

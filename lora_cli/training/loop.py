@@ -88,7 +88,7 @@ class Run:
         if any(each.allow.startswith(("data", "base_model", "quantization", "dtype")) for each in changes):
             self.validator.forget(self.state)
         self.validator.require_fit(self.state)
-        if self.state.step >= self.session.total_steps and self.state.pending is None and self.folder.report.exists():
+        if self._is_over() and self.state.pending is None and self.folder.report.exists():
             raise LoraError(
                 "this run is finished",
                 where=str(self.folder.path),
@@ -99,7 +99,8 @@ class Run:
     def to_the_end(self) -> dict[str, Any]:
         self._say_state("running")
         try:
-            progress = Progress(self.console, self.session.total_steps, self.state.step + 1)
+            feed = self.session.feed
+            progress = Progress(self.console, feed.total_steps, self.state.step + 1, feed.epochs)
             reporting = self.accelerator.is_main_process
             with process_lost_errors(self.folder.resume_command()):
                 with open_trackers(self.session.recipe, progress.say, active=reporting) as track, progress:
@@ -129,7 +130,7 @@ class Run:
         if not self.tried:
             self.state.parts = self.micro_batches.try_largest(self.state.step + 1, self.state.parts, progress.say)
         self.writer.start_clock()
-        while self.state.step < self.session.total_steps:
+        while not self._is_over():
             stop, due = self._asked()
             if stop or (due and self.state.step):
                 self.writer.checkpoint(self.state)
@@ -175,10 +176,15 @@ class Run:
             self.state.pending = None
         self.writer.metrics(line)
         track(line, step)
-        if last or (self.recipe.checkpoint_every and step % self.recipe.checkpoint_every == 0):
+        if self._is_over() or (self.recipe.checkpoint_every and step % self.recipe.checkpoint_every == 0):
             self.writer.checkpoint(self.state)
             self._say_state("running")
         progress.step(line)
+
+    def _is_over(self) -> bool:
+        """Whether the last step is done, or train.patience is at its end."""
+        patience, waited = self.recipe.patience, self.state.evaluations_since_best
+        return self.state.step >= self.session.total_steps or (patience is not None and waited >= patience)
 
     def _optimize(self, step: int) -> tuple[dict[str, Any], str | None]:
         """One optimizer step over all its micro-batches, on all processes.

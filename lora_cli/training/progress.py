@@ -15,14 +15,15 @@ from lora_cli.screen import say_on, styled
 from lora_cli.training.verdict import duration, perplexity
 
 _PLAIN_EVERY_SECONDS = 5.0
-_WIDTH = 30
+_WIDTH, _LEAST_BAR = 30, 10  # columns
 
 
 class Progress:
     """Shows steps as they end. Use as a context manager around the loop."""
 
-    def __init__(self, console: Console, total_steps: int, first_step: int):
-        self.console, self.total, self.first = console, total_steps, first_step
+    def __init__(self, console: Console, total_steps: int, first_step: int, epochs: float | None = None):
+        """epochs: how many all steps are, where that is known."""
+        self.console, self.total, self.first, self.epochs = console, total_steps, first_step, epochs
         self.say = say_on(console)
         self.started = time.monotonic()
         self.last_plain = -math.inf
@@ -60,21 +61,27 @@ class Progress:
         due = line["step"] in (self.first, self.total) or now - self.last_plain > _PLAIN_EVERY_SECONDS
         if validation is not None or (due and self.live is None):
             self.last_plain = now
-            self.say(self._plain())
+            self.say(self._plain(self.console.width if self.console.is_terminal else None, validation))
 
-    def _plain(self) -> str:
-        line = self.line
-        parts = [
-            f"step {line['step']}/{self.total}",
-            "loss is NaN or infinite" if line["loss"] is None else f"loss {line['loss']:.4f}",
-            f"{line['tokens_per_second']:,.0f} tokens/s",
-            human_bytes(line["peak_memory_bytes"]),
-            f"{self._remaining()} left",
+    def _plain(self, width: int | None, validation: float | None) -> str:
+        """The step in one line; of `width` columns, where that is given, without what matters less and does not fit."""
+        line, of_all = self.line, self.line["step"] / self.total
+        loss = line["loss"]
+        parts = [  # (how much it matters, text)
+            (0, f"step {line['step']}/{self.total}"),
+            (3, f"{of_all:.0%}"),
+            (5, "" if self.epochs is None else f"epoch {self.epochs * of_all:.2f}"),
+            (1, "loss is NaN or infinite" if loss is None else f"loss {loss:.4f}"),
+            (2, "" if validation is None else f"validation {validation:.4f} (perplexity {perplexity(validation)})"),
+            (6, f"rate {line['learning_rate']:.1e}"),
+            (7, f"{line['tokens_per_second']:,.0f} tokens/s"),
+            (8, human_bytes(line["peak_memory_bytes"])),
+            (4, f"{self._remaining()} left"),
         ]
-        if "validation_loss" in line:
-            loss = line["validation_loss"]
-            parts.insert(2, f"validation {loss:.4f} (perplexity {perplexity(loss)})")
-        return "  ".join(parts)
+        parts = [(rank, text) for rank, text in parts if text]
+        while width is not None and len(parts) > 1 and len(_joined(parts)) > width:
+            parts.remove(max(parts))
+        return _joined(parts)
 
     def _remaining(self) -> str:
         done = self.line["step"] - self.first + 1
@@ -84,10 +91,16 @@ class Progress:
     def _render(self) -> Group | Text:
         if not self.line:
             return styled(f"  {self.activity or 'first step'} …")
-        filled = round(_WIDTH * self.line["step"] / self.total)
-        lines = [Text("━" * filled, "green") + Text("━" * (_WIDTH - filled), "dim"), styled(self._plain())]
+        text = self._plain(self.console.width - _LEAST_BAR - 2, validation=None)
+        bar = max(1, min(_WIDTH, self.console.width - len(text) - 2))
+        filled = round(bar * self.line["step"] / self.total)
+        lines = [Text.assemble(("━" * filled, "green"), ("━" * (bar - filled), "dim"), "  ", styled(text))]
         if self.validation:
             lines.append(styled("validation loss {1:.4f} at step {0}".format(*self.validation)))
         if self.activity:
             lines.append(styled(f"{self.activity} …", "dim"))
         return Group(*lines)
+
+
+def _joined(parts: list[tuple[int, str]]) -> str:
+    return "  ".join(text for _, text in parts)

@@ -12,6 +12,7 @@ from lora_cli.adapters.file import CHAT_TEMPLATE, TENSORS, put_saved
 from lora_cli.adapters.trained import is_neutral, trained_parameters
 from lora_cli.adapters.update_size import update_sizes
 from lora_cli.data.gate import Weights
+from lora_cli.data.report import counted
 from lora_cli.errors import CheckFailed, DiskError
 from lora_cli.evaluation.forgetting import measure_forgetting
 from lora_cli.evaluation.gain import paired_gain
@@ -58,6 +59,7 @@ def make_report(session: Session, state: State, folder: RunFolder, accelerator: 
         "tokens_per_second": round(state.tokens / state.seconds, 1),
         "reserved_memory_bytes": state.reserved_memory_bytes or None,
         "skipped_steps": state.skipped,
+        "ended_early": _ended_early(session, state),
         "rewound_from_steps": [step for step, _ in state.rewound],
         "weights": weights and vars(weights),
         "adapted_layers": len(session.layers),
@@ -154,8 +156,19 @@ def _forgetting(session: Session, accelerator: Accelerator) -> dict[str, Any] | 
     )
 
 
+def _ended_early(session: Session, state: State) -> dict[str, int] | None:
+    if state.step >= session.total_steps:
+        return None
+    return {"evaluations_since_best": state.evaluations_since_best, "planned_steps": session.total_steps}
+
+
 def _warnings(report: dict[str, Any]) -> list[str]:
     told = []
+    if early := report["ended_early"]:
+        told.append(
+            f"ended early, after step {report['steps']} of {early['planned_steps']}: "
+            f"{counted(early['evaluations_since_best'], 'evaluation')} in a row without a better loss (train.patience)"
+        )
     if skipped := report["skipped_steps"]:
         told.append(f"updates skipped, because loss or gradient was NaN or infinite: steps {_listed(skipped)}")
     if rewound := report["rewound_from_steps"]:

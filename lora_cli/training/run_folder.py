@@ -94,13 +94,14 @@ class RunFolder:
 
     def _resumed(self) -> list[str]:
         own_code = ["--set", "trust_remote_code=true"] if self.remote_code else []
-        return ["lora", "train", str(self.recipe), "--resume", *own_code]
+        return ["lora", "train", str(self.path), "--resume", *own_code]
 
     def longer_command(self) -> str:
-        """The command that trains a finished run for twice as long. Both epochs and max_steps are raised."""
+        """The command that trains a finished run for twice as long. What may end it sooner is raised too."""
         train, words = self.stored_recipe().train, self._resumed()
         values = {"train.epochs": None if self.stored_recipe().data.streaming else f"{2 * train.epochs:g}"}
         values["train.max_steps"] = None if train.max_steps is None else str(2 * train.max_steps)
+        values["train.patience"] = None if train.patience is None else str(2 * train.patience)
         longer = {name: value for name, value in values.items() if value is not None}
         words += [word for name, value in longer.items() for word in ("--set", f"{name}={value}", "--allow", name)]
         return command(*words)

@@ -42,6 +42,7 @@ class State(Stored):
     best_validation_loss: float | None = None
     best_step: Count | None = None
     last_validation_loss: float | None = None
+    evaluations_since_best: Count = 0
     first_loss: float | None = None
     last_loss: float | None = None
     tokens: Count = 0

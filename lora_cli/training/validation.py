@@ -43,6 +43,7 @@ class Validator:
         loss = losses.sum().item() / int(targets.sum())
         state.last_validation_loss = loss
         best = math.isfinite(loss) and (state.best_validation_loss is None or loss < state.best_validation_loss)
+        state.evaluations_since_best = 0 if best else state.evaluations_since_best + 1
         if best:
             state.best_validation_loss, state.best_step = loss, state.step
             state.tensors["validation.best"] = losses
@@ -62,7 +63,7 @@ class Validator:
     def forget(self, state: State) -> None:
         """Drop losses of other data or of another base."""
         state.base_validation_loss = state.best_validation_loss = state.best_step = state.last_validation_loss = None
-        state.tensors = {}
+        state.evaluations_since_best, state.tensors = 0, {}
 
     def _example_losses(self, parts: int) -> tuple[Tensor, Tensor]:
         session, accelerator = self.session, self.accelerator

@@ -106,6 +106,8 @@ def _hardly_trained(report: Mapping[str, Any]) -> tuple[str, str] | None:
     if is_number(steps) and steps < FEW_STEPS:
         had = f"The adapter is hardly trained: it had {count(steps)} optimizer step{'' if steps == 1 else 's'}."
         to_try = "lower train.gradient_accumulation_steps or raise train.epochs; lora check says by how much"
+        if report.get("ended_early"):
+            to_try = "raise train.patience or train.eval_every, or lower train.learning_rate"
         return had, to_try
     if is_number(median) and median < _TINY_UPDATE and report.get("best_step") == steps and is_number(steps):
         had = "The adapter is hardly trained: its update is tiny, and the last evaluation was the best."
