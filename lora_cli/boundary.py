@@ -24,8 +24,11 @@ def keep_tracebacks_in(output: Path) -> None:
     _output = output
 
 
-def run(app: Callable[..., Any], arguments: Sequence[str]) -> int:
-    """Run the command line and return its exit code. Raises nothing but SystemExit."""
+def run(app: Callable[..., Any], arguments: Sequence[str], hint: Callable[..., str | None] = lambda *_: None) -> int:
+    """Run the command line and return its exit code. Raises nothing but SystemExit.
+
+    hint: (command, what it does not know or None, its options) → a fix for a mistake on the command line.
+    """
     try:
         ended = app(list(arguments), standalone_mode=False)
         if ended != 130:  # typer returns it for Ctrl+C; a command itself returns nothing
@@ -40,7 +43,7 @@ def run(app: Callable[..., Any], arguments: Sequence[str]) -> int:
         if type(error).__name__ == "NoArgsIsHelpError":
             error.show()  # type: ignore[attr-defined]
             return 2
-        problem = _problem(error)
+        problem = _problem(error, hint)
     print_note(problem.render() if not isinstance(problem, _Stopped) else problem.what)
     if "--json" in arguments and is_first_process():
         with suppress(Exception):
@@ -62,13 +65,13 @@ def _stopped() -> LoraError:
     return _Stopped("stopped", exit_code=128 + signal_received())
 
 
-def _problem(error: BaseException) -> LoraError:
+def _problem(error: BaseException, hint: Callable[..., str | None]) -> LoraError:
     if isinstance(error, LoraError):
         return error
     if isinstance(error, (KeyboardInterrupt, SystemExit)) or type(error).__name__ == "Abort":
         return _stopped()
     if hasattr(error, "format_message"):  # typer's usage errors, of click or of the copy of it inside typer
-        return _usage(error)
+        return _usage(error, hint)
     if isinstance(error, OSError) and error.filename is not None:
         # Paths come from the user, and what a file system can say of them has no end.
         fix = "check the path, its permissions and its disk"
@@ -80,16 +83,19 @@ def _problem(error: BaseException) -> LoraError:
     return _unexpected(error)
 
 
-def _usage(error: Any) -> LoraError:
+def _usage(error: Any, hint: Callable[..., str | None]) -> LoraError:
     """A mistake on the command line, in the words and the form of all other errors."""
     words: list[str] = []
-    context = getattr(error, "ctx", None)
+    used = context = getattr(error, "ctx", None)
     while context is not None and context.parent is not None:
         words, context = [context.info_name, *words], context.parent
     said = error.format_message().strip().rstrip(".")
     parts = re.fullmatch(r"(.*?)(?:\. (Did you mean .*)| \((Possible options: .*)\))?", said, re.DOTALL)
     what, *hints = parts.groups() if parts is not None else (said,)
-    fix = "; ".join(each[0].lower() + each[1:] for each in hints if each)
+    unknown = re.fullmatch(r"No such (?:command|option):? '?(.*?)'?", what)
+    options = [name for each in used.command.params for name in each.opts] if used is not None else []
+    better = hint(" ".join(words), unknown and unknown[1], options) if unknown or what.startswith("Missing") else None
+    fix = better or "; ".join(each[0].lower() + each[1:] for each in hints if each)
     see = f"see {command('lora', *words, '--help')}"
     return LoraError(what[0].lower() + what[1:], fix=f"{fix}; {see}" if fix else see)
 

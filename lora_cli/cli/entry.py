@@ -5,19 +5,20 @@ from __future__ import annotations
 import os
 import sys
 from contextlib import suppress
+from functools import partial
 from typing import Annotated
 
 import typer
 
 from lora_cli import __version__, boundary
-from lora_cli.cli import evaluate, merge, plan, speak, train
+from lora_cli.cli import evaluate, hints, merge, plan, speak, train
 from lora_cli.ending import end_as_by_ctrl_c, let_go
 from lora_cli.streams import finish_results, guard_streams, print_result
 
 app = typer.Typer(
     help="Fine-tune a causal language model with LoRA or QLoRA from one YAML recipe.",
     no_args_is_help=True,
-    add_completion=False,
+    context_settings={"help_option_names": ["-h", "--help"]},
     rich_markup_mode=None,  # the boxed help imports much more, and --help is to be instant
     pretty_exceptions_enable=False,
 )
@@ -42,7 +43,7 @@ for name, run in (
     *(("init", plan.init), ("train", train.train), ("check", plan.check), ("eval", evaluate.evaluate)),
     *(("merge", merge.merge), ("generate", speak.generate), ("chat", speak.chat), ("runs", train.runs)),
 ):
-    app.command(name)(run)
+    app.command(name, epilog=hints.help_of(name))(run)
 
 
 def main() -> None:
@@ -56,7 +57,9 @@ def main() -> None:
         os.environ.setdefault("PYTORCH_ALLOC_CONF", "expandable_segments:True")
     code = 1
     try:
-        code = boundary.run(app, sys.argv[1:])
+        given = sys.argv[1:]
+        given = [*given[1:], "--help"] if given[:1] == ["help"] else given
+        code = boundary.run(partial(app, prog_name="lora"), given, hints.hint)
         sys.exit(code)
     finally:
         with suppress(Exception):  # of a command that failed; what it had printed matters no more

@@ -45,8 +45,6 @@ def evaluate(
     """Score base and adapter on the same tokens.
 
     Prints loss, perplexity, bits per byte and the number of target tokens.
-
-    lora eval runs/my-run
     """
     twice = source is not None and (model or adapter)
     refuse_if(bool(twice), "the model is named twice", where=source, fix="lora eval SOURCE --data FILE")

@@ -50,10 +50,7 @@ def generate(
     chat: Annotated[bool, typer.Option("--chat", hidden=True)] = False,
     no_adapter: Annotated[bool, typer.Option("--no-adapter", hidden=True)] = False,
 ) -> None:
-    """Complete a prompt, as the model was trained to be prompted.
-
-    lora generate runs/my-run "How long is the warranty?"
-    """
+    """Complete a prompt, as the model was trained to be prompted."""
     if named := run or adapter or model:
         refuse_if(prompt is not None, "the model is named twice", where=source, fix='lora generate SOURCE "PROMPT"')
         both = run is not None and adapter is not None
@@ -98,10 +95,7 @@ def chat(
     device: Device = "auto",
     trust_remote_code: RemoteCode = False,
 ) -> None:
-    """Talk to a model in the terminal.
-
-    lora chat runs/my-run
-    """
+    """Talk to a model in the terminal."""
     _require_sampled(temperature, top_p, top_k)
     heavy("lora_cli.evaluation.chat").chat(
         _found(source, base, "lora chat SOURCE"),

@@ -1,0 +1,100 @@
+"""Examples for --help, and what to use in place of commands and options that do not exist here."""
+
+from __future__ import annotations
+
+from collections.abc import Container
+
+EXAMPLES = {
+    "init": (
+        "lora init HuggingFaceTB/SmolLM2-135M-Instruct data/faq.csv",
+        "lora init Qwen/Qwen3-4B 'data/*.jsonl' --gpu 12GB --output qwen.yaml",
+    ),
+    "train": (
+        "lora train recipe.yaml",
+        "lora train recipe.yaml --set train.epochs=2 --set output=runs/two-epochs",
+        "lora train recipe.yaml --resume",
+    ),
+    "check": ("lora check recipe.yaml", "lora check recipe.yaml --show 10 --html preview.html"),
+    "eval": ("lora eval runs/my-run", "lora eval runs/my-run --data data/other.jsonl --json"),
+    "merge": ("lora merge runs/my-run --output merged", "lora merge runs/my-run --output merged --onto original"),
+    "generate": (
+        "lora generate runs/my-run 'How long is the warranty?'",
+        "lora generate merged 'Once upon a time' --raw --temperature 0.7 --top-p 0.9",
+    ),
+    "chat": ("lora chat runs/my-run", "lora chat merged --system 'Answer in one sentence.'"),
+    "runs": ("lora runs", "lora runs runs/my-run", "lora runs --per-hour 0.40"),
+}
+_TRAIN = "lora train RECIPE; lora init MODEL DATA writes one"
+_COMMANDS = {  # of other programs, and of people's expectation: what to use here
+    **dict.fromkeys(("finetune", "fine-tune", "sft", "fit", "run", "start", "launch", "lora", "qlora"), _TRAIN),
+    "resume": "lora train RECIPE --resume",
+    **dict.fromkeys(("plan", "preprocess", "prepare", "validate", "inspect", "dry-run"), "lora check RECIPE"),
+    **dict.fromkeys(("new", "create", "config", "quickstart"), "lora init MODEL DATA, which writes a recipe"),
+    **dict.fromkeys(("evaluate", "test", "score", "benchmark"), "lora eval RUN"),
+    **dict.fromkeys(("merge-lora", "merge-sharded-fsdp-weights", "fuse", "save"), "lora merge RUN --output FOLDER"),
+    **dict.fromkeys(("repl", "talk", "console"), "lora chat RUN"),
+    **dict.fromkeys(("inference", "predict", "infer", "complete", "ask"), "lora generate RUN PROMPT"),
+    **dict.fromkeys(("list", "ls", "ps", "status", "history", "compare"), "lora runs"),
+    "schema": "lora init --schema",
+    "version": "lora --version",
+    **dict.fromkeys(
+        ("export", "convert", "gguf"),
+        "lora merge RUN --output FOLDER, which writes a folder that llama.cpp's convert_hf_to_gguf.py and vLLM read",
+    ),
+    **dict.fromkeys(
+        ("serve", "api", "webui", "deploy"),
+        "there is no server here; lora merge RUN --output FOLDER writes a folder that vLLM and others serve",
+    ),
+    **dict.fromkeys(
+        ("push", "upload", "publish", "push-to-hub"),
+        "nothing is uploaded from here; hf upload OWNER/NAME RUN/adapter, of huggingface_hub, does",
+    ),
+    **dict.fromkeys(("download", "pull"), "hf download OWNER/NAME, of huggingface_hub; lora train loads models itself"),
+    **dict.fromkeys(("dpo", "grpo", "ppo", "orpo", "kto", "rm", "reward", "pretrain"), f"not offered; {_TRAIN}"),
+}
+_OPTIONS = {  # of other programs: those that mean the same here, where a command has them
+    **dict.fromkeys(("--max-tokens", "--max-length", "--num-predict", "-n"), "--max-new-tokens"),
+    **dict.fromkeys(("--model-name-or-path", "--base-model", "--model-path"), "--base"),
+    **dict.fromkeys(("--out", "--output-dir", "--save-path", "-o"), "--output"),
+    **dict.fromkeys(("--dataset", "--data-path", "--test-file"), "--data"),
+    **dict.fromkeys(("--temp", "-t"), "--temperature"),
+    "--system-prompt": "--system",
+    "--resume-from-checkpoint": "--resume",
+}
+
+
+def help_of(name: str) -> str:
+    """The end of a command's --help. \\b: lines as they are."""
+    return "\n".join(("\b", "Examples:", *(f"  {line}" for line in EXAMPLES[name])))
+
+
+def hint(command: str, unknown: str | None, options: Container[str]) -> str | None:
+    """What to use for an unknown command, or an unknown option of `command`, which has `options`.
+
+    unknown None: the command lacks something. Returns a fix; None where there is nothing better to say.
+    """
+    if unknown is None:
+        return f"for example {EXAMPLES[command][0]}" if command in EXAMPLES else None
+    if not unknown.startswith("-"):
+        known = _COMMANDS.get(unknown.lower().replace("_", "-"))
+        return f"use {known}" if known and known.startswith("lora") else known
+    name = unknown.replace("_", "-")
+    if _OPTIONS.get(name) in options:
+        return f"did you mean {_OPTIONS[name]}?"
+    if "--set" not in options:
+        return None
+    if name in ("--config", "--recipe", "--file", "-c", "-f"):
+        return f"name the recipe without an option: lora {command} recipe.yaml"
+    return _in_recipe(name.lstrip("-").replace("-", "_"))
+
+
+def _in_recipe(name: str) -> str | None:
+    """The setting that an option of another program is, and how to give it on the command line."""
+    from lora_cli.recipe.keys import all_keys
+    from lora_cli.recipe.peers import hint as of_peers
+
+    own = next((".".join(key) for key in all_keys() if key[-1] == name), None)
+    if own:
+        return f"write {own} in the recipe, or --set {own}=… here"
+    said = of_peers(name)
+    return said if said is None or said.startswith("remove") else f"{said} (in the recipe, or here with --set)"
