@@ -79,7 +79,7 @@ def hint(command: str, unknown: str | None, options: Container[str]) -> str | No
         known = _COMMANDS.get(unknown.lower().replace("_", "-"))
         return f"use {known}" if known and known.startswith("lora") else known
     name = unknown.replace("_", "-")
-    if _OPTIONS.get(name) in options:
+    if _OPTIONS.get(name, "") in options:
         return f"did you mean {_OPTIONS[name]}?"
     if "--set" not in options:
         return None
