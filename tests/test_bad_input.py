@@ -102,11 +102,11 @@ def test_no_data_file(refused: Any, sums: Path, tmp_path: Path):
     assert message == f"error: {tmp_path}/sum.jsonl: no such data file\n  fix: did you mean {sums}?\n"
     assert "held.jsonl: no such data file" in refused(data={"validation": str(tmp_path / "held.jsonl")})
     (tmp_path / "folder" / ".hidden").mkdir(parents=True)
-    (tmp_path / "folder" / "notes.md").write_text("no data")
+    (tmp_path / "folder" / "notes.rst").write_text("no data")
     (tmp_path / "folder" / ".hidden" / "rows.jsonl").write_text(sums.read_text())
     message = refused(data={"train": str(tmp_path / "folder")})
     assert (
-        f"error: {tmp_path}/folder: no data files in this folder; the files there end in .md\n  fix: name a" in message
+        f"error: {tmp_path}/folder: no data files in this folder; the files there end in .rst\n  fix: name a" in message
     )
     message = refused(data={"train": str(tmp_path / "*.parquet")})
     assert f"error: {tmp_path}/*.parquet: no file matches this pattern\n  fix: check the pattern" in message
@@ -141,9 +141,10 @@ BROKEN_FILES = {
     "cut.jsonl.gz": (gzip.compress(b'{"text": "a"}\n' * 99)[:-9], "cut.jsonl.gz: the compressed file is damaged: "),
     "noise.csv.zst": (b"this is no archive", "noise.csv.zst: the compressed file is damaged: "),
     "line.jsonl.gz": (gzip.compress(b'{"text": "a"}\n{"b\n'), "line.jsonl.gz:2:2: broken JSON: Unterminated string"),
-    "latin.txt": (b"ok\ncaf\xe9\n", "latin.txt:2: not UTF-8 text: byte 0xe9"),
+    "greek.txt": ("ok\nκαφές\n".encode("cp1253"), "greek.txt:2: not UTF-8 text: byte 0xea"),
     "latin.jsonl": (b'{"text": "caf\xe9"}\n', "latin.jsonl:1: not UTF-8 text: byte 0xe9"),
-    "latin.csv": (b"text\ncaf\xe9\n", "latin.csv:2: not UTF-8 text: byte 0xe9"),
+    "damaged.csv": ("text\nGrüße, süß\n".encode() + b"caf\xe9\n", "damaged.csv:3: not UTF-8 text: byte 0xe9"),
+    "half.csv": ("text\nok\n".encode("utf-16")[:-1], "half.csv: damaged UTF-16 text: "),
     "rows.xml": (b"<a/>\n", "rows.xml: unknown kind of data file .xml"),
     "rows.gz": (gzip.compress(b"a\n"), "rows.gz: unknown kind of data file .gz"),
     "rows.parquet.gz": (gzip.compress(b"PAR1"), "rows.parquet.gz: unknown kind of data file .parquet.gz"),
@@ -231,7 +232,9 @@ def test_columns_that_fit_no_format_or_several(refused: Any, rows: Any):
     assert (
         "rows.jsonl: row 1: the columns answer, question fit no format\n  formats and their columns: chat: " in message
     )
-    assert "\n  fix: write data.columns: {prompt: question, completion: answer}\n" in message
+    assert (
+        "\n  fix: write data.columns: {prompt: question, completion: answer}; or, to go through the model's" in message
+    )
     message = refused(data=rows(SHORT | {"text": "a"}))
     assert "the columns completion, prompt, text fit more than one format" in message
     assert "fix: write data.format: completion, or remove a column" in message

@@ -203,6 +203,16 @@ def test_check_lists_files_also_of_a_stream(recipe_file, tmp_path):
 
 
 def test_a_folder_without_data_says_what_lies_there(tmp_path):
-    fill(tmp_path / "notes", "a.md", "b.md")
-    with pytest.raises(LoraError, match=r"no data files in this folder; the files there end in \.md"):
+    fill(tmp_path / "notes", "a.rst", "b.rst")
+    with pytest.raises(LoraError, match=r"no data files in this folder; the files there end in \.rst"):
         find_files(str(tmp_path / "notes"))
+
+
+def test_markdown_is_read_where_nothing_else_is(tmp_path):
+    folder = fill(tmp_path / "notes", "a.md", "b.md", "README.md")
+    assert [path.name for path in find_files(str(folder)).paths] == ["a.md", "b.md"]
+    fill(folder, "rows.jsonl")
+    found = find_files(str(folder))
+    assert [path.name for path in found.paths] == ["rows.jsonl"]
+    assert found.left[str(folder / "a.md")] == "Markdown beside other data files"
+    assert find_files(str(folder / "a.md")).paths == (folder / "a.md",)

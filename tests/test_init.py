@@ -181,7 +181,7 @@ def test_numbers_of_long_texts(tiny_llama: Path, tmp_path: Path, tokenizer: Any)
     # Every piece but the first of a text begins with a token of context: 255 new ones each.
     pieces = sum(1 + -(-(length - 256) // 255) for length in lengths)
     assert f"3 of 3 texts are longer: cut into pieces, which makes {pieces:,} examples" in text
-    assert "No validation: 5 % of 3 rows would be 0, too few" in text
+    assert "No validation: 3 different rows are too few to hold some out (from 50 on)" in text
     assert recipe.data.validation is None
 
 
@@ -431,10 +431,10 @@ def test_a_column_with_a_name_that_yaml_does_not_like(tmp_path: Path, tiny_llama
 def test_held_out_rows_are_enough_and_not_too_many(rows: int, distinct: int):
     share = choose_validation(rows, min(rows, distinct))
     if share is None:
-        assert round(0.05 * min(rows, distinct)) < 8
+        assert min(rows, distinct) < 50
     else:
-        assert 0 < share <= 0.05
-        assert 8 <= round(share * rows) <= 1500
+        assert share <= max(0.05, 8 / min(rows, distinct) + 0.01)
+        assert 8 <= round(share * rows) <= max(1500, 0.17 * rows)
 
 
 def test_equal_rows_are_not_held_out(tiny_llama: Path, tmp_path: Path):

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import csv
 import io
+import json
 import re
 import shutil
 import subprocess
@@ -16,8 +17,9 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from tiny_model import make_tokenizer
 
-from lora_cli.data.files.readers import read_file
+from lora_cli.data.files.readers import encoding_said, read_file
 from lora_cli.data.prepare import prepare
+from lora_cli.data.report import finding_lines
 from lora_cli.errors import LoraError
 from lora_cli.planning.check import check, print_checked
 from lora_cli.recipe import Recipe, load_recipe
@@ -110,17 +112,27 @@ def test_files_with_byte_order_marks_that_were_put_together_are_read(tmp_path):
 
 @pytest.mark.skipif(shutil.which("iconv") is None, reason="the command that the fix names")
 @pytest.mark.parametrize("encoding", ["utf-16", "utf-16-be", "cp1252"])
-@pytest.mark.parametrize("name", ["it's rows.csv", "rows.tsv", "rows.jsonl", "rows.json", "rows.txt", "ROWS.CSV.gz"])
-def test_a_text_that_is_not_utf8_is_refused_with_a_command_that_converts_it(name, encoding, tmp_path):
+@pytest.mark.parametrize(
+    "name",
+    ["it's rows.csv", "rows.tsv", "rows.jsonl", "it's rows.json", "rows.txt", "rows.md", "ROWS.CSV.gz", "a.jsonl.gz"],
+)
+def test_a_text_that_is_not_utf8_is_read_or_refused_with_a_command_that_converts_it(name, encoding, tmp_path):
     import gzip
 
-    text = {"csv": "text\nGrüße\n", "tsv": "text\tid\nGrüße\t1\n", "txt": "Grüße"}.get(
+    text = {"csv": "text\nGrüße\n", "tsv": "text\tid\nGrüße\t1\n", "txt": "Grüße: hello", "md": "Grüße: hello"}.get(
         name.lower().removesuffix(".gz").rpartition(".")[2], '{"text": "Grüße"}\n'
     )
     data = text.encode(encoding)
     data = b"\xfe\xff" + data if encoding == "utf-16-be" else data
     path = tmp_path / name
     path.write_bytes(gzip.compress(data) if name.endswith(".gz") else data)
+    if encoding != "cp1252" or "json" not in name:
+        assert [row.values["text"].removesuffix(": hello") for row in read_file(path)] == ["Grüße"]
+        said = encoding_said(str(path))
+        assert said is not None
+        assert said.what.startswith(f"the text is read as {'Windows-1252' if encoding == 'cp1252' else 'UTF-16'}: ")
+        assert ("'Grüße'" in said.what) == (encoding == "cp1252")
+        return
     with pytest.raises(LoraError, match="UTF-") as caught:
         list(read_file(path))
     assert str(caught.value.where).startswith(f"{path}:")
@@ -128,6 +140,32 @@ def test_a_text_that_is_not_utf8_is_refused_with_a_command_that_converts_it(name
     assert found is not None
     subprocess.run(found[1], shell=True, check=True)
     assert [row.values["text"] for row in read_file(Path(found[2]))] == ["Grüße"]
+
+
+def test_lines_of_utf16_are_those_of_utf8_and_keep_every_character(tmp_path):
+    rows = [{"text": "a\u2028b\x85c 😀"}, {"text": "ü" * 5000}]
+    text = "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows)
+    (tmp_path / "rows.jsonl").write_bytes(text.encode("utf-16"))
+    assert [row.values for row in read_file(tmp_path / "rows.jsonl")] == rows
+
+
+def test_a_file_that_is_read_as_another_encoding_is_a_note(tmp_path):
+    (tmp_path / "faq.csv").write_bytes("instruction;output\nWie viel Öl?;Genügend.\n".encode("cp1252"))
+    data = {"train": str(tmp_path / "faq.csv")}
+    recipe = Recipe.model_validate({"base_model": "none", "output": str(tmp_path / "run"), "data": data})
+    findings = prepare(recipe, make_tokenizer()).summary.findings
+    assert findings.counts["not_utf8"] == 1
+    (said,) = [line for line in finding_lines(findings) if "UTF-8" in line]
+    assert said == (
+        f"1 files whose text is not UTF-8: {tmp_path}/faq.csv: the text is read as Windows-1252: it is not UTF-8 "
+        "and can be this, such as in 'Öl'"
+    )
+
+
+def test_a_title_without_commas_above_the_header_is_named(tmp_path):
+    with pytest.raises(LoraError, match="line 1, which is to name the columns, has 1") as caught:
+        values(tmp_path, "Our FAQ\nQuestion,Answer\nWhat?,This.\n")
+    assert str(caught.value.fix).startswith("remove what is above the names of the columns")
 
 
 def test_a_sheet_is_to_be_saved_as_csv(tmp_path):

@@ -77,6 +77,9 @@ KINDS = {
         "rows with a tool result that is not text: written as JSON",
         "none needed if the model will receive such results as JSON",
     ),
+    "not_utf8": Note(
+        "files whose text is not UTF-8", "none needed if it reads well in the preview; else save them as UTF-8"
+    ),
     "left_out": Note("rows left out by train: false or weight: 0", "none needed if that is intended"),
     "stop_not_end": Note(
         "trained stop tokens at which the model does not stop by itself",
@@ -152,7 +155,9 @@ class Findings:
         return (fixes.pop() if len(fixes) == 1 else None) or KINDS[kind].fix
 
     def rows(self, kind: str) -> str:
-        """The first rows of a kind, as a person reads them."""
+        """The first rows of a kind, as a person reads them; of files what is said of each."""
+        if not self.places[kind]:
+            return "; ".join(f"{error.where}: {error.what}" for error in self.errors[kind] if error.where)
         shown: dict[str, list[int]] = {}
         for file, row in self.places[kind][:_SHOWN_ROWS]:
             shown.setdefault(file, []).append(row)

@@ -15,7 +15,7 @@ from lora_cli.data.chat.template import ChatTemplate, chat_template
 from lora_cli.data.columns import applicable
 from lora_cli.data.encode import TRAIN_ON, Encoder, Prepared
 from lora_cli.data.example import Example, cut, windows
-from lora_cli.data.files.readers import Row
+from lora_cli.data.files.readers import Row, encoding_said
 from lora_cli.data.files.sources import Source
 from lora_cli.data.formats import Format, detect_format, require_present
 from lora_cli.data.gate import Encoded, Finding, Findings
@@ -72,10 +72,13 @@ class RowEncoder:
 
         Rows are read and rendered in one thread and tokenized in another, while those before are masked and written.
         """
+        file = None
         chunks = iter(lambda: [self._encoder.prepare(row) for row in islice(rows, _ROWS_AT_ONCE)], [])
         for tokenized in ahead(map(self._tokenize, ahead(chunks, 2)), 2):
             for encoded in self._encoder.encode(tokenized):
                 place = (encoded.row.file, encoded.row.number)
+                if file != encoded.row.file and (said := encoding_said(file := encoded.row.file)):
+                    findings.add("not_utf8", None, said)
                 for found in (*map(Finding, encoded.notes), *encoded.findings):
                     findings.add(found.kind, place, found.error)
                 yield encoded

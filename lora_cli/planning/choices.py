@@ -30,6 +30,7 @@ FULL_MICRO_BATCH, SMALL_MICRO_BATCH = 4096, 1024  # tokens: more are hardly fast
 TEXT_PIECE = 2048  # tokens that longer texts are cut into
 SHORTEST_PIECE = 256
 HELD_OUT, FEWEST_HELD_OUT, MOST_HELD_OUT = 0.05, 8, 1000  # share, rows, rows
+FEWEST_TO_SPLIT = 50  # rows of which some are held out
 _SIZES = (4, 6, 8, 10, 12, 16, 20, 24, 32, 40, 48, 80, 96, 128, 141, 180)  # GiB that GPUs are made with
 
 
@@ -121,13 +122,14 @@ def choose_learning_rate(parameters: int) -> tuple[float, str]:
 
 
 def choose_validation(rows: int, distinct: int) -> float | None:
-    """Share of the rows to hold out: enough to judge by, and no more than is quickly scored. None: too few rows.
+    """Share of the rows to hold out: 5 %, at least 8 rows, and no more than is quickly scored. None: too few rows.
 
     distinct: unequal rows; equal ones are held out together.
     """
-    if round(min(rows, distinct) * HELD_OUT) < FEWEST_HELD_OUT:
+    if min(rows, distinct) < FEWEST_TO_SPLIT:
         return None
-    return min(HELD_OUT, float(f"{MOST_HELD_OUT / rows:.0e}"))
+    enough = math.ceil(100 * FEWEST_HELD_OUT / min(rows, distinct)) / 100
+    return min(max(HELD_OUT, enough), float(f"{MOST_HELD_OUT / rows:.0e}"))
 
 
 def choose_sizes(base: BaseModel, survey: DataSurvey, device: Device, shape: ModelShape, epochs: int) -> Fit:

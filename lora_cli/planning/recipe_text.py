@@ -168,8 +168,8 @@ def _data(text: _Yaml, chosen: Chosen, names: Names, tried: Tried | None) -> Non
         held = f"{_amount(tried.held_out, survey.exact)} " if tried else ""
         text.set("validation", chosen.validation, f"{held}examples held out, by which the best adapter is kept")
     else:
-        few = round(survey.rows * choices.HELD_OUT)
-        text.say(f"No validation: 5 % of {survey.rows:,} rows would be {few}, too few to judge by; better name a file.")
+        few = f"{survey.distinct:,} different rows are too few to hold some out (from {choices.FEWEST_TO_SPLIT} on)"
+        text.say(f"No validation: {few}; better name a file.")
     _lengths(text, chosen, tried)
     if not chosen.base.packs:
         text.set("packing", False, "this architecture does not keep examples on one row apart")

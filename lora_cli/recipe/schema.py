@@ -63,8 +63,8 @@ class SourceRecipe(Section):
     """One source of rows: local files or a data set of the hub."""
 
     path: str | None = Field(None, min_length=1)
-    """A data file (.jsonl, .json, .csv, .tsv, .parquet, .arrow, .txt; text kinds also .gz or .zst), a folder of them,
-    or a glob."""
+    """A data file (.jsonl, .json, .csv, .tsv, .parquet, .arrow, .txt, .md; text kinds also .gz or .zst), a folder of
+    them, or a glob."""
     hub: str | None = Field(None, min_length=1)
     """A data set of the Hugging Face hub: owner/name."""
     config: str | None = None

@@ -121,10 +121,13 @@ def _of_folder(folder: Path, name: str, held_out: bool, written: Sequence[Path])
     looked_at = sorted(each for each in there if kind_of(each) and each.is_file())
     left = _no_rows(looked_at)
     found = [each for each in looked_at if each not in left]
+    if others := [each for each in found if kind_of(each) != ".md"]:
+        left |= dict.fromkeys((each for each in found if each not in others), "Markdown beside other data files")
+        found = others
     if not found:
         others = sorted({each.suffix for each in there if each.suffix})[:_SHOWN]
         ends = f"; the files there end in {', '.join(others)}" if others and not left else ""
-        fix = "name a folder that holds some, or a file (.jsonl, .csv, .parquet, .txt, …)"
+        fix = "name a folder that holds some, or a file (.jsonl, .csv, .parquet, .txt, .md, …)"
         raise LoraError(f"no data files in this folder{ends}", where=name, fix=fix)
     splits: dict[str | None, list[Path]] = {}
     for each in found:
@@ -182,7 +185,7 @@ def _no_rows(paths: Iterable[Path]) -> dict[Path, str]:
                 saved[path.parent] = {each.get("filename") for each in files or [] if isinstance(each, dict)}
             elif path.name == "dataset_info.json":
                 saved.setdefault(path.parent, None)
-        elif path.suffix.lower() == ".txt" and path.stem.lower() in _ABOUT:
+        elif path.suffix.lower() in (".txt", ".md") and path.stem.lower() in _ABOUT:
             left[path] = "is about the data, by its name"
     for path in paths:
         if path.suffix.lower() == ".arrow" and path.parent in saved:

@@ -7,7 +7,6 @@ Arrow have types of their own: see tables.py.
 
 from __future__ import annotations
 
-import codecs
 import csv
 import io
 import json
@@ -21,6 +20,7 @@ from pathlib import Path
 from typing import Any, BinaryIO
 
 from lora_cli import limits
+from lora_cli.data.files.encodings import NAMES, Recoded, is_utf8, is_western, marked
 from lora_cli.data.files.tables import TABLE_KINDS, Values
 from lora_cli.errors import LoraError, command
 from lora_cli.files import require_regular
@@ -29,7 +29,7 @@ from lora_cli.limits import LimitReached
 _UNPACK = {".gz": "gzip", ".zst": "zstd"}  # what text kinds may be compressed with
 _PARSED = {b"{": 72, b"[": 64, b",": 32, b'"': 25}  # bytes in Python for each of these marks in JSON
 _LOOKED_AT = 50  # lines that show what the values of a CSV file are separated by
-_NAMES = {",": "commas", ";": "semicolons", "\t": "tabs", "|": "bars"}
+_SEPARATORS = {",": "commas", ";": "semicolons", "\t": "tabs", "|": "bars"}
 _QUOTED = re.compile(rb'"[^"]*"')
 
 
@@ -121,6 +121,48 @@ class _Counted(io.RawIOBase):
 
 @contextmanager
 def _opened(path: Path) -> Iterator[BinaryIO]:
+    """The text of a file, decompressed, as UTF-8 where its encoding is known."""
+    encoding = encoding_of(path)
+    with _unpacked(path) as stream:
+        yield stream if encoding is None else io.BufferedReader(Recoded(stream, encoding, path), 1 << 20)
+
+
+def encoding_of(path: Path) -> str | None:
+    """The encoding of a text file that is not in UTF-8 and is read all the same; None for any other file."""
+    entry = path.stat()
+    return _encoding(path, entry.st_size, entry.st_mtime_ns)
+
+
+@lru_cache(maxsize=1024)
+def _encoding(path: Path, _size: int, _written: int) -> str | None:
+    def look(at: Callable[[BinaryIO], Any]) -> Any:
+        with _unpacked(path) as stream:
+            return at(stream)
+
+    guessed = kind_of(path) in _SAVED_BY_PROGRAMS
+    return look(marked) or ("cp1252" if guessed and not look(is_utf8) and look(is_western) else None)
+
+
+def encoding_said(file: str) -> LoraError | None:
+    """That a file is not read as UTF-8, and how a word of it reads then; None for what is."""
+    path = Path(file)
+    encoding = encoding_of(path) if kind_of(path) in _TEXT_KINDS and path.is_file() else None
+    if encoding is None:
+        return None
+    why = "it begins with the mark of that encoding"
+    if encoding == "cp1252":
+        with _opened(path) as stream:
+            words = re.compile(r"\w*[^\W\x00-\x7f]\w*|[^\x00-\x7f]").search(
+                stream.read(1 << 20).decode(errors="ignore")
+            )
+        why = (
+            f"it is not UTF-8 and can be this, such as in {words[0]!r}" if words else "it is not UTF-8 and can be this"
+        )
+    return LoraError(f"the text is read as {NAMES[encoding]}: {why}", where=file)
+
+
+@contextmanager
+def _unpacked(path: Path) -> Iterator[BinaryIO]:
     """The bytes of a file, decompressed. Raises LoraError for a damaged archive, LimitReached if it holds too much."""
     packing = _UNPACK.get(path.suffix.lower())
     if packing is None:
@@ -152,19 +194,17 @@ def _text_of(path: Path) -> str:
         return data.decode("utf-8-sig")
     except UnicodeDecodeError as error:
         line = data.count(b"\n", 0, error.start) + 1
-        raise _not_utf8(path, line, data[error.start], data[:2]) from None
+        raise _not_utf8(path, line, data[error.start]) from None
 
 
-def _not_utf8(path: Path, line: int, byte: int, start: bytes) -> LoraError:
-    """start: the first two bytes, which say it if the text is UTF-16."""
+def _not_utf8(path: Path, line: int, byte: int) -> LoraError:
     kind = kind_of(path) or ""
     converted = path.with_name(f"{path.name[: path.name.lower().index(kind)]}-utf8{kind}")
-    wide = start in (codecs.BOM_UTF16_LE, codecs.BOM_UTF16_BE)
-    source = f"-f {'UTF-16' if wide else 'WINDOWS-1252'} -t UTF-8"
     packing = _UNPACK.get(path.suffix.lower())
-    convert = f"{f'{packing} -dc' if packing else 'cat'} {command(path)} | iconv {source} > {command(converted)}"
-    guess = "" if wide else " (Western texts of Windows; another -f if it is something else)"
-    what = f"{'UTF-16' if wide else 'not UTF-8'} text: byte {byte:#04x}"
+    unpack = f"{packing} -dc" if packing else "cat"
+    convert = f"{unpack} {command(path)} | iconv -f WINDOWS-1252 -t UTF-8 > {command(converted)}"
+    guess = " (Western texts of Windows; another -f if it is something else)"
+    what = f"not UTF-8 text: byte {byte:#04x}"
     return LoraError(what, where=f"{path}:{line}", fix=f"convert it with `{convert}`{guess}, and name {converted}")
 
 
@@ -174,7 +214,7 @@ def _lines(path: Path) -> Iterator[str]:
     Where the first line shows it, they are split at CR too. A mark of the byte order may begin any line, since files
     are put together of several.
     """
-    start, mac, number = b"", False, 0
+    mac, number = False, 0
     with _opened(path) as stream:
         while whole := stream.readline(limits.ROW_BYTES + 1):
             if len(whole) > limits.ROW_BYTES:
@@ -182,13 +222,13 @@ def _lines(path: Path) -> Iterator[str]:
                 fix = "write one row a line, and cut very long text"
                 raise LimitReached(what, where=f"{path}:{number + 1}", fix=fix)
             if number == 0:
-                start, mac = whole[:2], b"\r" in _QUOTED.sub(b"", whole.rstrip(b"\r\n"))
+                mac = b"\r" in _QUOTED.sub(b"", whole.rstrip(b"\r\n"))
             for line in whole.splitlines(keepends=True) if mac else (whole,):
                 number += 1
                 try:
                     text = line.decode()
                 except UnicodeDecodeError as error:
-                    raise _not_utf8(path, number, line[error.start], start) from None
+                    raise _not_utf8(path, number, line[error.start]) from None
                 yield text.removeprefix("\ufeff")
 
 
@@ -278,14 +318,18 @@ def _separated(path: Path) -> Iterator[Values]:
             raise csv.Error("two columns have the same name")
         begin = before + reader.line_num + 1
         for values in reader:
+            if len(header) == 1 < len(values):
+                raise csv.Error(f"{len(values)} values, but line {before + 1}, which is to name the columns, has 1")
             if len(values) not in (0, len(header)):  # an empty line has none
                 raise csv.Error(f"{len(values)} values, but the header has {len(header)} columns")
             if values:
                 yield dict(zip(header, values, strict=True))
             begin = before + reader.line_num + 1
     except csv.Error as error:
-        name, kind = _NAMES[delimiter], "TSV" if tabs else "CSV"
+        name, kind = _SEPARATORS[delimiter], "TSV" if tabs else "CSV"
         fix = f'put values that hold {name}, quotes or line ends into quotes, and double the quotes inside: "a ""b"""'
+        if "which is to name" in str(error):
+            fix = f"remove what is above the names of the columns, if line {before + 1} is a title; else {fix}"
         raise LoraError(f"broken {kind}: {error}", where=f"{path}:{begin}", fix=fix) from None
 
 
@@ -307,7 +351,7 @@ def _delimiter(head: list[str]) -> str:
         enough = (share >= 0.5) + (share == 1) if columns > 1 else 0
         return enough, delimiter == ",", columns
 
-    return max(_NAMES, key=rank)
+    return max(_SEPARATORS, key=rank)
 
 
 def _table(head: list[str], delimiter: str) -> tuple[int, float]:
@@ -332,5 +376,7 @@ _TEXT_KINDS: dict[str, Callable[[Path], Iterator[Values]]] = {
     ".csv": _separated,
     ".tsv": _separated,
     ".txt": _text,
+    ".md": _text,
 }
+_SAVED_BY_PROGRAMS = (".csv", ".tsv", ".txt", ".md")  # in the encoding of their system; JSON is UTF-8 by its standard
 _KINDS = {**_TEXT_KINDS, **TABLE_KINDS}
