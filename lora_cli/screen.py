@@ -6,6 +6,8 @@ what a terminal would act on is spelled out. Our own styles are Text and Style o
 
 from __future__ import annotations
 
+import re
+import textwrap
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
 from typing import Any
@@ -15,6 +17,8 @@ from rich.segment import Segment
 from rich.text import Text
 
 from lora_cli.errors import UNSEEN, escaped, from_here
+
+_NARROWEST = 40  # columns of a terminal in which lines are wrapped
 
 
 class Screen(Console):
@@ -47,10 +51,16 @@ def styled(text: str, style: str = "") -> Text:
 
 
 def say_on(console: Console) -> Callable[[str], None]:
-    """A function that prints one line, however long, on the console."""
+    """A function that prints one line on the console; on a terminal, lines of whole words below its first column."""
 
     def say(text: str) -> None:
-        console.print(escaped(from_here(text)), markup=False, emoji=False, highlight=False, soft_wrap=True)
+        lines = [escaped(from_here(text))]
+        if console.is_terminal and len(text) > console.width >= _NARROWEST:
+            indent = " " * (9 if re.match(r" {9}|(?=.{9}\S)\w+ {2,}(?=\S)", text) else 2)
+            how: dict[str, Any] = {"break_long_words": False, "break_on_hyphens": False}
+            lines = textwrap.wrap(lines[0], console.width, subsequent_indent=indent, **how)
+        for line in lines:
+            console.print(line, markup=False, emoji=False, highlight=False, soft_wrap=True)
 
     return say
 

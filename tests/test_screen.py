@@ -322,5 +322,30 @@ def test_off_a_terminal_a_step_is_said_whole():
     progress = Progress(console, 11_400, 1200)
     progress.step(STEP | {"validation_loss": 0.5})
     said = console.file.getvalue()  # type: ignore[attr-defined]
-    assert said.startswith("step 1200/11400  11%  loss 0.0131  validation 0.5000 (perplexity 1.65)  rate 1.8e-04")
+    assert said.startswith("step 1200/11400  11%  loss 0.0131  validation 0.5000  perplexity 1.65  rate 1.8e-04")
     assert "epoch" not in said
+    narrow = Screen(file=io.StringIO(), force_terminal=True, width=60)
+    Progress(narrow, 11_400, 1200).step(STEP | {"validation_loss": 0.5})
+    said = narrow.file.getvalue()  # type: ignore[attr-defined]
+    assert said.startswith("step 1200/11400  11%  loss 0.0131  validation 0.5000\n")
+
+
+def test_a_line_for_people_is_wrapped_between_words_on_a_terminal_alone():
+    line = (
+        "packing  examples side by side without padding, by SDPA example by example; each sees only itself /a/long/path"
+    )
+    for width, terminal in ((60, True), (60, False)):
+        console = Screen(file=io.StringIO(), force_terminal=terminal, width=width)
+        say_on(console)(line)
+        said = console.file.getvalue().splitlines()  # type: ignore[attr-defined]
+        if not terminal:
+            assert said == [line]
+            continue
+        assert len(said) > 1
+        assert all(len(each) <= width for each in said)
+        assert [each[:9].strip() for each in said] == ["packing"] + [""] * (len(said) - 1)
+        assert " ".join(each[9:] for each in said) == line[9:]
+    long = "adapter in " + "x" * 100
+    console = Screen(file=io.StringIO(), force_terminal=True, width=60)
+    say_on(console)(long)
+    assert "x" * 100 in console.file.getvalue()  # type: ignore[attr-defined]

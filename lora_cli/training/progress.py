@@ -70,12 +70,13 @@ class Progress:
         parts = [  # (how much it matters, text)
             (0, f"step {line['step']}/{self.total}"),
             (3, f"{of_all:.0%}"),
-            (5, "" if self.epochs is None else f"epoch {self.epochs * of_all:.2f}"),
+            (6, "" if self.epochs is None else f"epoch {self.epochs * of_all:.2f}"),
             (1, "loss is NaN or infinite" if loss is None else f"loss {loss:.4f}"),
-            (2, "" if validation is None else f"validation {validation:.4f} (perplexity {perplexity(validation)})"),
-            (6, f"rate {line['learning_rate']:.1e}"),
-            (7, f"{line['tokens_per_second']:,.0f} tokens/s"),
-            (8, human_bytes(line["peak_memory_bytes"])),
+            (2, "" if validation is None else f"validation {validation:.4f}"),
+            (5, "" if validation is None else f"perplexity {perplexity(validation)}"),
+            (7, f"rate {line['learning_rate']:.1e}"),
+            (8, f"{line['tokens_per_second']:,.0f} tokens/s"),
+            (9, human_bytes(line["peak_memory_bytes"])),
             (4, f"{self._remaining()} left"),
         ]
         parts = [(rank, text) for rank, text in parts if text]
