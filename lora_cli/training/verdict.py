@@ -105,7 +105,9 @@ def _hardly_trained(report: Mapping[str, Any]) -> tuple[str, str] | None:
     steps, median = report.get("steps"), (report.get("update_sizes") or {}).get("median")
     if is_number(steps) and steps < FEW_STEPS:
         had = f"The adapter is hardly trained: it had {count(steps)} optimizer step{'' if steps == 1 else 's'}."
-        to_try = "lower train.gradient_accumulation_steps or raise train.epochs; lora check says by how much"
+        to_try = (
+            "lower train.gradient_accumulation_steps, or raise train.epochs or max_steps; lora check says by how much"
+        )
         if report.get("ended_early"):
             to_try = "raise train.patience or train.eval_every, or lower train.learning_rate"
         return had, to_try
