@@ -8,6 +8,7 @@ from typing import Annotated, Literal
 import typer
 
 from lora_cli.cli.common import Json, RemoteCode, heavy, home
+from lora_cli.errors import command
 from lora_cli.streams import print_json, print_note
 
 
@@ -43,3 +44,4 @@ def merge(
         return
     for line in merging.result_lines(report):
         print_note(line)
+    print_note(f"next: {command('lora', 'chat', output)}     other programs: docs/serving.md")

@@ -13,7 +13,7 @@ from lora_cli.adapters.trained import is_neutral, trained_parameters
 from lora_cli.adapters.update_size import update_sizes
 from lora_cli.data.gate import Weights
 from lora_cli.data.report import counted
-from lora_cli.errors import CheckFailed, DiskError
+from lora_cli.errors import CheckFailed, DiskError, command
 from lora_cli.evaluation.forgetting import measure_forgetting
 from lora_cli.evaluation.gain import paired_gain
 from lora_cli.files import replacing, write_json
@@ -142,6 +142,9 @@ def say_result(report: dict[str, Any], folder: RunFolder, say: Callable[[str], N
     for line in [*verdict_lines(report), *_warnings(report)]:
         say(line)
     say(f"adapter in {report['adapter']}, report in {folder.page}")
+    if report["verdict"] != "nothing learned":
+        say(f"next: {command('lora', 'chat', folder.path)}")
+        say(f"      {command('lora', 'merge', folder.path, '--output', f'{folder.path}-merged')}")
 
 
 def _forgetting(session: Session, accelerator: Accelerator) -> dict[str, Any] | None:
