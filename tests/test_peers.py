@@ -205,3 +205,13 @@ flash_attention: true
 def test_a_key_written_with_its_section_says_where_it_goes(tmp_path):
     found = problem(tmp_path, GOOD | {"adapter.rank": 8})
     assert found.fix == "write rank in the section adapter:, indented"
+
+
+def test_values_that_must_be_typos_are_noted(tmp_path):
+    from lora_cli.planning.check import unusual
+
+    assert unusual(load(tmp_path, GOOD)) == []
+    assert unusual(load(tmp_path, GOOD, "train.learning_rate=1e-3", "train.epochs=20")) == []
+    (line,) = unusual(load(tmp_path, GOOD, "train.learning_rate=1e4"))
+    assert line.startswith("train.learning_rate is 10000;")
+    assert len(unusual(load(tmp_path, GOOD, "train.learning_rate=1e-9", "train.epochs=1e5"))) == 2

@@ -171,6 +171,14 @@ def _lines(checked: Checked) -> list[tuple[str, str]]:
         ("model", f"{checked.recipe.base_model} ({checked.source.config.get('model_type')})"),
         ("adapter", adapter),
         *(("", line) for line in checked.left_out),
+        *(("note", line) for line in unusual(checked.recipe)),
         *(("", line) for line in known_lines(checked.recipe, checked.source, checked.feed.summary.fingerprint)),
     ]
     return lines + [("" if at else "data", text) for at, text in enumerate(checked.feed.lines())]
+
+
+def unusual(recipe: Recipe) -> list[str]:
+    """Values that are almost certainly a typo, such as a learning rate of 1e4: a line each."""
+    rate, epochs = recipe.train.learning_rate, recipe.train.epochs
+    lines = [f"train.learning_rate is {rate:g}; LoRA is trained with 1e-5 to 1e-3"] if not 1e-7 <= rate <= 0.1 else []
+    return lines + ([f"train.epochs is {epochs:g}; 1 to 10 are usual"] if epochs > 1000 else [])
