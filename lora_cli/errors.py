@@ -83,6 +83,10 @@ class Interrupted(LoraError):
         self.exit_code = exit_code
         super().__init__(what, where=where, fix=fix)
 
+    def render(self) -> str:
+        """Without "error": it was asked for."""
+        return super().render().removeprefix("error: ")
+
 
 class ProcessLost(LoraError):
     """Another process of this run ended, so this one cannot go on. Exit code 1."""
