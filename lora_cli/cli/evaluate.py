@@ -20,7 +20,7 @@ from lora_cli.cli.common import (
     console,
     heavy,
 )
-from lora_cli.errors import LoraError, home_expanded, refuse_if
+from lora_cli.errors import LoraError, command, home_expanded, refuse_if
 from lora_cli.streams import print_json
 
 
@@ -60,12 +60,10 @@ def evaluate(
     options: dict[str, Any] = {"stride": stride, "trust_remote_code": trust_remote_code}
     if named.run is not None and (data is None or named.is_run):
         own = (base, quantization, max_seq_len, None if dtype == "auto" else dtype)
-        refuse_if(
-            any(option is not None for option in own),
-            "a run folder brings its own model and settings",
-            where=source,
-            fix=f"name its adapter and a file instead: lora eval {named.adapter} --data FILE",
-        )
+        instead = command("lora", "eval", named.adapter or source, "--data", "FILE")
+        given = any(option is not None for option in own)
+        fix = f"name its adapter and a file instead: {instead}"
+        refuse_if(given, "a run folder brings its own model and settings", where=source, fix=fix)
         scores = evaluation.evaluate_run(named.run, data, device=None if device == "auto" else device, **options)
     else:
         refuse_if(data is None, "this is not a run: name the data to evaluate on", where=source, fix="add --data FILE")

@@ -113,7 +113,10 @@ class _Conversation:
             print_note(_HELP)
         elif name in ("/base", "/adapter"):
             if self.speaker.opened.adapter is None:
-                raise LoraError("this model has no adapter", fix="lora chat RUN compares a run with its base")
+                raise LoraError(
+                    "this model has no adapter",
+                    fix="start with a run or an adapter to compare with its base: lora chat RUN",
+                )
             self.speaker.use_adapter = name == "/adapter"
             print_note("base and adapter answer" if self.speaker.use_adapter else "the base model alone answers")
         elif name == "/again":
