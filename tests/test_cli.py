@@ -108,6 +108,8 @@ def test_merge_then_eval_and_generate_with_the_merged_model(smoke_run, tmp_path)
     adapted = json.loads(lora("eval", smoke_run / "adapter", "--data", data, "--json").stdout)
     assert merged["base"]["loss"] == pytest.approx(adapted["adapter"]["loss"], abs=0.01)
     assert adapted["adapter"]["loss"] < adapted["base"]["loss"]
+    shown = lora("eval", smoke_run, "--data", data)
+    assert f"next: lora chat {smoke_run}\n      lora merge {smoke_run} --output " in shown.stderr
 
 
 def test_generate_from_argument_and_stdin(smoke_run):

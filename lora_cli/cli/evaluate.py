@@ -21,7 +21,7 @@ from lora_cli.cli.common import (
     heavy,
 )
 from lora_cli.errors import LoraError, command, home_expanded, refuse_if
-from lora_cli.streams import print_json
+from lora_cli.streams import print_json, print_note
 
 
 def evaluate(
@@ -71,5 +71,8 @@ def evaluate(
         scores = evaluation.evaluate_model(named.model, named.adapter, data, **options)
     if as_json:
         print_json(evaluation.as_dict(scores))
-    else:
-        evaluation.print_scores(scores, console(stderr=False))
+        return
+    evaluation.print_scores(scores, console(stderr=False))
+    print_note(f"next: {command('lora', 'chat', source)}")
+    if named.adapter is not None:
+        print_note(f"      {command('lora', 'merge', source, '--output', f'{Path(source).name}-merged')}")

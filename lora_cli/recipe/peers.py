@@ -46,6 +46,7 @@ ANOTHER_VALUE = {
     "quantization: nf4": "load_in_4bit bnb_4bit_quant_type",
     "quantization: int8": "load_in_8bit",
     "quantization: nf4, int8 or none": "quantization_bit quantization_method quantize quant_bits",
+    "train.patience: 3, with train.eval_every": "early_stopping_patience",
     "double_quantization: true": "bnb_4bit_use_double_quant use_double_quant",
     "adapter.target_modules: all-linear": "lora_target_linear",
     "adapter.init: kaiming or gaussian": "init_lora_weights peft_init_lora_weights",
