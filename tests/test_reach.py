@@ -39,6 +39,8 @@ UNREACHED = {  # by all-linear; written down from each architecture's code
 class Saying:
     """A console that keeps what is printed on it."""
 
+    is_terminal = False
+
     def __init__(self) -> None:
         self.said: list[str] = []
 

@@ -261,7 +261,9 @@ def test_without_a_template_each_message_is_completed_by_itself_and_that_is_said
 def test_in_a_terminal_lines_are_edited_and_ctrl_c_and_ctrl_d_do_what_people_expect(tiny_llama):
     """A real terminal: arrow keys edit the line, Ctrl+C while typing drops it, Ctrl+D ends with exit code 0."""
     ours, theirs = pty.openpty()
-    words = [sys.executable, "-m", "lora_cli", "chat", str(tiny_llama), "--max-new-tokens", "4"]
+    begin = "import runpy, signal; signal.signal(signal.SIGINT, signal.default_int_handler); "  # it may be ignored here
+    begin += "runpy.run_module('lora_cli', run_name='__main__', alter_sys=True)"
+    words = [sys.executable, "-c", begin, "chat", str(tiny_llama), "--max-new-tokens", "4"]
     environment = os.environ | {"PYTHONPATH": str(ROOT), "TERM": "xterm", "INPUTRC": "/dev/null"}
     # A new session takes the first terminal that it opens as its own: Ctrl+C is then sent to it.
     terminal = f'exec "$@" < {os.ttyname(theirs)} > {os.ttyname(theirs)} 2>&1'

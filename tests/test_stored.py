@@ -162,6 +162,8 @@ def test_what_is_said_of_layers_follows_from_what_they_are(tmp_path: Path, recip
     said: list[str] = []
 
     class Saying:
+        is_terminal = False
+
         def print(self, *texts: Any, **_: Any) -> None:
             said.extend(map(str, texts))
 

@@ -55,6 +55,8 @@ def test_a_run_folder_cannot_say_so_by_itself_and_the_fix_works(
     recipe = tmp_path / "run" / "recipe.yaml"
     recipe.write_text(written.read_text())
     source = tmp_path / "run" if command == "eval" else recipe
+    (tmp_path / "run" / "adapter").mkdir()
+    (tmp_path / "run" / "adapter" / "adapter_config.json").write_text("{}")
     said = lora(command, source)
     assert said.code == 2, said.text
     assert "may be a stranger's" in said.error
