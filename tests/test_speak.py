@@ -145,8 +145,30 @@ def test_an_empty_completion_says_so_and_why(tiny_llama, tmp_path, lora):
 
 def test_a_completion_that_is_cut_says_so(tiny_llama, lora):
     said = lora("generate", tiny_llama, QUESTION, "--max-new-tokens", 3, "--raw")
-    assert "note: cut after 3 tokens (--max-new-tokens)" in said.text
+    assert "note: cut after 3 tokens: --max-new-tokens allows more" in said.text
     assert json.loads(lora("generate", tiny_llama, QUESTION, "--max-new-tokens", 3, "--json").out)["stop"] is None
+
+
+def test_a_completion_that_the_models_last_position_cuts_says_that(tiny_llama, lora):
+    prompt = "question " * 48
+    said = lora("generate", tiny_llama, prompt, "--max-new-tokens", 250, "--raw", "--json")
+    document = json.loads(said.out)
+    from transformers import AutoTokenizer
+
+    left = 256 - len(AutoTokenizer.from_pretrained(tiny_llama)(prompt).input_ids)
+    assert (document["stop"], document["new_tokens"]) == (None, left)
+    assert f"cut after {left} tokens, as the model sees no more" in said.text
+
+
+def test_a_merged_model_in_the_hubs_cache_is_recognized_through_its_links(tiny_llama, tmp_path, lora):
+    blobs, folder = tmp_path / "models--a--b" / "blobs", tmp_path / "models--a--b" / "snapshots" / "0"
+    shutil.copytree(tiny_llama, blobs)
+    (blobs / "merge.json").write_text(json.dumps({"prompting": "template"}))
+    folder.mkdir(parents=True)
+    for file in blobs.iterdir():
+        (folder / file.name).symlink_to(file)
+    document = json.loads(lora("generate", folder, QUESTION, "--max-new-tokens", 2, "--json").out)
+    assert document["prompting"] == "template"
 
 
 def test_what_is_named_is_recognized_by_what_it_holds(taught, tiny_llama, tmp_path):

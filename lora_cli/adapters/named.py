@@ -72,7 +72,7 @@ def recorded_prompting(named: Named, of_adapter: str | None, model: Path) -> str
     if named.adapter is None:
         path = model / "merge.json"
         try:
-            found = json.loads(read_text(path)).get("prompting") if path.is_file() else None
+            found = json.loads(read_text(path.resolve())).get("prompting") if path.is_file() else None
         except (LoraError, ValueError, AttributeError, RecursionError):
             return None  # somebody else's file of that name
         return found if found in ("template", "raw") else None

@@ -106,7 +106,7 @@ class _Conversation:
         elif not ended.text.strip():
             print_note(f"({self.speaker.why_empty(ended)})")
         elif ended.stop is None:
-            print_note(f"(cut after {ended.tokens} tokens: --max-new-tokens allows more)")
+            print_note(f"({self.speaker.why_cut(ended)})")
 
     def _command(self, name: str, text: str) -> None:
         if name == "/help":

@@ -99,6 +99,12 @@ class Speaker:
             return f"{what}; if it was trained on conversations, add --template"
         return f"{what}, as its training may have taught it"
 
+    def why_cut(self, completion: Completion) -> str:
+        """What to say of a completion that no end token ended."""
+        if completion.tokens < self.config.max_new_tokens:
+            return f"cut after {completion.tokens} tokens, as the model sees no more"
+        return f"cut after {completion.tokens} tokens: --max-new-tokens allows more"
+
 
 def generate(prompt: str | None, named: Named, *, system: str | None, as_json: bool, **speaking: Any) -> None:
     """Print a completion. prompt: None reads it from stdin. speaking: further arguments of `Speaker`."""
@@ -121,7 +127,7 @@ def generate(prompt: str | None, named: Named, *, system: str | None, as_json: b
     if not completion.text.strip():
         print_note(f"note: {speaker.why_empty(completion)}")
     elif completion.stop is None:
-        print_note(f"note: cut after {completion.tokens} tokens (--max-new-tokens)")
+        print_note(f"note: {speaker.why_cut(completion)}")
 
 
 def _from_stdin() -> str:
