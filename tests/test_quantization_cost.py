@@ -7,10 +7,16 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 from conftest import write_rows
 
+from lora_cli.base.storage.registry import storage_of
+from lora_cli.errors import LoraError
+from lora_cli.evaluation import quantization_cost
 from lora_cli.evaluation.evaluate import evaluate_model
 from lora_cli.evaluation.quantization_cost import Cost, Costs, cost_lines
+from lora_cli.planning.check import check, compare
+from lora_cli.recipe import load_recipe
 
 ROWS = [{"prompt": f"What is {a} plus {a % 3}?\n", "completion": f"It is {a + a % 3}."} for a in range(24)]
 
@@ -95,6 +101,35 @@ def test_a_cost_that_is_certain_and_large_is_named_with_what_costs_less(cost, lo
     assert ("before anything is learned" in last) == said
     if said:
         assert last.endswith("write quantization: none (4 MiB) if the memory allows it")  # int8 costs nearly as much
+
+
+def check_costs(recipe: Path) -> Costs:
+    return compare(check(load_recipe(recipe)), lambda _: None)
+
+
+def test_a_way_that_does_not_fit_is_left_out_and_without_the_unquantized_base_nothing_can_be_compared(
+    asked, recipe_file, lora, monkeypatch
+):
+    """Out of memory in a forward pass, as on a card that is too small."""
+    whole, refused = quantization_cost.example_losses, ["int8"]
+
+    def too_small(model: Any, *rest: Any) -> Any:
+        kinds = {kind.name for kind in map(storage_of, model.modules()) if kind is not None} - {"none"} or {"none"}
+        if kinds & {*refused}:
+            raise torch.OutOfMemoryError("CUDA out of memory")
+        return whole(model, *rest)
+
+    monkeypatch.setattr(quantization_cost, "example_losses", too_small)
+    recipe, found = asked()
+    assert [each["quantization"] for each in found["costs"]] == ["none", "nf4"]
+    assert (
+        "int8 is left out: it does not fit into the memory of" in lora("check", recipe, "--compare-quantization").text
+    )
+    for kind in ("none", "nf4"):
+        refused[:] = [kind]
+        with pytest.raises(LoraError, match=f"the base cannot be measured as {kind}: it does not fit") as error:
+            check_costs(recipe)
+        assert "add --set device=cpu" in str(error.value)
 
 
 def test_without_validation_data_the_first_training_rows_are_used_and_that_is_said(asked, lora):

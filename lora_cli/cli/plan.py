@@ -131,7 +131,7 @@ def check(
     if html is not None:
         checking.write_page(checked, html, show)
     if not as_json:
-        checking.print_checked(checked, console(stderr=False), show)
+        checking.print_checked(checked, console(stderr=False), show, known=not compare_quantization)
     document = checked.as_dict(show)
     try:
         checked.require_ok()

@@ -5,6 +5,7 @@ A base that quantization makes worse by half a nat has lost more than many adapt
 
 from __future__ import annotations
 
+import gc
 from collections.abc import Callable, Sequence
 from contextlib import suppress
 from functools import partial
@@ -76,7 +77,8 @@ def compare_quantizations(
     """Loss of the base on at most 64 validation examples (without validation data the first that are trained on), held
     in each way in turn. Reads all weights, once a kind; one model is in memory at a time.
 
-    say: prints what is being done. Raises LoraError for a checkpoint that is stored quantized: it has no other form.
+    say: prints what is being done, and which way this device cannot hold. Raises LoraError for a checkpoint that is
+    stored quantized, which has no other form, and where the base does not fit as the recipe has it, or unquantized.
     """
     held = stored_quantization(source)
     if held is not None:
@@ -86,9 +88,9 @@ def compare_quantizations(
     dtype, _ = pick_dtype(recipe.dtype, device)
     held_out = len(feed.validation) > 0
     examples: Sequence[Example] = feed.validation[:MOST_EXAMPLES] if held_out else feed.first(MOST_EXAMPLES)
-    measured: dict[str, tuple[Tensor, Tensor, int]] = {}
-    for kind in sorted(RULES, key=lambda name: name != "none"):
-        say(f"loading the base as {kind}")
+    lay_out = partial(collate, packed=False, pad_id=tokenizer.eos_token_id, device=device)
+
+    def measure(kind: str) -> tuple[Tensor, Tensor, int]:
         model = load_model(
             source,
             quantization=kind,
@@ -97,10 +99,20 @@ def compare_quantizations(
             double_quantization=recipe.double_quantization,
             trust_remote_code=recipe.trust_remote_code,
         )
-        lay_out = partial(collate, packed=False, pad_id=tokenizer.eos_token_id, device=device)
-        losses, targets = example_losses(model, examples, lay_out, recipe.data.max_seq_len)
-        measured[kind] = losses, targets, held_bytes(model)
-        del model
+        return *example_losses(model, examples, lay_out, recipe.data.max_seq_len), held_bytes(model)
+
+    measured: dict[str, tuple[Tensor, Tensor, int]] = {}
+    for kind in sorted(RULES, key=lambda name: name != "none"):
+        say(f"loading the base as {kind}")
+        try:
+            measured[kind] = measure(kind)
+        except (LoraError, torch.OutOfMemoryError, MemoryError) as error:
+            why = error.what if isinstance(error, LoraError) else f"it does not fit into the memory of {device}"
+            if kind in ("none", recipe.quantization):
+                fix = "to measure on the CPU, where it takes longer, add --set device=cpu"
+                raise LoraError(f"the base cannot be measured as {kind}: {why}", fix=fix) from error
+            say(f"{kind} is left out: {why}")
+        gc.collect()  # of the model that was measured; the next one needs its memory
         if device.type == "cuda":
             torch.cuda.empty_cache()
     plain, targets, _ = measured["none"]

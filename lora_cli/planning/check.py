@@ -128,9 +128,10 @@ def write_page(checked: Checked, path: Path, show: int) -> None:
     write_bytes(path, as_page(title, lines, findings, allow, checked.shown(show), checked.tokenizer).encode())
 
 
-def print_checked(checked: Checked, console: Console, show: int) -> None:
+def print_checked(checked: Checked, console: Console, show: int, *, known: bool = True) -> None:
+    """known: also what is known of the cost of quantization; not where it is about to be measured."""
     say = say_on(console)
-    for name, text in _lines(checked):
+    for name, text in _lines(checked, known=known):
         say(f"{name:9}{text}")
     found = checked.findings()
     if found:
@@ -162,7 +163,7 @@ def _where(finding: dict[str, Any]) -> str:
     return text + (" …" if finding["count"] > len(shown) and shown else "")
 
 
-def _lines(checked: Checked) -> list[tuple[str, str]]:
+def _lines(checked: Checked, *, known: bool = True) -> list[tuple[str, str]]:
     adapter = f"{checked.layers} layers, {checked.parameters:,} trained parameters"
     some = checked.recipe.adapter.projections
     if checked.recipe.adapter.target_modules == "attention" and len(set(some)) < 4:
@@ -172,8 +173,10 @@ def _lines(checked: Checked) -> list[tuple[str, str]]:
         ("adapter", adapter),
         *(("", line) for line in checked.left_out),
         *(("note", line) for line in unusual(checked.recipe)),
-        *(("", line) for line in known_lines(checked.recipe, checked.source, checked.feed.summary.fingerprint)),
     ]
+    if known:
+        costs = known_lines(checked.recipe, checked.source, checked.feed.summary.fingerprint)
+        lines += [("", line) for line in costs]
     return lines + [("" if at else "data", text) for at, text in enumerate(checked.feed.lines())]
 
 
