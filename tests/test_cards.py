@@ -89,8 +89,8 @@ def test_the_list(lora: Any):
     [
         (["--card", "10GB"], "there are recipes for 8GB, 12GB, 16GB and 24GB"),
         (["--card", "large"], "there are recipes for 8GB, 12GB, 16GB and 24GB"),
-        (["model", "data", "--card", "12GB"], "--card stands for itself"),
-        (["--list", "--card", "12GB"], "--list stands for itself"),
+        (["model", "data", "--card", "12GB"], "--card is used without a model"),
+        (["--list", "--card", "12GB"], "--list is used without a model"),
         (["--card", "12GB", "--output", "none/r.yaml"], "no such folder"),
     ],
 )

@@ -149,15 +149,16 @@ USAGE = [
 ]
 
 
-def one_document(arguments: list[str], capsys: Any) -> None:
+def error_of(arguments: list[str], capsys: Any) -> dict[str, Any]:
+    """The error in the one document that --json prints."""
     code = boundary.run(app, [*arguments, "--json"], hints.hint)
     out, err = capsys.readouterr()
     assert code in (1, 2, 3), (arguments, out)
     assert out.count("\n") == 1, (arguments, out)
     document = json.loads(out)
     assert document["error"]["exit_code"] == code, arguments
-    assert document["error"]["what"], arguments
     assert "a bug in lora" not in err, arguments
+    return document["error"]
 
 
 @pytest.mark.parametrize(
@@ -177,10 +178,10 @@ def test_json_is_one_document_for_broken_input_of_every_command(command, name, t
     elif name in GARBAGE:
         (tmp_path / name).write_bytes(GARBAGE[name])
     model = ROOT / "tests" / "data" / "tiny-gpt2"
-    one_document([command, *(part.format(f"./{name}", model=model) for part in WITH[command])], capsys)
+    assert error_of([command, *(part.format(f"./{name}", model=model) for part in WITH[command])], capsys)["what"]
 
 
 @pytest.mark.parametrize("arguments", USAGE, ids=" ".join)
 def test_json_is_one_document_for_every_usage_error(arguments, capsys, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
-    one_document(arguments, capsys)
+    assert error_of(arguments, capsys)["what"]

@@ -346,25 +346,26 @@ def good(prepared_once, tmp_path):
     return Recipe.model_validate(values), expected, copy
 
 
-def damaged(good: Any, tokenizer: Any, *, found: bool = True) -> None:
-    """Asserts that what stands there is found damaged, and is made as it was."""
+def repaired(good: Any, tokenizer: Any) -> bool:
+    """Whether what is in the folder was found damaged; what preparing then makes of it must be what it was."""
     recipe, expected, folder = good
-    assert (open_prepared(folder) is None) == found
+    found = open_prepared(folder) is None
     assert content(prepare(recipe, tokenizer, keep=True)) == expected
     assert whole(folder)
     assert [path for path in folder.parent.iterdir() if path != folder] == []
+    return found
 
 
 @pytest.mark.parametrize("name", [*PARTS, "summary.json"])
 @settings(deadline=None, max_examples=12, suppress_health_check=[HealthCheck.function_scoped_fixture])
 @given(place=st.floats(0, 1, exclude_max=True), flip=st.integers(1, 255))
-def test_any_damaged_byte_is_found_and_mended(good, tokenizer, name, place, flip):
+def test_any_damaged_byte_is_found_and_repaired(good, tokenizer, name, place, flip):
     path = good[2] / name
     data = bytearray(path.read_bytes())
     data[int(place * len(data))] ^= flip
     path.write_bytes(data)
     same = name == "summary.json" and says_the_same(data, good[2])
-    damaged(good, tokenizer, found=not same)
+    assert repaired(good, tokenizer) != same
 
 
 def says_the_same(data: bytes, folder: Path) -> bool:
@@ -379,7 +380,7 @@ def says_the_same(data: bytes, folder: Path) -> bool:
 
 @pytest.mark.parametrize("name", [*PARTS, "summary.json"])
 @pytest.mark.parametrize("how", ["deleted", "emptied", "cut", "longer", "folder", "zeros", "another's"])
-def test_a_damaged_file_is_found_and_mended(good, tokenizer, name, how):
+def test_a_damaged_file_is_found_and_repaired(good, tokenizer, name, how):
     path = good[2] / name
     data = path.read_bytes()
     if how in ("deleted", "folder"):
@@ -393,7 +394,7 @@ def test_a_damaged_file_is_found_and_mended(good, tokenizer, name, how):
                 how, other.read_bytes()
             )
         )
-    damaged(good, tokenizer)
+    assert repaired(good, tokenizer)
 
 
 @pytest.mark.parametrize(
@@ -416,30 +417,30 @@ def test_a_damaged_file_is_found_and_mended(good, tokenizer, name, how):
     ],
     ids=range(14),
 )
-def test_an_edited_summary_is_found_and_mended(good, tokenizer, edit):
+def test_an_edited_summary_is_found_and_repaired(good, tokenizer, edit):
     path = good[2] / "summary.json"
     stored = json.loads(path.read_text())
     edit(stored)
     path.write_text(json.dumps(stored))
-    damaged(good, tokenizer)
+    assert repaired(good, tokenizer)
 
 
 @pytest.mark.parametrize("text", ["", "null", "[]", "7", '"a"', "{", "{}", "\0", "[" * 100_000])
-def test_a_summary_that_is_something_else_is_found_and_mended(good, tokenizer, text):
+def test_a_summary_that_is_something_else_is_found_and_repaired(good, tokenizer, text):
     (good[2] / "summary.json").write_text(text)
-    damaged(good, tokenizer)
+    assert repaired(good, tokenizer)
 
 
 def test_an_empty_or_missing_folder_or_a_file_in_its_place_is_filled(good, tokenizer):
     folder = good[2]
     shutil.rmtree(folder)
-    damaged(good, tokenizer)
+    assert repaired(good, tokenizer)
     shutil.rmtree(folder)
     folder.mkdir()
-    damaged(good, tokenizer)
+    assert repaired(good, tokenizer)
     shutil.rmtree(folder)
     folder.write_text("a file")
-    damaged(good, tokenizer)
+    assert repaired(good, tokenizer)
 
 
 KILLED = """

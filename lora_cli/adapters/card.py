@@ -44,7 +44,7 @@ def model_card(
 
 
 def measured_of(folder: Path) -> list[str]:
-    """The points of an adapter folder's own card; none where there is no card of this program."""
+    """The points of an adapter folder's own card; none if it has no card that lora wrote."""
     try:
         text = read_text(folder / CARD, at_most=_MOST)
     except (OSError, LoraError):

@@ -42,7 +42,9 @@ def init(
     if alone:
         more = any(each is not None for each in (model, gpu, columns)) or len(alone) > 1
         refuse_if(
-            more, f"{alone[0]} stands for itself: no model or data is looked at", fix=f"remove {alone[0]}, or all else"
+            more,
+            f"{alone[0]} is used without a model, data or other such options",
+            fix=f"remove {alone[0]}, or all else",
         )
         _without_model(card, output, cards=cards, as_json=as_json)
         return

@@ -56,27 +56,22 @@ def generate(
         both = run is not None and adapter is not None
         refuse_if(both, "--run and --adapter both name an adapter", fix="give one of them")
         source, prompt, base = named, source, base or (model if named != model else None)
-    _require_sampled(temperature, top_p, top_k)
-    heavy("lora_cli.evaluation.generate").generate(
-        prompt if prompt != "-" else None,
-        _found(source, base, 'lora generate SOURCE "PROMPT"'),
-        use_adapter=not no_adapter,
-        through_template=True if chat else through_template,
-        system=system,
+    speaking = _speaking(
+        max_new_tokens=max_new_tokens,
+        temperature=temperature,
+        top_p=top_p,
+        top_k=top_k,
+        repetition_penalty=repetition_penalty,
         seed=seed,
         quantization=quantization,
         dtype=dtype,
         device=device,
         trust_remote_code=trust_remote_code,
-        as_json=as_json,
-        sampling={
-            "max_new_tokens": max_new_tokens,
-            "temperature": temperature,
-            "top_p": top_p,
-            "top_k": top_k,
-            "repetition_penalty": repetition_penalty,
-        },
     )
+    found = _found(source, base, 'lora generate SOURCE "PROMPT"')
+    speaking |= {"through_template": True if chat else through_template, "use_adapter": not no_adapter}
+    text = prompt if prompt != "-" else None
+    heavy("lora_cli.evaluation.generate").generate(text, found, system=system, as_json=as_json, **speaking)
 
 
 def chat(
@@ -96,29 +91,31 @@ def chat(
     trust_remote_code: RemoteCode = False,
 ) -> None:
     """Talk to a model in the terminal."""
-    _require_sampled(temperature, top_p, top_k)
-    heavy("lora_cli.evaluation.chat").chat(
-        _found(source, base, "lora chat SOURCE"),
-        through_template=through_template,
-        system=system,
+    speaking = _speaking(
+        max_new_tokens=max_new_tokens,
+        temperature=temperature,
+        top_p=top_p,
+        top_k=top_k,
+        repetition_penalty=repetition_penalty,
         seed=seed,
         quantization=quantization,
         dtype=dtype,
         device=device,
         trust_remote_code=trust_remote_code,
-        sampling={
-            "max_new_tokens": max_new_tokens,
-            "temperature": temperature,
-            "top_p": top_p,
-            "top_k": top_k,
-            "repetition_penalty": repetition_penalty,
-        },
     )
+    found = _found(source, base, "lora chat SOURCE")
+    heavy("lora_cli.evaluation.chat").chat(found, system=system, through_template=through_template, **speaking)
 
 
-def _require_sampled(temperature: float, top_p: float, top_k: int) -> None:
-    greedy = "--top-p and --top-k are for sampling, but --temperature 0 is greedy"
-    refuse_if(temperature == 0 and (top_p < 1 or top_k > 0), greedy, fix="add --temperature 1")
+def _speaking(
+    *, seed: int, quantization: str | None, dtype: str, device: str, trust_remote_code: bool, **sampling: Any
+) -> dict[str, Any]:
+    """Arguments of `Speaker`. Raises LoraError for options of sampling that greedy decoding would ignore."""
+    greedy = sampling["temperature"] == 0 and (sampling["top_p"] < 1 or sampling["top_k"] > 0)
+    what = "--top-p and --top-k are for sampling, but --temperature 0 is greedy"
+    refuse_if(greedy, what, fix="add --temperature 1")
+    opening = {"quantization": quantization, "dtype": dtype, "device": device, "trust_remote_code": trust_remote_code}
+    return {"seed": seed, "sampling": sampling, **opening}
 
 
 def _found(source: str | None, base: str | None, usage: str) -> Any:

@@ -55,7 +55,7 @@ def remove_old(cache: Path, newest: Path) -> None:
 
 
 def _stored(folder: Path) -> dict[str, Any]:
-    """What summary.json says; nothing where it is missing, damaged or no file of ours."""
+    """What summary.json says; nothing where it is missing, damaged or not a file that lora wrote."""
     with suppress(OSError, ValueError, LoraError):
         stored = parse_json(read_bytes(folder / "summary.json"))
         return stored if isinstance(stored, dict) else {}
