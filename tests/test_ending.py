@@ -168,7 +168,7 @@ def test_a_signal_while_the_result_is_printed_leaves_none_of_the_rows(number, re
     place.mkdir()
     monkeypatch.setattr(tempfile, "tempdir", str(place))
 
-    def print_checked(*_: Any) -> None:
+    def print_checked(*_: Any, **__: Any) -> None:
         assert list(place.iterdir())
         os.kill(os.getpid(), number)
         time.sleep(5)
