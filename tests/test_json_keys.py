@@ -56,7 +56,7 @@ FROZEN = {
     "merge": {"output", "onto", "dtype", "layers", "tokens_compared", "kl", "adapter_effect", "top1_agreement", "kept"},
     "generate": {"prompt", "completion", "prompting", "stop", "new_tokens"},
     "runs": {"name", "folder", "state", "step", "total_steps", "why", "loss", "validation_loss", "tokens", "hours"}
-    | {"cost", "last_activity"},
+    | {"cost", "last_activity", "result"},
     "init": {"recipe", "output", "memory", "notes"},
 }
 

@@ -118,6 +118,36 @@ def test_what_a_run_says_of_its_end_is_shown(tmp_path, state, progress):
     assert ("run: because" in shown([run])) == (state in ("failed", "nothing learned"))
 
 
+@pytest.mark.parametrize(
+    ("verdict", "progress"),
+    [
+        ("learned", "done, 60 steps"),
+        ("hardly trained", "hardly trained, 60 steps"),
+        ("not certain", "not certain, 60 steps"),
+        ("\x1b[2J a stranger's", "done, 60 steps"),
+        (None, "done, 60 steps"),  # of a report made before it held a verdict
+    ],
+)
+def test_a_finished_run_that_is_no_good_is_not_shown_as_done(tmp_path, verdict, progress):
+    make_run(tmp_path / "run", state="done", report=REPORT | {"verdict": verdict})
+    run = only(tmp_path)
+    assert (run.state, run.result, run.progress) == ("done", verdict, progress)
+    assert progress in shown([run])
+
+
+def test_a_run_that_goes_on_has_no_result_yet(tmp_path):
+    make_run(tmp_path / "run", state="interrupted", report=REPORT | {"verdict": "hardly trained"})
+    assert (only(tmp_path).result, only(tmp_path).progress) == (None, "interrupted at step 60/114")
+
+
+def test_a_real_run_of_two_steps_is_hardly_trained(recipe_file, lora, tmp_path):
+    assert lora("train", recipe_file(train={"max_steps": 2})).code == 0
+    listed = lora("runs", tmp_path).out
+    assert "hardly trained, 2 steps" in listed
+    (run,) = json.loads(lora("runs", tmp_path, "--json").out)
+    assert (run["state"], run["result"]) == ("done", "hardly trained")
+
+
 def test_runs_of_before_there_was_a_status(tmp_path):
     make_run(tmp_path / "done", state=None, report=REPORT)
     make_run(tmp_path / "inert", state=None, report=REPORT | {"learned": False})

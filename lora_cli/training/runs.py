@@ -28,7 +28,8 @@ _LONGEST_LINE = 10_000  # bytes, of metrics.jsonl
 _STATUS: dict[str, type] = dict.fromkeys(("state", "why", "host", "updated"), str)
 _STATUS |= dict.fromkeys(("step", "total_steps", "wall_seconds"), float)
 _REPORT: dict[str, type] = dict.fromkeys(("tokens", "steps", "seconds", "best_validation_loss"), float)
-_REPORT |= {"learned": bool}
+_REPORT |= {"learned": bool, "verdict": str}
+_DOUBTFUL = ("hardly trained", "not certain", "nothing learned")  # verdicts of a report that are not good
 _WORDS = {float: "a number from 0 on", str: "text", bool: "true or false"}
 _NUMBER = r"-?\d{1,40}(?:\.\d{1,40})?(?:[eE][-+]?\d{1,4})?"
 _VALUES = re.compile(rf'"(step|loss|tokens|seconds|validation_loss)": ?(null|{_NUMBER}) ?[,}}]'.encode())
@@ -40,7 +41,8 @@ class Run:
 
     state: running, done, nothing learned, interrupted, failed, killed or damaged. why: of the last three.
     loss: training, mean of the last 10 steps; validation_loss: the best; both in nats a target token. tokens: all but
-    padding. hours: over all sessions. cost: hours × price of an hour. last_activity: ISO 8601.
+    padding. hours: over all sessions. cost: hours × price of an hour. last_activity: ISO 8601. result: the verdict of a
+    finished run's report; with `nothing learned` the run is that instead of done.
     """
 
     name: str
@@ -55,16 +57,22 @@ class Run:
     hours: float | None
     cost: float | None
     last_activity: str
+    result: str | None
 
     @property
     def progress(self) -> str:
-        """State and step in a few words: `done, 114 steps`, `killed at step 60/114`."""
+        """State and step in a few words: `done, 114 steps`, `hardly trained, 2 steps`, `killed at step 60/114`."""
         if self.step is None or self.state in ("nothing learned", "damaged"):
             return self.state
         if self.state == "done":
-            return f"done, {self.step} steps"
+            return f"{self.result if self.doubtful else 'done'}, {self.step} step{'' if self.step == 1 else 's'}"
         of = f"/{self.total_steps}" if self.total_steps else ""
         return f"{self.state} at step {self.step}{of}"
+
+    @property
+    def doubtful(self) -> bool:
+        """Whether it came to its end, and the report says that this was not enough."""
+        return self.state == "done" and self.result in _DOUBTFUL
 
 
 def list_runs(folder: Path, price: float | None = None) -> list[Run]:
@@ -109,9 +117,8 @@ def print_runs(runs: list[Run], folder: Path, console: Any) -> None:
         cells = [_decimals(run.loss, 4), _decimals(run.validation_loss, 4), _short(run.tokens), _decimals(run.hours, 2)]
         if runs[0].cost is not None:
             cells.append(_decimals(run.cost, 2))
-        table.add_row(
-            styled(run.name), styled(run.progress, styles.get(run.state, "red")), *cells, _ago(run.last_activity)
-        )
+        style = "yellow" if run.doubtful else styles.get(run.state, "red")
+        table.add_row(styled(run.name), styled(run.progress, style), *cells, _ago(run.last_activity))
     console.print(table)
     for run in runs:
         if run.why and run.state in ("failed", "nothing learned", "damaged"):
@@ -142,10 +149,11 @@ def _read_run(path: Path, below: Path, price: float | None) -> Run:
     hours = None if wall is None else wall / 3600
     tokens = _first(report.get("tokens"), sums.get("tokens"))
     total = _first(status.get("total_steps"), report.get("steps"))
+    state = "damaged" if problems else _state(path, status, report)
     return Run(
         name=_text(path.resolve().name if path == below else str(path.relative_to(below))),
         folder=_text(str(path)),
-        state="damaged" if problems else _state(path, status, report),
+        state=state,
         step=_whole(step),
         total_steps=_whole(total),
         why="; ".join(problems) if problems else status.get("why"),
@@ -155,6 +163,7 @@ def _read_run(path: Path, below: Path, price: float | None) -> Run:
         hours=hours,
         cost=None if price is None or hours is None else hours * price,
         last_activity=_last_activity(path, status).isoformat(timespec="seconds"),
+        result=report.get("verdict") if state in ("done", "nothing learned") else None,
     )
 
 
