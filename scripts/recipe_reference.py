@@ -83,6 +83,7 @@ SOURCE = """data:
   train:
     - data/own.jsonl
     - {path: data/general.parquet, weight: 0.25}
+    - {path: data/faq.csv, columns: {instruction: Frage, output: Antwort}}
     - {hub: HuggingFaceH4/no_robots, split: train}"""
 TRAIN = """train:
   epochs: 2

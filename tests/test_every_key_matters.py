@@ -485,7 +485,8 @@ def test_every_key_of_a_source(runs: Runs, monkeypatch: pytest.MonkeyPatch):
     import datasets
     from huggingface_hub import HfApi
 
-    assert list(SourceRecipe.model_fields) == ["path", "hub", "config", "split", "revision", "weight"]
+    own = ["format", "columns", "train_on"]
+    assert list(SourceRecipe.model_fields) == ["path", "hub", "config", "split", "revision", "weight", *own]
     asked: list[tuple[Any, ...]] = []
 
     def load_dataset(name: str, config: str | None, *, split: str, revision: str | None, streaming: bool) -> Any:
@@ -512,6 +513,16 @@ def test_every_key_of_a_source(runs: Runs, monkeypatch: pytest.MonkeyPatch):
     assert kept_examples(runs({"data.train": {"path": "{sums}"}})) == 12
     assert kept_examples(runs({"data.train": {"path": "{sums}", "weight": 2}})) == 24
     assert kept_examples(runs({"data.train": {"path": "{sums}", "weight": 0.5}})) == 6
+    both = {"path": "{both}", "format": "completion"}
+    assert losses(runs({"data.train": both})) == losses(runs({}))
+    assert first_loss(runs({"data.train": both | {"format": "text"}})) != first_loss(runs({}))
+    renamed = {"path": "{renamed}", "columns": {"prompt": "question", "completion": "answer"}}
+    assert losses(runs({"data.train": renamed})) == losses(runs({}))
+    everything = runs({"data.train": {"path": "{sums}", "train_on": "all"}})
+    assert losses(everything) == losses(runs({"data.train_on": "all"})) != losses(runs({}))
+    held = [{"path": "{other}"} | own for own in ({}, {"train_on": "all"})]
+    scored = [json.loads((runs({"data.validation": each}) / "report.json").read_text()) for each in held]
+    assert scored[0]["validation"] != scored[1]["validation"]
 
 
 def test_z_loss_is_not_in_the_loss_that_is_shown(runs: Runs):

@@ -119,7 +119,7 @@ def test_missing_keys_are_described(problem: Any):
     assert message == (
         "error: recipe.yaml:2:1: data.train is missing\n"
         "  train: Training data: a file, a folder, a glob, `{hub: owner/name, split: train}`, or a list "
-        "of these, each with a `weight` if wanted.\n"
+        "of these, each with a `weight`, `format`, `columns` or `train_on` of its own if wanted.\n"
         "  fix: add, for example, train: data/train.jsonl"
     )
 
@@ -376,6 +376,17 @@ def test_validation_is_a_fraction_or_a_file(load: Any, problem: Any, tmp_path: P
             f"the left side is one of {', '.join(FIELDS)}, question, user, answer, assistant; ",
         ),
         ("data: {train: a, columns: {prompt: a, question: b}}", "data.columns", "remove question, or the other one"),
+        ("data: {train: {path: a, columns: {promt: a}}}", "data.train", "the left side is one of"),
+        ("data: {train: {path: a, columns: {prompt: a, user: b}}}", "data.train", "remove user, or the other one"),
+        ("data: {train: a, validation: {path: b, columns: {promt: a}}}", "data.validation", "the left side is one of"),
+        (
+            "data: {train: a, validation: {path: b, columns: {prompt: a, user: b}}}",
+            "data.validation",
+            "remove user, or",
+        ),
+        ("data: {train: {path: a, columns: {text: b}}, columns: {text: c}}", "data.columns", "remove columns here, or"),
+        ("data: {train: {path: a, format: text}, format: chat}", "data.format", "remove format here, or that of a"),
+        ("data: {train: {path: a, train_on: all}, train_on: assistant}", "data.train_on", "remove train_on here, or"),
         ("train: {micro_batch_size: 2, tokens_per_micro_batch: 2048}", "train.micro_batch_size", "remove one of them"),
         (
             "train: {tokens_per_micro_batch: 512}",

@@ -34,7 +34,7 @@ from lora_cli.ending import make_temporary, remove_temporary
 from lora_cli.errors import LoraError
 from lora_cli.files import disk_errors, free_name, written_whole
 from lora_cli.foreign import kind, remove_ours
-from lora_cli.recipe import DataRecipe, Recipe
+from lora_cli.recipe import DataRecipe, Recipe, SourceRecipe
 
 
 def prepare(
@@ -140,13 +140,13 @@ class _Seen:
 class Preparation:
     """Rows on their way to disk.
 
-    training: sources, and how often each is seen in an epoch; none of a stream, whose rows are read later. held_out:
-    sources for validation. data: how rows are read, split and packed; its own sources are not looked at. row_tokens:
+    training: sources, with what the recipe says of each; none of a stream, whose rows are read later. held_out: those
+    for validation. data: how rows are read, split and packed; its own sources are not looked at. row_tokens:
     without packing, tokens of the groups of similar length that the order shuffles; None: it shuffles single examples.
     """
 
-    training: list[tuple[float, Source]]
-    held_out: list[Source]
+    training: list[tuple[SourceRecipe, Source]]
+    held_out: list[tuple[SourceRecipe, Source]]
     data: DataRecipe
     tokenizer: PreTrainedTokenizerBase
     seed: int = 0
@@ -156,15 +156,14 @@ class Preparation:
     def of(cls, recipe: Recipe, tokenizer: PreTrainedTokenizerBase) -> Preparation:
         data, train, written = recipe.data, recipe.train, (Path(recipe.output), cache.cache_folder(recipe))
         trained = [] if data.streaming else data.train
-        training = [(each.weight, open_source(each, written=written)) for each in trained]
-        files = data.validation if isinstance(data.validation, list) else []
-        held_out = [open_source(each, held_out=True, written=written) for each in files]
+        training = [(each, open_source(each, written=written)) for each in trained]
+        held_out = [(each, open_source(each, held_out=True, written=written)) for each in data.held_out]
         return cls(training, held_out, data, tokenizer, train.seed, train.tokens_per_micro_batch)
 
     @property
-    def sources(self) -> list[Source]:
+    def sources(self) -> list[tuple[SourceRecipe, Source]]:
         """Of the training data, then of the validation data."""
-        return [*(source for _, source in self.training), *self.held_out]
+        return [*self.training, *self.held_out]
 
     @cached_property
     def key(self) -> str:
@@ -177,8 +176,8 @@ class Preparation:
         if data.template is not None:
             template = chat_template(self.tokenizer, data.template).text  # arguments are among the settings
         parts = {
-            "training": [[weight, list(source.identity.items())] for weight, source in self.training],
-            "held_out": [list(source.identity.items()) for source in self.held_out],
+            "training": [[own.weight, own.own, list(source.identity.items())] for own, source in self.training],
+            "held_out": [[own.own, list(source.identity.items())] for own, source in self.held_out],
             "fraction": data.validation if isinstance(data.validation, float) else None,
             "tokenizer": cache.tokenizer_hash(self.tokenizer),
             "template": template,
@@ -214,7 +213,7 @@ class Preparation:
         template = self._template
         summary = Summary(
             self._formats,
-            {name: value for source in self.sources for name, value in source.identity.items()},
+            {name: value for _, source in self.sources for name, value in source.identity.items()},
             list(self._files),
             self._findings,
             Lengths.of(facts["tokens"], facts["targets"]),
@@ -238,20 +237,20 @@ class Preparation:
         ends = []
         if len(self.sources) > 1:
             require_columns(self.data.columns, self.sources)
-        for at, source in enumerate(self.sources):
+        for at, (own, source) in enumerate(self.sources):
             source.identity  # taken before the rows are read  # noqa: B018
-            self._read(source, held if at >= len(self.training) else seen, writer)
+            self._read(own, source, held if at >= len(self.training) else seen, writer)
             source.require_unchanged()
             ends.append(writer.count)
         self._close_gate(seen, held)
         return self._split(seen, ends)
 
-    def _read(self, source: Source, seen: _Seen, writer: ExampleWriter) -> None:
+    def _read(self, own: SourceRecipe, source: Source, seen: _Seen, writer: ExampleWriter) -> None:
         data, rows = self.data, source.rows()
         head = list(islice(rows, ROWS_TO_DETECT))
         if not head:
             raise LoraError("the source has no rows", where=source.name, fix="check what wrote it")
-        reader = RowEncoder(data, self.tokenizer, head, several=len(self.sources) > 1)
+        reader = RowEncoder(data, self.tokenizer, head, own, several=len(self.sources) > 1)
         self._template = reader.template or self._template
         rows_of: Counter[str] = Counter()  # file → its rows
         for encoded in reader.encode(chain(head, rows), self._findings):
@@ -311,7 +310,7 @@ class Preparation:
             kept = np.flatnonzero(np.asarray(seen.pieces))  # rows that are in the data: none that was too long
             rows = np.zeros(len(groups), bool)
             try:
-                rows[kept[hold_out(groups[kept], data.validation, seed, self.sources[0].name)]] = True
+                rows[kept[hold_out(groups[kept], data.validation, seed, self.sources[0][1].name)]] = True
             except LoraError:  # unless a finding, or that no row is left, says why
                 if len(kept) and not self._findings.stopping(data.allow):
                     raise
@@ -319,9 +318,9 @@ class Preparation:
             self._find("overlap", seen, np.flatnonzero(rows & np.isin(content, content[~rows])))  # of other groups
             held = np.repeat(rows, np.asarray(seen.pieces))
         train = [np.empty(0, np.int64)]
-        for number, ((weight, _), start, end) in enumerate(zip(self.training, [0, *ends], ends, strict=False)):
+        for number, ((own, _), start, end) in enumerate(zip(self.training, [0, *ends], ends, strict=False)):
             indices = np.arange(start, end)[~held[start:end]]
-            train += repeated(indices, weight, [seed, 0x3E16, number])
+            train += repeated(indices, own.weight, [seed, 0x3E16, number])
         validation = np.concatenate([np.flatnonzero(held), np.arange(last, ends[-1] if ends else 0)])
         return np.concatenate(train), validation.astype(np.int64)
 

@@ -21,7 +21,7 @@ from lora_cli.data.formats import Format, detect_format, require_present
 from lora_cli.data.gate import Encoded, Finding, Findings
 from lora_cli.data.turns import Columns
 from lora_cli.errors import LoraError, reading
-from lora_cli.recipe import DataRecipe
+from lora_cli.recipe import DataRecipe, SourceRecipe
 
 ROWS_TO_DETECT = 1000  # that show a source's format
 _ROWS_AT_ONCE = 512
@@ -30,11 +30,22 @@ _ROWS_AT_ONCE = 512
 class RowEncoder:
     """Rows of one source → examples. head: its first rows, which show the format.
 
-    several: there are other sources, so of the recipe's columns only those count that these rows have.
+    source: what it says for itself. several: there are other sources, so of the recipe's columns, unless they are the
+    source's own, only those count that these rows have.
     """
 
-    def __init__(self, data: DataRecipe, tokenizer: PreTrainedTokenizerBase, head: list[Row], *, several: bool = False):
-        columns = applicable(data.columns, head) if several else data.columns
+    def __init__(
+        self,
+        data: DataRecipe,
+        tokenizer: PreTrainedTokenizerBase,
+        head: list[Row],
+        source: SourceRecipe | None = None,
+        *,
+        several: bool = False,
+    ):
+        own = source.own if source else {}
+        data = data.of(source) if source else data
+        columns = applicable(data.columns, head) if several and "columns" not in own else data.columns
         form = detect_format(head, data.format, columns)
         _require_train_on(data, form, head[0].file)
         self._group_by = data.group_by
@@ -126,11 +137,14 @@ def fit_length(
     return []
 
 
-def require_columns(columns: Columns, sources: Sequence[Source]) -> None:
-    """Raises LoraError for one of the recipe's columns that no source has, by its first rows."""
+def require_columns(columns: Columns, sources: Sequence[tuple[SourceRecipe, Source]]) -> None:
+    """Raises LoraError for one of the recipe's columns that no source has, by its first rows.
+
+    Sources with columns of their own are not looked at.
+    """
     missing = dict(columns)
     rows: list[Row] = []
-    for source in sources if any(missing.values()) else ():
+    for source in [each for own, each in sources if own.columns is None] if any(missing.values()) else ():
         head = list(islice(source.rows(), ROWS_TO_DETECT))
         missing = {name: column for name, column in missing.items() if name not in applicable(columns, head)}
         if not missing:
@@ -144,7 +158,8 @@ def _require_train_on(data: DataRecipe, form: Format, where: str) -> None:
     known = ("completion", *TRAIN_ON["chat"]) if form.pair else TRAIN_ON[form.name]
     if data.train_on is not None and data.train_on not in known:
         what = f"data.train_on: {data.train_on} has no meaning for the format {form.name}"
-        raise LoraError(what, where=where, fix=f"write one of {', '.join(known)}, or remove it")
+        fix = f"write one of {', '.join(known)}, or remove it; a source may have a train_on of its own"
+        raise LoraError(what, where=where, fix=fix)
 
 
 # ── working ahead ─────────────────────────────────────────────────────────────────────────────────────────────────────

@@ -33,7 +33,8 @@ from lora_cli.data.report import stream_lines
 from lora_cli.data.row_encoder import RowEncoder, fit_length, require_columns, require_template_used
 from lora_cli.data.store import PreparedData, Summary, by_length, micro_batches_per_step, rows_per_micro_batch
 from lora_cli.errors import LoraError
-from lora_cli.recipe import Recipe
+from lora_cli.recipe import Recipe, SourceRecipe
+from lora_cli.recipe.schema import OWN
 
 WINDOW_ROWS = 4096
 
@@ -48,10 +49,10 @@ class StreamFeed:
         self._recipe, self.data, self._tokenizer = recipe, data, tokenizer
         self.validation = data.validation
         train, written = recipe.data.train, [Path(recipe.output)]
-        self._sources = [(each.weight, open_source(each, streaming=True, written=written)) for each in train]
+        self._sources = [(each, open_source(each, streaming=True, written=written)) for each in train]
         self._several = len(self._sources) > 1
         if self._several:
-            require_columns(recipe.data.columns, [source for _, source in self._sources])
+            require_columns(recipe.data.columns, self._sources)
         self._encoders: dict[int, RowEncoder] = {}
         self._template: ChatTemplate | None = None
         self._largest_id = 2**31
@@ -65,13 +66,14 @@ class StreamFeed:
     def summary(self) -> Summary:
         """As of prepared data; lengths and weights are of the window in hand, findings of the validation data alone.
 
-        The fingerprint is of the sources' sizes and times in place of the tokens.
+        The fingerprint is of the sources' sizes and times, and how each is read, in place of the tokens.
         """
-        data, encoders = self.data.summary, sorted(self._encoders.items())
+        data, encoders, recipe = self.data.summary, sorted(self._encoders.items()), self._recipe.data
         identity: dict[str, str] = {}  # what tells versions apart without reading all of them
         for _, source in self._sources:
             identity |= _file_identity(source) if isinstance(source, FileSource) else source.identity
-        digest = hashlib.sha256(json.dumps(identity, sort_keys=True).encode()).hexdigest()
+        read = [recipe.of(own).model_dump(include={*OWN}) for own, _ in self._sources]
+        digest = hashlib.sha256(json.dumps([identity, read], sort_keys=True).encode()).hexdigest()
         several = [each for _, each in self._sources if isinstance(each, FileSource) and not each.one]
         listing = {each.name: {"files": dict.fromkeys(map(str, each.paths)), "left": each.left} for each in several}
         template, facts = self._template, facts_of(self._examples)
@@ -179,7 +181,8 @@ class StreamFeed:
         for at in sorted({at for at, _ in rows}):
             own = [row for owner, row in rows if owner == at]
             if at not in self._encoders:  # the first window shows a source's format, for all of them
-                self._encoders[at] = RowEncoder(data, self._tokenizer, own, several=self._several)
+                source, _ = self._sources[at]
+                self._encoders[at] = RowEncoder(data, self._tokenizer, own, source, several=self._several)
                 self._template = self._template or self._encoders[at].template
             encoder = self._encoders[at]
             for each in encoder.encode(iter(own), findings):
@@ -206,11 +209,11 @@ class StreamFeed:
             yield at, row
 
 
-def _placed(at: int, weighted: tuple[float, Source]) -> Iterator[tuple[tuple[float, int], Row]]:
+def _placed(at: int, weighted: tuple[SourceRecipe, Source]) -> Iterator[tuple[tuple[float, int], Row]]:
     """The rows of the source `at`, each with where it comes among those of all: by its number over the weight."""
-    weight, source = weighted
+    own, source = weighted
     for number, row in enumerate(source.rows(), 1):
-        yield (number / weight, at), row
+        yield (number / own.weight, at), row
 
 
 def _file_identity(source: FileSource) -> dict[str, str]:

@@ -160,14 +160,19 @@ def _file_examples(
 
 
 def _reading(own: DataRecipe | None, data: Path, rows: list[Row]) -> DataRecipe:
-    """How a file is read for a run: as its own data where the columns are the same, else as its columns say."""
+    """How a file is read for a run: as the source of its data that has the same columns, else as its columns say."""
     values: dict[str, Any] = {"train": str(data)}
-    if own is not None:
-        values |= {"template": own.template, "train_on": own.train_on, "allow": own.allow}
-        there = {name for row in rows for name in row.values}
-        columns = applicable(own.columns, rows)
-        needed = NEEDED.get(own.format, ())
-        named = not needed or any(there >= {column_of(columns, each) for each in some} for some in needed)
-        if named and columns.keys() == own.columns.keys():
-            values |= {"format": own.format, "columns": own.columns}
-    return DataRecipe.model_validate(values)
+    if own is None:
+        return DataRecipe.model_validate(values)
+    there = {name for row in rows for name in row.values}
+
+    def fits(each: DataRecipe) -> bool:
+        columns, needed = applicable(each.columns, rows), NEEDED.get(each.format, ())
+        named = not needed or any(there >= {column_of(columns, name) for name in some} for some in needed)
+        return named and columns.keys() == each.columns.keys()
+
+    kept: dict[str, Any] = {"template": own.template, "allow": own.allow, "train_on": own.train_on}
+    fitting = filter(fits, [own.of(source) for source in (*own.held_out, *own.train)])
+    if nearest := max(fitting, key=lambda each: len(each.columns), default=None):
+        kept |= {"format": nearest.format, "columns": nearest.columns, "train_on": nearest.train_on}
+    return DataRecipe.model_validate(values | kept)

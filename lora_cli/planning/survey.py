@@ -153,7 +153,8 @@ def prepare_rows(
     row_tokens: int | None = None,
 ) -> PreparedData:
     """The rows of these sources, prepared in a temporary folder. Raises LoraError for what would stop a run."""
-    data = build_for_now(Preparation([(1.0, source) for source in sources], [], settings, tokenizer, seed, row_tokens))
+    as_named = [(SourceRecipe.model_validate({"path": source.name}), source) for source in sources]
+    data = build_for_now(Preparation(as_named, [], settings, tokenizer, seed, row_tokens))
     require_trainable(data.summary, settings)
     return data
 

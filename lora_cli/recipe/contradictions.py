@@ -7,12 +7,12 @@ them idle they are dropped (load.py); as defaults they are left out when a recip
 from __future__ import annotations
 
 import re
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any, NamedTuple
 
 from lora_cli.quantization import RULES, named
 from lora_cli.recipe.keys import holder_of
-from lora_cli.recipe.schema import FIELDS, OTHER_FIELDS, TEMPLATES, Recipe, SourceRecipe
+from lora_cli.recipe.schema import FIELDS, OTHER_FIELDS, OWN, TEMPLATES, Recipe
 
 
 class Rule(NamedTuple):
@@ -48,13 +48,14 @@ def idle_keys(recipe: Recipe) -> Iterator[tuple[str, ...]]:
     return (rule.path for rule in TABLE if rule.idle_by is not None and rule.broken(recipe))
 
 
-def _held_out(r: Recipe) -> list[SourceRecipe]:
-    return r.data.validation if isinstance(r.data.validation, list) else []
-
-
-_SOURCES = {"data.train": lambda r: r.data.train, "data.validation": _held_out}
+_SOURCES = {"data.train": lambda r: r.data.train, "data.validation": lambda r: r.data.held_out}
+_WITH_COLUMNS = {"data.columns": lambda r: [r.data], **_SOURCES}
 _OF_THE_HUB = {"config", "split", "revision"}
 _DOUBLE = named(lambda rules: rules.double)
+
+
+def _fields(sources: Sequence[Any]) -> list[str]:
+    return [name for each in sources for name in each.columns or {}]
 
 
 def _is_auto(r: Recipe) -> bool:
@@ -98,10 +99,10 @@ TABLE = [
         )
         for key, of in _SOURCES.items()
     ),
-    Rule("data.validation", lambda r: any(source in r.data.train for source in _held_out(r))).says(
+    Rule("data.validation", lambda r: any(source in r.data.train for source in r.data.held_out)).says(
         "validation and training data are the same", fix="name another file or split, or a fraction such as 0.05"
     ),
-    Rule("data.validation", lambda r: any(source.weight != 1 for source in _held_out(r))).says(
+    Rule("data.validation", lambda r: any(source.weight != 1 for source in r.data.held_out)).says(
         "validation rows are scored once each, so a source there has no weight", fix="remove weight"
     ),
     Rule("data.validation", lambda r: r.data.streaming and isinstance(r.data.validation, float)).says(
@@ -135,12 +136,26 @@ TABLE = [
         "{name!r} is not a name that a template can read",
         fix="write a name of letters, digits and _, such as enable_thinking",
     ),
-    Rule("data.columns", lambda r: [name for name in r.data.columns if name in OTHER_FIELDS]).says(
-        "{name} means the same as another field that is set", fix="remove {name}, or the other one"
+    *(
+        Rule(key, lambda r, of=of: [name for name in _fields(of(r)) if name in OTHER_FIELDS]).says(
+            "{name} means the same as another field that is set", fix="remove {name}, or the other one"
+        )
+        for key, of in _WITH_COLUMNS.items()
     ),
-    Rule("data.columns", lambda r: [name for name in r.data.columns if name not in (*FIELDS, *OTHER_FIELDS)]).says(
-        "unknown field {name}",
-        fix=f"the left side is one of {', '.join((*FIELDS, *OTHER_FIELDS))}; the right side is a column of yours",
+    *(
+        Rule(key, lambda r, of=of: [name for name in _fields(of(r)) if name not in (*FIELDS, *OTHER_FIELDS)]).says(
+            "unknown field {name}",
+            fix=f"the left side is one of {', '.join((*FIELDS, *OTHER_FIELDS))}; the right side is a column of yours",
+        )
+        for key, of in _WITH_COLUMNS.items()
+    ),
+    *(
+        Rule(
+            f"data.{key}",
+            lambda r, key=key: all(key in source.own for source in (*r.data.train, *r.data.held_out)),
+            idle_by="data.train",
+        ).says(f"every source has {key} of its own", fix=f"remove {key} here, or that of a source")
+        for key in OWN
     ),
     Rule("train.epochs", lambda r: r.data.streaming and r.train.max_steps is not None, idle_by="data.streaming").says(
         "a stream has no known length, so it is not counted in epochs",

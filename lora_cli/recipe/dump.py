@@ -12,7 +12,7 @@ from lora_cli.recipe.keys import holder_of, path_places
 from lora_cli.recipe.schema import Recipe
 from lora_cli.recipe.yaml import KeyPath
 
-_MAPPINGS = ("rank_pattern", "alpha_pattern", "columns", "template_arguments")  # settings that are one value
+_MAPPINGS = ("rank_pattern", "alpha_pattern")  # settings that are one value
 
 
 def dump_recipe(recipe: Recipe) -> str:
@@ -46,6 +46,6 @@ def json_schema() -> str:
 def _leaves(values: dict[str, Any], at: KeyPath = ()) -> list[tuple[KeyPath, Any]]:
     found: list[tuple[KeyPath, Any]] = []
     for key, value in values.items():
-        nested = isinstance(value, dict) and key not in _MAPPINGS
+        nested = isinstance(value, dict) and key not in _MAPPINGS and at != ("data",)  # a source is one value
         found += _leaves(value, (*at, key)) if nested else [((*at, key), value)]
     return found

@@ -80,6 +80,8 @@ def _problem(key: KeyPath, found: list[Any], values: dict[str, Any], places: Pla
     name, where, kind = ".".join(key), places.of(key), found[0]["type"]
     if kind == "extra_forbidden":
         fix = hint(key[-1]) or (_suggest(key) if suggest else None)
+        if _is_source(key) and key[-1] in ("template", "template_arguments"):
+            fix = f"write data.{key[-1]}: a run has one chat template, for all its sources"
         return LoraError(f"unknown key {name}", where=where, fix=fix, details=hints_inside(found[0]["input"]))
     if kind == "missing":
         fix = _example(key).replace("write", "add", 1)

@@ -9,7 +9,7 @@ from __future__ import annotations
 import re
 from typing import Annotated, Any, Literal
 
-from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, PlainSerializer, ValidationInfo, field_validator
+from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, PlainSerializer, model_validator
 from pydantic_core import PydanticCustomError
 
 from lora_cli.quantization import DEFAULT, Quantization
@@ -59,6 +59,33 @@ class AdapterRecipe(Section):
     """How A starts (B is zero): Kaiming-uniform as in PEFT and loralib, or Gaussian with deviation 1 / rank."""
 
 
+FIELDS = (  # what a row can mean; `data.columns` says where each is found
+    *("text", "prompt", "completion", "instruction", "input", "output", "messages", "conversations", "tools"),
+    *("system", "history", "role", "content", "train", "weight"),
+)
+OTHER_FIELDS = {  # other names of fields: as a completion has them, and as an instruction
+    **dict.fromkeys(("question", "user"), ("prompt", "instruction")),
+    **dict.fromkeys(("answer", "assistant"), ("completion", "output")),
+}
+Columns = dict[str, str | None]
+Format = Literal["auto", "text", "completion", "instruction", "chat"]
+TrainOn = Literal["assistant", "last_assistant", "completion", "all"]
+OWN = ("format", "columns", "train_on")  # what a source may say for itself
+
+
+def _canonical(columns: Columns, form: str) -> Columns:
+    """Fields under their own names. Where both are given the other name stays, and is refused as a contradiction.
+
+    Whether input and output are those of an instruction is only known with the rows: data/columns.py.
+    """
+    instruction = form == "instruction" or not columns.keys().isdisjoint(
+        ("instruction", "input", "output", "system", "history")
+    )
+    names = {name: OTHER_FIELDS[name][instruction] for name in columns if name in OTHER_FIELDS}
+    taken = [names.get(name, name) for name in columns]
+    return {name if taken.count(own := names.get(name, name)) > 1 else own: column for name, column in columns.items()}
+
+
 class SourceRecipe(Section):
     """One source of rows: local files or a data set of the hub."""
 
@@ -76,6 +103,17 @@ class SourceRecipe(Section):
     weight: Number = Field(1.0, gt=0, le=1000)  # each row comes that often in the order
     """How often an epoch sees each row: 2 is twice, 0.5 is one half of the rows, chosen by the seed. In a stream: how
     often it comes, against the others."""
+    format: Format | None = None
+    """How to read a row of this source. null: as data.format says."""
+    columns: Columns | None = None
+    """What the columns of this source mean, in place of data.columns. null: those of data.columns that it has."""
+    train_on: TrainOn | None = None
+    """Which tokens of this source are trained. null: as data.train_on says."""
+
+    @property
+    def own(self) -> dict[str, Any]:
+        """What it says for itself, in place of the recipe's settings of these names."""
+        return {key: value for key in OWN if (value := getattr(self, key)) is not None}
 
 
 def _as_sources(value: Any) -> Any:
@@ -88,10 +126,8 @@ def _as_sources(value: Any) -> Any:
 
 def _as_written(sources: list[SourceRecipe]) -> Any:
     """The shortest way to write sources: a plain path where a path is all there is."""
-    written = [
-        source.path if source.path and source.weight == 1 else source.model_dump(exclude_defaults=True)
-        for source in sources
-    ]
+    values = [source.model_dump(exclude_defaults=True) for source in sources]
+    written = [each["path"] if [*each] == ["path"] else each for each in values]
     return written[0] if len(written) == 1 else written
 
 
@@ -110,14 +146,6 @@ def _fraction_or_sources(value: Any) -> Any:
 
 
 TEMPLATES = ("chatml", "llama-3", "mistral", "gemma", "alpaca", "plain")
-FIELDS = (  # what a row can mean; `data.columns` says where each is found
-    *("text", "prompt", "completion", "instruction", "input", "output", "messages", "conversations", "tools"),
-    *("system", "history", "role", "content", "train", "weight"),
-)
-OTHER_FIELDS = {  # other names of fields: as a completion has them, and as an instruction
-    **dict.fromkeys(("question", "user"), ("prompt", "instruction")),
-    **dict.fromkeys(("answer", "assistant"), ("completion", "output")),
-}
 Allowed = Literal[
     "too_long", "overlap", "no_stop_token", "two_forms", "double_bos", "special_in_text", "not_round_trip"
 ]
@@ -126,7 +154,7 @@ Allowed = Literal[
 class DataRecipe(Section):
     train: Sources
     """Training data: a file, a folder, a glob, `{hub: owner/name, split: train}`, or a list of these, each with a
-    `weight` if wanted."""
+    `weight`, `format`, `columns` or `train_on` of its own if wanted."""
     validation: Annotated[
         Fraction | Sources | None,
         BeforeValidator(
@@ -137,10 +165,10 @@ class DataRecipe(Section):
     sources as in `train`."""
     group_by: str | None = Field(None, min_length=1)
     """With a fraction: column whose equal values are held out together, such as a conversation's id."""
-    format: Literal["auto", "text", "completion", "instruction", "chat"] = "auto"
+    format: Format = "auto"
     """How to read a row: `text`; `completion` (prompt, completion); `instruction` (instruction, input, output); `chat`
     (messages or conversations); auto goes by the columns."""
-    columns: dict[str, str | None] = Field(
+    columns: Columns = Field(
         {},
         description="Where the columns have other names: field → your column, such as {prompt: Question}; null as "
         "the column: do not use it. Fields: "
@@ -154,7 +182,7 @@ class DataRecipe(Section):
     template_arguments: dict[str, bool | int | float | str] = {}
     """What the chat template is given beside the conversation, such as {enable_thinking: false} or {reasoning_effort:
     low}. It is written into the template that is kept with the adapter."""
-    train_on: Literal["assistant", "last_assistant", "completion", "all"] | None = None
+    train_on: TrainOn | None = None
     """Which tokens are trained: all assistant turns, the last one, the completion, or everything. null: answers
     (assistant turns, completions), or the whole text."""
     max_seq_len: int = Field(1024, ge=2, le=_MOST)
@@ -175,21 +203,21 @@ class DataRecipe(Section):
     cache: str | None = Field(None, min_length=1)
     """Folder for prepared tokens that several runs share. null: in the run folder."""
 
-    @field_validator("columns")
-    @classmethod
-    def _canonical(cls, columns: dict[str, str | None], info: ValidationInfo) -> dict[str, str | None]:
-        """Fields under their own names. Where both are given the other name stays, and is refused as a contradiction.
+    @property
+    def held_out(self) -> list[SourceRecipe]:
+        """The sources of the validation data; none where a fraction of the training rows is held out."""
+        return self.validation if isinstance(self.validation, list) else []
 
-        Whether input and output are those of an instruction is only known with the rows: data/columns.py.
-        """
-        instruction = info.data.get("format") == "instruction" or not columns.keys().isdisjoint(
-            ("instruction", "input", "output", "system", "history")
-        )
-        names = {name: OTHER_FIELDS[name][instruction] for name in columns if name in OTHER_FIELDS}
-        taken = [names.get(name, name) for name in columns]
-        return {
-            name if taken.count(own := names.get(name, name)) > 1 else own: column for name, column in columns.items()
-        }
+    def of(self, source: SourceRecipe) -> DataRecipe:
+        """These settings as they are for one source."""
+        return self.model_copy(update=source.own)
+
+    @model_validator(mode="after")
+    def _canonical_columns(self) -> DataRecipe:
+        for each in (self, *self.train, *self.held_out):
+            if each.columns:
+                object.__setattr__(each, "columns", _canonical(each.columns, each.format or self.format))
+        return self
 
 
 def _as_mode(value: Any) -> Any:
