@@ -67,7 +67,7 @@ class Step:
             torch.nn.init.normal_(parameter, std=0.01)
         if compiled:
             blocks = [block for name in block_lists(self.model) for block in self.model.get_submodule(name)]
-            compile_blocks(blocks, print)
+            compile_blocks(blocks, self.device, print)
         else:
             save_only_inputs(self.model)
         drawn = np.random.default_rng(0)

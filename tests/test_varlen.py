@@ -62,6 +62,7 @@ def test_it_fits_only_where_its_kernel_runs():
 
 @pytest.mark.parametrize(("capability", "fits"), [((7, 5), False), ((8, 0), True), ((12, 0), True)])
 def test_it_needs_ampere_or_later(monkeypatch, capability, fits):
+    monkeypatch.setattr(attention, "_CAPABILITY", {})
     monkeypatch.setattr(torch.cuda, "get_device_capability", lambda _device: capability)
     monkeypatch.setattr(attention, "varlen_attn", stand_in)
     cuda = torch.device("cuda")

@@ -41,10 +41,11 @@ def keep_mask(tokens: Tensor, features: Tensor, p: float) -> Tensor:
 def dropped(values: Tensor, tokens: Tensor, features: Tensor, p: float) -> Tensor:
     """values (tokens, features) where they are kept, zero elsewhere; not scaled by 1 / (1 - p).
 
-    Some rows at a time: the random numbers behind a mask take twice the memory of bf16 values.
+    Some rows at a time: the random numbers behind a mask take twice the memory of bf16 values. Compiled, they are
+    fused away, and a loop would be compiled again for each number of rows.
     """
     zero = values.new_zeros(())
-    if len(values) * len(features) <= _MASK_NUMBERS:
+    if torch.compiler.is_compiling() or len(values) * len(features) <= _MASK_NUMBERS:
         return torch.where(keep_mask(tokens, features, p), values, zero)
     result = torch.empty_like(values)
     rows = max(1, _MASK_NUMBERS // len(features))

@@ -28,6 +28,7 @@ if not {"scale", "window_size", "enable_gqa"} <= {*signature(varlen_attn).parame
     varlen_attn: Any = None  # torch 2.10's has no windows and no shared keys and values
 
 PER_EXAMPLE = "sdpa_per_example"
+_CAPABILITY: dict[str, tuple[int, int]] = {}
 _row_is_packed: ContextVar[bool] = ContextVar("row_is_packed", default=False)
 
 
@@ -100,8 +101,15 @@ def varlen_fits(device: torch.device, dtype: torch.dtype, head_dim: int) -> bool
         and dtype in (torch.float16, torch.bfloat16)
         and head_dim <= 256
         and head_dim % 8 == 0
-        and torch.cuda.get_device_capability(device) >= (8, 0)
+        and _capability(device) >= (8, 0)
     )
+
+
+def _capability(device: torch.device) -> tuple[int, int]:
+    """Of the GPU that this process trains on. Asked once, before blocks are compiled, which cannot ask."""
+    if device.type not in _CAPABILITY:
+        _CAPABILITY[device.type] = torch.cuda.get_device_capability(device)
+    return _CAPABILITY[device.type]
 
 
 def packed_attention_name(config: Any, device: torch.device, dtype: torch.dtype) -> str:

@@ -42,18 +42,20 @@ def say_when_dynamo_gives_up(say: Callable[[str], None]) -> None:
     dynamo.handlers = [_SayOnce(say)]
 
 
-def compile_blocks(blocks: Sequence[nn.Module], say: Callable[[str], None]) -> None:
+def compile_blocks(blocks: Sequence[nn.Module], device: torch.device, say: Callable[[str], None]) -> None:
     """Compile each block's forward at its first use, with a cache in `cache_folder()` for the next run.
 
-    Lengths are dynamic from the start, and attention, which depends on the lengths of the examples, is not compiled:
-    new lengths compile nothing new. Blocks of one kind share the compiled code.
+    Lengths are dynamic from the start: new lengths compile nothing new. A block is one graph, except on a CPU, where
+    attention goes by the lengths of the examples, which a graph does not know, and stays outside. Blocks of one kind
+    share the compiled code.
     """
     cache = cache_folder()
     os.environ["TORCHINDUCTOR_CACHE_DIR"] = str(cache)
     os.environ.setdefault("TRITON_CACHE_DIR", str(cache / "triton"))
     torch._dynamo.config.recompile_limit = max(_VERSIONS, torch._dynamo.config.recompile_limit)
     say_when_dynamo_gives_up(say)
-    AttentionInterface.register(PER_EXAMPLE, torch.compiler.disable(per_example_attention))
+    attention = torch.compiler.disable(per_example_attention) if device.type == "cpu" else per_example_attention
+    AttentionInterface.register(PER_EXAMPLE, attention)
     for block in blocks:
         replace_forward(block, "compilation", partial(torch.compile, dynamic=True))
 

@@ -146,7 +146,7 @@ def _loss(session: Session) -> Lines:
 
 
 def _compilation(session: Session) -> Lines:
-    compile_blocks(session.blocks, session.say)
+    compile_blocks(session.blocks, session.device, session.say)
     yield "compile", "transformer blocks, at their first use: this takes minutes once"
 
 
