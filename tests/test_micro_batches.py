@@ -231,7 +231,7 @@ def test_when_one_process_runs_out_all_cut_smaller(recipe_file, run_recipe, tmp_
     assert_same_run(tmp_path / "two", plain)
 
 
-def test_a_step_reads_its_losses_back_once(run_recipe, monkeypatch):
+def test_a_step_reads_its_losses_and_norm_back_once(run_recipe, monkeypatch):
     """A GPU works ahead of the program, until somebody asks for a number: then everything waits for it."""
     returned, read = [], []
     forward_backward, stack = micro_batches.MicroBatches._forward_backward, torch.stack
@@ -250,7 +250,7 @@ def test_a_step_reads_its_losses_back_once(run_recipe, monkeypatch):
     monkeypatch.setattr(torch, "stack", stacked)
     run, _ = run_recipe(train={"max_steps": 3, "micro_batch_size": 1, "gradient_accumulation_steps": 4})
     assert all(isinstance(loss, torch.Tensor) and loss.ndim == 0 for loss in returned)
-    assert read == [4, 4, 4]
+    assert read == [5, 5, 5]
     sums = [sum(each.item() for each in returned[at : at + 4]) for at in (0, 4, 8)]
     lines = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
     assert [line["loss"] * line["target_tokens"] for line in lines] == pytest.approx(sums, rel=1e-12)

@@ -16,7 +16,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.nn.attention.varlen import varlen_attn
-from transformers import AttentionInterface, AttentionMaskInterface
+from transformers import AttentionInterface, AttentionMaskInterface, masking_utils
 from transformers.integrations.sdpa_attention import sdpa_attention_forward
 from transformers.masking_utils import sdpa_mask
 from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING
@@ -29,7 +29,7 @@ if not {"scale", "window_size", "enable_gqa"} <= {*signature(varlen_attn).parame
 
 PER_EXAMPLE = "sdpa_per_example"
 _CAPABILITY: dict[str, tuple[int, int]] = {}
-_row_is_packed: ContextVar[bool] = ContextVar("row_is_packed", default=False)
+_examples: ContextVar[int] = ContextVar("examples", default=0)  # on the row of the forward at work, if it is packed
 
 
 def attention_implementation(config: Any) -> str:
@@ -165,22 +165,31 @@ def _mask(*, local_size: int | None = None, **settings: Any) -> Tensor | None:
     tokens = settings["q_length"]
     special = settings.get("attention_mask") is not None or settings.get("use_vmap", False)
     plain = not special and tokens == settings["kv_length"] and not settings.get("allow_is_causal_skip", True)
-    if plain and _row_is_packed.get() and _by_example(settings):
+    if plain and _examples.get() and _by_example(settings):
         return None if local_size is None else torch.tensor(local_size).expand(1, 1, tokens, tokens)
     return sdpa_mask(local_size=local_size, **settings)
 
 
 def watch_rows(model: nn.Module) -> None:
-    """Let masks know whether the model was called with packed rows."""
+    """Let masks know whether the model was called with packed rows, and nothing ask the device for padding."""
 
     def before(_module: nn.Module, _inputs: Any, named: dict[str, Any]) -> None:
-        _row_is_packed.set(named.get("cu_seq_lens_q") is not None)
+        ends = named.get("cu_seq_lens_q")
+        _examples.set(0 if ends is None else len(ends) - 1)
 
     def after(*_: Any) -> None:
-        _row_is_packed.set(False)
+        _examples.set(0)
 
+    module: Any
+    for module in model.modules():  # a warning that reads ids from the device; padding is known by its position
+        if hasattr(module, "warn_if_padding_and_no_attention_mask"):
+            module.warn_if_padding_and_no_attention_mask = _say_nothing
     model.register_forward_pre_hook(before, with_kwargs=True)
     model.register_forward_hook(after, always_call=True)
+
+
+def _say_nothing(*_: Any) -> None:
+    pass
 
 
 def _by_example(settings: dict[str, Any]) -> bool:
@@ -198,5 +207,19 @@ def _is_window(mask: Tensor) -> bool:
     return mask.dtype == torch.long
 
 
+def _example_of_tokens(position_ids: Tensor) -> Tensor | None:
+    """transformers' own function, without its read from the device: how many examples share the row is known here.
+
+    Returns the number of each token's example, (1, tokens), or None for a row of one.
+    """
+    if not (examples := _examples.get()):
+        return _own_example_of_tokens(position_ids)
+    if examples == 1:
+        return None
+    return (position_ids.diff(prepend=position_ids[:, :1] - 1) != 1).cumsum(-1)
+
+
+_own_example_of_tokens = masking_utils.find_packed_sequence_indices
+masking_utils.find_packed_sequence_indices = _example_of_tokens
 AttentionInterface.register(PER_EXAMPLE, per_example_attention)
 AttentionMaskInterface.register(PER_EXAMPLE, _mask)

@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, replace
 from typing import Any
 
 import numpy as np
@@ -30,6 +30,20 @@ class MicroBatch:
     weights: Tensor | None  # (targets,)
     tokens: int  # without padding
     dropout_keys: Tensor | None = None  # (rows · tokens,) int32, padding included
+
+    def pinned(self) -> MicroBatch:
+        """The same in memory of the host that a GPU reads by itself, so that nothing waits for the copy."""
+        return self._each(Tensor.pin_memory)
+
+    def to(self, device: torch.device) -> MicroBatch:
+        """The same on a device; to a GPU without waiting for it."""
+        return self._each(lambda tensor: tensor.to(device, non_blocking=device.type == "cuda"))
+
+    def _each(self, change: Callable[[Tensor], Tensor]) -> MicroBatch:
+        def changed(values: dict[str, Any]) -> dict[str, Any]:
+            return {name: change(each) if isinstance(each, Tensor) else each for name, each in values.items()}
+
+        return replace(self, **changed(vars(self)) | {"inputs": changed(self.inputs)})
 
 
 def collate(

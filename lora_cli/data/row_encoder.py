@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections import deque
-from collections.abc import Iterator, Sequence
+from collections.abc import Generator, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
 from itertools import islice
@@ -168,7 +168,7 @@ def _require_train_on(data: DataRecipe, form: Format, where: str) -> None:
 Item = TypeVar("Item")
 
 
-def ahead(items: Iterator[Item], most: int) -> Iterator[Item]:
+def ahead(items: Iterator[Item], most: int) -> Generator[Item, None, None]:
     """The same items in the same order; up to `most` are made in another thread before they are asked for.
 
     An exception of the iterator is raised where its item would have come. Leaving early waits for nothing.

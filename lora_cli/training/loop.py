@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 import random
 import time
-from collections.abc import Sequence
+from collections.abc import Generator, Iterator, Sequence
 from contextlib import suppress
 from dataclasses import dataclass
 from functools import partial
@@ -15,17 +15,17 @@ import numpy as np
 import torch
 from accelerate import Accelerator
 from rich.console import Console
-from torch import nn
+from torch import Tensor, nn
 
 from lora_cli.adapters.trained import trained_parameters
 from lora_cli.base.device import peak_memory_bytes, reserved_memory_bytes, reset_peak_memory
 from lora_cli.base.text import vocabulary
-from lora_cli.data.example import Example
+from lora_cli.data.row_encoder import ahead
 from lora_cli.errors import CheckFailed, DiskError, Interrupted, LoraError
 from lora_cli.evaluation.perplexity import EvaluationStopped
 from lora_cli.screen import say_on
 from lora_cli.training.divergence import what_is_wrong
-from lora_cli.training.micro_batches import DoesNotFit, MicroBatches, smaller_line
+from lora_cli.training.micro_batches import DoesNotFit, MicroBatches, StepData, smaller_line
 from lora_cli.training.optimizer import averaged_weights, learning_rate, make_optimizer, set_learning_rate
 from lora_cli.training.processes import any_process, process_lost_errors, sum_over_processes
 from lora_cli.training.progress import Progress
@@ -63,6 +63,7 @@ class Run:
         # Without it fp16's gradients would vanish in its narrow range; with other dtypes it does nothing.
         self.scaler = torch.amp.GradScaler(session.device.type, enabled=session.dtype == torch.float16)
         self.state = State()
+        self.ahead: Generator[StepData, None, None] = ahead(iter(()), 1)
         self.tried = False  # whether the largest micro-batch has been tried on this machine
         self.wall_seconds_before = folder.wall_seconds()
         self.micro_batches = MicroBatches(session, accelerator, self.parameters, self.scaler)
@@ -104,7 +105,10 @@ class Run:
             reporting = self.accelerator.is_main_process
             with process_lost_errors(self.folder.resume_command()):
                 with open_trackers(self.session.recipe, progress.say, active=reporting) as track, progress:
-                    self._steps(progress, track)
+                    try:
+                        self._steps(progress, track)
+                    finally:
+                        self.ahead.close()
                 with averaged_weights(self.optimizer):
                     report = self._finish()
         except BaseException as error:
@@ -191,38 +195,46 @@ class Run:
 
         Returns the line for metrics.jsonl, and what is wrong with the step if something is; then nothing was updated.
         """
-        batches = self.session.feed.step(step + self.state.data_offset)
+        data = self._data_of(step)
+        batches = data.batches
         targets = sum(example.targets for batch in batches for example in batch)
         weight = sum(example.target_weight for batch in batches for example in batch)
         rate = learning_rate(self.recipe, step, self.session.total_steps)
         set_learning_rate(self.optimizer, rate)
-        mean = self._gradients(step, batches, weight) / weight
-        is_wrong = partial(
-            what_is_wrong,
-            mean,
-            first_loss=self.state.first_loss,
-            vocabulary=vocabulary(self.session.model.config),
-            scaled=self.scaler.get_scale() > 1,
-        )
-        norm, wrong, overflow = None, is_wrong(None), None
-        if wrong is None:
-            self.scaler.unscale_(self.optimizer)
-            norm = float(nn.utils.clip_grad_norm_(self.parameters, self.recipe.max_grad_norm))
-            if (wrong := is_wrong(norm)) is None:
-                self.scaler.step(self.optimizer)  # skips the update if gradients are infinite
-                overflow = None if math.isfinite(norm) else self._say_overflow(step)
-            self.scaler.update()
-        self.optimizer.zero_grad()
-        self.state.position = self.session.feed.position()
+        total, norm = self._gradients(step, data, weight)
+        mean = total / weight
+        wrong, overflow = self._update(step, mean, norm)
+        self.state.position = data.position
         line = {
             "step": step,
             "loss": mean if math.isfinite(mean) else None,  # JSON cannot hold NaN or infinity
             "learning_rate": rate,
-            "grad_norm": norm if norm is not None and math.isfinite(norm) else None,
+            "grad_norm": norm if math.isfinite(norm) else None,
             "target_tokens": targets,
             "tokens": sum(len(example.ids) for batch in batches for example in batch),
         }
         return line | ({"skipped": overflow} if overflow else {}), wrong
+
+    def _update(self, step: int, loss: float, norm: float) -> tuple[str | None, str | None]:
+        """Let the optimizer step, unless something is wrong. Returns what is, and why the fp16 scaler left it out."""
+        is_wrong = partial(
+            what_is_wrong,
+            loss,
+            first_loss=self.state.first_loss,
+            vocabulary=vocabulary(self.session.model.config),
+            scaled=not math.isfinite(norm) and self.scaler.get_scale() > 1,
+        )
+        of_loss = is_wrong(None)
+        wrong = of_loss or is_wrong(norm)
+        overflow = None
+        if wrong is None and math.isfinite(norm):
+            self.optimizer.step()
+        elif wrong is None:
+            overflow = self._say_overflow(step)
+        # The gradients of a loss that is wrong say nothing of the scale.
+        self.scaler.update(None if of_loss is None else self.scaler.get_scale())
+        self.optimizer.zero_grad()
+        return wrong, overflow
 
     def _say_overflow(self, step: int) -> str:
         """Why the fp16 scaler has skipped the update of this step; it then halves its scale."""
@@ -231,16 +243,42 @@ class Run:
         self.say(f"step {step}: {why}; its update is skipped, and the scale is halved")
         return why
 
-    def _gradients(self, step: int, batches: list[list[Example]], weight: float) -> float:
-        """Cross-entropy summed over a step; leaves its gradients, in smaller micro-batches if need be."""
+    def _data_of(self, step: int) -> StepData:
+        """Made while the step before it computed; no data are read behind the last step."""
+        data = next(self.ahead, None)
+        if data is None:  # at the beginning, and where going back has moved the last step
+            self.ahead = ahead(self._steps_of_data(step), 1)
+            data = next(self.ahead)
+        return data
+
+    def _steps_of_data(self, step: int) -> Iterator[StepData]:
+        offset = self.state.data_offset
+        for number in range(step + offset, self.session.total_steps + offset + 1):
+            for_step = number - self.state.data_offset
+            yield self.micro_batches.make_ahead(self.session.feed, number, for_step, self.state.parts)
+
+    def _gradients(self, step: int, data: StepData, weight: float) -> tuple[float, float]:
+        """(cross-entropy summed over a step, norm of its gradients), in smaller micro-batches if need be.
+
+        It leaves the gradients clipped and, with fp16, unscaled.
+        """
         while True:
+            parts = self.state.parts
+            made = data.made if data.made_for == (step, parts) else None
             try:
-                return self.micro_batches.run(step, batches, weight, self.state.parts)
+                return self.micro_batches.run(step, data.batches, weight, parts, self._clip, made)
             except DoesNotFit as problem:
-                self.state.parts = self.micro_batches.smaller(batches, self.state.parts, problem)
+                with suppress(AssertionError):  # of a scaler that has not scaled yet
+                    self.scaler.update(self.scaler.get_scale())  # so that gradients may be unscaled again
+                self.state.parts = self.micro_batches.smaller(data.batches, parts, problem)
                 self.say(smaller_line(problem, self.state.parts))
                 if self.state.step:  # the last step that is complete
                     self.writer.checkpoint(self.state)
+
+    def _clip(self) -> Tensor:
+        """The norm of a step's gradients, before they were clipped."""
+        self.scaler.unscale_(self.optimizer)
+        return nn.utils.clip_grad_norm_(self.parameters, self.recipe.max_grad_norm)
 
     # ── evaluation ──────────────────────────────────────────────────────────────────────────────────────────────
 
@@ -300,7 +338,7 @@ class Run:
         left_out = step - restored.step
         restored.data_offset = before.data_offset + left_out
         restored.rewound = [*before.rewound, (step, self.folder.checkpoint(restored.step).name)]
-        restored.position = self.session.feed.position()
+        restored.position = before.position
         self.writer.checkpoint(restored)  # so that a run that is killed now goes on the same way
         self.say(
             f"step {step}: {wrong}; back to step {restored.step}, continuing without the data of these {left_out} steps"

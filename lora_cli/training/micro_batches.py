@@ -5,7 +5,8 @@ from __future__ import annotations
 import gc
 import hashlib
 from bisect import bisect_left
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
 
 import torch
 from accelerate import Accelerator
@@ -13,7 +14,9 @@ from torch import Tensor, nn
 
 from lora_cli.adapters.trained import cast_once, dropout_keys
 from lora_cli.base.device import free_memory_bytes
+from lora_cli.data.batches import MicroBatch
 from lora_cli.data.example import Example
+from lora_cli.data.feed import Feed
 from lora_cli.errors import LoraError, reason_of
 from lora_cli.evaluation.loss import training_loss
 from lora_cli.files import human_bytes
@@ -28,6 +31,18 @@ _AMPLE = 4  # times what is kept until the backward pass: kernels and fragments 
 
 class DoesNotFit(Exception):
     """A micro-batch did not fit into the memory of some process."""
+
+
+@dataclass(frozen=True)
+class StepData:
+    """What a step trains on. position: of the feed behind it. made: micro-batches on the host, by their place among the
+    pieces of the step, as `made_for`, (training step, splits), asks for them.
+    """
+
+    batches: list[list[Example]]
+    position: dict[str, int]
+    made_for: tuple[int, int]
+    made: dict[int, MicroBatch]
 
 
 class MicroBatches:
@@ -47,41 +62,72 @@ class MicroBatches:
         self.session, self.accelerator, self.parameters, self.scaler = session, accelerator, parameters, scaler
         self.recipe = session.recipe.train
 
-    def run(self, step: int, batches: Sequence[Sequence[Example]], weight: float, splits: int) -> float:
-        """Cross-entropy summed over the step. Leaves the gradient of the training loss, divided by `weight`.
+    def make_ahead(self, feed: Feed, number: int, step: int, splits: int) -> StepData:
+        """Step `number` of the data, with the micro-batches that this process makes of it in training step `step`.
 
-        With fp16 the gradient is scaled by the scaler. Nothing is read back from the device before the last pass,
-        so it computes while the next one is collated here. Raises DoesNotFit, on all processes alike, with no gradient
-        left. With a sharded base it raises LoraError instead of DoesNotFit: while
-        one process splits its micro-batch, the others would wait for its shares.
+        For a thread beside the one that computes. What has no room on the host is left out: `run` collates it then.
+        """
+        batches = feed.step(number)
+        pieces, made = cut(batches, max(splits, self._fewest_splits(len(batches)))), {}
+        try:
+            for at in range(self.accelerator.process_index, len(pieces), self.accelerator.num_processes):
+                batch = self._collate(pieces[at], step, torch.device("cpu"))
+                made[at] = batch.pinned() if self.session.device.type == "cuda" else batch
+        except (RuntimeError, MemoryError) as error:
+            if not is_out_of_memory(error):
+                raise
+        return StepData(batches, feed.position(), (step, splits), made)
+
+    def run(
+        self,
+        step: int,
+        batches: Sequence[Sequence[Example]],
+        weight: float,
+        splits: int,
+        finish: Callable[[], Tensor] | None = None,
+        made: Mapping[int, MicroBatch] | None = None,
+    ) -> tuple[float, float]:
+        """Leaves the gradient of the training loss, divided by `weight`; with fp16 it is scaled by the scaler.
+
+        finish: what is done with the gradients of the whole step; gives a number, such as their norm. made: of
+        `StepData`, for these splits. Returns the cross-entropy summed over the step, and the number, 0 without
+        `finish`. One process reads both from the device at once, and nothing before: no micro-batch makes it wait.
+
+        Raises DoesNotFit, on all processes alike, with no gradient left. With a sharded base it raises LoraError
+        instead of DoesNotFit: while one process splits its micro-batch, the others would wait for its shares.
         """
         pieces = cut(batches, max(splits, self._fewest_splits(len(batches))))
         losses: list[Tensor] = []
-        total, failed, at = 0.0, "", 0
+        total, number, failed, at = 0.0, 0.0, "", 0
+        several = self.accelerator.num_processes > 1
         if not self.session.model.training:
             self.session.model.train()
         try:
             with cast_once(self.session.layers, self.session.dtype):
                 for at in range(self.accelerator.process_index, self._passes(pieces), self.accelerator.num_processes):
                     if at < len(pieces):
-                        losses.append(self._forward_backward(pieces[at], step, at, weight))
+                        losses.append(self._forward_backward(pieces[at], step, at, weight, (made or {}).get(at)))
                     else:
                         self._dummy_pass(pieces[-1], step, at, weight)
-                if losses:
-                    total = sum(torch.stack(losses).tolist())  # an allocation on the device may fail as late as this
+            # An allocation on the device may fail as late as this.
+            total, number = _read(losses, None if several else finish)
         except (RuntimeError, MemoryError) as error:
             if not is_out_of_memory(error):
                 raise
             failed = reason_of(error)
             if self.recipe.shard_base:
                 raise self._too_large_to_share(pieces[min(at, len(pieces) - 1)], failed) from error
-        here = torch.tensor([total, float(bool(failed))], dtype=torch.float64)
-        summed, failures = sum_over_processes(self.accelerator, here).tolist()
+        failures = float(bool(failed))
+        if several:
+            here = torch.tensor([total, failures], dtype=torch.float64)
+            total, failures = sum_over_processes(self.accelerator, here).tolist()
         if failures:
             self._forget_gradients()
             raise DoesNotFit(failed or "in another process")
-        self._add_gradients()
-        return summed
+        if several:
+            self._add_gradients()
+            _, number = _read([], finish)
+        return total, number
 
     def smaller(self, batches: Sequence[Sequence[Example]], splits: int, problem: DoesNotFit) -> int:
         """Splits with which the largest piece has about half as many tokens.
@@ -157,11 +203,16 @@ class MicroBatches:
         self._forget_gradients()
         return None
 
-    def _forward_backward(self, piece: list[Example], step: int, at: int, weight: float) -> Tensor:
+    def _collate(self, piece: list[Example], step: int, device: torch.device) -> MicroBatch:
+        dropout = (self.recipe.seed, step) if self.session.recipe.adapter.dropout else None
+        return self.session.collate(piece, dropout=dropout, device=device)
+
+    def _forward_backward(
+        self, piece: list[Example], step: int, at: int, weight: float, made: MicroBatch | None = None
+    ) -> Tensor:
         """Cross-entropy of a micro-batch, a scalar on the device; its gradient is added to the parameters'."""
         recipe, session = self.recipe, self.session
-        dropout = (recipe.seed, step) if session.recipe.adapter.dropout else None
-        batch = session.collate(piece, dropout=dropout)
+        batch = self._collate(piece, step, session.device) if made is None else made.to(session.device)
         _seed(recipe.seed, step, at, session.device)
         with dropout_keys(session.layers, batch.dropout_keys):  # also for what the backward pass recomputes
             loss, cross_entropy = training_loss(session.model, batch, z_loss=recipe.z_loss)
@@ -206,12 +257,18 @@ class MicroBatches:
 
         In one call: an adapter is hundreds of small tensors, and each call waits for the slowest process.
         """
-        if self.accelerator.num_processes == 1:
-            return
         gradients = [p.grad if p.grad is not None else torch.zeros_like(p) for p in self.parameters]
         summed = sum_over_processes(self.accelerator, torch.cat([each.flatten() for each in gradients]))
         for parameter, part in zip(self.parameters, summed.split([each.numel() for each in gradients]), strict=True):
             parameter.grad = part.view_as(parameter)
+
+
+def _read(losses: Sequence[Tensor], finish: Callable[[], Tensor] | None) -> tuple[float, float]:
+    """(sum of the losses, what `finish` gives), all in one read from the device."""
+    numbers = [*losses, finish()] if finish is not None else losses
+    read = torch.stack([*numbers]).tolist() if numbers else []
+    last = read.pop() if finish is not None else 0.0
+    return sum(read, 0.0), last
 
 
 def smaller_line(problem: DoesNotFit, splits: int) -> str:

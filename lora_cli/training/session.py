@@ -55,6 +55,10 @@ class Session:
         """The transformer blocks, in the model's order."""
         return [block for name in block_lists(self.model) for block in self.model.get_submodule(name)]
 
-    def collate(self, examples: Sequence[Example], *, dropout: tuple[int, int] | None = None) -> MicroBatch:
+    def collate(
+        self, examples: Sequence[Example], *, dropout: tuple[int, int] | None = None, device: torch.device | None = None
+    ) -> MicroBatch:
+        """On `device`, or where the run trains."""
         pad_id: Any = self.tokenizer.eos_token_id
-        return collate(examples, packed=self.side_by_side, pad_id=pad_id, device=self.device, dropout=dropout)
+        device = device or self.device
+        return collate(examples, packed=self.side_by_side, pad_id=pad_id, device=device, dropout=dropout)
