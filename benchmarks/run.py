@@ -7,6 +7,6 @@ import sys
 from pathlib import Path
 
 if __name__ == "__main__":
-    for name in ("startup.py", "load_memory.py", "data.py", "processes.py", "resume.py", "limit.py", "train.py"):
+    for name in ("startup", "load_memory", "data", "processes", "resume", "blocks", "limit", "train"):
         print(f"\n── {name}", flush=True)
-        subprocess.run([sys.executable, Path(__file__).parent / name], check=True)
+        subprocess.run([sys.executable, Path(__file__).parent / f"{name}.py"], check=True)

@@ -712,9 +712,21 @@ def test_blocks_of_several_kinds_are_measured_each_and_of_any_size():
     assert len(set(dense)) == len(set(experts)) == 1
     assert dense[0] != experts[0]
     assert len(measured[1]) == 80
-    # Inputs of q k v, o, gate and up, down; outputs of q, k, v, gate, up; inputs of two norms, one of them q's already
+    # Inputs of two norms; outputs of q, k, v, attention, gate and up. Inputs of q, k, v, gate, up, down are made again.
     hidden, inner = 8192, 28672
-    assert measured[1][40].token_bytes == pytest.approx(2 * (8 * hidden + 3 * inner), rel=0.05)
+    assert measured[1][40].token_bytes == pytest.approx(2 * (6 * hidden + 2 * inner), rel=0.01)
+
+
+def test_a_block_of_8b_keeps_what_the_docs_say():
+    """docs/speed.md: bytes of a token in bf16, without `rank` values a layer. A GPU adds logarithms of attention."""
+    config = hf.LlamaConfig(
+        hidden_size=4096, intermediate_size=14336, num_hidden_layers=3, num_attention_heads=32, num_key_value_heads=8
+    )
+    with torch.device("meta"):
+        model = hf.AutoModelForCausalLM.from_config(config, attn_implementation=attention_implementation(config))
+    names = [target.name for target in find_targets(model, "all-linear", rank=1, alpha=1)]
+    *_, last = measure_blocks(without_weights(model), names, torch.bfloat16)
+    assert last.token_bytes - 7 * 2 == 94_208
 
 
 @pytest.mark.parametrize(("quantization", "double"), [("none", True), ("nf4", True), ("nf4", False), ("int8", True)])

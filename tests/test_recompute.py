@@ -1,10 +1,12 @@
-"""Norms and gated products that keep their inputs alone: the same model, the same gradients, less kept."""
+"""Norms, activations and gated products that keep their inputs alone, and adapters that keep how these are made: the
+same model, the same gradients, less kept."""
 
 from __future__ import annotations
 
 from collections.abc import Callable
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 import transformers as hf
@@ -13,16 +15,22 @@ from torch import Tensor, nn
 from transformers.models.gemma2.modeling_gemma2 import Gemma2RMSNorm
 from transformers.models.llama.modeling_llama import LlamaMLP, LlamaRMSNorm
 
+from lora_cli.adapters import layer as layer_module
 from lora_cli.adapters.attach import attach
+from lora_cli.adapters.dropout import token_keys
 from lora_cli.adapters.layer import LoRALinear
 from lora_cli.adapters.targets import block_lists, find_targets
-from lora_cli.adapters.trained import trained_parameters
-from lora_cli.base.activations import measured
+from lora_cli.adapters.trained import dropout_keys, trained_modules, trained_parameters
+from lora_cli.base.activations import ActivationPlan, measured
 from lora_cli.base.recompute import save_only_inputs
+from lora_cli.base.remade import how_made, note_how_made
+from lora_cli.base.surgery import forward_layers
 
 TINY: dict[str, Any] = {"vocab_size": 97, "hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 2}
 TINY |= {"num_attention_heads": 4, "num_key_value_heads": 2, "max_position_embeddings": 64, "initializer_range": 0.2}
 TINY |= {"bos_token_id": 0, "eos_token_id": 0, "pad_token_id": 0}
+GPT: dict[str, Any] = {key: TINY[key] for key in ("vocab_size", "initializer_range", "bos_token_id", "eos_token_id")}
+GPT |= {"n_embd": 32, "n_layer": 2, "n_head": 4, "n_positions": 64, "resid_pdrop": 0, "embd_pdrop": 0, "attn_pdrop": 0}
 MODELS: dict[
     str, tuple[Callable[[], Any], int]
 ] = {  # with the modules that are replaced: in each block, and at the end
@@ -30,7 +38,10 @@ MODELS: dict[
     "gemma2": (lambda: hf.Gemma2Config(**TINY, head_dim=8, query_pre_attn_scalar=8), 2 * (4 + 1) + 1),
     "qwen3": (lambda: hf.Qwen3Config(**TINY, head_dim=8), 2 * (4 + 1) + 1),  # norms of queries and keys as well
     "granite": (lambda: hf.GraniteConfig(**TINY, residual_multiplier=0.5), 2 * (2 + 1) + 1),
-    "cohere": (lambda: hf.CohereConfig(**TINY), 2),  # its norms subtract the mean: not RMSNorm
+    "cohere": (lambda: hf.CohereConfig(**TINY), 2 * (1 + 1) + 1),  # its norms subtract the mean: not RMSNorm
+    "phi3": (lambda: hf.Phi3Config(**TINY), 2 * (2 + 1) + 1),  # gate and up are one layer
+    "gpt2": (lambda: hf.GPT2Config(**GPT, activation_function="gelu_new"), 2 * (2 + 1) + 1),  # no gate
+    "gpt-neox": (lambda: hf.GPTNeoXConfig(**TINY), 2 * (2 + 1) + 1),
 }
 
 
@@ -125,6 +136,76 @@ def test_a_norm_in_bf16_has_the_gradient_of_fp32_as_near_as_bf16_is(kind):
     torch.testing.assert_close(actual.float(), expected, rtol=2**-7, atol=2**-7 * expected.abs().max().item())
 
 
+# ── inputs of adapted layers ────────────────────────────────────────────────────────────────────────────────────
+
+
+def without_notes(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(layer_module, "how_made", lambda x: how_made(x.detach()))
+
+
+def blocks_of(model: Any) -> list[nn.Module]:
+    return [block for name in block_lists(model) for block in model.get_submodule(name)]
+
+
+@pytest.mark.parametrize("recomputed", [False, True])
+@pytest.mark.parametrize("dropout", [0.0, 0.3])
+@pytest.mark.parametrize("name", MODELS)
+def test_inputs_that_are_made_again_change_no_gradient_by_a_bit(name, dropout, recomputed, monkeypatch):
+    """In fp32, with blocks recomputed and with dropout as well. Attention's inputs and outputs alone are as before."""
+    model = tiny(MODELS[name][0]())
+    save_only_inputs(model)
+    layers = trained_modules(model)
+    for each in layers.values():
+        each.dropout = dropout  # type: ignore[assignment]
+    if recomputed:
+        ActivationPlan((True, True), (1.0, 1.0), 1.0).apply(blocks_of(model))
+    with dropout_keys(layers, torch.from_numpy(token_keys(0, 0, np.arange(40)))):
+        logits, gradients, less = run(model)
+        without_notes(monkeypatch)
+        before, expected, kept = run(model)
+    assert torch.equal(logits, before)
+    assert all(torch.equal(one, other) for one, other in zip(gradients, expected, strict=True))
+    assert all(gradient.any() for gradient in gradients), "or nothing was compared"
+    assert less == kept if recomputed else less < kept
+
+
+@pytest.mark.parametrize(("name", "inputs"), [("llama", 32 + 32 + 48), ("cohere", 32 + 48), ("gpt2", 32 + 32 + 128)])
+def test_what_is_no_longer_kept_is_the_inputs_that_norms_and_products_give(name, inputs, monkeypatch):
+    """Of 40 tokens in fp32 and two blocks, of whose norms the very first has an input without gradient."""
+    model = tiny(MODELS[name][0]())
+    save_only_inputs(model)
+    less = run(model)[2]
+    without_notes(monkeypatch)
+    assert run(model)[2] - less == 40 * 4 * (2 * inputs - 32)
+
+
+@pytest.mark.parametrize("changed", ["tensor", "source"])
+def test_a_tensor_that_was_changed_since_is_kept_itself(changed):
+    source = torch.randn(3)
+    tensor = note_how_made(source.exp(), torch.exp, source)
+    make, sources = how_made(tensor)
+    assert sources[0].data_ptr() == source.data_ptr()
+    assert torch.equal(make(*sources), tensor)
+    (tensor if changed == "tensor" else source).mul_(2)
+    make, sources = how_made(tensor)
+    assert sources[0].data_ptr() == tensor.data_ptr()
+    assert torch.equal(make(*sources), tensor)
+
+
+def test_a_source_that_is_changed_after_it_was_kept_is_an_error_and_no_wrong_gradient():
+    norm = with_random_weight(LlamaRMSNorm(16))
+    save_only_inputs(norm)
+    layer = LoRALinear(nn.Linear(16, 8), 4, 8)
+    with torch.no_grad():
+        layer.lora_B.normal_()
+    x = torch.randn(5, 16, requires_grad=True) * 1
+    out = layer(norm(x))
+    with torch.no_grad():
+        x.mul_(2)
+    with pytest.raises(RuntimeError, match="modified by an inplace operation"):
+        out.sum().backward()
+
+
 # ── what is left alone ──────────────────────────────────────────────────────────────────────────────────────────
 
 
@@ -188,7 +269,8 @@ def gradient(module: nn.Module, width: int) -> tuple[Tensor, Tensor]:
 
 def assert_left_alone(module: Any, width: int) -> None:
     before = gradient(module, width)
-    assert save_only_inputs(module) == 0
+    save_only_inputs(module)
+    assert not forward_layers(module)
     assert all(torch.equal(one, other) for one, other in zip(gradient(module, width), before, strict=True))
 
 
@@ -215,7 +297,8 @@ def test_an_mlp_that_drops_in_training_is_left_alone(drop, adapted):
         mlp.gate_proj = layer
     mlp.eval()
     state = torch.get_rng_state()
-    assert save_only_inputs(mlp) == 0
+    save_only_inputs(mlp)
+    assert not forward_layers(mlp)
     assert torch.equal(torch.get_rng_state(), state)
     assert not any(module.training for module in mlp.modules())
 
@@ -226,7 +309,8 @@ def test_of_one_class_each_way_to_compute_is_tried(sparse_first):
     mlps = nn.ModuleList([SparseMLP(hf.LlamaConfig(**TINY)) for _ in range(2)])
     mlps[not sparse_first].sparsity = 0.5  # type: ignore[assignment]
     before = [gradient(mlp, 32) for mlp in mlps]
-    assert save_only_inputs(mlps) == 1
+    save_only_inputs(mlps)
+    assert [bool(forward_layers(mlp)) for mlp in mlps] == [not sparse_first, sparse_first]
     after = [gradient(mlp, 32) for mlp in mlps]
     for (out, of_x), (out_before, of_x_before) in zip(after, before, strict=True):
         assert torch.equal(out, out_before)

@@ -14,6 +14,7 @@ from torch.autograd.function import once_differentiable
 from lora_cli.adapters.dropout import dropped, feature_keys
 from lora_cli.adapters.trained import Trained
 from lora_cli.base.linear import features, is_linear
+from lora_cli.base.remade import how_made
 from lora_cli.errors import LoraError
 
 
@@ -70,11 +71,10 @@ class LoRALinear(Trained):
             low_A, low_B = self.cast(x.dtype)
         dropout = self.dropout if self.training else 0.0
         tokens, inputs = self._dropout_keys(x) if dropout else (None, None)
-        out: Any = _AddUpdate.apply(  # the model's code may change what it gets in place: no view of what is saved
-            *(base.reshape(-1, base.shape[-1]), x.reshape(-1, x.shape[-1]), self.lora_A, self.lora_B, low_A, low_B),
-            *(self.output_mask, self.scaling, dropout, tokens, inputs),
+        out: Any = _AddUpdate.apply(
+            *(base, x, self.lora_A, self.lora_B, low_A, low_B, self.output_mask, self.scaling, dropout, tokens, inputs)
         )
-        return out.view(base.shape)
+        return out.view(base.shape)  # here, as the model's code may change it in place
 
     def cast(self, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
         """A and B in a compute dtype, B with its mask; outside autograd, as `_AddUpdate` wants them."""
@@ -196,14 +196,14 @@ def _rescaled(B: Tensor, alpha: float, new: float) -> Tensor:
 class _AddUpdate(torch.autograd.Function):
     """base + scaling · B A dropout(x), and the gradients of base, x, A and B.
 
-    Kept for the backward pass: x, which layers beside each other share, and low = A d(x), which is rank /
-    in_features of its size. The dropped input is made again. The base layer has its own backward, so its kind does not
-    matter here, and none of its weight is kept in another form.
+    Kept for the backward pass: x, which layers beside each other share, or what makes it again (`how_made`); and low =
+    A d(x), which is rank / in_features of its size. The dropped input is made again. The base layer has its own
+    backward, so its kind does not matter here, and none of its weight is kept in another form.
 
-    base: (tokens, out). x: (tokens, in). A, B: fp32 masters, (rank, in) and (out, rank). low_A, low_B: the same in the
-    dtype of x, B with its mask. mask: of B. tokens, inputs: keys of dropout. With U the gradient of the result, d what
-    drops without the factor 1 / (1 - p), which is part of the scaling s here, and G = s · U B: dA = Gᵀ d(x),
-    dB = s · Uᵀ low, dx = d(G A) beside what the base layer gives.
+    base: (..., out). x: (..., in). The result is (tokens, out). A, B: fp32 masters, (rank, in) and (out, rank). low_A,
+    low_B: the same in the dtype of x, B with its mask. mask: of B. tokens, inputs: keys of dropout. With U the gradient
+    of the result, d what drops without the factor 1 / (1 - p), which is part of the scaling s here, and G = s · U B:
+    dA = Gᵀ d(x), dB = s · Uᵀ low, dx = d(G A) beside what the base layer gives.
     """
 
     @staticmethod
@@ -223,29 +223,36 @@ class _AddUpdate(torch.autograd.Function):
     ) -> Tensor:
         scaling /= 1 - dropout
         ctx.scaling, ctx.dropout, ctx.tokens, ctx.inputs, ctx.mask = scaling, dropout, tokens, inputs, mask
-        ctx.master = A.dtype
-        low = _dropped(ctx, x) @ low_A.T  # (tokens, rank)
-        ctx.save_for_backward(x, low, low_A, low_B)
+        ctx.make, sources = how_made(x)
+        ctx.master, ctx.shape, ctx.base = A.dtype, x.shape, base.shape
+        low = _dropped(ctx, _by_token(x)) @ low_A.T  # (tokens, rank)
+        ctx.save_for_backward(low, low_A, low_B, *sources)
         if base.dtype == x.dtype:
-            return torch.addmm(base, low, low_B.T, alpha=scaling)
-        return base + (scaling * (low @ low_B.T)).to(base.dtype)
+            return torch.addmm(_by_token(base), low, low_B.T, alpha=scaling)
+        return _by_token(base) + (scaling * (low @ low_B.T)).to(base.dtype)
 
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, grad_output: Tensor) -> tuple[Tensor | None, ...]:  # type: ignore[override]
-        x, low, low_A, low_B = ctx.saved_tensors
+        low, low_A, low_B, *sources = ctx.saved_tensors
         wants_base, wants_x, wants_A, wants_B = ctx.needs_input_grad[:4]
         grad = grad_output.to(low.dtype)
         grad_low = (grad @ low_B).mul_(ctx.scaling)  # (tokens, rank)
         grad_x = grad_A = grad_B = None
         if wants_A:
+            x = _by_token(ctx.make(*sources))
             grad_A = (grad_low.T @ _dropped(ctx, x)).to(ctx.master)
         if wants_B:
             grad_B = (grad.T @ low).to(ctx.master).mul_(ctx.scaling)
             grad_B = grad_B if ctx.mask is None else grad_B.mul_(ctx.mask)
         if wants_x:
-            grad_x = _dropped(ctx, grad_low @ low_A)
-        return grad_output if wants_base else None, grad_x, grad_A, grad_B, *(None,) * 7
+            grad_x = _dropped(ctx, grad_low @ low_A).view(ctx.shape)
+        return grad_output.view(ctx.base) if wants_base else None, grad_x, grad_A, grad_B, *(None,) * 7
+
+
+def _by_token(values: Tensor) -> Tensor:
+    """(tokens, features)."""
+    return values.reshape(-1, values.shape[-1])
 
 
 def _dropped(ctx: Any, values: Tensor) -> Tensor:

@@ -1,7 +1,8 @@
-"""RMSNorm and gated MLPs that save only their input and recompute the rest in backward.
+"""Norms, activations and gated MLPs that save only their input and recompute the rest in backward.
 
 The model's own code computes forward, bit for bit. Only what autograd keeps and how it comes back is replaced, in
-modules whose shape is known here, after a trial on the loaded module.
+modules whose shape is known here, after a trial on the loaded module. Their results carry a note of how they are made
+again (`base.remade`), so that adapted layers need not save them either.
 """
 
 from __future__ import annotations
@@ -14,32 +15,39 @@ import torch
 from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 
+from lora_cli.base.remade import note_how_made
 from lora_cli.base.surgery import Forward, forward_layers, replace_forward
-from lora_cli.base.trials import same_gradient, same_output
+from lora_cli.base.trials import same_again, same_gradient, same_output
 
 
 def save_only_inputs(model: nn.Module) -> int:
-    """Replace the backward pass of every RMSNorm and gated MLP that passes its trial; returns how many.
+    """Replace the backward pass of every norm, activation and gated MLP that passes its trial; returns how many.
 
-    Forward values do not change. Only for frozen norms: their weights get no gradient. A module whose forward was
-    replaced before, as by a fused kernel, is left alone.
+    Forward values do not change. Only for frozen modules: their weights get no gradient. A module whose forward was
+    replaced before, as by a fused kernel, is left alone, and so is the activation of a gated MLP that was replaced.
     """
     known: dict[tuple[Any, ...], bool] = {}
+    within: set[nn.Module] = set()
     replaced = 0
-    for module in model.modules():
-        if forward_layers(module):
+    for module in model.modules():  # a gated MLP comes before its activation
+        make = None
+        if forward_layers(module) or module in within:
             continue
         if is_rms_norm(module):
-            if (offset := _offset(module)) is not None:
-                replace_forward(module, "recomputation", partial(_norm_forward, module, offset))
-                replaced += 1
-        elif is_gated(module):
-            kind = (type(module), _settings(module), *(type(getattr(module, name)) for name in _GATED))
+            offset = _offset(module)
+            make = None if offset is None else partial(_norm_forward, module, offset)
+        elif names := is_gated(module):
+            kind = (type(module), _settings(module), *(type(getattr(module, name)) for name in names))
+            make = partial(_gated_forward, module, names)
             if kind not in known:
-                known[kind] = same_output(module, _gated_forward(module, module.forward), module.gate_proj)
-            if known[kind]:
-                replace_forward(module, "recomputation", partial(_gated_forward, module))
-                replaced += 1
+                known[kind] = same_output(module, make(module.forward), getattr(module, names[0]))
+            make = make if known[kind] else None
+            within |= {getattr(module, names[-1])} if make else set()
+        elif is_elementwise(module) and same_again(module, _again_forward(module, module.forward)):
+            make = partial(_again_forward, module)
+        if make is not None:
+            replace_forward(module, "recomputation", make)
+            replaced += 1
     return replaced
 
 
@@ -49,9 +57,19 @@ def is_rms_norm(module: nn.Module) -> bool:
     return "RMSNorm" in type(module).__name__ and isinstance(weight, Tensor) and not [*module.children()]
 
 
-def is_gated(module: nn.Module) -> bool:
-    """Whether this looks like a gated MLP, by its parts; a trial decides."""
-    return all(isinstance(getattr(module, name, None), nn.Module) for name in _GATED)
+def is_gated(module: nn.Module) -> tuple[str, ...]:
+    """The parts of what looks like a gated MLP: its first layers, the last one, the activation; a trial decides."""
+    parts = (names for names in _GATED if all(isinstance(getattr(module, name, None), nn.Module) for name in names))
+    return next(parts, ())
+
+
+def is_elementwise(module: nn.Module) -> bool:
+    """Whether this looks like a LayerNorm, or an activation function of transformers or torch; a trial decides."""
+    if [*module.children()]:
+        return False
+    weight = getattr(module, "weight", None)
+    norm = "LayerNorm" in type(module).__name__ and isinstance(weight, Tensor) and weight.dim() == 1
+    return norm or (type(module).__module__ in _ACTIVATIONS and not [*module.parameters()])
 
 
 def _settings(module: nn.Module) -> tuple[tuple[str, Any], ...]:
@@ -94,9 +112,9 @@ def _norm_forward(norm: nn.Module, offset: float, own: Forward) -> Forward:
         x = inputs[0] if len(inputs) == 1 and not named else None
         if x is None or not (x.requires_grad and torch.is_grad_enabled()) or x.shape[-1] != weight.shape[-1]:
             return own(*inputs, **named)
-        return _RMSNorm.apply(
-            x, own, weight.detach().to(torch.promote_types(weight.dtype, torch.float32)) + offset, eps
-        )  # type: ignore[return-value]
+        scale = weight.detach().to(torch.promote_types(weight.dtype, torch.float32)) + offset
+        y: Any = _RMSNorm.apply(x, own, scale, eps)
+        return note_how_made(y, own, x)
 
     return forward
 
@@ -114,9 +132,46 @@ def _eps(norm: Any) -> Any:
     return getattr(norm, "variance_epsilon", getattr(norm, "eps", None))
 
 
+# ── LayerNorms and activations ────────────────────────────────────────────────────────────────────────────────────
+
+_ACTIVATIONS = ("transformers.activations", "torch.nn.modules.activation")
+
+
+class _Again(torch.autograd.Function):
+    """What a module computes; the backward pass computes it again, and differentiates it as autograd would have."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, forward: Forward) -> Tensor:  # type: ignore[override]
+        ctx.save_for_backward(x)
+        ctx.forward = forward
+        return forward(x)
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, grad_output: Tensor) -> tuple[Tensor, None]:  # type: ignore[override]
+        with torch.enable_grad():
+            leaf = ctx.saved_tensors[0].detach().requires_grad_()
+            (grad,) = torch.autograd.grad(ctx.forward(leaf), leaf, grad_output)
+        return grad, None
+
+
+def _again_forward(module: nn.Module, own: Forward) -> Forward:
+    """torch's own modules keep only their input by themselves."""
+    spare = type(module).__module__.startswith("torch.nn.")
+
+    def forward(*inputs: Any, **named: Any) -> Any:
+        if len(inputs) != 1 or named or not (inputs[0].requires_grad and torch.is_grad_enabled()):
+            return own(*inputs, **named)
+        (x,) = inputs
+        y: Any = own(x) if spare else _Again.apply(x, own)
+        return note_how_made(y, own, x)
+
+    return forward
+
+
 # ── gated products ────────────────────────────────────────────────────────────────────────────────────────────────
 
-_GATED = ("gate_proj", "up_proj", "down_proj", "act_fn")
+_GATED = (("gate_proj", "up_proj", "down_proj", "act_fn"), ("gate_up_proj", "down_proj", "activation_fn"))
 
 
 class _GatedProduct(torch.autograd.Function):
@@ -139,11 +194,18 @@ class _GatedProduct(torch.autograd.Function):
         return grad_gate, grad_output * activated.detach(), None
 
 
-def _gated_forward(mlp: Any, own: Forward) -> Forward:
+def _gated_forward(mlp: Any, names: tuple[str, ...], own: Forward) -> Forward:
+    *first, last, activation = names
+
+    def product(gate: Tensor, up: Tensor) -> Tensor:
+        return getattr(mlp, activation)(gate) * up
+
     def forward(*inputs: Any, **named: Any) -> Tensor:
         if len(inputs) != 1 or named or not torch.is_grad_enabled():
             return own(*inputs, **named)
-        (x,) = inputs
-        return mlp.down_proj(_GatedProduct.apply(mlp.gate_proj(x), mlp.up_proj(x), mlp.act_fn))
+        made = [getattr(mlp, name)(inputs[0]) for name in first]
+        gate, up = made if len(made) == 2 else made[0].chunk(2, -1)
+        y: Any = _GatedProduct.apply(gate, up, getattr(mlp, activation))
+        return getattr(mlp, last)(note_how_made(y, product, gate, up) if y.requires_grad else y)
 
     return forward

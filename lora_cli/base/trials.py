@@ -180,7 +180,7 @@ def ordinary_tokens(model: Any, count: int, seed: int) -> Tensor:
 
 
 def same_gradient(norm: Any, forward: Forward) -> bool:
-    """Whether `forward`, in place of the norm's own, gives its input the same gradient up to rounding."""
+    """Whether `forward`, in place of the norm's own, gives the same output bit for bit, nearly the same gradient."""
     weight = norm.weight
     generator = torch.Generator().manual_seed(0)
     x = torch.randn(3, weight.shape[-1], generator=generator).to(weight).requires_grad_()
@@ -190,7 +190,25 @@ def same_gradient(norm: Any, forward: Forward) -> bool:
         expected, actual = (torch.autograd.grad(each, x, grad_output.to(each.dtype))[0] for each in outputs)
     except Exception:  # any architecture's own code, such as a norm that takes a gate: left as it is
         return False
-    return _close(actual, expected)
+    return torch.equal(*outputs) and _close(actual, expected)
+
+
+def same_again(module: nn.Module, forward: Forward) -> bool:
+    """Whether `forward`, in place of an elementwise module's own, gives the same output and gradient, bit for bit.
+
+    In training mode, where a module that draws random numbers shows it.
+    """
+    weight = getattr(module, "weight", None)
+    like = torch.empty(64) if weight is None else weight
+    generator = torch.Generator().manual_seed(0)
+    x, grad_output = (torch.randn(3, len(like), generator=generator).to(like) for _ in range(2))
+    try:
+        with in_mode(module, training=True), torch.random.fork_rng([like.device] if like.is_cuda else []):
+            outputs = [call(x.requires_grad_()) for call in (module, forward)]
+        expected, actual = (torch.autograd.grad(each, x, grad_output)[0] for each in outputs)
+    except Exception:  # any architecture's own code: left as it is
+        return False
+    return torch.equal(*outputs) and torch.equal(actual, expected)
 
 
 def same_output(mlp: Any, forward: Forward, first: Any) -> bool:
