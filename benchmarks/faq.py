@@ -13,6 +13,7 @@ import csv
 import json
 import sys
 from pathlib import Path
+from typing import Any
 
 PRODUCTS = ("Brio", "Piccolo", "Corto", "Lungo", "Alba", "Nero", "Vela", "Duna", "Riva", "Sole")
 FACTS = {  # what is known → value for the product of a number, two wordings for the sheet, a third to ask, the answer
@@ -62,14 +63,13 @@ def write(folder: Path) -> None:
     (folder / "asked.jsonl").write_text("".join(json.dumps(each) + "\n" for each in asked), encoding="utf-8")
 
 
-def score(run: Path, folder: Path) -> None:
-    """Greedy answers to all of asked.jsonl, through the template; and the same of the base alone."""
+def answered(run: Path, asked: list[dict[str, Any]], *, base: bool = True) -> list[int]:
+    """How many greedy answers, through the template, hold what was asked for: the adapter's, then those of its base."""
     from lora_cli.adapters.named import find_named
     from lora_cli.adapters.trained import adapters_disabled
     from lora_cli.evaluation.generate import Speaker
     from lora_cli.evaluation.generation import complete
 
-    asked = [json.loads(line) for line in (folder / "asked.jsonl").read_text(encoding="utf-8").splitlines()]
     named = find_named(str(run))
     speaker = Speaker(named, through_template=True, default="template", seed=0, sampling={"max_new_tokens": 32})
     prompts = [speaker.prompt([{"role": "user", "content": each["prompt"]}]) for each in asked]
@@ -83,9 +83,18 @@ def score(run: Path, folder: Path) -> None:
             print(f"  {each['prompt']} {text!r}, not {each['answer']}")
         return len(asked) - len(wrong)
 
-    print(f"adapter: {right()} of {len(asked)} answers hold what was asked for")
-    with adapters_disabled(speaker.opened.model):
-        print(f"base: {right()} of {len(asked)}")
+    found = [right()]
+    if base:
+        with adapters_disabled(speaker.opened.model):
+            found.append(right())
+    return found
+
+
+def score(run: Path, folder: Path) -> None:
+    asked = [json.loads(line) for line in (folder / "asked.jsonl").read_text(encoding="utf-8").splitlines()]
+    adapter, base = answered(run, asked)
+    print(f"adapter: {adapter} of {len(asked)} answers hold what was asked for")
+    print(f"base: {base} of {len(asked)}")
 
 
 if __name__ == "__main__":

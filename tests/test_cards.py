@@ -11,6 +11,7 @@ import cards as script
 import pytest
 
 from lora_cli.planning.cards import cards
+from lora_cli.planning.choices import choose_learning_rate
 from lora_cli.planning.memory import GIB, parse_size
 from lora_cli.recipe import load_recipe
 
@@ -58,6 +59,17 @@ def test_what_a_recipe_says_of_steps_is_the_arithmetic(size: str):
     assert number(r"rows are about (\d+) steps", text) == pytest.approx(steps(2000, tokens, 2, held_out), rel=0.03)
     assert number(r"would be (\d+) steps", text) == pytest.approx(steps(100, tokens, 2, held_out), rel=0.06)
     assert number(r"100 rows of 250 are about (\d+) steps", text) == pytest.approx(steps(100, 512, 3, 0.1), rel=0.03)
+
+
+@pytest.mark.parametrize("size", SIZES)
+def test_the_rate_is_that_of_init(size: str):
+    text, recipe = (
+        (script.CARDS / f"{size}.yaml").read_text(encoding="utf-8"),
+        load_recipe(script.CARDS / f"{size}.yaml"),
+    )
+    width = script.shape(recipe).hidden
+    assert number(r"width (\d+)", text) == width
+    assert recipe.train.learning_rate == choose_learning_rate("qwen3", width, number(r"√\((\d+) examples", text))[0]
 
 
 @pytest.mark.parametrize("size", SIZES)

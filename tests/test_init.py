@@ -38,9 +38,10 @@ from lora_cli.data.example import Example
 from lora_cli.data.prepare import prepare
 from lora_cli.errors import LoraError
 from lora_cli.evaluation.loss import summed_loss
+from lora_cli.evaluation.quantization_cost import Costs
 from lora_cli.planning import choices, first_recipe, survey
 from lora_cli.planning.blocks import Block, measure_blocks
-from lora_cli.planning.choices import Device, choose_adapter, choose_sizes, choose_validation
+from lora_cli.planning.choices import Device, choose_adapter, choose_learning_rate, choose_sizes, choose_validation
 from lora_cli.planning.first_recipe import write_first_recipe
 from lora_cli.planning.memory import GIB, ModelShape, estimate_memory, parse_size, shape_of
 from lora_cli.planning.reading import Reading, _spelled, choose_reading
@@ -163,6 +164,10 @@ def test_every_number_of_the_comments_is_true(tiny_llama: Path, tmp_path: Path, 
     assert number(r"about ([\d,]+) tokens a step", text) == round(report["tokens"] / report["steps"])
     assert number(r"rank: 16  # ([\d,]+) trained parameters", text) == report["trained_parameters"]
     assert number(r"(\d+) layers; QLoRA", text) == report["adapted_layers"]
+    examples = 8192 / (sum(lengths) / 170)
+    assert number(r"√\(([\d,]+) examples a full step / 128\)", text) == round(examples)
+    assert recipe.train.learning_rate == choose_learning_rate("llama", int(number(r"width (\d+)", text)), examples)[0]
+    assert recipe.adapter.alpha == 32
     evaluations = (Path(recipe.output) / "metrics.jsonl").read_text().count("validation_loss")
     assert 9 <= evaluations <= 12, "about ten times"
     model = load_model(find_base(str(tiny_llama)), quantization="none", dtype=torch.float32, device=CPU)
@@ -867,9 +872,10 @@ def test_a_smaller_gpu_never_gets_more(
     if small is None:
         return
     assert large is not None
-    assert small.micro_batch_size <= large.micro_batch_size
     assert small.row.tokens <= large.row.tokens
-    assert small.gradient_checkpointing >= large.gradient_checkpointing
+    if small.quantization == large.quantization:
+        assert small.micro_batch_size <= large.micro_batch_size
+        assert small.gradient_checkpointing >= large.gradient_checkpointing
     assert not (small.quantization == "none" and large.quantization == "nf4")
     for chosen, size in ((small, min(sizes)), (large, max(sizes))):
         assert chosen.memory.total <= 0.85 * size * GIB
@@ -886,9 +892,89 @@ def test_what_a_7b_model_gets(
     chosen = [written(tmp_path, seven_billion, data, gpu, f"{gpu}.yaml") for gpu in sizes]
     assert [each.quantization for each in chosen] == ["nf4", "nf4", "none"]
     assert [each.train.gradient_checkpointing for each in chosen] == ["full", "none", "none"]
-    assert [each.train.learning_rate for each in chosen] == [2e-4] * 3
     assert "in bf16 they would take 12.55 GiB" in (tmp_path / "16GB.yaml").read_text()  # 2 bytes × 6,738,415,616
     assert "without it, a step would need about " in (tmp_path / "8GB.yaml").read_text()
+
+
+@pytest.mark.parametrize(
+    ("kind", "width", "examples", "rate", "said"),
+    [
+        ("llama", 2000, 128, 5e-4, "^0.781"),  # every factor is 1
+        ("llama", 576, 2, 1.7e-4, "^0.781"),
+        ("llama", 4096, 32, 1.4e-4, "^0.781"),
+        ("qwen3", 4096, 32, 2.4e-4, "^0.0775"),
+        ("gemma3_text", 1152, 8, 1.9e-4, "a guess for this model"),
+        ("llama", 576, 128, 1e-3, "at most this"),
+        ("llama", 8192, 1, 5e-5, "at least this"),
+    ],
+)
+def test_rates_by_width_and_examples_of_a_step(kind: str, width: int, examples: float, rate: float, said: str):
+    found, why = choose_learning_rate(kind, width, examples)
+    assert found == rate
+    assert said in why
+    assert ("guess" in why) == (kind == "gemma3_text")
+
+
+COSTS: dict[str, Any] = {"data_fingerprint": "", "base_fingerprint": "", "dtype": "bfloat16", "held_out": True}
+COSTS |= {"examples": 8, "target_tokens": 9}
+
+
+def costs_of(nf4: float, int8: float) -> Costs:
+    found = [
+        {"quantization": kind, "loss": 2 + cost, "weights": 1, "cost": cost, "low": cost - 0.02, "high": cost + 0.02}
+        for kind, cost in (("none", 0.0), ("nf4", nf4), ("int8", int8))
+    ]
+    return Costs.model_validate({**COSTS, "costs": found})
+
+
+@pytest.mark.parametrize(
+    ("size", "costs", "kind"),
+    [
+        (80, None, "none"),
+        (16, None, "nf4"),
+        (16, costs_of(0.2, 0.01), "int8"),
+        (16, costs_of(0.2, 0.15), "nf4"),  # hardly better
+        (16, costs_of(0.02, 0.0), "nf4"),  # not worth the memory
+        (8, costs_of(0.2, 0.01), "nf4"),  # it does not fit
+        (80, costs_of(0.2, 0.01), "none"),
+    ],
+)
+def test_the_base_is_quantized_as_little_as_fits(
+    size: int, costs: Costs | None, kind: str, base_of_seven_billion: BaseModel
+):
+    base, data = base_of_seven_billion, rows_of([500] * 2000)
+    adapter = choose_adapter(base, data.target_tokens)
+    shape = shape_of(base, dict.fromkeys(adapter.layers, adapter.rank))
+    assert choose_sizes(base, data, Device("a GPU", size * GIB), shape, 1, costs).quantization == kind
+
+
+def test_a_model_of_a_billion_parameters_stays_in_16_bits_on_a_small_card(tmp_path: Path):
+    """Llama 3.2 1B on 8 GB, in one long row at a time: NF4 would save memory that nothing else needs."""
+    config = hf.LlamaConfig(
+        vocab_size=128256, hidden_size=2048, intermediate_size=8192, num_hidden_layers=16, num_attention_heads=32,
+        num_key_value_heads=8, tie_word_embeddings=True, max_position_embeddings=131072,
+    )  # fmt: skip
+    with torch.device("meta"):
+        base = without_weights(hf.LlamaForCausalLM(config))
+    data = rows_of([900] * 2000)
+    adapter = choose_adapter(base, data.target_tokens)
+    shape = shape_of(base, dict.fromkeys(adapter.layers, adapter.rank))
+    fit = choose_sizes(base, data, Device("a GPU", 8 * GIB), shape, 1)
+    assert fit.quantization == "none"
+    assert fit.memory.total <= 0.6 * 8 * GIB
+    assert choose_sizes(base, data, Device("a GPU", 4 * GIB), shape, 1).quantization == "nf4"
+
+
+def test_what_was_measured_of_this_model_is_the_reason(tiny_llama: Path, tmp_path: Path, lora: Any):
+    def reasons(name: str) -> str:
+        written(tmp_path, tiny_llama, tmp_path / "sums.jsonl", name=name)
+        return " ".join((tmp_path / name).read_text().replace("#", "").split())
+
+    prompts(tmp_path)
+    assert "nf4 cost a model of 135 million parameters" in reasons("first.yaml")
+    said = lora("check", tmp_path / "first.yaml", "--compare-quantization", "--set", "quantization=nf4", "--json")
+    cost = {each["quantization"]: each["cost"] for each in json.loads(said.out)["quantization"]["costs"]}
+    assert f"Measured on this model: nf4 {cost['nf4']:+.2f} nats a token" in reasons("second.yaml")
 
 
 def test_a_model_that_does_not_fit(

@@ -62,7 +62,7 @@ def test_the_table_is_kept_with_the_data_and_said_by_check_and_train(asked, lora
     assert (tmp_path / "run" / "prepared" / "quantization.json").is_file()
 
 
-@pytest.mark.parametrize("other", ["damaged", "other data", "other base", "never measured"])
+@pytest.mark.parametrize("other", ["damaged", "other base", "never measured"])
 def test_a_table_of_something_else_is_not_shown(other, asked, recipe_file, lora, tmp_path):
     recipe, _ = asked()
     table = tmp_path / "run" / "prepared" / "quantization.json"
@@ -72,11 +72,21 @@ def test_a_table_of_something_else_is_not_shown(other, asked, recipe_file, lora,
         table.unlink()
     else:
         document = json.loads(table.read_text())
-        document["base_fingerprint" if other == "other base" else "data_fingerprint"] = "0" * 64
+        document["base_fingerprint"] = "0" * 64
         table.write_text(json.dumps(document))
     said = lora("check", recipe).out
     assert "loss of the base on" not in said
     assert "what nf4 costs this base is not known: lora check --compare-quantization measures it" in said
+
+
+def test_a_table_of_the_same_base_and_other_data_is_shown_as_that(asked, recipe_file, lora, tmp_path):
+    """Measured once, known to every run in the same folder of runs."""
+    asked()
+    rows = write_rows(tmp_path / "others.jsonl", ROWS[8:])
+    other = recipe_file(quantization="nf4", data={"train": str(rows)}, output=str(tmp_path / "another run"))
+    said = lora("check", other).out
+    assert "loss of the base on 8 other examples" in said
+    assert "is not known" not in said
 
 
 @pytest.mark.parametrize(

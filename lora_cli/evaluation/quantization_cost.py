@@ -151,9 +151,21 @@ def kept_costs(recipe: Recipe, source: BaseSource, fingerprint: str) -> Costs | 
     return found if known else None
 
 
-def cost_lines(costs: Costs, chosen: str) -> list[str]:
+def found_costs(runs: Path, source: BaseSource) -> Costs | None:
+    """The newest table of this base that any of the runs in a folder keeps, whatever data it was measured on."""
+    with suppress(OSError):
+        tables = [path for path in runs.glob(f"*/prepared/{_FILE}") if is_real_file(path)]
+        for path in sorted(tables, key=lambda path: path.stat().st_mtime, reverse=True):
+            with suppress(LoraError):  # damaged, or weights that are not here
+                found = read_json(path, Costs, fix="remove it")
+                if found.base_fingerprint == source.fingerprint:
+                    return found
+    return None
+
+
+def cost_lines(costs: Costs, chosen: str, *, other_data: bool = False) -> list[str]:
     """The table in words, the recipe's own way first named, and what to do where it costs much."""
-    which = "validation" if costs.held_out else "training"
+    which = "other" if other_data else "validation" if costs.held_out else "training"
     lines = [f"loss of the base on {costs.examples} {which} examples, {costs.target_tokens:,} target tokens:"]
     for each in costs.costs:
         half = "" if each.low is None or each.high is None else f" ± {(each.high - each.low) / 2:.2f}"
@@ -170,10 +182,12 @@ def cost_lines(costs: Costs, chosen: str) -> list[str]:
 
 
 def known_lines(recipe: Recipe, source: BaseSource, fingerprint: str) -> list[str]:
-    """What is known of the cost of the recipe's quantization; where nothing was measured, how to measure it."""
+    """What is known of the cost of the recipe's quantization, if need be from a run beside this one; else how to
+    measure it. Training does not: that took three times as long as everything else before the first step.
+    """
     if recipe.quantization == "none" or stored_quantization(source) is not None:
         return []
-    costs = kept_costs(recipe, source, fingerprint)
+    costs = kept_costs(recipe, source, fingerprint) or found_costs(Path(recipe.output).parent, source)
     if costs is not None:
-        return cost_lines(costs, recipe.quantization)
+        return cost_lines(costs, recipe.quantization, other_data=costs.data_fingerprint != fingerprint)
     return [f"what {recipe.quantization} costs this base is not known: lora check --compare-quantization measures it"]

@@ -16,13 +16,14 @@ from lora_cli.adapters.targets import find_targets
 from lora_cli.base.attention import attention_implementation
 from lora_cli.base.linear import features
 from lora_cli.errors import LoraError
+from lora_cli.evaluation.quantization_cost import WORTH_SAYING, Costs
 from lora_cli.planning.memory import GIB, OVERHEAD, Memory, ModelShape, estimate_memory
 from lora_cli.planning.skeleton import BaseModel
 from lora_cli.planning.survey import DataSurvey
 from lora_cli.quantization import DEFAULT
 
 USABLE = 0.85  # of the memory: the rest is for what the estimate does not know, and for a desktop
-SMALL = 0.5  # of the memory: the most that training on unquantized weights may need
+COMFORTABLE = 0.6  # of the memory: the most that training on unquantized weights may need
 STEP_TOKENS = 8192
 FEWEST_STEPS = 100  # or about so many: of few tokens the steps are smaller
 MOST_STEPS = 5000
@@ -113,12 +114,21 @@ def choose_epochs(tokens: float) -> int:
     return 3 if tokens < 1e6 else 2 if tokens < 1e7 else 1
 
 
-def choose_learning_rate(parameters: int) -> tuple[float, str]:
-    if parameters < 500e6:
-        return 1e-3, "small models take more than large ones; the demo of `lora` trains 135 million parameters so"
-    if parameters < 14e9:
-        return 2e-4, "what QLoRA used up to 13 billion parameters (Dettmers et al. 2023, table 9)"
-    return 1e-4, "what QLoRA used above 13 billion parameters (Dettmers et al. 2023, table 9)"
+def choose_learning_rate(kind: str, hidden: int, examples: float) -> tuple[float, str]:
+    """5e-4 · (2000 / hidden)^p · √(examples of a full step / 128), within 5e-5 … 1e-3; and why.
+
+    kind: the model's type. hidden: its width. p is 0.781 as fitted for Llama, 0.0775 for Qwen (Schulman et al. 2025,
+    LoRA Without Regret, and its code). Little data has smaller steps and keeps the rate (benchmarks/README.md).
+    """
+    exponent = 0.0775 if "qwen" in kind else 0.781
+    rate = 5e-4 * (2000 / hidden) ** exponent * math.sqrt(examples / 128)
+    bounded = min(max(rate, 5e-5), 1e-3)
+    why = f"5e-4 · (2000 / width {hidden})^{exponent:g} · √({examples:,.0f} examples a full step / 128)"
+    if bounded != rate:
+        why += f", {'at most' if bounded < rate else 'at least'} this"
+    if not ("qwen" in kind or "llama" in kind):
+        why += "; the exponent is Llama's, a guess for this model"
+    return float(f"{bounded:.1e}"), f"{why} (Schulman et al. 2025)"
 
 
 def choose_validation(rows: int, distinct: int) -> float | None:
@@ -132,11 +142,14 @@ def choose_validation(rows: int, distinct: int) -> float | None:
     return min(max(HELD_OUT, enough), float(f"{MOST_HELD_OUT / rows:.0e}"))
 
 
-def choose_sizes(base: BaseModel, survey: DataSurvey, device: Device, shape: ModelShape, epochs: int) -> Fit:
-    """Row length, micro-batch and what else decides over memory: the fastest way that fits.
+def choose_sizes(
+    base: BaseModel, survey: DataSurvey, device: Device, shape: ModelShape, epochs: int, costs: Costs | None = None
+) -> Fit:
+    """Quantization, row length, micro-batch and what else decides over memory: the best that fits, then the fastest.
 
-    Ways are tried from the fastest to the one that needs least, and along them rows and micro-batches only shrink: a
-    smaller device never gets more than a larger one. Raises LoraError if none fits.
+    The base as little quantized as fits; with each kind rows and micro-batches only shrink: a smaller device never gets
+    more than a larger one. costs: what quantization was measured to cost; without it int8 is not considered.
+    Raises LoraError if nothing fits.
     """
     densest = cache(partial(survey.densest_row, packed=base.packs))
     keeps_scores = attention_implementation(base.config) == "eager"
@@ -155,37 +168,47 @@ def choose_sizes(base: BaseModel, survey: DataSurvey, device: Device, shape: Mod
 
     step_tokens = min(STEP_TOKENS, survey.tokens * epochs / FEWEST_STEPS)
     tried: Fit | None = None
-    for quantization, row, micro_batch, checkpointing in _ways(base, survey, step_tokens):
+    for quantization, row, micro_batch, checkpointing in _ways(base, survey, step_tokens, costs):
         memory = estimate(quantization, row.tokens, micro_batch, checkpointing)
         filled = row.tokens if base.packs else min(row.tokens, survey.tokens / survey.rows)
         wanted = step_tokens / filled / micro_batch
         micro_steps = math.ceil(wanted) if step_tokens == STEP_TOKENS else max(1, round(wanted))
         plain = estimate(quantization, row.tokens, micro_batch, False)
         tried = Fit(quantization, row, micro_batch, micro_steps, checkpointing, memory, plain)
-        usable = SMALL if quantization == "none" else USABLE
+        usable = COMFORTABLE if quantization == "none" else USABLE
         if memory.total <= usable * device.memory:
             return tried
     assert tried is not None
     raise _does_not_fit(base, tried, device, shape)
 
 
-def _ways(base: BaseModel, survey: DataSurvey, step_tokens: float) -> Iterator[tuple[str, Row, int, bool]]:
-    """Quantization, row, micro-batch and gradient checkpointing, the fastest way first."""
+def _ways(
+    base: BaseModel, survey: DataSurvey, step_tokens: float, costs: Costs | None
+) -> Iterator[tuple[str, Row, int, bool]]:
+    """Quantization, row, micro-batch and gradient checkpointing: the least quantized first, of each the fastest."""
     row = _row_length(base, survey)
     most = _power_of_two(min(FULL_MICRO_BATCH, step_tokens) / row.tokens)
     least = min(most, _power_of_two(SMALL_MICRO_BATCH / row.tokens))
-    if base.stored is None:
-        yield "none", row, most, False
     smallest = base.stored or DEFAULT
-    micro_batch = most
-    while micro_batch >= least:
-        yield smallest, row, micro_batch, False
-        micro_batch //= 2
-    while least:
+    larger = [] if base.stored else ["none", *(["int8"] if int8_is_worth_it(costs) else [])]
+    for quantization in (*larger, smallest):
+        micro_batch = most
+        while micro_batch >= least:
+            yield quantization, row, micro_batch, False
+            micro_batch //= 2
+        yield quantization, row, least, True
+    while least := least // 2:
         yield smallest, row, least, True
-        least //= 2
     for shorter in _shorter_rows(survey, row):
         yield smallest, shorter, 1, True
+
+
+def int8_is_worth_it(costs: Costs | None) -> bool:
+    """Whether the smallest way certainly costs this base much, and int8 less than half of that."""
+    smallest, int8 = (costs.of(kind) for kind in (DEFAULT, "int8")) if costs else (None, None)
+    if smallest is None or int8 is None or (smallest.low or 0) <= 0:
+        return False
+    return smallest.cost > WORTH_SAYING and int8.cost < smallest.cost / 2
 
 
 def _row_length(base: BaseModel, survey: DataSurvey) -> Row:

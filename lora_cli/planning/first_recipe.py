@@ -24,6 +24,7 @@ from lora_cli.data.files.sources import open_source
 from lora_cli.data.report import finding_lines
 from lora_cli.data.store import PreparedData
 from lora_cli.errors import LoraError, command
+from lora_cli.evaluation.quantization_cost import Costs, found_costs
 from lora_cli.files import write_bytes
 from lora_cli.planning import choices
 from lora_cli.planning.choices import Device
@@ -83,7 +84,7 @@ def write_first_recipe(
         raise _with_command(error, again) from None
     template = choose_template(reading, base.tokenizer)
     survey = survey_data([each for each, _ in looked], reading, base.tokenizer, template[0] if template else None)
-    chosen = _choose(base, survey, device, template)
+    chosen = _choose(base, survey, device, template, found_costs(path.parent / "runs", base.source))
     names = _names(path, model, data)
     recipe = load_recipe(path, text=recipe_text(chosen, names, None))
     prepared = _prepared(recipe, chosen)
@@ -123,15 +124,17 @@ def _device_here() -> Device:
     return Device(f"the GPU here, {describe_device(device)}", memory, dtype.itemsize)
 
 
-def _choose(base: BaseModel, survey: DataSurvey, device: Device, template: tuple[str, str] | None) -> Chosen:
+def _choose(
+    base: BaseModel, survey: DataSurvey, device: Device, template: tuple[str, str] | None, costs: Costs | None
+) -> Chosen:
     adapter = choices.choose_adapter(base, survey.target_tokens)
     ranks = dict.fromkeys(adapter.layers, adapter.rank)
     kind, at = base.stored or DEFAULT, "cpu" if device.on_cpu else "cuda"
     shape = shape_of(base, ranks, device.dtype, quantization=kind, device=at)
     epochs = choices.choose_epochs(survey.tokens)
     validation = choices.choose_validation(survey.rows, survey.distinct)
-    fit = choices.choose_sizes(base, survey, device, shape, epochs)
-    return Chosen(base, survey, device, template, adapter, shape, epochs, validation, fit)
+    fit = choices.choose_sizes(base, survey, device, shape, epochs, costs)
+    return Chosen(base, survey, device, template, adapter, shape, epochs, validation, fit, costs)
 
 
 # ── trying it ───────────────────────────────────────────────────────────────────────────────────────────────────

@@ -9,12 +9,14 @@ from typing import Any
 import yaml
 
 from lora_cli.errors import command
+from lora_cli.evaluation.quantization_cost import Costs
 from lora_cli.files import human_bytes
 from lora_cli.planning import choices
 from lora_cli.planning.choices import Adapter, Device, Fit
 from lora_cli.planning.memory import GIB, ModelShape, estimate_memory
 from lora_cli.planning.skeleton import BaseModel
 from lora_cli.planning.survey import DataSurvey
+from lora_cli.quantization import DEFAULT
 
 _WIDTH = 110  # columns
 _TRAINED = {
@@ -37,7 +39,7 @@ class Names:
 
 @dataclass(frozen=True)
 class Chosen:
-    """What the recipe says and why, before it was tried. template: with the reason."""
+    """What the recipe says and why, before it was tried. template: with the reason. costs: measured ones."""
 
     base: BaseModel
     survey: DataSurvey
@@ -48,6 +50,7 @@ class Chosen:
     epochs: int
     validation: float | None
     fit: Fit
+    costs: Costs | None = None
 
 
 @dataclass(frozen=True)
@@ -92,7 +95,7 @@ def recipe_text(chosen: Chosen, names: Names, tried: Tried | None) -> str:
     text.set("base_model", names.base_model, f"{parameters} ({base.config.model_type})")
     if base.trust_remote_code:
         text.set("trust_remote_code", True, "as you allowed with --trust-remote-code")
-    text.set("quantization", fit.quantization, _why_quantization(chosen))
+    text.set("quantization", fit.quantization, _why_quantization(chosen, names))
     text.section("adapter")
     _adapter(text, chosen)
     text.section("data")
@@ -117,8 +120,8 @@ def _head(text: _Yaml, chosen: Chosen, names: Names) -> None:
         text.say("No GPU was found here. For one elsewhere, name its memory, such as --gpu 12GB.")
 
 
-def _why_quantization(chosen: Chosen) -> str:
-    width = "fp32" if chosen.device.value_bytes == 4 else "bf16"
+def _why_quantization(chosen: Chosen, names: Names) -> str:
+    width, chose = "fp32" if chosen.device.value_bytes == 4 else "bf16", chosen.fit.quantization
 
     def weights(quantization: str) -> str:
         nothing = {"tokens": 0, "target_tokens": 0, "gradient_checkpointing": False}
@@ -128,17 +131,27 @@ def _why_quantization(chosen: Chosen) -> str:
 
     if chosen.base.stored:
         return "as the checkpoint is stored"
-    if chosen.fit.quantization == "none":
-        return f"in {width} the weights take {weights('none')}, little against {chosen.device.memory / GIB:.1f} GiB"
-    return f"the weights take {weights(chosen.fit.quantization)}; in {width} they would take {weights('none')}"
+    held = f"in {width} the weights take {weights('none')}"
+    if chose == "none":
+        held += f", which fits well ({weights(DEFAULT)} in {DEFAULT})"
+    else:
+        held = f"the weights take {weights(chose)}; in {width} they would take {weights('none')}"
+    least = chosen.costs and chosen.costs.of(DEFAULT)
+    if least:
+        own = chosen.costs and chosen.costs.of(chose)
+        also = f", {chose} {own.cost:+.2f}" if own and chose not in ("none", DEFAULT) else ""
+        return f"{held}. Measured on this model: {DEFAULT} {least.cost:+.2f} nats a token{also}"
+    if chose == "none":
+        return f"{held}; {DEFAULT} cost a model of 135 million parameters 0.1 to 0.4 nats a token"
+    measure = command("lora", "check", names.recipe, "--compare-quantization")
+    return f"{held}. What that costs: {measure}"
 
 
 def _adapter(text: _Yaml, chosen: Chosen) -> None:
     adapter, survey = chosen.adapter, chosen.survey
     trained = _amount(survey.target_tokens, survey.exact)
     text.set("rank", adapter.rank, f"{adapter.parameters:,} trained parameters, for {trained} trained tokens")
-    if adapter.rank != 16:
-        text.set("alpha", 2 * adapter.rank, "alpha / rank stays 2")
+    text.set("alpha", 32, "at every rank, so that the best learning rate hardly depends on it")
     if adapter.target_modules == "all-linear":
         why = "QLoRA needed all of them to match full fine-tuning (Dettmers et al. 2023)"
         text.set("target_modules", "all-linear", f"{len(adapter.layers)} layers; {why}")
@@ -210,7 +223,9 @@ def _train(text: _Yaml, chosen: Chosen, tried: Tried | None) -> None:
     if fit.gradient_checkpointing:
         without = fit.without_checkpointing.total / GIB
         text.set("gradient_checkpointing", True, f"without it, a step would need about {without:.1f} GiB")
-    text.set("learning_rate", *choices.choose_learning_rate(chosen.shape.parameters))
+    examples = choices.STEP_TOKENS / min(fit.row.tokens, survey.tokens / survey.rows)
+    kind = chosen.base.config.model_type
+    text.set("learning_rate", *choices.choose_learning_rate(kind, chosen.shape.hidden, examples))
     steps = min(steps, choices.MOST_STEPS)
     if steps >= 2:
         every = max(1, round(steps / 10))
@@ -238,7 +253,7 @@ def _printable(text: str) -> str:
 def _written(value: Any) -> str:
     """As YAML on one line; small numbers as 2e-4."""
     if isinstance(value, float) and value < 2e-3:
-        return f"{value:.0e}".replace("e-0", "e-")
+        return f"{value:.1e}".replace(".0e", "e").replace("e-0", "e-")
     style = None if str(value).isprintable() and repr(value).isprintable() else '"'
     how = {"default_flow_style": True, "default_style": style, "allow_unicode": style is None}
     written = yaml.safe_dump(value, width=10**9, sort_keys=False, **how)
