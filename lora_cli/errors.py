@@ -197,3 +197,9 @@ def from_here(text: str) -> str:
 def escaped(line: str) -> str:
     """The line with everything spelled out that a terminal would act on, line ends too: \\x1b for an escape."""
     return _UNSEEN.sub(lambda found: ascii(found[0])[1:-1], line)
+
+
+def shortened(text: str, most: int) -> str:
+    """The text in at most so many characters, with a mark where its middle is left out."""
+    half = (most - 3) // 2
+    return text if len(text) <= most else f"{text[:half].rstrip()} … {text[-half:].lstrip()}"

@@ -90,7 +90,8 @@ TRAIN = """train:
   micro_batch_size: 2
   gradient_accumulation_steps: 4
   learning_rate: 2e-4
-  eval_every: 50"""
+  eval_every: 50
+  sample_every: 250"""
 
 
 def reference() -> str:

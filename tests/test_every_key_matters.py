@@ -26,7 +26,7 @@ from lora_cli.base.attention import PER_EXAMPLE, per_example_attention
 from lora_cli.data.store import PreparedData, open_prepared
 from lora_cli.errors import CheckFailed, LoraError
 from lora_cli.recipe import Allowed, SourceRecipe, all_keys, load_recipe
-from lora_cli.training.run_folder import read_metrics
+from lora_cli.training.run_folder import read_metrics, read_samples
 from lora_cli.training.train import train
 
 Observe = Callable[[Path], Any]
@@ -75,6 +75,14 @@ def learning_rates(run: Path) -> Any:
 
 def evaluations(run: Path) -> Any:
     return [line["step"] for line in read_metrics(run / "metrics.jsonl") if "validation_loss" in line]
+
+
+def sample_steps(run: Path) -> Any:
+    return [each.step for each in read_samples(run / "samples.jsonl")]
+
+
+def sample_prompts(run: Path) -> Any:
+    return [each.prompt for each in read_samples(run / "samples.jsonl")]
 
 
 def checkpoints(run: Path) -> Any:
@@ -214,6 +222,9 @@ CASES = [
     Case("train.z_loss", 0.5, losses),
     Case("train.seed", 1, losses),
     Case("train.eval_every", 1, evaluations, VALIDATION),
+    Case("train.sample_every", 1, sample_steps, VALIDATION),
+    Case("train.samples", 2, sample_prompts, VALIDATION | {"train.sample_every": 1}),
+    Case("train.samples", "{prompts}", sample_prompts, VALIDATION | {"train.sample_every": 1}),
     Case("train.checkpoint_every", 1, checkpoints),
     Case("train.keep_checkpoints", 1, checkpoints, FOUR_STEPS | {"train.checkpoint_every": 1}),
     Case("output", "{folder}/elsewhere", lambda run: run.name),
@@ -276,6 +287,8 @@ class Runs:
         self.names |= {name: str(path) for name, path in models.items()} | {"folder": str(folder)}
         self.names["prose"] = str(folder / "prose.txt")
         Path(self.names["prose"]).write_text("All is quiet on the river, and the ferry has not come yet. " * 20)
+        self.names["prompts"] = str(folder / "prompts.txt")
+        Path(self.names["prompts"]).write_text("What is 9 plus 9?\n")
         self.names["template"] = str(folder / "own.jinja")
         Path(self.names["template"]).write_text(
             "{% for m in messages %}<|im_start|>{{ m.role | upper }}: {{ m.content }}<|im_end|>{% endfor %}"

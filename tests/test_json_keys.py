@@ -24,7 +24,7 @@ REPORT = {
         "validation",
         "general_text",
     ),
-    *("update_sizes", "learned", "adapter", "verdict"),
+    *("update_sizes", "learned", "adapter", "verdict", "samples"),
 }
 FROZEN = {
     "train": REPORT,
@@ -32,6 +32,9 @@ FROZEN = {
     "report.json validation": {"before", "after", "gain", "low", "high", "examples", "targets"},
     "report.json general_text": {"before", "after", "change", "low", "high", "tokens", "source"},
     "report.json update_sizes": {"median", "largest", "largest_layer", "layers"},
+    "report.json samples": {"prompt", "wanted", "base", "adapter", "steps"},
+    "report.json samples steps": {"step", "text"},
+    "samples.jsonl": {"step", "number", "prompt", "wanted", "text", "stop", "new_tokens", "error"},
     "status.json": {"started", "pid", "host", "updated", "state", "why", "step", "total_steps", "wall_seconds"}
     | {"processes"},
     "metrics.jsonl": {
@@ -81,7 +84,7 @@ def parts(documents: dict[str, Any]) -> dict[str, Any]:
 
 def test_keys_of_documents_and_files_only_grow(recipe_file, tiny_llama, sums, tmp_path, capsys, monkeypatch):
     monkeypatch.chdir(tmp_path)
-    recipe = recipe_file(data={"validation": 0.25}, train={"max_steps": 4, "eval_every": 2})
+    recipe = recipe_file(data={"validation": 0.25}, train={"max_steps": 4, "eval_every": 2, "sample_every": 4})
     run = tmp_path / "run"
     documents = {
         "check": lora(capsys, "check", recipe),
@@ -93,6 +96,7 @@ def test_keys_of_documents_and_files_only_grow(recipe_file, tiny_llama, sums, tm
         "init": lora(capsys, "init", tiny_llama, sums, "--output", tmp_path / "new.yaml"),
         "report.json": json.loads((run / "report.json").read_text()),
         "status.json": json.loads((run / "status.json").read_text()),
+        "samples.jsonl": json.loads((run / "samples.jsonl").read_text().splitlines()[0]),
         "metrics.jsonl": json.loads((run / "metrics.jsonl").read_text().splitlines()[0]),
     }
     gone = {name: sorted(FROZEN[name] - set(value)) for name, value in parts(documents).items()}

@@ -25,6 +25,7 @@ from lora_cli.training import micro_batches
 from lora_cli.training.micro_batches import MicroBatches
 from lora_cli.training.opening import open_session
 from lora_cli.training.processes import is_lost_process, process_lost_errors
+from lora_cli.training.run_folder import read_samples
 from lora_cli.training.train import train
 
 TORCHRUN = ["torch.distributed.run", "--standalone", "--nproc-per-node"]
@@ -182,7 +183,7 @@ def test_accelerate_launch_is_the_same_and_checkpoints_go_from_any_number_to_any
         ACCELERATE,
         2,
         [
-            write("launched", "llama-nf4"),
+            write("launched", "llama-nf4", sample_every=2),
             stopped["stops-on-one"],
             stopped["stops-on-two"],
             *[stopped["stops-in-shares"]] * 2,
@@ -193,6 +194,8 @@ def test_accelerate_launch_is_the_same_and_checkpoints_go_from_any_number_to_any
     for name in ("launched", *stopped):
         assert_same_run(tmp_path / name, straight)
     assert json.loads((tmp_path / "launched" / "environment.json").read_text())["processes"] == 2
+    samples = [(each.step, each.number) for each in read_samples(tmp_path / "launched" / "samples.jsonl")]
+    assert samples == [(step, number) for step in (0, 2, 3) for number in (1, 2, 3)], "of one process, and no other"
 
 
 def stop_here_at_step_three(recipe: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -321,6 +321,13 @@ def test_validation_is_a_fraction_or_a_file(load: Any, problem: Any, tmp_path: P
         ("{dtype: fp16, device: cpu}", "dtype", "write dtype: auto, or another device"),
         ("train: {eval_every: 5}", "train.eval_every", "set data.validation to a file or a fraction"),
         ("train: {patience: 2}", "train.patience", "set train.eval_every to the steps between evaluations"),
+        ("train: {samples: 2}", "train.samples", "set train.sample_every to the steps between samples"),
+        ("train: {sample_every: 2}", "train.sample_every", "name a file of prompts in train.samples"),
+        (
+            "train: {sample_every: 2, samples: a.txt, shard_base: true}",
+            "train.sample_every",
+            "remove sample_every, or shard_base",
+        ),
         ("data: {train: [{path: a, hub: owner/name}]}", "data.train", "write path: data/train.jsonl, or hub: owner/na"),
         (
             "data: {train: a, validation: [{path: b, hub: c/d}]}",
@@ -472,6 +479,7 @@ def test_contradictions_wait_until_all_values_are_valid(problem: Any):
         ("double_quantization: true", ["quantization=int8"], ["double_quantization"]),
         ("train: {eval_every: 5}", ["data.validation=null"], ["train.eval_every"]),
         ("train: {eval_every: 5, patience: 2}", ["data.validation=null"], ["train.eval_every", "train.patience"]),
+        ("train: {sample_every: 5, samples: 2}", ["data.validation=null"], ["train.sample_every", "train.samples"]),
         (
             "train: {micro_batch_size: auto, batch_size: 16}",
             ["train.tokens_per_micro_batch=2048"],
@@ -815,6 +823,8 @@ VALUES: dict[str, st.SearchStrategy[Any]] = {
     "train.seed": st.integers(0, 2**32 - 1),
     "train.eval_every": st.none() | _counts,
     "train.patience": st.none() | _counts,
+    "train.sample_every": st.none() | _counts,
+    "train.samples": st.integers(1, 50) | _names,
     "train.checkpoint_every": st.none() | _counts,
     "train.checkpoint_minutes": st.none() | _positive,
     "output": _names,
@@ -863,8 +873,14 @@ def recipes(draw: Any) -> dict[str, Any]:
     data = values["data"]
     if data.get("validation") is None:
         train.pop("eval_every", None)
+        if not isinstance(train.get("samples"), str):
+            train.pop("sample_every", None)
     if train.get("eval_every") is None:
         train.pop("patience", None)
+    if train.get("shard_base"):
+        train.pop("sample_every", None)
+    if train.get("sample_every") is None:
+        train.pop("samples", None)
     if train.get("schedule") == "constant":
         train.pop("min_learning_rate_ratio", None)
     if train.get("optimizer") == "schedule_free_adamw":

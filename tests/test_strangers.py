@@ -440,6 +440,7 @@ def test_a_status_of_a_stranger_is_not_handed_on(run):
 
 
 LINKS = ["adapter", "adapter_last", "status.json", "metrics.jsonl", "environment.json", "report.json", "loss.png"]
+LINKS += ["samples.jsonl"]
 
 
 @pytest.mark.parametrize("name", LINKS)
@@ -501,6 +502,7 @@ NAMES = [  # that a run, or what was killed in it, may give to a file or a folde
     "compiled",
     "status.json",
     "metrics.jsonl",
+    "samples.jsonl",
     "report.json",
     "report.html",
     "loss.png",

@@ -15,9 +15,9 @@ from accelerate.utils import set_seed
 from lora_cli.adapters.named import Named, recorded_prompting
 from lora_cli.adapters.opened import open_model
 from lora_cli.adapters.trained import adapters_disabled
-from lora_cli.data.chat.template import ChatTemplate, chat_template, wants_bos
+from lora_cli.data.chat.template import ChatTemplate, chat_template
 from lora_cli.errors import LoraError, reading
-from lora_cli.evaluation.generation import Completion, complete, generation_config
+from lora_cli.evaluation.generation import Completion, complete, generation_config, prompt_ids, stop_id
 from lora_cli.streams import print_json, print_note, print_piece
 
 Emit = Callable[[str], None]
@@ -52,9 +52,7 @@ class Speaker:
             named, opened.adapter.metadata.prompting if opened.adapter else None, opened.source.folder
         )
         self.template = self._template(through_template, default)
-        stop: Any = self.template.stop_token if self.template is not None else None
-        if stop is not None:
-            stop = opened.tokenizer.convert_tokens_to_ids(stop)
+        stop = stop_id(opened.tokenizer, self.template)
         self.config = generation_config(opened.model, opened.tokenizer, stop=stop, **sampling)
         set_seed(seed)
 
@@ -74,19 +72,12 @@ class Speaker:
             print_note(f"note: the prompt is used as it is, {why}" + (" (or --template)" if has_one else ""))
         return None
 
-    def prompt(self, turns: list[dict[str, str]]) -> str:
-        """What the model reads: the turns through the template; without one the last turn's text alone."""
-        if self.template is None:
-            return turns[-1]["content"]
-        return self.template.render(turns, "the conversation", generation_prompt=True)
-
     def answer(self, turns: list[dict[str, str]], emit: Emit | None) -> Completion:
-        """The next turn of the conversation: with one BOS where one is wanted, up to the stop token."""
-        text, tokenizer = self.prompt(turns), self.opened.tokenizer
-        bos = wants_bos(tokenizer) and not text.startswith(str(tokenizer.bos_token))
-        special = bos if self.template is not None else True
-        with nullcontext() if self.use_adapter else adapters_disabled(self.opened.model):
-            return complete(self.opened.model, tokenizer, [text], self.config, special_tokens=special, emit=emit)[0]
+        """The next turn of the conversation, up to the stop token."""
+        model, tokenizer = self.opened.model, self.opened.tokenizer
+        ids = prompt_ids(turns, tokenizer, self.template, "the conversation")
+        with nullcontext() if self.use_adapter else adapters_disabled(model):
+            return complete(model, tokenizer, [ids], self.config, emit=emit)[0]
 
     def why_empty(self, completion: Completion) -> str:
         """What to say of a completion without text."""

@@ -16,6 +16,7 @@ from transformers import GenerationConfig, LogitsProcessor, PreTrainedTokenizerB
 from transformers.generation.streamers import TextStreamer
 
 from lora_cli.base.text import positions
+from lora_cli.data.chat.template import ChatTemplate, wants_bos
 from lora_cli.errors import CheckFailed, LoraError
 
 
@@ -89,11 +90,29 @@ def generation_config(
     )
 
 
+def prompt_ids(
+    turns: list[dict[str, Any]], tokenizer: PreTrainedTokenizerBase, template: ChatTemplate | None, where: str
+) -> list[int]:
+    """What the model reads: the turns through the template; without one the last turn's text alone.
+
+    With one BOS where the tokenizer wants one. where: of the turns, for messages.
+    """
+    text = turns[-1]["content"] if template is None else template.render(turns, where, generation_prompt=True)
+    bos = wants_bos(tokenizer) and not text.startswith(str(tokenizer.bos_token))
+    return tokenizer(text, add_special_tokens=bos if template is not None else True)["input_ids"]  # type: ignore[return-value]
+
+
+def stop_id(tokenizer: PreTrainedTokenizerBase, template: ChatTemplate | None) -> int | None:
+    """The token that the template ends an answer with, if it is a special one."""
+    stop = template.stop_token if template is not None else None
+    return None if stop is None else tokenizer.convert_tokens_to_ids(stop)  # type: ignore[return-value]
+
+
 @torch.inference_mode()
 def complete(
     model: Any,
     tokenizer: PreTrainedTokenizerBase,
-    prompts: Sequence[str],
+    prompts: Sequence[str | Sequence[int]],
     config: GenerationConfig,
     *,
     special_tokens: bool = True,
@@ -101,11 +120,15 @@ def complete(
 ) -> list[Completion]:
     """Completions of the prompts, generated as one batch (padded on the left, as causal models need it).
 
-    special_tokens: whether the tokenizer adds its BOS; not wanted after a chat template, which brings its own.
+    prompts: texts, or their token ids. special_tokens: whether the tokenizer adds its BOS to texts; not wanted after a
+    chat template, which brings its own.
     emit: called with each piece of text as it comes; for a single prompt only. Raises CheckFailed for a model whose
     output is not finite.
     """
-    encoded: Any = tokenizer(list(prompts), add_special_tokens=special_tokens)["input_ids"]
+    encoded: Any = [
+        tokenizer(each, add_special_tokens=special_tokens)["input_ids"] if isinstance(each, str) else each
+        for each in prompts
+    ]
     rows = [torch.tensor(each, dtype=torch.long, device=model.device) for each in encoded]
     pad_left = partial(pad_sequence, batch_first=True, padding_side="left")
     inputs = {"input_ids": pad_left(rows, padding_value=config.pad_token_id or 0)}

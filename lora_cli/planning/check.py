@@ -24,6 +24,7 @@ from lora_cli.data.prepare import prepare, require_trainable
 from lora_cli.data.preview import PAGE_MARK, as_page, as_text, tokens_of
 from lora_cli.errors import LoraError
 from lora_cli.evaluation.quantization_cost import Costs, compare_quantizations, keep_costs, known_lines
+from lora_cli.evaluation.samples import sample_prompts
 from lora_cli.files import write_bytes
 from lora_cli.planning.skeleton import base_model
 from lora_cli.recipe import Recipe
@@ -99,6 +100,7 @@ def check(recipe: Recipe, *, keep: bool = False) -> Checked:
     targets = targets_of(model, adapter)
     feed = open_feed(recipe, prepare(recipe, tokenizer, keep=keep, inspect=True), tokenizer)
     feed.require_fit(config, source.name)
+    sample_prompts(recipe, tokenizer, feed, config)
     kinds = base.unreached_kinds(recipe.adapter.target_modules)
     base.require_causal()
     if recipe.data.packing and base.packing_refused is not None:

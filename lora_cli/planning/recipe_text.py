@@ -231,6 +231,7 @@ def _train(text: _Yaml, chosen: Chosen, tried: Tried | None) -> None:
         every = max(1, round(steps / 10))
         if chosen.validation is not None:
             text.set("eval_every", every, "about ten times in the run")
+            text.set("sample_every", 5 * every, "answers to 3 validation rows: before, halfway and at the end")
         text.set("checkpoint_every", every, "what `lora train --resume` continues from")
 
 

@@ -5,6 +5,7 @@ from lora_cli.recipe.keys import all_keys, meaning, section_of
 from lora_cli.recipe.load import load_recipe
 from lora_cli.recipe.schema import (
     FIELDS,
+    MOST_SAMPLES,
     TEMPLATES,
     AdapterRecipe,
     Allowed,

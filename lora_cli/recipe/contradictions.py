@@ -178,6 +178,25 @@ TABLE = [
         fix="set train.eval_every to the steps between evaluations, or remove patience",
     ),
     Rule(
+        "train.samples", lambda r: r.train.sample_every is None and r.train.samples != 3, idle_by="train.sample_every"
+    ).says(
+        "samples are made every sample_every steps, which is not set",
+        fix="set train.sample_every to the steps between samples, or remove samples",
+    ),
+    Rule(
+        "train.sample_every",
+        lambda r: r.train.sample_every is not None and isinstance(r.train.samples, int) and r.data.validation is None,
+        idle_by="data.validation",
+    ).says(
+        "samples are of validation rows, but there is no validation data",
+        fix="name a file of prompts in train.samples, set data.validation to a fraction such as 0.05, or remove "
+        "sample_every",
+    ),
+    Rule("train.sample_every", lambda r: r.train.sample_every is not None and r.train.shard_base).says(
+        "one process writes the samples, and a base that is spread over processes computes with all of them",
+        fix="remove sample_every, or shard_base",
+    ),
+    Rule(
         "train.micro_batch_size",
         lambda r: r.train.tokens_per_micro_batch is not None,
         idle_by="train.tokens_per_micro_batch",

@@ -9,7 +9,14 @@ from pydantic.fields import FieldInfo
 
 from lora_cli.recipe.schema import NUMBER, Recipe, Section
 
-_PATHS = (("data", "template"), ("data", "general_text"), ("data", "cache"), ("output",), ("base_model",))
+_PATHS = (
+    ("data", "template"),
+    ("data", "general_text"),
+    ("data", "cache"),
+    ("train", "samples"),
+    ("output",),
+    ("base_model",),
+)
 
 
 def section_of(annotation: Any) -> type[Section] | None:

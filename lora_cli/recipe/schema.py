@@ -22,6 +22,7 @@ def _number_from_text(value: Any) -> Any:
     return float(value) if isinstance(value, str) and NUMBER.fullmatch(value) else value
 
 
+MOST_SAMPLES = 50
 _MOST = 10**9  # of anything counted; more is a slip of the keyboard, and no machine gets there
 Number = Annotated[float, BeforeValidator(_number_from_text)]
 
@@ -284,6 +285,12 @@ class TrainRecipe(Section):
     patience: int | None = Field(None, ge=1, le=_MOST)
     """Evaluations of eval_every in a row without a lower loss, after which training ends; the best adapter is kept. The
     learning rate stays that of the whole run. null: never."""
+    sample_every: int | None = Field(None, ge=1, le=_MOST)
+    """Steps between samples: what base and adapter answer to some prompts, greedily and in at most 128 tokens, before
+    step 1, during the run and at its end. null: none."""
+    samples: Annotated[int, Field(ge=1, le=MOST_SAMPLES)] | Annotated[str, Field(min_length=1)] = 3
+    """With sample_every: how many validation rows to take the prompts from, or a file of prompts: rows with `prompt` or
+    `messages`, or a .txt with one a line."""
     checkpoint_every: int | None = Field(None, ge=1, le=_MOST)
     """Steps between resumable checkpoints. null: those of checkpoint_minutes, at the end, and when interrupted."""
     checkpoint_minutes: Number | None = Field(15.0, gt=0)

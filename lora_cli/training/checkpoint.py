@@ -6,7 +6,7 @@
       optimizer.safetensors   every tensor of the optimizer's state
       state.safetensors       random states of Python, NumPy, torch and CUDA; losses of the validation examples
       state.json              step, schedule, data position, what is best so far, the rest of the optimizer's state
-      metrics.jsonl           the lines of all steps up to this one
+      metrics.jsonl           the lines of all steps up to this one; samples.jsonl too, where there are samples
       best/                   the adapter folder that is the best so far, if there is one (hard links where possible)
 
 The order of the data and dropout need no state: they are functions of seed, step and token, so the step carries them.
@@ -18,7 +18,7 @@ import hashlib
 import json
 import os
 import re
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -49,7 +49,9 @@ from lora_cli.training.stored import Manifest
 FORMAT = 4  # 1 had A and B in one group of the optimizer; 2 no manifest; 3 another order of the data
 BEST = "best"
 _TENSORS = ("adapter.safetensors", "optimizer.safetensors", "state.safetensors")
-FILES: Shape = dict.fromkeys((*_TENSORS, "manifest.json", "state.json", "metrics.jsonl")) | {BEST: ADAPTER_FILES}
+FILES: Shape = dict.fromkeys((*_TENSORS, "manifest.json", "state.json", "metrics.jsonl", "samples.jsonl")) | {
+    BEST: ADAPTER_FILES
+}
 NAME = re.compile(r"step_(\d{6,15})")
 _TENSOR = "__tensor__"  # marks, in state.json, the place of a tensor of optimizer.safetensors
 
@@ -66,13 +68,13 @@ def save_checkpoint(
     *,
     belongs_to: Mapping[str, Any],
     schedule: Mapping[str, Any],
-    metrics: Path,
+    lines: Sequence[Path],
     best: Path | None = None,
 ) -> None:
     """Write a checkpoint to `folder`: complete and on the disk, or not at all.
 
     belongs_to: fingerprints and versions, for the manifest. schedule: what the learning rate of this step was and where
-    it was going, for people. metrics: the file whose lines are kept. best: adapter folder to keep, if there is one.
+    it was going, for people. lines: the files whose lines are kept. best: adapter folder to keep, if there is one.
     Raises DiskError.
     """
     tensors: dict[str, Tensor] = {}
@@ -84,8 +86,9 @@ def save_checkpoint(
         values = {**state.values(), "schedule": dict(schedule), "random": random_values, "optimizer": described}
         write_json(place / "state.json", values)
         (place / "metrics.jsonl").touch()
-        if metrics.exists():
-            copy_file(metrics, place / "metrics.jsonl", over=True)
+        for file in lines:
+            if file.exists():
+                copy_file(file, place / file.name, over=True)
         if best is not None:
             (place / BEST).mkdir()
             copy_files(best, place / BEST, ADAPTER_FILES, link_or_copy)

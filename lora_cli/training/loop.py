@@ -27,14 +27,15 @@ from lora_cli.screen import say_on
 from lora_cli.training.divergence import what_is_wrong
 from lora_cli.training.micro_batches import DoesNotFit, MicroBatches, StepData, smaller_line
 from lora_cli.training.optimizer import averaged_weights, learning_rate, make_optimizer, set_learning_rate
-from lora_cli.training.processes import any_process, process_lost_errors, sum_over_processes
+from lora_cli.training.processes import any_process, asked, process_lost_errors
 from lora_cli.training.progress import Progress
 from lora_cli.training.report import make_report, require_learned, say_result, write_card, write_report
 from lora_cli.training.resume import COMPUTING, Change
 from lora_cli.training.run_folder import RunFolder
+from lora_cli.training.sampler import Sampler
 from lora_cli.training.session import Session
 from lora_cli.training.state import State
-from lora_cli.training.stopping import EXIT_CODES, Stop
+from lora_cli.training.stopping import Stop
 from lora_cli.training.trackers import open_trackers
 from lora_cli.training.validation import Validator
 from lora_cli.training.writer import RunWriter
@@ -76,6 +77,8 @@ class Run:
             "environment": environment,
         }
         self.writer = RunWriter(session, folder, accelerator, self.optimizer, self.scaler, stop, belongs_to, self.say)
+        # Signals alone stop it: a run whose time is up at its last step goes on to its report.
+        self.sampler = Sampler(session, accelerator, self.writer, lambda: stop.first is not None)
         # What a model's own code or a library may draw from; torch is seeded in each step.
         random.seed(self.recipe.seed)
         np.random.seed(self.recipe.seed)
@@ -88,6 +91,7 @@ class Run:
             self.session.feed.seek(state.position)
         if any(each.allow.startswith(("data", "base_model", "quantization", "dtype")) for each in changes):
             self.validator.forget(self.state)
+            self.writer.written(lambda: self.folder.samples.unlink(missing_ok=True))
         self.validator.require_fit(self.state)
         if self._is_over() and self.state.pending is None and self.folder.report.exists():
             raise LoraError(
@@ -123,6 +127,7 @@ class Run:
     def _steps(self, progress: Progress, track: Any) -> None:
         self.stop.in_steps = True
         self._score_base(progress)
+        self._sample(0, progress, track)
         if self.state.pending is not None:
             self._complete(self.state.pending, progress, track)
         first = self.accelerator.is_main_process
@@ -135,7 +140,7 @@ class Run:
             self.state.parts = self.micro_batches.try_largest(self.state.step + 1, self.state.parts, progress.say)
         self.writer.start_clock()
         while not self._is_over():
-            stop, due = self._asked()
+            stop, due = asked(self.accelerator, self.stop, due=self.writer.is_due())
             if stop or (due and self.state.step):
                 self.writer.checkpoint(self.state)
                 self._say_state("running")
@@ -168,16 +173,19 @@ class Run:
         self._complete(line, progress, track)
 
     def _complete(self, line: dict[str, Any], progress: Progress, track: Any) -> None:
-        """What follows a step: evaluation, the line in metrics.jsonl, a checkpoint; each where it is due."""
+        """What follows a step: evaluation, samples, the line in metrics.jsonl, a checkpoint; each where it is due."""
         step, last = line["step"], line["step"] == self.session.total_steps
-        if self.validator.has_data and (last or (self.recipe.eval_every and step % self.recipe.eval_every == 0)):
+        self.state.pending = line
+        due = last or (self.recipe.eval_every and step % self.recipe.eval_every == 0)
+        if self.validator.has_data and due and "validation_loss" not in line:
             progress.doing("evaluating")
-            self.state.pending = line
             loss = self._score_step()
             if not math.isfinite(loss) and self._goes_back(f"the validation loss is {loss}", step, can_skip=False):
                 return
             line["validation_loss"] = loss
-            self.state.pending = None
+        if self.sampler.is_due(step, last=self._is_over()):
+            self._sample(step, progress, track)
+        self.state.pending = None
         self.writer.metrics(line)
         track(line, step)
         if self._is_over() or (self.recipe.checkpoint_every and step % self.recipe.checkpoint_every == 0):
@@ -303,6 +311,15 @@ class Run:
             raise self._interrupted() from None
         return loss
 
+    def _sample(self, step: int, *told: Any) -> None:
+        """What the prompts are answered at a step, as `Sampler.sample` takes it."""
+        try:
+            self.sampler.sample(step, *told)
+        except EvaluationStopped:  # as for an evaluation
+            if self.state.pending is not None:
+                self.writer.checkpoint(self.state)
+            raise self._interrupted() from None
+
     # ── a step that went wrong ──────────────────────────────────────────────────────────────────────────────────
 
     def _goes_back(self, wrong: str, step: int, *, can_skip: bool = True) -> bool:
@@ -346,21 +363,6 @@ class Run:
 
     # ── how a run ends ──────────────────────────────────────────────────────────────────────────────────────────
 
-    def _asked(self) -> tuple[bool, bool]:
-        """(whether to stop, as any process was asked to; whether the clock of the first wants a checkpoint)."""
-        due = self.accelerator.is_main_process and self.writer.is_due()
-        if self.accelerator.num_processes > 1:
-            asked = torch.zeros(len(EXIT_CODES) + 1, dtype=torch.int64)
-            asked[-1] = due
-            if self.stop.requested:
-                asked[EXIT_CODES.index(self.stop.exit_code)] = 1
-            *by_code, clock = sum_over_processes(self.accelerator, asked).tolist()
-            due = bool(clock)
-            if any(by_code):
-                code = next(code for code, count in zip(EXIT_CODES, by_code, strict=True) if count)
-                self.stop.ask("another of its processes was asked to", code)
-        return self.stop.requested, due
-
     def _interrupted(self) -> Interrupted:
         done = f"after step {self.state.step} of {self.session.total_steps}; a checkpoint is written"
         return Interrupted(
@@ -387,6 +389,9 @@ class Run:
         self.writer.adapter(self.folder.last_adapter if self.validator.has_data else self.folder.adapter)
         self.accelerator.wait_for_everyone()  # the shipped adapter is there for all
         report = make_report(self.session, self.state, self.folder, self.accelerator)
+        kept = self.state.best_step or self.state.step
+        self._sample(kept)
+        report["samples"] = self.sampler.report(kept)
         self.writer.written(lambda: write_card(self.session, report, self.folder))
         self.writer.written(lambda: write_report(self.folder, report, self.say))
         self.accelerator.wait_for_everyone()

@@ -21,14 +21,15 @@ from lora_cli.data.prepare import prepare
 from lora_cli.data.report import finding_lines
 from lora_cli.evaluation.forgetting import general_text
 from lora_cli.evaluation.quantization_cost import known_lines
+from lora_cli.evaluation.samples import sample_prompts
 from lora_cli.files import human_bytes, require_space
 from lora_cli.planning.check import Checked
-from lora_cli.recipe import Recipe
+from lora_cli.recipe import MOST_SAMPLES, Recipe
 from lora_cli.screen import say_on
 from lora_cli.training.passes import PASSES, run_passes
 from lora_cli.training.session import Session
 
-_METRICS_BYTES = 300  # of one line
+_METRICS_BYTES, _SAMPLE_BYTES = 300, 1500  # of one line
 
 
 def open_session(recipe: Recipe, console: Console) -> Session:
@@ -46,10 +47,11 @@ def open_session(recipe: Recipe, console: Console) -> Session:
     config = model_config(source, recipe.trust_remote_code)
     feed.require_fit(config, source.name)
     text = general_text(tokenizer, config, Path(recipe.data.general_text) if recipe.data.general_text else None)
+    prompts = sample_prompts(recipe, tokenizer, feed, config)
     for number, line in enumerate(known_lines(recipe, source, feed.summary.fingerprint)):
         say(f"{'' if number else 'base':9}{line}")
     session = open_model(recipe, source, tokenizer, feed, say)
-    session.general_text = text
+    session.general_text, session.prompts = text, prompts
     trained = sum(parameter.numel() for parameter in trained_parameters(session.model))
     needed = disk_needed(recipe, trained, session.total_steps)
     require_space(Path(recipe.output), needed, "the run (adapter and checkpoints)")
@@ -109,10 +111,13 @@ def open_device(recipe: Recipe) -> torch.device:
 def disk_needed(recipe: Recipe, trained_parameters: int, steps: int) -> int:
     """Bytes a run writes at most.
 
-    fp32 adapters: best, last, one being written. Checkpoints, each with A and B and two moments, and the metrics of all
-    steps: those kept, that of the best step, that of the clock, one being written; the best adapter in them costs
-    nothing where links can.
+    fp32 adapters: best, last, one being written. Checkpoints, each with A and B and two moments, and the metrics and
+    samples of all steps: those kept, that of the best step, that of the clock, one being written; the best adapter in
+    them costs nothing where links can.
     """
     adapter, metrics = 4 * trained_parameters, _METRICS_BYTES * steps
+    if (every := recipe.train.sample_every) is not None:
+        prompts = recipe.train.samples if isinstance(recipe.train.samples, int) else MOST_SAMPLES
+        metrics += _SAMPLE_BYTES * prompts * (steps // every + 2)
     checkpoints = (recipe.train.keep_checkpoints + 3) * (3 * adapter + metrics)
     return 3 * adapter + checkpoints + metrics + 10_000_000

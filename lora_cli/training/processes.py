@@ -14,6 +14,7 @@ from lora_cli.base.device import pick_device
 from lora_cli.data.store import micro_batches_per_step
 from lora_cli.errors import LoraError, ProcessLost, reason_of
 from lora_cli.recipe import Recipe
+from lora_cli.training.stopping import EXIT_CODES, Stop
 
 # Said by gloo, NCCL and torch's store, which raise plain RuntimeErrors too; the last by NCCL, of a socket.
 _LOST = re.compile(
@@ -77,3 +78,19 @@ def sum_over_processes(accelerator: Accelerator, value: Tensor) -> Tensor:
 def any_process(accelerator: Accelerator, flag: bool) -> bool:
     """Whether `flag` is true in any process; every process gets the same answer."""
     return bool(sum_over_processes(accelerator, torch.tensor(float(flag))).item())
+
+
+def asked(accelerator: Accelerator, stop: Stop, *, due: bool) -> tuple[bool, bool]:
+    """(whether to stop, as any process was asked to; whether `due`, a checkpoint, holds in the first)."""
+    due = accelerator.is_main_process and due
+    if accelerator.num_processes > 1:
+        counts = torch.zeros(len(EXIT_CODES) + 1, dtype=torch.int64)
+        counts[-1] = due
+        if stop.requested:
+            counts[EXIT_CODES.index(stop.exit_code)] = 1
+        *by_code, clock = sum_over_processes(accelerator, counts).tolist()
+        due = bool(clock)
+        if any(by_code):
+            code = next(code for code, count in zip(EXIT_CODES, by_code, strict=True) if count)
+            stop.ask("another of its processes was asked to", code)
+    return stop.requested, due

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import random
+from collections.abc import Iterator
+from contextlib import contextmanager
 from typing import Any
 
 import numpy as np
@@ -41,6 +43,16 @@ def restore_random_states(tensors: dict[str, Tensor], values: Random) -> None:
     cuda = [tensors[f"random.cuda.{at}"] for at in range(len(tensors)) if f"random.cuda.{at}" in tensors]
     if cuda and torch.cuda.is_available() and len(cuda) == torch.cuda.device_count():
         torch.cuda.set_rng_state_all(cuda)
+
+
+@contextmanager
+def random_states_kept() -> Iterator[None]:
+    """Whatever is drawn within this block, the generators are afterwards where they were."""
+    tensors, values = random_states()
+    try:
+        yield
+    finally:
+        restore_random_states(tensors, Random.model_validate(values, strict=False))
 
 
 def _set_states(tensors: dict[str, Tensor], values: Random, of_python: Any, of_numpy: Any, of_torch: Any) -> None:

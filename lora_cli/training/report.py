@@ -27,6 +27,7 @@ from lora_cli.training.verdict import (
     best_words,
     forgetting_words,
     judge,
+    sample_lines,
     summarize_update_sizes,
     update_words,
     verdict_lines,
@@ -139,7 +140,7 @@ def require_learned(report: dict[str, Any], folder: RunFolder) -> None:
 
 
 def say_result(report: dict[str, Any], folder: RunFolder, say: Callable[[str], None]) -> None:
-    for line in [*verdict_lines(report), *_warnings(report)]:
+    for line in [*verdict_lines(report), *_warnings(report), *sample_lines(report)]:
         say(line)
     say(f"adapter in {report['adapter']}, report in {folder.page}")
     if report["verdict"] != "nothing learned":

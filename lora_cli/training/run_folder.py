@@ -6,9 +6,10 @@ import json
 import os
 import platform
 import re
+from collections.abc import Iterator
 from contextlib import suppress
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 from pydantic import ValidationError
 
@@ -20,9 +21,13 @@ from lora_cli.recipe import Recipe, dump_recipe, load_recipe
 from lora_cli.training.checkpoint import FILES as CHECKPOINT_FILES
 from lora_cli.training.checkpoint import NAME as CHECKPOINT_NAME
 from lora_cli.training.run_lock import LOCK, now
-from lora_cli.training.stored import Environment, Line, Status
+from lora_cli.training.stored import Environment, Line, Sample, Status, Stored
 
-_FILES = ("recipe.yaml", "environment.json", "status.json", "metrics.jsonl", "report.json", "report.html", "loss.png")
+_FILES = (
+    *("recipe.yaml", "environment.json", "status.json", "metrics.jsonl"),
+    *("report.json", "report.html", "samples.jsonl", "loss.png"),
+)
+Known = TypeVar("Known", bound=Stored)
 _LONGEST_LINE = 100_000  # bytes
 _FOLDERS = ("checkpoints", "adapter", "adapter_last", "prepared")
 _OF_TRACKERS = ("lora", "wandb", "mlflow", "trackio")
@@ -40,7 +45,7 @@ class RunFolder:
     def __init__(self, path: Path, *, remote_code: bool = False):
         self.path, self.remote_code = path, remote_code
         self.recipe, self.environment, self.status = (path / name for name in _FILES[:3])
-        self.metrics, self.report, self.page = (path / name for name in _FILES[3:6])
+        self.metrics, self.report, self.page, self.samples = (path / name for name in _FILES[3:7])
         self.checkpoints, self.adapter, self.last_adapter = (path / name for name in _FOLDERS[:3])
 
     def refuse_if_taken(self, resume: bool) -> None:
@@ -147,15 +152,11 @@ class RunFolder:
 
     def append_metrics(self, line: dict[str, Any]) -> None:
         """Raises DiskError, and then nothing of the line is written."""
-        text = (json.dumps(line) + "\n").encode("utf-8")
-        with disk_errors(self.metrics), open_to_append(self.metrics) as stream:
-            before = stream.seek(0, os.SEEK_END)
-            try:
-                stream.write(text)
-                stream.flush()
-            except BaseException:
-                os.truncate(self.metrics, before)
-                raise
+        _append(self.metrics, [line])
+
+    def append_samples(self, samples: list[Sample]) -> None:
+        """All of them or none. Raises DiskError."""
+        _append(self.samples, [each.model_dump() for each in samples])
 
     def say_state(self, state: str, **values: Any) -> None:
         """Update status.json, which `lora runs` reads. When the run started, and how long it took before, are kept."""
@@ -174,15 +175,34 @@ class RunFolder:
             return {}
 
 
+def _append(path: Path, lines: list[dict[str, Any]]) -> None:
+    text = "".join(json.dumps(line) + "\n" for line in lines).encode("utf-8")
+    with disk_errors(path), open_to_append(path) as stream:
+        before = stream.seek(0, os.SEEK_END)
+        try:
+            stream.write(text)
+            stream.flush()
+        except BaseException:
+            os.truncate(path, before)
+            raise
+
+
 def read_metrics(path: Path) -> list[dict[str, Any]]:
     """Lines of metrics.jsonl, up to the first one that is incomplete, after a kill, or that lora did not write."""
-    lines: list[dict[str, Any]] = []
+    return [line.values() for line in _read_lines(path, Line)]
+
+
+def read_samples(path: Path) -> list[Sample]:
+    """The same of samples.jsonl."""
+    return list(_read_lines(path, Sample))
+
+
+def _read_lines(path: Path, model: type[Known]) -> Iterator[Known]:
     if kind(path) is None:
-        return lines
+        return
     with open_binary(path) as stream:
         while text := stream.readline(_LONGEST_LINE):
             try:
-                lines.append(Line.model_validate_json(text).values())
+                yield model.model_validate_json(text)
             except ValidationError:
-                break
-    return lines
+                return

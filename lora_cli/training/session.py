@@ -19,6 +19,7 @@ from lora_cli.data.batches import MicroBatch, collate
 from lora_cli.data.example import Example
 from lora_cli.data.feed import Feed
 from lora_cli.evaluation.forgetting import GeneralText
+from lora_cli.evaluation.samples import Prompt
 from lora_cli.recipe import Recipe
 
 
@@ -38,6 +39,7 @@ class Session:
     why_dtype: str
     say: Callable[[str], None]
     general_text: GeneralText | None = None
+    prompts: list[Prompt] = field(default_factory=list)
     layers: dict[str, Trained] = field(default_factory=dict)
     side_by_side: bool = False
     activations: ActivationPlan = field(default_factory=lambda: ActivationPlan((), (), 0.0))

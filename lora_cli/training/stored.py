@@ -84,6 +84,29 @@ class Line(Stored):
         return self.model_dump(exclude_unset=True)
 
 
+class Sample(Stored):
+    """A line of samples.jsonl: what was answered to a prompt. step: 0 of the base alone, else of the adapter.
+
+    stop: the token that ended the answer, None where it was cut. error: why there is no answer.
+    """
+
+    step: Count
+    number: Count
+    prompt: Text
+    wanted: Text | None = None
+    text: Text | None = None
+    stop: Text | None = None
+    new_tokens: Count
+    error: Text | None = None
+
+    @property
+    def words(self) -> str:
+        """The answer for a person, with a mark where it was cut."""
+        if self.text is None:
+            return f"(none: {self.error})"
+        return f"{self.text} …" if self.stop is None else self.text
+
+
 class Manifest(Stored):
     """manifest.json of a checkpoint: what its other files are, beside what run and versions it belongs to."""
 

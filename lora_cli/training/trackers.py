@@ -8,7 +8,8 @@ import signal
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, suppress
 from pathlib import Path
-from typing import Any
+from textwrap import indent
+from typing import Any, Protocol
 
 from accelerate.tracking import LOGGER_TYPE_TO_CLASS
 
@@ -16,8 +17,15 @@ from lora_cli.ending import exit_within
 from lora_cli.errors import LoraError, command
 from lora_cli.foreign import is_real_folder
 from lora_cli.recipe import Recipe
+from lora_cli.training.stored import Sample
 
-Track = Callable[[dict[str, Any], int], None]
+
+class Track(Protocol):
+    """Hands the numbers of a line of metrics, and samples, to every tracker of the recipe."""
+
+    def __call__(self, line: dict[str, Any], step: int, samples: Sequence[Sample] = ()) -> None: ...
+
+
 # By name and version, as in constraints.txt: this program's own name is not on the index, and anybody could take it.
 TESTED = {"tensorboard": "2.21.0", "wandb": "0.31.0", "mlflow": "3.17.2", "trackio": "0.43.0"}
 _FOLDERS = {"tensorboard": "lora", "wandb": "wandb", "mlflow": "mlflow", "trackio": "trackio"}
@@ -39,10 +47,7 @@ class _NoAnswer(BaseException):
 
 @contextmanager
 def open_trackers(recipe: Recipe, say: Callable[[str], None], *, active: bool) -> Iterator[Track]:
-    """Yields a function that hands one line of metrics to every tracker of the recipe.
-
-    active: whether this process reports; of several, one does.
-    """
+    """active: whether this process reports; of several, one does."""
     names = recipe.trackers if active else []
     output = Path(recipe.output).absolute()
     config = _flat(_without_places(recipe.model_dump(mode="json")))
@@ -51,10 +56,13 @@ def open_trackers(recipe: Recipe, say: Callable[[str], None], *, active: bool) -
     before = _keep_it_here(output, names) if names else {}
     trackers = [_Tracker(name, say) for name in names]
 
-    def track(line: dict[str, Any], step: int) -> None:
+    def track(line: dict[str, Any], step: int, samples: Sequence[Sample] = ()) -> None:
         values = {key: value for key, value in line.items() if key != "step" and isinstance(value, int | float)}
         for tracker in trackers:
-            tracker.call(tracker.log, values, step)
+            if values:
+                tracker.call(tracker.log, values, step)
+            if samples:
+                tracker.call(tracker.log_samples, samples, step)
 
     try:
         for tracker in trackers:
@@ -115,6 +123,15 @@ class _Tracker:
 
     def log(self, values: dict[str, Any], step: int) -> None:
         self.own.log(values, step=step)
+
+    def log_samples(self, samples: Sequence[Sample], step: int) -> None:
+        """Of accelerate's trackers these two take text. tensorboard reads Markdown: indented, it is as it is."""
+        if self.name == "tensorboard":
+            texts = {f"sample {each.number}": f"{each.prompt}\n\n→ {each.words}" for each in samples}
+            self.own.log({name: indent(text, "    ", lambda _: True) for name, text in texts.items()}, step=step)
+        elif self.name == "wandb":
+            rows = [[each.prompt, each.wanted, each.words] for each in samples]
+            self.own.log_table("samples", columns=["prompt", "wanted", "words"], data=rows, step=step)
 
     def finish(self) -> None:
         self.own.finish()

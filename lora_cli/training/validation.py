@@ -64,6 +64,8 @@ class Validator:
         """Drop losses of other data or of another base."""
         state.base_validation_loss = state.best_validation_loss = state.best_step = state.last_validation_loss = None
         state.evaluations_since_best, state.tensors = 0, {}
+        if state.pending is not None:
+            state.pending.pop("validation_loss", None)
 
     def _example_losses(self, parts: int) -> tuple[Tensor, Tensor]:
         session, accelerator = self.session, self.accelerator

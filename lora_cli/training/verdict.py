@@ -9,6 +9,7 @@ of the adapter that is kept; each may be missing, or None where there was nothin
                     gain: before - after; low, high: ends of its 95 % interval, None for a single example
                     examples, targets: validation examples and their target tokens; all as `Gain` has them
     general_text    before, after, change (after - before), low, high, tokens, source: see `measure_forgetting`
+    samples         of each prompt: prompt, wanted, the words of base and adapter; steps: step and text of each sample
     update_sizes    median, largest: ‖ΔW‖ / ‖W‖; largest_layer: its name; layers: the same for every layer, by name
 
 Numbers that are not finite are None in the report, since JSON cannot express them.
@@ -23,10 +24,12 @@ from dataclasses import dataclass
 from typing import Any, Literal, TypeGuard
 
 from lora_cli.data.order import FEW_STEPS
+from lora_cli.errors import shortened
 from lora_cli.files import human_bytes
 
 _TINY_UPDATE = 0.001  # ‖ΔW‖ / ‖W‖ of the median layer
 _FAR_BELOW = 0.5  # training loss, as a share of the validation loss at the same step
+_SAMPLES, _SAMPLE = 3, 70  # prompts on the screen, and characters of a line
 _RISEN = 0.02  # nats a token of validation loss above its best, and as a share of it
 Outcome = Literal["learned", "not certain", "hardly trained", "nothing learned"]
 
@@ -198,6 +201,21 @@ def best_words(report: Mapping[str, Any]) -> str | None:
     if best == steps or not is_number(last) or not is_number(lowest):
         return text
     return f"{text}, the last is {last - lowest:.4f} nats a token worse"
+
+
+def sample_lines(report: Mapping[str, Any]) -> list[str]:
+    """For the first prompts: the prompt, what was wanted, the words of base and adapter."""
+    return [
+        f"{name:9}{on_one_line(each[name], _SAMPLE)}"
+        for each in (report.get("samples") or [])[:_SAMPLES]
+        for name in ("prompt", "wanted", "base", "adapter")
+        if each[name] is not None
+    ]
+
+
+def on_one_line(text: str, most: int) -> str:
+    """What was said in at most so many characters; of empty text a dash."""
+    return shortened(" ".join(text.split()) or "–", most)
 
 
 def cost_words(report: Mapping[str, Any]) -> str:

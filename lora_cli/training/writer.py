@@ -23,6 +23,7 @@ from lora_cli.training.run_folder import RunFolder
 from lora_cli.training.session import Session
 from lora_cli.training.state import State
 from lora_cli.training.stopping import Stop
+from lora_cli.training.stored import Sample
 
 _TRY_AGAIN_SECONDS = 10.0
 
@@ -50,6 +51,9 @@ class RunWriter:
 
     def metrics(self, line: dict[str, Any]) -> None:
         self.written(lambda: self.folder.append_metrics(line))
+
+    def samples(self, lines: list[Sample]) -> None:
+        self.written(lambda: self.folder.append_samples(lines))
 
     def adapter(self, place: Path) -> None:
         """Ship the adapter as it is now, unless it is still neutral: nobody should take such a folder for a result."""
@@ -146,7 +150,7 @@ class RunWriter:
                 "total_steps": total,
                 "learning_rate": learning_rate(self.recipe, max(1, state.step), total),
             },
-            metrics=self.folder.metrics,
+            lines=(self.folder.metrics, self.folder.samples),
             best=self.folder.adapter if has_best else None,
         )
         best = None if state.best_step is None else self.folder.checkpoint(state.best_step)
@@ -170,13 +174,14 @@ class RunWriter:
                     checkpoint.rename(aside)
 
     def _put_back(self, checkpoint: Path | None) -> None:
-        """Metrics and adapter/ as they were at a checkpoint: what came after it will come again, or otherwise."""
+        """Metrics, samples and adapter/ as they were at a checkpoint: what came later will come again, or otherwise."""
         with disk_errors(self.folder.path):
-            if checkpoint is None:
-                self.folder.metrics.unlink(missing_ok=True)
-            else:
-                with replacing(self.folder.metrics) as temporary:
-                    copy_file(checkpoint / "metrics.jsonl", temporary, over=True)
+            for file in (self.folder.metrics, self.folder.samples):
+                if checkpoint is None or not (checkpoint / file.name).exists():
+                    file.unlink(missing_ok=True)
+                else:
+                    with replacing(file) as temporary:
+                        copy_file(checkpoint / file.name, temporary, over=True)
             if checkpoint is not None and is_real_folder(best := checkpoint / BEST):
                 with written_whole(self.folder.adapter, replaces=ADAPTER_FILES) as place:
                     copy_files(best, place, ADAPTER_FILES, link_or_copy)
