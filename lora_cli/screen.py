@@ -6,19 +6,18 @@ what a terminal would act on is spelled out. Our own styles are Text and Style o
 
 from __future__ import annotations
 
-import re
-import textwrap
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
 from typing import Any
 
 from rich.console import Console
+from rich.measure import Measurement
 from rich.segment import Segment
+from rich.table import Table
 from rich.text import Text
 
 from lora_cli.errors import UNSEEN, escaped, from_here
-
-_NARROWEST = 40  # columns of a terminal in which lines are wrapped
+from lora_cli.streams import wrapped
 
 
 class Screen(Console):
@@ -54,15 +53,17 @@ def say_on(console: Console) -> Callable[[str], None]:
     """A function that prints one line on the console; on a terminal, lines of whole words below its first column."""
 
     def say(text: str) -> None:
-        lines = [escaped(from_here(text))]
-        if console.is_terminal and len(text) > console.width >= _NARROWEST:
-            indent = " " * (9 if re.match(r" {9}|(?=.{9}\S)\w+ {2,}(?=\S)", text) else 2)
-            how: dict[str, Any] = {"break_long_words": False, "break_on_hyphens": False}
-            lines = textwrap.wrap(lines[0], console.width, subsequent_indent=indent, **how)
-        for line in lines:
-            console.print(line, markup=False, emoji=False, highlight=False, soft_wrap=True)
+        line = escaped(from_here(text))
+        for part in wrapped(line, console.width) if console.is_terminal else [line]:
+            console.print(part, markup=False, emoji=False, highlight=False, soft_wrap=True)
 
     return say
+
+
+def fits(table: Table, console: Console) -> bool:
+    """Whether the table has room on this terminal without cutting a word; elsewhere nobody minds."""
+    needed = Measurement.get(console, console.options.update(max_width=10_000), table).minimum
+    return needed <= console.width or not console.is_terminal
 
 
 @contextmanager

@@ -11,14 +11,18 @@ import errno
 import io
 import json
 import os
+import re
 import select
+import shutil
 import sys
+import textwrap
 from typing import Any, NoReturn
 
 from lora_cli.errors import UNSEEN, LoraError, escaped, from_here
 from lora_cli.files import finite
 
 _PATIENCE_SECONDS = 5.0  # for a reader of stderr that does not read: a stopped terminal, a pager
+_NARROWEST = 40  # columns of a terminal in which lines are wrapped
 _PIECE_BYTES = 4096  # what a pipe that can be written takes at once on every system
 
 # For terminals that do not know them. What is not here is shown as its number.
@@ -73,7 +77,7 @@ def guard_streams() -> None:
 
 def print_result(text: str) -> None:
     """One line of a result on stdout, with nothing in it that a terminal acts on. Raises LoraError if it is lost."""
-    print(escaped(text))
+    _print_lines([escaped(text)], sys.stdout)
 
 
 def print_json(value: Any) -> None:
@@ -85,13 +89,67 @@ def print_piece(text: str) -> None:
     """A piece of what a model wrote: as it is into a file or a pipe; on a terminal nothing of it is acted on."""
     if sys.stdout is not None and sys.stdout.isatty():
         text = UNSEEN.sub(lambda found: found[0] if found[0] == "\t" else escaped(found[0]), text)
+        text = _streamed.laid_out(text, shutil.get_terminal_size().columns)
     print(text, end="", flush=True)
 
 
 def print_note(text: str) -> None:
     """Lines for people on stderr, for what is said before or after rich is there."""
     if sys.stderr is not None:
-        print("\n".join(map(escaped, from_here(text).split("\n"))), file=sys.stderr, flush=True)
+        _print_lines([escaped(line) for line in from_here(text).split("\n")], sys.stderr)
+
+
+def _print_lines(lines: list[str], stream: Any) -> None:
+    if stream.isatty():
+        lines = [part for line in lines for part in wrapped(line, shutil.get_terminal_size().columns)]
+    print("\n".join(lines), file=stream, flush=stream is sys.stderr)
+
+
+def wrapped(line: str, width: int) -> list[str]:
+    """Lines of whole words in `width` columns, below the text that begins the line; a command as shells take it."""
+    if len(line) <= width or width < _NARROWEST:
+        return [line]
+    start = re.match(r" *fix: |next: | *\S+(?: \S+)* {2,}(?=\S)| *", line)
+    indent, blanks = len(start[0]) if start else 0, len(line) - len(line.lstrip())
+    if indent > width // 3 or indent == blanks < 9:
+        indent = blanks + 2
+    how: dict[str, Any] = {"break_long_words": False, "break_on_hyphens": False}
+    command = re.match(r"(?:next: | {6}| +fix: (?:.*: )?)lora ", line)
+    lines = textwrap.wrap(line, width - 2 * bool(command), subsequent_indent=" " * indent, **how)
+    begun = len(command[0]) if command else len(line)
+    for at, each in enumerate(lines[:-1]):
+        begun -= len(each) - indent * bool(at)
+        lines[at] += " \\" if begun <= 0 else ""
+    return lines
+
+
+class _Streamed:
+    """A text that comes in pieces, on a terminal: a word that reaches the edge is taken back into the next line."""
+
+    def __init__(self) -> None:
+        self.column, self.word = 0, ""
+
+    def laid_out(self, text: str, width: int) -> str:
+        from rich.cells import cell_len
+
+        out = []
+        for each in text:
+            wide = 8 - self.column % 8 if each == "\t" else cell_len(each)
+            if each == "\n":
+                self.column, self.word = 0, ""
+            elif self.column + wide >= width >= _NARROWEST:
+                moved = self.word if each != " " and cell_len(self.word) < width // 2 else ""
+                out.append(f"\x1b[{cell_len(moved)}D\x1b[K\n{moved}" if moved else "\n")
+                self.column, self.word = cell_len(moved), moved
+                if each == " ":
+                    continue
+            self.column += wide
+            self.word = "" if each.isspace() else self.word + each
+            out.append(each)
+        return "".join(out)
+
+
+_streamed = _Streamed()
 
 
 def finish_results() -> None:

@@ -9,6 +9,7 @@ import subprocess
 import sys
 import threading
 import time
+from pathlib import Path
 
 import pytest
 from conftest import ROOT
@@ -18,12 +19,14 @@ from rich.live import Live
 from rich.padding import Padding
 from rich.table import Table
 from rich.text import Text
+from screens import Terminal
 
 from lora_cli import streams
 from lora_cli.errors import LoraError, escaped, from_here
 from lora_cli.screen import Screen, say_on, status, styled
 from lora_cli.streams import _Notes, _Results
 from lora_cli.training.progress import Progress
+from lora_cli.training.runs import Run, print_runs
 
 HOSTILE = "\x1b]0;title\x07\x9b31m\u202egnp\u2066\u2028\ud800\r\x08 :train: [/b] [red]x[/red]"
 LETHAL = [chr(each) for each in (*range(0x20), *range(0x7F, 0xA0)) if chr(each) != "\n"]
@@ -182,6 +185,32 @@ def test_a_result_waits_for_a_slow_reader_that_shares_a_descriptor_without_waiti
     thread.join()
     os.close(reading)
     assert b"".join(got) == b"y" * 10**6
+
+
+@given(st.integers(1, 9), st.integers(40, 90))
+def test_an_answer_that_comes_in_pieces_keeps_its_words_whole(size, width):
+    text = "It is a subspecies, of the Cabernet Sauvignon grape:\n\n\tpopular for its versatility. " * 4 + "x" * 99
+    streamed, terminal = streams._Streamed(), Terminal(width)
+    for at in range(0, len(text), size):
+        piece = streamed.laid_out(text[at : at + size], width)
+        terminal.feed(piece.replace("\n", "\r\n").replace("\t", " " * 8))
+    shown = terminal.plain()
+    assert shown.split()[: len(text.split()) - 1] == text.split()[:-1]
+    assert max(map(len, shown.splitlines())) < width
+    assert shown.count("x") == 99
+    assert not terminal.cut
+
+
+def test_a_list_of_runs_leaves_out_columns_before_it_cuts_a_word():
+    name = "SmolLM2-135M-Instruct-faq"
+    run = Run(name, name, "interrupted", 60, 11400, None, 0.5, 0.25, 15_171, 5.2, 2.08, "2026-11-28T19:00:00+00:00", None)
+    for width, left_out in ((60, "tokens"), (80, "updated"), (150, None)):
+        console = Screen(file=io.StringIO(), force_terminal=True, width=width, color_system=None)
+        print_runs([run], Path("runs"), console)
+        said = console.file.getvalue()  # type: ignore[attr-defined]
+        assert {name, "0.2500", "2.08", "interrupted"} <= set(said.split())
+        assert (left_out is None) == ("updated" in said)
+        assert left_out is None or left_out not in said
 
 
 @pytest.mark.parametrize("encoding", ["ascii", "latin-1", "cp1252"])

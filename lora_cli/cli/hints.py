@@ -6,12 +6,12 @@ from collections.abc import Container
 
 EXAMPLES = {
     "init": (
-        "lora init HuggingFaceTB/SmolLM2-135M-Instruct data/faq.csv",
-        "lora init Qwen/Qwen3-4B 'data/*.jsonl' --gpu 12GB --output qwen.yaml",
+        "lora init HuggingFaceTB/SmolLM2-135M-Instruct faq.csv",
+        "lora init Qwen/Qwen3-4B 'data/*.jsonl' --gpu 12GB",
     ),
     "train": (
         "lora train recipe.yaml",
-        "lora train recipe.yaml --set train.epochs=2 --set output=runs/two-epochs",
+        "lora train recipe.yaml --set output=runs/again",
         "lora train recipe.yaml --resume",
     ),
     "check": ("lora check recipe.yaml", "lora check recipe.yaml --show 10 --html preview.html"),
@@ -19,7 +19,7 @@ EXAMPLES = {
     "merge": ("lora merge runs/my-run --output merged", "lora merge runs/my-run --output merged --onto original"),
     "generate": (
         "lora generate runs/my-run 'How long is the warranty?'",
-        "lora generate merged 'Once upon a time' --raw --temperature 0.7 --top-p 0.9",
+        "lora generate merged 'Once upon' --raw --temperature 0.7",
     ),
     "chat": ("lora chat runs/my-run", "lora chat merged --system 'Answer in one sentence.'"),
     "runs": ("lora runs", "lora runs runs/my-run", "lora runs --per-hour 0.40"),

@@ -118,7 +118,10 @@ def check(
     ] = False,
     compare_quantization: Annotated[
         bool,
-        typer.Option(help="Also load the base in nf4, int8 and as it is, and compare their losses on 64 examples."),
+        typer.Option(
+            "--compare-quantization",
+            help="Also load the base in nf4, int8 and as it is, and compare their losses on 64 examples.",
+        ),
     ] = False,
     as_json: Json = False,
 ) -> None:

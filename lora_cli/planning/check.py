@@ -22,7 +22,7 @@ from lora_cli.data.feed import Feed, open_feed
 from lora_cli.data.gate import KINDS
 from lora_cli.data.prepare import prepare, require_trainable
 from lora_cli.data.preview import PAGE_MARK, as_page, as_text, tokens_of
-from lora_cli.errors import LoraError
+from lora_cli.errors import LoraError, from_here
 from lora_cli.evaluation.quantization_cost import Costs, compare_quantizations, keep_costs, known_lines
 from lora_cli.evaluation.samples import sample_prompts
 from lora_cli.files import write_bytes
@@ -148,7 +148,9 @@ def print_checked(checked: Checked, console: Console, show: int, *, known: bool 
         console.print(table)
     for example in checked.shown(show):
         console.print()
-        console.print(styled(f"{example.source}: {len(example.ids):,} tokens, {example.targets:,} trained", "bold"))
+        console.print(
+            styled(from_here(f"{example.source}: {len(example.ids):,} tokens, {example.targets:,} trained"), "bold")
+        )
         colour = console.is_terminal and not console.no_color
         console.print(Padding(as_text(example, checked.tokenizer, colour=colour), (0, 0, 0, 2), expand=False))
 

@@ -18,7 +18,7 @@ from lora_cli.planning.skeleton import BaseModel
 from lora_cli.planning.survey import DataSurvey
 from lora_cli.quantization import DEFAULT
 
-_WIDTH = 110  # columns
+_WIDTH = 100  # columns
 _TRAINED = {
     "completion": "the completions",
     "instruction": "the answers",

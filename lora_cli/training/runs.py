@@ -97,32 +97,49 @@ def as_dicts(runs: list[Run]) -> list[dict[str, Any]]:
 
 def print_runs(runs: list[Run], folder: Path, console: Any) -> None:
     """Print a table, or what to do where there are no runs."""
-    from lora_cli.screen import say_on, styled
+    from lora_cli.screen import fits, say_on
 
     say = say_on(console)
     if not runs:
         say(f"no runs in the folder {folder}")
         say("lora train RECIPE starts one; lora runs FOLDER looks in another folder")
         return
-    from rich.table import Table
-
-    styles = {"running": "cyan", "done": "green", "interrupted": "yellow"}
-    table = Table(box=None, pad_edge=False, padding=(0, 2, 0, 0), header_style="bold")
-    table.add_column("run", overflow="fold")
-    table.add_column("state", overflow="fold")
-    for name in ("loss", "valid.", "tokens", "hours", *(["cost"] if runs[0].cost is not None else [])):
-        table.add_column(name, justify="right", no_wrap=True)
-    table.add_column("updated", justify="right", no_wrap=True)
-    for run in runs:
-        cells = [_decimals(run.loss, 4), _decimals(run.validation_loss, 4), _short(run.tokens), _decimals(run.hours, 2)]
-        if runs[0].cost is not None:
-            cells.append(_decimals(run.cost, 2))
-        style = "yellow" if run.doubtful else styles.get(run.state, "red")
-        table.add_row(styled(run.name), styled(run.progress, style), *cells, _ago(run.last_activity))
+    spare = ["updated", "tokens", "hours", "loss"]  # left out in this order where a terminal is too narrow
+    while not fits(table := _table(runs, console, spare), console) and spare:
+        del spare[0]
     console.print(table)
     for run in runs:
         if run.why and run.state in ("failed", "nothing learned", "damaged"):
             say(f"{run.name}: {run.why}")
+
+
+def _table(runs: list[Run], console: Any, shown: list[str]) -> Any:
+    """shown: of the columns that can be left out."""
+    from rich.table import Table
+
+    from lora_cli.screen import styled
+
+    styles = {"running": "cyan", "done": "green", "interrupted": "yellow"}
+    columns = {
+        "loss": lambda run: _decimals(run.loss, 4),
+        "valid.": lambda run: _decimals(run.validation_loss, 4),
+        "tokens": lambda run: _short(run.tokens),
+        "hours": lambda run: _decimals(run.hours, 2),
+        "cost": lambda run: _decimals(run.cost, 2),
+        "updated": lambda run: _ago(run.last_activity),
+    }
+    wanted = {"valid.", *shown, *(["cost"] if runs[0].cost is not None else [])}
+    table = Table(box=None, pad_edge=False, padding=(0, 2, 0, 0), header_style="bold")
+    table.add_column("run", overflow="fold", no_wrap=max(len(run.name) for run in runs) < console.width // 2)
+    table.add_column("state", overflow="fold", min_width=14 if console.is_terminal else None)
+    for name in columns:
+        if name in wanted:
+            table.add_column(name, justify="right", no_wrap=True)
+    for run in runs:
+        style = "yellow" if run.doubtful else styles.get(run.state, "red")
+        cells = [value(run) for name, value in columns.items() if name in wanted]
+        table.add_row(styled(run.name), styled(run.progress, style), *cells)
+    return table
 
 
 # ── one run ─────────────────────────────────────────────────────────────────────────────────────────────────────
