@@ -209,12 +209,13 @@ def run(command: str, terminal: Terminal, shot: Shot, folder: Path) -> Terminal 
 def picture(text: Text, title: str) -> str:
     console = Console(record=True, width=WIDTH, force_terminal=True, color_system="truecolor", file=io.StringIO())
     console.print(text, highlight=False, no_wrap=True, overflow="ignore", crop=False)
-    # Without rich's web font: a picture fetches nothing.
-    style = CONSOLE_SVG_FORMAT[CONSOLE_SVG_FORMAT.index("@font-face") : CONSOLE_SVG_FORMAT.index(".{unique_id}-matrix")]
-    made = "<!-- Generated with Rich https://www.textualize.io -->"
-    plain = (
-        CONSOLE_SVG_FORMAT.replace(style, "").replace(made, "").replace("Fira Code", "ui-monospace, Menlo, Consolas")
-    )
+    # Without rich's web font and address: a picture fetches nothing. And the last line keeps its underscores.
+    font = CONSOLE_SVG_FORMAT[CONSOLE_SVG_FORMAT.index("@font-face") : CONSOLE_SVG_FORMAT.index(".{unique_id}-matrix")]
+    ours = {font: "", "<!-- Generated with Rich https://www.textualize.io -->": "", "{terminal_height}": "{height}"}
+    ours["Fira Code"] = "ui-monospace, Menlo, Consolas"
+    plain = CONSOLE_SVG_FORMAT
+    for theirs, own in ours.items():
+        plain = plain.replace(theirs, own)
     return console.export_svg(title=title, code_format=plain, unique_id=title.replace(" ", "-"))
 
 

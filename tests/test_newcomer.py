@@ -8,6 +8,7 @@ from __future__ import annotations
 import contextlib
 import csv
 import functools
+import html
 import io
 import json
 import os
@@ -201,6 +202,57 @@ def test_a_task_is_answered_by_commands_that_work(task: str, walked: tuple[Path,
         assert done.code == CODES.get(done.command, 0), f"$ {done.command}\n{done.said}"
         assert "Traceback" not in done.said
     assert true(place, found[heading]), [(done.command, done.said, done.out) for done in found[heading]]
+
+
+def drawn(name: str) -> str:
+    """The text of a picture of the screen, line by line."""
+    picture = (ROOT / "docs" / "pictures" / f"{name}.svg").read_text(encoding="utf-8")
+    lines: dict[float, str] = {}
+    for x, y, text in re.findall(r'<text class="[^"]*" x="([\d.]+)" y="([\d.]+)"[^>]*>(.*?)</text>', picture):
+        line = lines.get(float(y), "")
+        lines[float(y)] = line.ljust(round(float(x) / 12.2)) + html.unescape(text).replace("\xa0", " ")
+    return "\n".join(line.rstrip() for line in lines.values())
+
+
+def labels(text: str) -> set[str]:
+    """What lines begin with that say something of a kind: `data   …`, `next: …`, and the headings of tables."""
+    heads = re.findall(r"^ *((?:run|loss|base|rows) .*(?:updated|targets|bits.byte|fix))$", text, re.MULTILINE)
+    return set(re.findall(r"^([a-z]+(?: [a-z]+)?)(?: {2,}|: )", text, re.MULTILINE)) | {
+        " ".join(head.split()) for head in heads
+    }
+
+
+SCREENS = {  # picture → which command of which task says the same today
+    "init": ("Get a recipe for my GPU", 0),
+    "check": ("See exactly what is trained", 0),
+    "train": ("Resume after Ctrl+C", 1),
+    "generate": ("Chat with the result", 0),
+    "eval": ("Compare runs, stop early, see the model's words", 3),
+    "merge": ("Use it in transformers or PEFT", 0),
+    "runs": ("Compare runs, stop early, see the model's words", 2),
+}
+
+
+@pytest.mark.parametrize("name", SCREENS)
+def test_a_picture_shows_what_the_program_says_today(name: str, walked: tuple[Path, dict[str, list[Done]]]):
+    heading, at = SCREENS[name]
+    done = walked[1][heading][at]
+    today = labels(f"{done.said}\n{done.out}") - {"note"}
+    missing = today - labels(drawn(name))
+    assert not missing, f"docs/pictures/{name}.svg is of before: python scripts/screens.py"
+
+
+def test_pictures_of_help_and_mistakes_are_word_for_word(lora: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setenv("COLUMNS", "100")
+    (tmp_path / "recipe.yaml").write_text("base_model: x\ndata: {train: faq.csv}\noutput: runs/x\n")
+    for name in ("help", "error"):
+        shown = drawn(name)
+        for line in re.findall(r"^\$ lora (.*)$", shown, re.MULTILINE):
+            said = lora(*shlex.split(line))
+            for each in f"{said.text}{said.out}".splitlines():
+                words = " ".join(each.split())
+                assert words in " ".join(shown.split()), f"docs/pictures/{name}.svg: python scripts/screens.py {name}"
 
 
 @pytest.mark.parametrize("path", sorted((ROOT / "docs" / "pictures").glob("*.svg")), ids=lambda path: path.stem)

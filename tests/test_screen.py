@@ -203,7 +203,9 @@ def test_an_answer_that_comes_in_pieces_keeps_its_words_whole(size, width):
 
 def test_a_list_of_runs_leaves_out_columns_before_it_cuts_a_word():
     name = "SmolLM2-135M-Instruct-faq"
-    run = Run(name, name, "interrupted", 60, 11400, None, 0.5, 0.25, 15_171, 5.2, 2.08, "2026-11-28T19:00:00+00:00", None)
+    run = Run(
+        name, name, "interrupted", 60, 11400, None, 0.5, 0.25, 15_171, 5.2, 2.08, "2026-11-28T19:00:00+00:00", None
+    )
     for width, left_out in ((60, "tokens"), (80, "updated"), (150, None)):
         console = Screen(file=io.StringIO(), force_terminal=True, width=width, color_system=None)
         print_runs([run], Path("runs"), console)
