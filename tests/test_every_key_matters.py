@@ -235,6 +235,7 @@ TESTED_BELOW = {
     "device": "test_device",
     "data.columns": "test_columns",
     "data.allow": "test_allow",
+    "data.drop": "test_drop",
     "data.cache": "test_cache",
     "train.micro_batch_size": "test_micro_batch_size_auto",
     "train.gradient_checkpointing": "test_gradient_checkpointing",
@@ -479,6 +480,16 @@ def test_allow(runs: Runs, tmp_path: Path, kind: str):
     run = runs(shared | {"data.allow": [kind]})
     assert prepared(run).findings.stopping() == [kind]
     assert steps(run) == 3
+
+
+def test_drop(runs: Runs, tmp_path: Path):
+    """A run goes on without the rows of what is dropped; each kind by itself is in tests/test_drop.py."""
+    rows = [{"text": text} for text in ("one", "", "two", "one")]
+    shared = {"data.train": str(write_rows(tmp_path / "rows.jsonl", rows))}
+    with pytest.raises(CheckFailed):
+        runs(shared | {"data.drop": ["duplicate"]})
+    for dropped, left in ((["empty"], [1, 3, 4]), (["empty", "duplicate"], [1, 3])):
+        assert [each.row for each in prepared(runs(shared | {"data.drop": dropped})).train] == left
 
 
 def test_cache(runs: Runs, tmp_path: Path):

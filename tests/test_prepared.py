@@ -151,6 +151,7 @@ CHANGES: dict[str, dict[str, Any]] = {
     "format": {"format": "chat"},
     "columns": {"columns": {"tools": "by"}},
     "too_long": {"too_long": "drop"},
+    "drop": {"drop": ["duplicate"]},
     "template": {"template": "plain"},
     "validation": {"validation": 0.3},
     "no validation": {"validation": None, "group_by": None},

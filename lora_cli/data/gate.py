@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass, field
-from typing import Annotated, Any, ClassVar
+from typing import Annotated, Any, ClassVar, get_args
 
 import numpy as np
 from pydantic import PlainSerializer, PlainValidator
@@ -14,6 +14,7 @@ from lora_cli.data.example import Example
 from lora_cli.data.files.readers import Row
 from lora_cli.data.formats import Conversation, Document
 from lora_cli.errors import CheckFailed, LoraError, shown
+from lora_cli.recipe.schema import Droppable
 
 TOO_LONG_SHARE = 0.01  # of the rows: up to this many are left out, above it the recipe must say what happens
 _KEPT_ROWS = 1000  # of one kind that are named; all are counted
@@ -103,6 +104,7 @@ class Findings:
     places: dict[str, list[tuple[str, int]]] = field(default_factory=dict)  # (file, row)
     errors: dict[str, list[_Error]] = field(default_factory=dict)
     waived: set[str] = field(default_factory=set)  # kinds that do not stop this run, by its recipe
+    drop: list[str] | None = None  # kinds whose rows the recipe leaves out; None: there is no recipe to say so
 
     def add(self, kind: str, place: tuple[str, int] | None, error: LoraError | None = None) -> None:
         """place: file and row; None for a problem that no single row has."""
@@ -113,13 +115,37 @@ class Findings:
         if error is not None and len(errors) < _SHOWN_ROWS:
             errors.append(error)
 
+    def add_row(self, place: tuple[str, int], found: Sequence[Finding]) -> bool:
+        """What was found of a row. Returns whether the recipe leaves it out; then this is all that counts of it."""
+        reason = next((each for kind in KINDS for each in found if each.kind == kind and self.drops(kind)), None)
+        for each in found if reason is None else [reason]:
+            self.add(each.kind, place, each.error)
+        return reason is not None
+
+    def drops(self, kind: str) -> bool:
+        return kind in (self.drop or ())
+
     def settle_too_long(self, policy: str, rows: int) -> None:
-        """Rows above max_seq_len do not stop a run if the recipe says what becomes of them, or if they are few."""
-        if policy != "error" or self.counts.get("too_long", 0) <= TOO_LONG_SHARE * rows:
+        """Rows above max_seq_len do not stop a run if the recipe says what becomes of them, or if they are few.
+
+        rows: as many as there were, with those that the recipe leaves out.
+        """
+        kept = rows - sum(self.counts.get(kind, 0) for kind in self.drop or ())
+        if policy != "error" or self.counts.get("too_long", 0) <= TOO_LONG_SHARE * kept:
             self.waived.add("too_long")
 
+    def merged(self, other: Findings) -> Findings:
+        """What both found, in this order."""
+        both = Findings(waived=self.waived | other.waived, drop=self.drop)
+        for each in (self, other):
+            for kind, count in each.counts.items():
+                both.counts[kind] = both.counts.get(kind, 0) + count
+                both.places[kind] = (both.places.get(kind, []) + each.places.get(kind, []))[:_KEPT_ROWS]
+                both.errors[kind] = (both.errors.get(kind, []) + each.errors.get(kind, []))[:_SHOWN_ROWS]
+        return both
+
     def stopping(self, allowed: Sequence[str] = ()) -> list[str]:
-        waived = self.waived | set(allowed)
+        waived = self.waived | set(allowed) | set(self.drop or ())
         return [kind for kind in KINDS if kind in self.counts and KINDS[kind].stops and kind not in waived]
 
     def require_none(self, allowed: Sequence[str] = ()) -> None:
@@ -129,12 +155,13 @@ class Findings:
             return
         only = self.errors.get(stopping[0], [])
         if len(stopping) == 1 and self.counts[stopping[0]] == 1 and only:
-            error = only[0]
-            raise error if stopping[0] == "malformed" else CheckFailed(error.what, where=error.where, fix=error.fix)
+            fix = f"{only[0].fix}; or {drop}" if (drop := self.drop_fix(stopping)) else only[0].fix
+            kind = LoraError if stopping[0] == "malformed" else CheckFailed
+            raise kind(only[0].what, where=only[0].where, fix=fix)
         raise GateClosed(self, stopping)
 
     def as_list(self, allowed: Sequence[str] = ()) -> list[dict[str, Any]]:
-        """For --json: kind, count, rows (numbers), sources (the file of each), stops, fix."""
+        """For --json: kind, count, rows (numbers), sources (the file of each), stops, fix, dropped (left out)."""
         stopping = self.stopping(allowed)
         return [
             {
@@ -143,6 +170,7 @@ class Findings:
                 "rows": [row for _, row in self.places[kind]],
                 "sources": [file for file, _ in self.places[kind]],
                 "stops": kind in stopping,
+                "dropped": self.drops(kind),
                 "message": self.errors[kind][0].what if self.errors[kind] else KINDS[kind].title,
                 "fix": self.fix(kind),
             }
@@ -150,9 +178,33 @@ class Findings:
             if kind in self.counts
         ]
 
+    def dropped(self) -> list[dict[str, Any]]:
+        """Of each kind whose rows were left out: kind, title, count, where (for a person), the first rows."""
+        return [
+            {"kind": kind, "title": KINDS[kind].title, "count": self.counts[kind], "where": self.rows(kind)}
+            | {"rows": [row for _, row in self.places[kind][:_SHOWN_ROWS]]}
+            | {"sources": [file for file, _ in self.places[kind][:_SHOWN_ROWS]]}
+            for kind in KINDS
+            if kind in self.counts and self.drops(kind)
+        ]
+
     def fix(self, kind: str) -> str:
+        """What to do about rows of a kind, with the line of a recipe that leaves them out, where that can be said."""
+        if self.drops(kind):
+            return "none needed: left out by data.drop"
+        own = self.own_fix(kind)
+        return f"{own}; or {drop}" if (drop := self.drop_fix([kind])) else own
+
+    def own_fix(self, kind: str) -> str:
         fixes = {error.fix for error in self.errors.get(kind, [])}
         return (fixes.pop() if len(fixes) == 1 else None) or KINDS[kind].fix
+
+    def drop_fix(self, kinds: Sequence[str]) -> str | None:
+        """The line of a recipe that leaves out the rows of these kinds too; None where it would not help."""
+        found = [kind for kind in kinds if kind in get_args(Droppable)]
+        if self.drop is None or not found:
+            return None
+        return f"write data.drop: [{', '.join(dict.fromkeys([*self.drop, *found]))}] to leave such rows out"
 
     def rows(self, kind: str) -> str:
         """The first rows of a kind, as a person reads them; of files what is said of each."""
@@ -174,14 +226,16 @@ class GateClosed(CheckFailed):
         if set(stopping) <= {"malformed"}:
             self.exit_code = 2
         kinds = "1 kind" if len(stopping) == 1 else f"{len(stopping)} kinds"
-        super().__init__(f"the checks found problems of {kinds} in the data")
+        drop = findings.drop_fix(stopping)
+        super().__init__(f"the checks found problems of {kinds} in the data", fix=drop and f"or {drop}")
 
     def render(self) -> str:
         findings, lines = self.findings, []
         for kind in self.stopping:
             lines.append(f"error: {findings.rows(kind)}: {findings.counts[kind]:,} {KINDS[kind].title}")
             lines += [f"  {f'{error.where}: ' if error.where else ''}{error.what}" for error in findings.errors[kind]]
-            lines.append(f"  fix: {findings.fix(kind)}")
+            lines.append(f"  fix: {findings.own_fix(kind)}")
+        lines += [f"  fix: {self.fix}"] if self.fix else []
         return "\n".join(map(shown, lines))
 
 

@@ -112,19 +112,23 @@ def _build_in_place(preparation: Preparation, place: Path, own: bool) -> Prepare
 
 
 def require_trainable(made: Summary, data: DataRecipe) -> None:
-    """Raises LoraError for findings that stop a run, or if no row is left to train on, with what became of them."""
+    """Raises LoraError for findings that stop a run, or if no row is left, with what became of them."""
     made.findings.require_none(data.allow)
-    if made.train.examples or data.streaming:
+    trains = made.train.examples or data.streaming
+    if trains and (made.validation.examples or data.validation is None):
         return
-    counts, source = made.findings.counts, data.train[0].path or data.train[0].hub
+    sources = data.validation if trains and isinstance(data.validation, list) else data.train
+    counts, source = made.findings.counts, sources[0].path or sources[0].hub
     details = [f"{count:,} {KINDS[kind].title}" for kind, count in counts.items()]
     fixes = {
         "remove train: false or weight: 0 from some rows": "left_out" in counts,
         "raise data.max_seq_len, or write data.too_long: truncate": "too_long" in counts,
-        "raise the weight of a source": any(each.weight < 1 for each in data.train),
+        f"remove {', '.join(data.drop)} from data.drop": bool(counts.keys() & set(data.drop)),
+        "raise the weight of a source": any(each.weight < 1 for each in sources),
     }
-    fix = "; or ".join(each for each, fits in fixes.items() if fits) or "name data with rows to train on"
-    raise LoraError("no row is left to train on", where=source, details=details, fix=fix)
+    purpose = "validate" if trains else "train"
+    fix = "; or ".join(each for each, fits in fixes.items() if fits) or f"name data with rows to {purpose} on"
+    raise LoraError(f"no row is left to {purpose} on", where=source, details=details, fix=fix)
 
 
 class _Seen:
@@ -193,7 +197,8 @@ class Preparation:
         """Writes everything into `folder`. Findings that stop a run are written too; who reads them decides."""
         self._files: dict[str, int] = {}  # file → its number in the examples
         self._formats: dict[str, str] = {}
-        self._findings = Findings()
+        self._findings = Findings(drop=list(self.data.drop))
+        self._known: set[int] = set()  # contents of training rows, where rows that have one of them are left out
         self._rows = 0
         self._template: ChatTemplate | None = None
         self._stops: set[int] = set()
@@ -239,13 +244,15 @@ class Preparation:
             require_columns(self.data.columns, self.sources)
         for at, (own, source) in enumerate(self.sources):
             source.identity  # taken before the rows are read  # noqa: B018
-            self._read(own, source, held if at >= len(self.training) else seen, writer)
+            repeats = "overlap" if at >= len(self.training) else "duplicate"
+            self._read(own, source, held if repeats == "overlap" else seen, writer, repeats)
             source.require_unchanged()
             ends.append(writer.count)
         self._close_gate(seen, held)
         return self._split(seen, ends)
 
-    def _read(self, own: SourceRecipe, source: Source, seen: _Seen, writer: ExampleWriter) -> None:
+    def _read(self, own: SourceRecipe, source: Source, seen: _Seen, writer: ExampleWriter, repeats: str) -> None:
+        """repeats: what a row is called that has the content of a training row."""
         data, rows = self.data, source.rows()
         head = list(islice(rows, ROWS_TO_DETECT))
         if not head:
@@ -264,13 +271,20 @@ class Preparation:
             example = replace(encoded.example, ids=ids)
             trained = [(first, last) for first, last, _ in example.spans]
             content = xxhash.xxh3_64_intdigest(ids.tobytes() + repr(trained).encode())
+            if repeats in data.drop and content in self._known:
+                self._findings.add(repeats, (row.file, row.number))
+                continue
+            pieces = fit_length(example, data.max_seq_len, data.too_long, reader.format.name, self._findings)
+            if not pieces and data.too_long == "truncate":  # nothing of it can be trained
+                continue
+            if repeats == "duplicate" and {"duplicate", "overlap"}.intersection(data.drop):
+                self._known.add(content)
             seen.file.append(file)
             seen.row.append(row.number)
             seen.content.append(content)
             if data.group_by is not None:
                 seen.group.append(_group(row, data.group_by))
             self._stops.add(int(ids[example.spans[-1][1] - 1]))
-            pieces = fit_length(example, data.max_seq_len, data.too_long, reader.format.name, self._findings)
             for piece in pieces:
                 writer.add(piece, file)
             seen.pieces.append(len(pieces))
@@ -288,7 +302,6 @@ class Preparation:
             self._findings.add(kind, (names[seen.file[at]], seen.row[at]))
 
     def _close_gate(self, seen: _Seen, held: _Seen) -> None:
-        self._findings.settle_too_long(self.data.too_long, self._rows)
         content = np.asarray(seen.content)
         self._find("duplicate", seen, duplicates(content))
         self._find("overlap", held, np.flatnonzero(np.isin(np.asarray(held.content), content)))
@@ -296,6 +309,7 @@ class Preparation:
             shown = str(self.tokenizer.convert_ids_to_tokens(id))
             error = LoraError(f"trained turns end in {shown}, but the model's end token is another")
             self._findings.add("stop_not_end", None, error)
+        self._findings.settle_too_long(self.data.too_long, self._rows)
 
     def _split(self, seen: _Seen, ends: list[int]) -> tuple[np.ndarray, np.ndarray]:
         """Indices of the examples to train on, repeated by the weights of their sources, and of those held out.
@@ -304,7 +318,7 @@ class Preparation:
         """
         data, seed = self.data, self.seed
         last = ends[len(self.training) - 1] if self.training else 0
-        held = np.zeros(last, bool)
+        held = scored = np.zeros(last, bool)
         if isinstance(data.validation, float):
             groups = np.asarray(seen.content if data.group_by is None else seen.group)
             kept = np.flatnonzero(np.asarray(seen.pieces))  # rows that are in the data: none that was too long
@@ -315,13 +329,15 @@ class Preparation:
                 if len(kept) and not self._findings.stopping(data.allow):
                     raise
             content = np.asarray(seen.content)
-            self._find("overlap", seen, np.flatnonzero(rows & np.isin(content, content[~rows])))  # of other groups
-            held = np.repeat(rows, np.asarray(seen.pieces))
+            leaked = rows & np.isin(content, content[~rows])  # into other groups
+            self._find("overlap", seen, np.flatnonzero(leaked))
+            held, leaked = (np.repeat(each, np.asarray(seen.pieces)) for each in (rows, leaked))
+            scored = held & ~leaked if "overlap" in data.drop else held
         train = [np.empty(0, np.int64)]
         for number, ((own, _), start, end) in enumerate(zip(self.training, [0, *ends], ends, strict=False)):
             indices = np.arange(start, end)[~held[start:end]]
             train += repeated(indices, own.weight, [seed, 0x3E16, number])
-        validation = np.concatenate([np.flatnonzero(held), np.arange(last, ends[-1] if ends else 0)])
+        validation = np.concatenate([np.flatnonzero(scored), np.arange(last, ends[-1] if ends else 0)])
         return np.concatenate(train), validation.astype(np.int64)
 
 

@@ -76,7 +76,8 @@ def _first(lines: list[str], what: str) -> list[str]:
 def finding_lines(findings: Findings) -> list[str]:
     """What the checks found that does not stop this run."""
     return [
-        f"{count:,} {KINDS[kind].title}{f': {rows}' if (rows := findings.rows(kind)) else ''}"
+        f"{count:,} {KINDS[kind].title}{', left out' if findings.drops(kind) else ''}"
+        f"{f': {rows}' if (rows := findings.rows(kind)) else ''}"
         for kind, count in ((each, findings.counts.get(each, 0)) for each in KINDS if each != "too_long")
         if count
     ]

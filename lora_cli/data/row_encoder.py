@@ -90,9 +90,8 @@ class RowEncoder:
                 place = (encoded.row.file, encoded.row.number)
                 if file != encoded.row.file and (said := encoding_said(file := encoded.row.file)):
                     findings.add("not_utf8", None, said)
-                for found in (*map(Finding, encoded.notes), *encoded.findings):
-                    findings.add(found.kind, place, found.error)
-                yield encoded
+                left_out = findings.add_row(place, [*map(Finding, encoded.notes), *encoded.findings])
+                yield replace(encoded, example=None) if left_out else encoded
 
     def _tokenize(self, prepared: list[Prepared | Encoded]) -> Sequence[Prepared | Encoded]:
         ends = (prepared[0], prepared[-1])
@@ -117,6 +116,13 @@ def fit_length(
     """The example, or if it is above max_seq_len (a finding): nothing, its start, or pieces of it."""
     if len(example.ids) <= max_seq_len:
         return [example]
+    short = cut(example, 0, max_seq_len)
+    if too_long == "truncate" and not short.targets:
+        first = max(example.spans[0][0], 1) + 1
+        fix = f"raise data.max_seq_len to {first} or more, or choose data.too_long: drop"
+        error = LoraError("no target tokens are left after truncation", where=example.source, fix=fix)
+        findings.add("no_target", (example.file, example.row), error)
+        return []
     where, fix = example.source, "raise data.max_seq_len, or choose data.too_long: drop, truncate or split"
     error = LoraError(f"{len(example.ids)} tokens, but max_seq_len is {max_seq_len}", where=where, fix=fix)
     findings.add("too_long", (example.file, example.row), error)
@@ -125,16 +131,7 @@ def fit_length(
             what = "too_long: split is for text; a conversation cannot be cut"
             raise LoraError(what, where=where, fix="choose drop or truncate")
         return windows(example, max_seq_len, stride or max_seq_len)
-    if too_long != "truncate":
-        return []
-    short = cut(example, 0, max_seq_len)
-    if short.targets:
-        return [short]
-    first = max(example.spans[0][0], 1) + 1
-    fix = f"raise data.max_seq_len to {first} or more, or choose data.too_long: drop"
-    error = LoraError("no target tokens are left after truncation", where=where, fix=fix)
-    findings.add("no_target", (example.file, example.row), error)
-    return []
+    return [short] if too_long == "truncate" else []
 
 
 def require_columns(columns: Columns, sources: Sequence[tuple[SourceRecipe, Source]]) -> None:

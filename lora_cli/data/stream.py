@@ -37,6 +37,7 @@ from lora_cli.recipe import Recipe, SourceRecipe
 from lora_cli.recipe.schema import OWN
 
 WINDOW_ROWS = 4096
+_DROPPED = "dropped."  # in a position, before the kind
 
 
 class StreamFeed:
@@ -56,17 +57,19 @@ class StreamFeed:
         self._encoders: dict[int, RowEncoder] = {}
         self._template: ChatTemplate | None = None
         self._largest_id = 2**31
+        self._findings = Findings(drop=list(recipe.data.drop))  # of the window in hand
         self.seek({"pass": 0, "rows": 0, "unit": 0, "step": 1})
         require_template_used(recipe.data, self._template)
-        self._first = self._examples  # of the first window
+        self._first, self._found = self._examples, self._findings  # of the first window
 
     # ── what it is ──────────────────────────────────────────────────────────────────────────────────────────────
 
     @property
     def summary(self) -> Summary:
-        """As of prepared data; lengths and weights are of the window in hand, findings of the validation data alone.
+        """As of prepared data; lengths and weights are of the window in hand, findings of the first one.
 
-        The fingerprint is of the sources' sizes and times, and how each is read, in place of the tokens.
+        Of rows that data.drop leaves out, all so far are counted, in the first pass. The fingerprint is of the sources'
+        sizes and times, and how each is read, in place of the tokens.
         """
         data, encoders, recipe = self.data.summary, sorted(self._encoders.items()), self._recipe.data
         identity: dict[str, str] = {}  # what tells versions apart without reading all of them
@@ -77,10 +80,13 @@ class StreamFeed:
         several = [each for _, each in self._sources if isinstance(each, FileSource) and not each.one]
         listing = {each.name: {"files": dict.fromkeys(map(str, each.paths)), "left": each.left} for each in several}
         template, facts = self._template, facts_of(self._examples)
+        dropped = {name.removeprefix(_DROPPED): count for name, count in self._dropped.items()}
+        found = replace(self._found, counts=self._found.counts | dropped)
         return replace(
             data,
             formats={self._sources[at][1].name: encoder.said for at, encoder in encoders} | data.formats,
             files={**identity, **data.files},
+            findings=found.merged(data.findings),
             listing=listing | data.listing,
             train=Lengths.of(facts["tokens"], facts["targets"]),
             fingerprint=f"{digest} {data.fingerprint}",
@@ -132,7 +138,7 @@ class StreamFeed:
         return [filled] * rows_per_micro_batch(self._recipe)
 
     def position(self) -> dict[str, int]:
-        """For a checkpoint: where the next step begins."""
+        """For a checkpoint: where the next step begins, and what was left out before its window."""
         return self._place | {"step": self._step}
 
     def seek(self, position: dict[str, int]) -> None:
@@ -140,6 +146,7 @@ class StreamFeed:
         if not position:
             fix = "start a new run with another output"
             raise LoraError("the checkpoint does not say where in the stream it stopped", fix=fix)
+        self._dropped = {name: value for name, value in position.items() if name.startswith(_DROPPED)}
         self._windows = self._windows_from(position["pass"], position["rows"])
         self._units = next(self._windows)
         self._place["unit"], self._step = position["unit"], position["step"]
@@ -162,7 +169,11 @@ class StreamFeed:
             self._require_unchanged()
             while window := list(islice(rows, WINDOW_ROWS)):
                 self._place = {"pass": number, "rows": at, "unit": 0}  # where the window begins, units already given
+                self._place |= self._dropped
                 self._examples = self._encoded(window)
+                for kind, added in self._findings.counts.items() if number == 0 else ():
+                    if kind in data.drop:
+                        self._dropped[_DROPPED + kind] = self._dropped.get(_DROPPED + kind, 0) + added
                 self._require_known_tokens()
                 lengths = facts_of(self._examples)["tokens"]
                 units = rows_to_shuffle(lengths, packed, train.tokens_per_micro_batch, train.seed)
@@ -171,12 +182,13 @@ class StreamFeed:
                 self._require_unchanged()
                 at, given = at + len(window), given or len(units) > 0
             if not given:
-                fix = "raise data.max_seq_len, or look at what train: false leaves out"
+                fix = "raise data.max_seq_len, or look at what train: false and data.drop leave out"
                 raise LoraError("no row of the stream is left to train on", where=self._sources[0][1].name, fix=fix)
 
     def _encoded(self, rows: list[tuple[int, Row]]) -> list[Example]:
         """Examples of a window's rows, source by source."""
-        data, findings = self._recipe.data, Findings()
+        data = self._recipe.data
+        self._findings = findings = Findings(drop=list(data.drop))
         examples: list[Example] = []
         for at in sorted({at for at, _ in rows}):
             own = [row for owner, row in rows if owner == at]

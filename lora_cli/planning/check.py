@@ -141,6 +141,7 @@ def print_checked(checked: Checked, console: Console, show: int, *, known: bool 
         table.columns[1].justify = "right"
         for each in found:
             mark, style = ("stops", "bold red") if each["stops"] else ("note", "yellow")
+            mark = "left out" if each["dropped"] else mark
             what, where, fix = KINDS[each["kind"]].title, styled(_where(each)), styled(each["fix"])
             dim = "" if each["stops"] else "dim"
             table.add_row(Text(mark, style=style), f"{each['count']:,}", what, where, fix, style=dim)

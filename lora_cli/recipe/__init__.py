@@ -10,6 +10,7 @@ from lora_cli.recipe.schema import (
     AdapterRecipe,
     Allowed,
     DataRecipe,
+    Droppable,
     Recipe,
     SourceRecipe,
     TrainRecipe,

@@ -119,6 +119,15 @@ TABLE = [
     Rule("data.streaming", lambda r: r.data.streaming and r.train.max_steps is None).says(
         "a stream has no known length, so the run would have no end", fix="set train.max_steps"
     ),
+    Rule("data.drop", lambda r: [kind for kind in r.data.drop if kind in r.data.allow]).says(
+        "{name} is in data.allow too, which keeps its rows", fix="remove it from one of them"
+    ),
+    Rule(
+        "data.drop", lambda r: [kind for kind in r.data.drop if r.data.streaming and kind in ("duplicate", "overlap")]
+    ).says(
+        "{name} takes all rows to be found, and a stream keeps none",
+        fix="remove it from data.drop, or write streaming: false",
+    ),
     Rule("data.cache", lambda r: r.data.streaming and r.data.cache is not None, idle_by="data.streaming").says(
         "a stream keeps no prepared tokens", fix="remove cache, or write streaming: false"
     ),

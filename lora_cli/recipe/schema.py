@@ -151,6 +151,11 @@ Allowed = Literal[
     "too_long", "overlap", "no_stop_token", "two_forms", "double_bos", "special_in_text", "not_round_trip"
 ]
 
+Droppable = Literal[
+    *("malformed", "empty", "no_target", "duplicate", "overlap", "special_in_text", "double_bos", "not_round_trip"),
+    *("no_stop_token", "not_prompted", "two_forms", "empty_thoughts"),
+]
+
 
 class DataRecipe(Section):
     train: Sources
@@ -196,6 +201,9 @@ class DataRecipe(Section):
     `split` is for text only."""
     allow: list[Allowed] = []
     """Problems of the data that do not stop the run."""
+    drop: list[Droppable] = []
+    """Problems of the data whose rows are left out, and counted, before any are held out; of rows that repeat an
+    earlier row all but the first, of `overlap` the validation rows."""
     streaming: bool = False
     """Read rows as training needs them, and keep none: for data larger than the disk. Needs max_steps."""
     general_text: str | None = Field(None, min_length=1)

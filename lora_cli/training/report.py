@@ -53,6 +53,7 @@ def make_report(session: Session, state: State, folder: RunFolder, accelerator: 
     if "validation.best" in state.tensors:
         gain = paired_gain(*(state.tensors[f"validation.{name}"] for name in ("base", "best", "targets")))
     weights, sizes = session.feed.summary.weights, update_sizes(session.layers)
+    dropped = session.feed.summary.findings.dropped()
     report = {
         "steps": state.step,
         **state.model_dump(include=_OF_THE_STATE),
@@ -63,6 +64,7 @@ def make_report(session: Session, state: State, folder: RunFolder, accelerator: 
         "ended_early": _ended_early(session, state),
         "rewound_from_steps": [step for step, _ in state.rewound],
         "weights": weights and vars(weights),
+        "dropped": dropped,
         "adapted_layers": len(session.layers),
         "trained_parameters": sum(parameter.numel() for parameter in trained_parameters(session.model)),
         "validation": None if gain is None else vars(gain),
@@ -177,6 +179,8 @@ def _warnings(report: dict[str, Any]) -> list[str]:
         told.append(f"updates skipped, because loss or gradient was NaN or infinite: steps {_listed(skipped)}")
     if rewound := report["rewound_from_steps"]:
         told.append(f"went back to a checkpoint from steps {_listed(rewound)}, skipping their data")
+    for each in report.get("dropped") or []:
+        told.append(f"left out of the data: {each['count']:,} {each['title']}: {each['where']}")
     if report.get("weights"):
         told.append(Weights(**report["weights"]).said())
     return told

@@ -18,9 +18,11 @@ def _a_line(values: dict[str, Any] | None) -> dict[str, Any] | None:
     return None if values is None else Line.model_validate(values).values()
 
 
-def _all_or_none(names: set[str]) -> AfterValidator:
+def _all_or_none(names: set[str], *more: str) -> AfterValidator:
+    """more: what further names begin with."""
+
     def check(values: dict[str, Any]) -> dict[str, Any]:
-        if values and values.keys() != names:
+        if values and {name for name in values if not name.startswith(more)} != names:
             raise ValueError(f"it has to have {', '.join(sorted(names))}")
         return values
 
@@ -54,7 +56,7 @@ class State(Stored):
     parts: Annotated[int, Field(ge=1, le=LARGEST)] = 1
     loss_scale: Annotated[dict[str, float | int], _all_or_none(_LOSS_SCALE)] = Field(default_factory=dict)
     # Of the data, where the step does not say it.
-    position: Annotated[dict[str, Count], _all_or_none(_POSITION)] = Field(default_factory=dict)
+    position: Annotated[dict[str, Count], _all_or_none(_POSITION, "dropped.")] = Field(default_factory=dict)
     pending: Annotated[dict[str, Any] | None, AfterValidator(_a_line)] = None
     data_offset: Count = 0
     skipped: list[Count] = Field(default_factory=list)  # steps whose update was left out, see train.on_nan
