@@ -89,7 +89,7 @@ def test_the_fix_of_several_kinds_leaves_out_all_of_them_and_keeps_what_was_drop
     rows = [{"text": 3}, {"text": ""}, {"text": "one"}, {"text": "two"}, {"text": "two"}]
     with pytest.raises(LoraError) as stopped:
         prepare(run.recipe(rows, drop=["duplicate"]), tokenizer)
-    assert stopped.value.fix == "or write data.drop: [duplicate, malformed, empty] to leave such rows out"
+    assert stopped.value.fix == "write data.drop: [duplicate, malformed, empty] to leave such rows out"
     assert stopped.value.fix in stopped.value.render()
     data = prepare(run.recipe(rows, drop=["duplicate", "malformed", "empty"]), tokenizer)
     assert [each.row for each in data.train] == [3, 4]

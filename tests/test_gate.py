@@ -362,7 +362,8 @@ def test_a_row_that_truncation_leaves_nothing_to_train_of_is_a_finding_with_a_le
     with pytest.raises(CheckFailed, match="no target tokens are left") as caught:
         prepare(run.recipe(rows, max_seq_len=context, too_long="truncate"), tokenizer, keep=True)
     assert caught.value.where == f"{run.folder / 'rows.jsonl'}: row 1"
-    assert caught.value.fix == f"raise data.max_seq_len to {context + 1} or more, or choose data.too_long: drop"
+    fix = f"raise data.max_seq_len to {context + 1} or more, or choose data.too_long: drop"
+    assert caught.value.fix == f"{fix}; or write data.drop: [no_target] to leave such rows out"
     data = prepare(run.recipe(rows, max_seq_len=context + 1, too_long="truncate"), tokenizer, keep=True)
     assert [example.targets for example in data.train] == [1, 2]
 

@@ -226,8 +226,7 @@ class GateClosed(CheckFailed):
         if set(stopping) <= {"malformed"}:
             self.exit_code = 2
         kinds = "1 kind" if len(stopping) == 1 else f"{len(stopping)} kinds"
-        drop = findings.drop_fix(stopping)
-        super().__init__(f"the checks found problems of {kinds} in the data", fix=drop and f"or {drop}")
+        super().__init__(f"the checks found problems of {kinds} in the data", fix=findings.drop_fix(stopping))
 
     def render(self) -> str:
         findings, lines = self.findings, []
@@ -235,7 +234,7 @@ class GateClosed(CheckFailed):
             lines.append(f"error: {findings.rows(kind)}: {findings.counts[kind]:,} {KINDS[kind].title}")
             lines += [f"  {f'{error.where}: ' if error.where else ''}{error.what}" for error in findings.errors[kind]]
             lines.append(f"  fix: {findings.own_fix(kind)}")
-        lines += [f"  fix: {self.fix}"] if self.fix else []
+        lines += [f"  or {self.fix}"] if self.fix else []
         return "\n".join(map(shown, lines))
 
 
