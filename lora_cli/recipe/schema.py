@@ -151,10 +151,12 @@ Allowed = Literal[
     "too_long", "overlap", "no_stop_token", "two_forms", "double_bos", "special_in_text", "not_round_trip"
 ]
 
+# fmt: off
 Droppable = Literal[
-    *("malformed", "empty", "no_target", "duplicate", "overlap", "special_in_text", "double_bos", "not_round_trip"),
-    *("no_stop_token", "not_prompted", "two_forms", "empty_thoughts"),
+    "malformed", "empty", "no_target", "duplicate", "overlap", "special_in_text", "double_bos", "not_round_trip",
+    "no_stop_token", "not_prompted", "two_forms", "empty_thoughts",
 ]
+# fmt: on
 
 
 class DataRecipe(Section):
