@@ -181,6 +181,8 @@ CASES = [
     Case("data.template", "alpaca", tokens_per_step, CHAT),
     Case("data.template", "{template}", first_loss, CHAT),
     Case("data.template", "{template}", adapter_files, CHAT),
+    Case("data.system", "You count.", first_loss, CHAT),
+    Case("data.system", "You count.", adapter_files, CHAT),
     Case("data.template_arguments", {"tone": "warm"}, first_loss, CHAT | {"data.template": "{toned}"}),
     Case("data.template_arguments", {"tone": "warm"}, adapter_files, CHAT | {"data.template": "{toned}"}),
     Case("data.train_on", "all", target_tokens_per_step, ONE_STEP_AN_EPOCH),
@@ -509,7 +511,7 @@ def test_every_key_of_a_source(runs: Runs, monkeypatch: pytest.MonkeyPatch):
     import datasets
     from huggingface_hub import HfApi
 
-    own = ["format", "columns", "train_on"]
+    own = ["format", "columns", "train_on", "system"]
     assert list(SourceRecipe.model_fields) == ["path", "hub", "config", "split", "revision", "weight", *own]
     asked: list[tuple[Any, ...]] = []
 
@@ -544,6 +546,11 @@ def test_every_key_of_a_source(runs: Runs, monkeypatch: pytest.MonkeyPatch):
     assert losses(runs({"data.train": renamed})) == losses(runs({}))
     everything = runs({"data.train": {"path": "{sums}", "train_on": "all"}})
     assert losses(everything) == losses(runs({"data.train_on": "all"})) != losses(runs({}))
+    told = {"path": "{chat}", "system": "You count."}
+    wide = {"data.max_seq_len": 256}
+    alone = runs(wide | {"data.train": told})
+    assert losses(alone) == losses(runs(wide | {"data.train": "{chat}", "data.system": "You count."}))
+    assert first_loss(alone) != first_loss(runs(wide | {"data.train": "{chat}"}))
     held = [{"path": "{other}"} | own for own in ({}, {"train_on": "all"})]
     scored = [json.loads((runs({"data.validation": each}) / "report.json").read_text()) for each in held]
     assert scored[0]["validation"] != scored[1]["validation"]

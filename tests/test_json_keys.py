@@ -49,7 +49,8 @@ FROZEN = {
     }
     | {"peak_memory_bytes"},
     "check": {"ok", "examples", "validation_examples", "tokens", "target_tokens", "lengths", "formats", "template"}
-    | {"steps", "layers", "trained_parameters", "fingerprint", "findings", "rows"},
+    | {"steps", "layers", "trained_parameters", "fingerprint", "findings", "rows"}
+    | {"sources"},
     "check rows": {"source", "row", "tokens"},
     "check rows tokens": {"id", "text", "trained"},
     "check lengths": {"p50", "p90", "p95", "p99", "longest"},
@@ -57,7 +58,7 @@ FROZEN = {
     "eval base": SCORE,
     "eval adapter": SCORE,
     "merge": {"output", "onto", "dtype", "layers", "tokens_compared", "kl", "adapter_effect", "top1_agreement", "kept"},
-    "generate": {"prompt", "completion", "prompting", "stop", "new_tokens"},
+    "generate": {"prompt", "completion", "prompting", "stop", "new_tokens", "system"},
     "runs": {"name", "folder", "state", "step", "total_steps", "why", "loss", "validation_loss", "tokens", "hours"}
     | {"cost", "last_activity", "result"},
     "init": {"recipe", "output", "memory", "notes"},

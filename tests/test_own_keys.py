@@ -11,6 +11,7 @@ from conftest import refusal, write_rows
 
 from lora_cli.data.feed import open_feed
 from lora_cli.data.prepare import prepare
+from lora_cli.data.report import counted
 from lora_cli.errors import LoraError
 from lora_cli.evaluation.evaluate import _reading
 from lora_cli.recipe import Recipe, differences, dump_recipe, load_recipe
@@ -195,3 +196,32 @@ def test_a_column_of_its_own_that_a_source_lacks_is_named(files, tokenizer):
     with pytest.raises(LoraError, match="columns names Frag, but the rows have no such column") as caught:
         prepare(recipe_of(files, [own, str(files / "notes.txt")]), tokenizer)
     assert caught.value.fix == "did you mean Frage?"
+
+
+def counts(shares):
+    return [(each.source, each.examples, each.tokens, each.target_tokens) for each in shares]
+
+
+@pytest.mark.parametrize("streaming", [False, True])
+def test_what_each_source_gives_is_counted(files, tokenizer, streaming):
+    """Of an epoch, as its weights and the hold-out make it; of a stream, in the first window."""
+    recipe = recipe_of(files, as_they_are(files), validation=None if streaming else 0.2, streaming=streaming)
+    feed = open_feed(recipe, prepare(recipe, tokenizer), tokenizer)
+    summary, by_file = feed.summary, {}
+    for each in feed.first(99):
+        given = by_file.setdefault(each.file, [0, 0, 0])
+        given[:] = given[0] + 1, given[1] + len(each.ids), given[2] + each.targets
+    assert counts(summary.shares) == [(name, *given) for name, given in by_file.items()]
+    assert sum(each.target_tokens for each in summary.shares) == summary.train.target_tokens
+    for each in summary.shares:
+        assert each.share == pytest.approx(each.target_tokens / summary.train.target_tokens)
+    shown = "\n".join(feed.lines())
+    for each in summary.shares:
+        assert f"  {counted(each.examples, 'example')}, {each.tokens:,} tokens, {each.target_tokens:,} target" in shown
+
+
+def test_a_file_that_is_two_sources_is_counted_as_two(files, tokenizer):
+    path = str(write_rows(files / "rows.jsonl", [{"prompt": q, "completion": a} for q, a in QA]))
+    both = [{"path": path}, {"path": path, "train_on": "all", "weight": 0.5}]
+    shares = prepare(recipe_of(files, both, template=None), tokenizer).summary.shares
+    assert [(each.source, each.examples) for each in shares] == [(path, 12), (f"{path} (2)", 6)]

@@ -119,7 +119,8 @@ def test_missing_keys_are_described(problem: Any):
     assert message == (
         "error: recipe.yaml:2:1: data.train is missing\n"
         "  train: Training data: a file, a folder, a glob, `{hub: owner/name, split: train}`, or a list "
-        "of these, each with a `weight`, `format`, `columns` or `train_on` of its own if wanted.\n"
+        "of these, each with a `weight`, `format`, `columns`, `train_on` or `system` of its own "
+        "if wanted.\n"
         "  fix: add, for example, train: data/train.jsonl"
     )
 
@@ -393,6 +394,7 @@ def test_validation_is_a_fraction_or_a_file(load: Any, problem: Any, tmp_path: P
         ),
         ("data: {train: {path: a, columns: {text: b}}, columns: {text: c}}", "data.columns", "remove columns here, or"),
         ("data: {train: {path: a, format: text}, format: chat}", "data.format", "remove format here, or that of a"),
+        ("data: {train: {path: a, system: A}, system: B}", "data.system", "remove system here, or that of a source"),
         ("data: {train: {path: a, train_on: all}, train_on: assistant}", "data.train_on", "remove train_on here, or"),
         ("train: {micro_batch_size: 2, tokens_per_micro_batch: 2048}", "train.micro_batch_size", "remove one of them"),
         (
@@ -795,6 +797,7 @@ VALUES: dict[str, st.SearchStrategy[Any]] = {
     | _sources(_names.map(lambda name: f"{name}.jsonl"), ["owner/held"]),  # other sources than those of data.train
     "data.group_by": st.none() | _columns,
     "data.columns": st.dictionaries(st.sampled_from(FIELDS), st.none() | _columns, max_size=3),
+    "data.system": st.none() | st.sampled_from(["You count.", 'Two lines:\nä, # and "b".']),
     "data.template": st.none() | st.sampled_from(TEMPLATES) | _names.map(lambda name: f"./{name}.jinja"),
     "data.template_arguments": st.dictionaries(
         st.sampled_from(["enable_thinking", "reasoning_effort", "_x1"]),

@@ -90,10 +90,11 @@ def save_adapter(
     double_quantization: bool,
     chat_template: str | None = None,
     prompting: str | None = None,
+    system: str | None = None,
 ) -> None:
     """Write the model's adapter into the existing `folder`. chat_template: where it is not the base model's own.
 
-    prompting: whether training went through a chat template, `template` or `raw`.
+    prompting: whether training went through a chat template, `template` or `raw`. system: its system prompt.
     """
     layers = trained_modules(model)
     lora = {name: layer for name, layer in layers.items() if isinstance(layer, LoRALinear)}
@@ -115,6 +116,7 @@ def save_adapter(
         unquantized_modules=_unquantized(model) if quantization != "none" else None,
         method=next(name for name, kind in KINDS.items() if any(type(layer) is kind for layer in layers.values())),
         prompting=prompting,  # type: ignore[arg-type]
+        system=system,
         alpha=alpha,
     )
     write_tensors(folder / TENSORS, dict(sorted(tensors.items())), metadata.as_texts())

@@ -37,7 +37,7 @@ class AdapterMetadata(BaseModel):
 
     base_fingerprint: see `weight_files.fingerprint`. compute_dtype: of the base's layers in training.
     unquantized_modules: linear layers that a quantized base held as they are. prompting: through a chat template, or
-    raw. alpha: the one of all layers.
+    raw. system: the system prompt that training put before conversations. alpha: the one of all layers.
     """
 
     model_config = ConfigDict(frozen=True, extra="ignore")
@@ -53,6 +53,7 @@ class AdapterMetadata(BaseModel):
     unquantized_modules: Annotated[list[str] | None, BeforeValidator(_from_json)] = None
     method: Annotated[str | None, AfterValidator(_a_kind)] = None
     prompting: Literal["template", "raw"] | None = None
+    system: str | None = None
     alpha: Annotated[float | None, BeforeValidator(_from_json)] = None
 
     def as_texts(self) -> dict[str, str]:

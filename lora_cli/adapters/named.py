@@ -7,6 +7,7 @@ from dataclasses import dataclass
 from difflib import get_close_matches
 from pathlib import Path
 
+from lora_cli.adapters.metadata import AdapterMetadata
 from lora_cli.adapters.opened import adapter_folder
 from lora_cli.adapters.peft_config import CONFIG
 from lora_cli.errors import LoraError, home_expanded
@@ -64,21 +65,26 @@ def find_named(source: str, base: str | None = None) -> Named:
     return Named(source)
 
 
-def recorded_prompting(named: Named, of_adapter: str | None, model: Path) -> str | None:
-    """`template` or `raw`, as training recorded it: in the adapter, in merge.json of a merged model, in a run's recipe.
+def recorded_prompting(named: Named, of_adapter: AdapterMetadata | None, model: Path) -> tuple[str | None, str | None]:
+    """`template` or `raw` and the system prompt, as training recorded them: in the adapter, in merge.json of a merged
+    model, in a run's recipe.
 
-    of_adapter: what the adapter's own metadata say. model: the folder of the base. None: nothing says.
+    of_adapter: the adapter's own metadata. model: the folder of the base. None: nothing says.
     """
     if named.adapter is None:
         path = model / "merge.json"
         try:
-            found = json.loads(read_text(path.resolve())).get("prompting") if path.is_file() else None
+            found = json.loads(read_text(path.resolve())) if path.is_file() else {}
+            prompting, system = found.get("prompting"), found.get("system")
         except (LoraError, ValueError, AttributeError, RecursionError):
-            return None  # somebody else's file of that name
-        return found if found in ("template", "raw") else None
-    if of_adapter is not None or named.run is None:
-        return of_adapter
+            return None, None  # somebody else's file of that name
+        known = prompting if prompting in ("template", "raw") else None
+        return known, system if known and isinstance(system, str) else None
+    if of_adapter is not None and (of_adapter.prompting is not None or named.run is None):
+        return of_adapter.prompting, of_adapter.system
+    if named.run is None:
+        return None, None
     data = load_recipe(named.run / "recipe.yaml").data
     if data.template is not None or data.format in _CHAT_FORMATS:
-        return "template"
-    return None if data.format == "auto" else "raw"
+        return "template", None
+    return None if data.format == "auto" else "raw", None

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import difflib
 from collections.abc import Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from itertools import chain
 from typing import Any
 
@@ -63,7 +63,8 @@ class Format:
     wanted: the format that was asked for. taken: what it needs. reason: why it was taken. unused: columns of the first
     rows that nothing reads.
     pair: prompt and completion are lists of turns (TRL's conversational form). context: of a pair, the prompt's turns
-    are not trained. keys: of turns, which are looked at while rows are read.
+    are not trained. system: put before conversations without a system turn. keys: of turns, which are looked at while
+    rows are read.
     """
 
     name: str
@@ -74,6 +75,7 @@ class Format:
     wanted: str = "auto"
     pair: bool = False
     context: bool = True
+    system: str | None = None
     keys: TurnKeys = field(default_factory=TurnKeys, compare=False)
     _seen: set[str] = field(default_factory=set, compare=False)  # columns of the rows read so far
     _weighed: set[str] = field(default_factory=set, compare=False)  # the column that weighs the loss
@@ -92,7 +94,11 @@ class Format:
             return Completion(row, None, self.text(row, "text"), weight)
         if self.name == "completion":
             return Completion(row, self.text(row, "prompt"), self.text(row, "completion"), weight)
-        return (_instruction if self.name == "instruction" else _conversation)(self, row, weight)
+        document = (_instruction if self.name == "instruction" else _conversation)(self, row, weight)
+        if self.system and all(turn["role"] != "system" for turn in document.turns):
+            turns = [{"role": "system", "content": self.system}, *document.turns]
+            document = replace(document, turns=turns, weights=[0.0, *document.weights])
+        return document
 
     def unread(self) -> list[str]:
         """Columns of the rows read so far that nothing reads."""
@@ -262,7 +268,7 @@ def columns_written(columns: Columns) -> str:
 # ── rows ────────────────────────────────────────────────────────────────────────────────────────────────────────
 
 
-def _instruction(form: Format, row: Row, weight: float) -> Document:
+def _instruction(form: Format, row: Row, weight: float) -> Conversation:
     """Alpaca's columns as a conversation: an input follows its instruction after an empty line."""
     said = [("system", form.text(row, "system"), 0.0)] if form.optional(row, "system") else []
     history = form.optional(row, "history") or []
@@ -290,7 +296,7 @@ def _turn_columns(form: Format, row: Row) -> tuple[str, ...]:
     return (name,)
 
 
-def _conversation(form: Format, row: Row, weight: float) -> Document:
+def _conversation(form: Format, row: Row, weight: float) -> Conversation:
     reader = Reader(form.columns, row.where, filled=row.filled)
     turns: list[dict[str, Any]] = []
     weights: list[float] = []

@@ -260,6 +260,26 @@ class Lengths:
 
 
 @dataclass(frozen=True)
+class Share:
+    """What one source gives to an epoch, or of a stream to a window. share: of all target tokens."""
+
+    source: str
+    examples: int
+    tokens: int
+    target_tokens: int
+    share: float
+
+
+def shares_of(sources: Sequence[str], owners: np.ndarray, facts: np.ndarray) -> list[Share]:
+    """owners: the source of each example, by number. facts: as facts_of gives them."""
+    weights = (None, facts["tokens"], facts["targets"])
+    counts = np.array([np.bincount(owners, each, len(sources)) for each in weights], np.int64)
+    trained = max(1, int(counts[2].sum()))
+    of_each = zip(sources, *counts.tolist(), strict=True)
+    return [Share(name, examples, tokens, targets, targets / trained) for name, examples, tokens, targets in of_each]
+
+
+@dataclass(frozen=True)
 class Weights:
     """Loss weights other than 1: their range over all trained spans, and how many examples have any."""
 

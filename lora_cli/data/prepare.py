@@ -26,9 +26,16 @@ from lora_cli.data import cache
 from lora_cli.data.chat.template import ChatTemplate, chat_template, generation_ends
 from lora_cli.data.files.readers import Row
 from lora_cli.data.files.sources import FileSource, Source, open_source
-from lora_cli.data.gate import KINDS, Findings, Lengths, Weights, duplicates
+from lora_cli.data.gate import KINDS, Findings, Lengths, Weights, duplicates, shares_of
 from lora_cli.data.order import hold_out, repeated, rows_to_shuffle
-from lora_cli.data.row_encoder import ROWS_TO_DETECT, RowEncoder, fit_length, require_columns, require_template_used
+from lora_cli.data.row_encoder import (
+    ROWS_TO_DETECT,
+    RowEncoder,
+    fit_length,
+    require_columns,
+    require_template_used,
+    trained_system,
+)
 from lora_cli.data.store import ExampleWriter, PreparedData, Summary, open_prepared, write_arrays, write_summary
 from lora_cli.ending import make_temporary, remove_temporary
 from lora_cli.errors import LoraError
@@ -201,6 +208,8 @@ class Preparation:
         self._known: set[int] = set()  # contents of training rows, where rows that have one of them are left out
         self._rows = 0
         self._template: ChatTemplate | None = None
+        self._trained: list[str] = []  # the sources to train on, as they are shown
+        self._systems: set[str | None] = set()  # their system prompts
         self._stops: set[int] = set()
         self._listing: dict[str, dict[str, dict[str, Any]]] = {}
         with ExampleWriter(folder / "examples.arrow") as writer:
@@ -215,7 +224,7 @@ class Preparation:
         for name, indices in {"train": train, "validation": validation}.items():
             write_arrays(folder / f"{name}.arrow", {"indices": indices})
             digest.update(indices.tobytes() + b"|")
-        template = self._template
+        template, system = self._template, trained_system(data, self._systems)
         summary = Summary(
             self._formats,
             {name: value for _, source in self.sources for name, value in source.identity.items()},
@@ -227,10 +236,12 @@ class Preparation:
             writer.largest_id,
             writer.longest,
             template and template.name,
-            template and template.own_text,
+            template and template.own_text(system),
             [str(self.tokenizer.convert_ids_to_tokens(id)) for id in sorted(self._stops)],
             Weights.of(facts),
             self._listing,
+            shares_of(self._trained, np.searchsorted(self._ends, train, side="right"), facts),
+            system,
         )
         write_summary(folder, summary)
 
@@ -239,7 +250,7 @@ class Preparation:
     def _read_all(self, writer: ExampleWriter) -> tuple[np.ndarray, np.ndarray]:
         """Indices of the examples to train on, and of those held out. What was kept of rows is forgotten then."""
         seen, held = _Seen(), _Seen()
-        ends = []
+        self._ends: list[int] = []  # one behind the last example of each source
         if len(self.sources) > 1:
             require_columns(self.data.columns, self.sources)
         for at, (own, source) in enumerate(self.sources):
@@ -247,9 +258,9 @@ class Preparation:
             repeats = "overlap" if at >= len(self.training) else "duplicate"
             self._read(own, source, held if repeats == "overlap" else seen, writer, repeats)
             source.require_unchanged()
-            ends.append(writer.count)
+            self._ends.append(writer.count)
         self._close_gate(seen, held)
-        return self._split(seen, ends)
+        return self._split(seen)
 
     def _read(self, own: SourceRecipe, source: Source, seen: _Seen, writer: ExampleWriter, repeats: str) -> None:
         """repeats: what a row is called that has the content of a training row."""
@@ -259,6 +270,13 @@ class Preparation:
             raise LoraError("the source has no rows", where=source.name, fix="check what wrote it")
         reader = RowEncoder(data, self.tokenizer, head, own, several=len(self.sources) > 1)
         self._template = reader.template or self._template
+        trained = (own, source) in self.training
+        shown = source.name
+        if shown in self._formats:
+            shown += f" ({len(self._trained) + 1})" if trained else " (validation)"
+        if trained:
+            self._trained.append(shown)
+            self._systems.add(reader.format.system)
         rows_of: Counter[str] = Counter()  # file → its rows
         for encoded in reader.encode(chain(head, rows), self._findings):
             self._rows += 1
@@ -288,7 +306,6 @@ class Preparation:
             for piece in pieces:
                 writer.add(piece, file)
             seen.pieces.append(len(pieces))
-        shown = source.name if source.name not in self._formats else f"{source.name} (validation)"
         self._formats[shown] = reader.said
         if isinstance(source, FileSource) and not source.one:
             self._listing[shown] = {"files": rows_of, "left": source.left}
@@ -311,12 +328,9 @@ class Preparation:
             self._findings.add("stop_not_end", None, error)
         self._findings.settle_too_long(self.data.too_long, self._rows)
 
-    def _split(self, seen: _Seen, ends: list[int]) -> tuple[np.ndarray, np.ndarray]:
-        """Indices of the examples to train on, repeated by the weights of their sources, and of those held out.
-
-        ends: one behind the last example of each source.
-        """
-        data, seed = self.data, self.seed
+    def _split(self, seen: _Seen) -> tuple[np.ndarray, np.ndarray]:
+        """Indices of the examples to train on, repeated by the weights of their sources, and of those held out."""
+        data, seed, ends = self.data, self.seed, self._ends
         last = ends[len(self.training) - 1] if self.training else 0
         held = scored = np.zeros(last, bool)
         if isinstance(data.validation, float):

@@ -140,12 +140,17 @@ def _validation(examples: int) -> str:
 
 
 def _source_lines(summary: Summary) -> list[str]:
-    """Each source's format and why, and the files of those that have several."""
-    return [
-        line
-        for source, form in summary.formats.items()
-        for line in (f"{source}: {form}", *listing_lines(source, summary.listing.get(source, {})))
-    ]
+    """Each source's format and why, the files of those that have several, and beside other sources what it gives."""
+    shares = {each.source: each for each in summary.shares if len(summary.shares) > 1}
+    lines = []
+    for source, form in summary.formats.items():
+        lines += [f"{source}: {form}", *listing_lines(source, summary.listing.get(source, {}))]
+        if gives := shares.get(source):
+            counts = (
+                f"{counted(gives.examples, 'example')}, {gives.tokens:,} tokens, {gives.target_tokens:,} target tokens"
+            )
+            lines.append(f"  {counts}: {gives.share:.0%} of the run")
+    return lines
 
 
 def _example_lines(summary: Summary) -> list[str]:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections import deque
-from collections.abc import Generator, Iterator, Sequence
+from collections.abc import Generator, Iterable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
 from itertools import islice
@@ -56,6 +56,14 @@ class RowEncoder:
                 wanted = "alpaca"  # the layout that these columns come from
             template = chat_template(tokenizer, wanted, head[0].where, data.template_arguments)
             form.keys.template = template
+            if data.system:
+                template.require_system(data.system)
+                form = replace(form, system=data.system)
+        elif own.get("system"):
+            what = f"system is set for a source of the format {form.name}, which goes through no chat template"
+            fix = "remove it, or give the rows as instructions or messages"
+            raise LoraError(what, where=head[0].file, fix=fix)
+        self._no_system = bool(data.system) and template is None
         if form.pair:
             form = replace(form, context=train_on not in ("all", "assistant"))
             train_on = None if train_on == "completion" else train_on
@@ -70,6 +78,10 @@ class RowEncoder:
         if weighed := self.format.weighed():
             fix = "if it means something else, write data.columns: {weight: null}"
             said.append(f"{weighed[0]} weighs the loss; {fix}")
+        if self.format.system:
+            said.append(f"where a row has none, the system prompt is {quoted(self.format.system)}")
+        if self._no_system:
+            said.append("data.system is not used: these rows go through no chat template")
         if unread:
             said.append(f"columns not used: {', '.join(unread)}")
         if keys := self.format.keys.unread():
@@ -101,9 +113,21 @@ class RowEncoder:
             return self._encoder.tokenize(prepared)
 
 
+def quoted(text: str, longest: int = 60) -> str:
+    """On one line, cut where it is long."""
+    line = " ".join(text.split())
+    return f'"{line}"' if len(line) <= longest else f'"{line[: longest - 1]}…"'
+
+
+def trained_system(data: DataRecipe, systems: Iterable[str | None]) -> str | None:
+    """The system prompt that generation begins with: the only one of all sources, or of several the recipe's own."""
+    used = {each for each in systems if each}
+    return next(iter(used)) if len(used) == 1 else data.system if data.system in used else None
+
+
 def require_template_used(data: DataRecipe, template: ChatTemplate | None) -> None:
     """Raises LoraError if the recipe says something of a chat template, but no source goes through one."""
-    for name, empty in (("template", "null"), ("template_arguments", "{}")):
+    for name, empty in (("template", "null"), ("template_arguments", "{}"), ("system", "null")):
         if getattr(data, name) and template is None:
             what = f"data.{name} is set, but no row goes through a chat template"
             fix = f"remove it (--set data.{name}={empty}), or give the rows as messages or instructions"

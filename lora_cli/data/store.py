@@ -18,7 +18,7 @@ from pydantic import TypeAdapter
 
 from lora_cli.base.text import positions, vocabulary
 from lora_cli.data.example import Example
-from lora_cli.data.gate import Findings, Lengths, Weights, facts_of
+from lora_cli.data.gate import Findings, Lengths, Share, Weights, facts_of
 from lora_cli.data.order import Groups, Order
 from lora_cli.errors import LoraError
 from lora_cli.foreign import kind, parse_json, read_bytes
@@ -190,6 +190,8 @@ class Summary:
     weights: Weights | None = None  # of the loss, of what is trained on; None: all are 1
     # of a folder or a pattern → files: the rows of each; left: others, and why they are not read
     listing: dict[str, dict[str, dict[str, Any]]] = field(default_factory=dict)
+    shares: list[Share] = field(default_factory=list)  # of the sources to train on
+    system: str | None = None  # the system prompt that generation begins with, as training did
 
     @property
     def prompting(self) -> str:

@@ -27,10 +27,10 @@ from lora_cli.data.chat.template import ChatTemplate
 from lora_cli.data.example import Example
 from lora_cli.data.files.readers import Row
 from lora_cli.data.files.sources import FileSource, Source, open_source
-from lora_cli.data.gate import Findings, Lengths, Weights, facts_of
+from lora_cli.data.gate import Findings, Lengths, Weights, facts_of, shares_of
 from lora_cli.data.order import permutation, rows_to_shuffle, split_by_length
 from lora_cli.data.report import stream_lines
-from lora_cli.data.row_encoder import RowEncoder, fit_length, require_columns, require_template_used
+from lora_cli.data.row_encoder import RowEncoder, fit_length, require_columns, require_template_used, trained_system
 from lora_cli.data.store import PreparedData, Summary, by_length, micro_batches_per_step, rows_per_micro_batch
 from lora_cli.errors import LoraError
 from lora_cli.recipe import Recipe, SourceRecipe
@@ -55,6 +55,7 @@ class StreamFeed:
         if self._several:
             require_columns(recipe.data.columns, self._sources)
         self._encoders: dict[int, RowEncoder] = {}
+        self._owners: list[int] = []  # the source of each example in hand
         self._template: ChatTemplate | None = None
         self._largest_id = 2**31
         self._findings = Findings(drop=list(recipe.data.drop))  # of the window in hand
@@ -82,6 +83,7 @@ class StreamFeed:
         template, facts = self._template, facts_of(self._examples)
         dropped = {name.removeprefix(_DROPPED): count for name, count in self._dropped.items()}
         found = replace(self._found, counts=self._found.counts | dropped)
+        system = trained_system(recipe, [encoder.format.system for _, encoder in encoders])
         return replace(
             data,
             formats={self._sources[at][1].name: encoder.said for at, encoder in encoders} | data.formats,
@@ -91,7 +93,9 @@ class StreamFeed:
             train=Lengths.of(facts["tokens"], facts["targets"]),
             fingerprint=f"{digest} {data.fingerprint}",
             template=data.template if template is None else template.name,
-            own_template=data.own_template if template is None else template.own_text,
+            own_template=data.own_template if template is None else template.own_text(system),
+            shares=shares_of([source.name for _, source in self._sources], np.array(self._owners, np.int64), facts),
+            system=system,
             weights=Weights.of(facts_of(self._first)),
         )
 
@@ -190,6 +194,7 @@ class StreamFeed:
         data = self._recipe.data
         self._findings = findings = Findings(drop=list(data.drop))
         examples: list[Example] = []
+        self._owners = []
         for at in sorted({at for at, _ in rows}):
             own = [row for owner, row in rows if owner == at]
             if at not in self._encoders:  # the first window shows a source's format, for all of them
@@ -200,6 +205,7 @@ class StreamFeed:
             for each in encoder.encode(iter(own), findings):
                 if each.example is not None:
                     examples += fit_length(each.example, data.max_seq_len, data.too_long, encoder.format.name, findings)
+            self._owners += [at] * (len(examples) - len(self._owners))
         findings.settle_too_long(data.too_long, len(rows))
         findings.require_none(data.allow)
         return examples

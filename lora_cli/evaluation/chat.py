@@ -32,25 +32,23 @@ def chat(named: Named, *, system: str | None, **speaking: Any) -> None:
     speaker = Speaker(named, default="template", **speaking)
     if speaker.template is None:
         print_note("note: without a chat template nothing is remembered: each message is completed by itself")
-        if system is not None:
-            raise LoraError("--system is for prompts through a chat template", fix="add --template, or remove it")
+    opening = speaker.opening(system)
     if sys.stdin.isatty():
         with suppress(ImportError):  # line editing and history; Windows' console has its own
             import readline  # noqa: F401
         print_note("/help lists the commands; Ctrl+D ends the conversation.")
-    _Conversation(speaker, system).hold()
+    _Conversation(speaker, opening).hold()
 
 
 class _Conversation:
     """turns: as a template takes them, the system message first, and beside each answer who gave it."""
 
-    def __init__(self, speaker: Speaker, system: str | None):
+    def __init__(self, speaker: Speaker, opening: list[dict[str, str]]):
         self.speaker = speaker
-        self._begin(system)
+        self._begin(opening)
 
-    def _begin(self, system: str | None) -> None:
-        self.system = system
-        self.turns = [{"role": "system", "content": system}] if system else []
+    def _begin(self, opening: list[dict[str, str]]) -> None:
+        self.opening, self.turns = opening, [*opening]
 
     def hold(self) -> None:
         while True:
@@ -128,10 +126,10 @@ class _Conversation:
         elif name == "/system":
             if text and self.speaker.template is None:
                 raise LoraError("without a chat template there is no system message", fix="start with --template")
-            self._begin(text.strip() or None)
+            self._begin(self.speaker.opening(text.strip()))
             print_note("a new conversation, with this system message" if text else "a new one, without system message")
         elif name == "/reset":
-            self._begin(self.system)
+            self._begin(self.opening)
             print_note("a new conversation")
         elif name == "/save":
             self._save(text.strip())

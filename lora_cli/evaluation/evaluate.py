@@ -27,6 +27,7 @@ from lora_cli.errors import LoraError
 from lora_cli.evaluation.gain import Gain, paired_gain
 from lora_cli.evaluation.perplexity import Score, score
 from lora_cli.recipe import DataRecipe, SourceRecipe, load_recipe
+from lora_cli.recipe.schema import OWN
 from lora_cli.streams import print_note
 
 _DEFAULT_LENGTH = 1024  # tokens of context, where nothing says more
@@ -171,8 +172,8 @@ def _reading(own: DataRecipe | None, data: Path, rows: list[Row]) -> DataRecipe:
         named = not needed or any(there >= {column_of(columns, name) for name in some} for some in needed)
         return named and columns.keys() == each.columns.keys()
 
-    kept: dict[str, Any] = {"template": own.template, "allow": own.allow, "train_on": own.train_on}
+    kept = own.model_dump(include={"template", "allow", "train_on", "system"})
     fitting = filter(fits, [own.of(source) for source in (*own.held_out, *own.train)])
     if nearest := max(fitting, key=lambda each: len(each.columns), default=None):
-        kept |= {"format": nearest.format, "columns": nearest.columns, "train_on": nearest.train_on}
+        kept |= nearest.model_dump(include={*OWN})
     return DataRecipe.model_validate(values | kept)

@@ -15,7 +15,8 @@ from accelerate.utils import set_seed
 from lora_cli.adapters.named import Named, recorded_prompting
 from lora_cli.adapters.opened import open_model
 from lora_cli.adapters.trained import adapters_disabled
-from lora_cli.data.chat.template import ChatTemplate, chat_template
+from lora_cli.data.chat.template import ChatTemplate, chat_template, system_first
+from lora_cli.data.row_encoder import quoted
 from lora_cli.errors import LoraError, reading
 from lora_cli.evaluation.generation import Completion, complete, generation_config, prompt_ids, stop_id
 from lora_cli.streams import print_json, print_note, print_piece
@@ -48,9 +49,8 @@ class Speaker:
         self.use_adapter = use_adapter
         for note in opened.notes:
             print_note(f"note: {note}")
-        self.recorded = recorded_prompting(
-            named, opened.adapter.metadata.prompting if opened.adapter else None, opened.source.folder
-        )
+        metadata = opened.adapter.metadata if opened.adapter else None
+        self.recorded, self.system = recorded_prompting(named, metadata, opened.source.folder)
         self.template = self._template(through_template, default)
         stop = stop_id(opened.tokenizer, self.template)
         self.config = generation_config(opened.model, opened.tokenizer, stop=stop, **sampling)
@@ -66,11 +66,29 @@ class Speaker:
             if wanted is None:
                 why = "as in training" if self.recorded else "as nothing says how it was trained"
                 print_note(f"note: prompted through the chat template, {why} (--raw turns it off)")
-            return chat_template(self.opened.tokenizer, None, "the model")
+            tokenizer: Any = self.opened.tokenizer
+            if self.system and isinstance(tokenizer.chat_template, str):  # here the turns say whether it comes first
+                tokenizer.chat_template = tokenizer.chat_template.removeprefix(system_first(self.system))
+            return chat_template(tokenizer, None, "the model")
         if wanted is None and (self.recorded or has_one):
             why = "as in training" if self.recorded else "as nothing says that it was trained through a chat template"
             print_note(f"note: the prompt is used as it is, {why}" + (" (or --template)" if has_one else ""))
         return None
+
+    def opening(self, system: str | None) -> list[dict[str, str]]:
+        """The turns that a conversation begins with. system: None for the one of training, which is said; "" for none.
+
+        Raises LoraError for one without a template.
+        """
+        if self.template is None:
+            if system:
+                fix = "add --template, or remove it"
+                raise LoraError("--system is for prompts through a chat template", fix=fix)
+            return []
+        if system is None and self.system:
+            system = self.system
+            print_note(f'note: the system prompt is that of training, {quoted(system)} (--system "" for none)')
+        return [{"role": "system", "content": system}] if system else []
 
     def answer(self, turns: list[dict[str, str]], emit: Emit | None) -> Completion:
         """The next turn of the conversation, up to the stop token."""
@@ -103,15 +121,13 @@ def generate(prompt: str | None, named: Named, *, system: str | None, as_json: b
     if not text.strip():
         raise LoraError("the prompt is empty", fix="give it as an argument or on stdin")
     speaker = Speaker(named, default="raw", **speaking)
-    if system is not None and speaker.template is None:
-        raise LoraError("--system is for prompts through a chat template", fix="add --template, or remove it")
-    turns = [{"role": "system", "content": system}] if system is not None else []
-    turns.append({"role": "user", "content": text})
+    turns = [*(opening := speaker.opening(system)), {"role": "user", "content": text}]
     completion = speaker.answer(turns, None if as_json else print_piece)
     if as_json:
         print_json(
             {"prompt": text, "completion": completion.text, "prompting": "template" if speaker.template else "raw"}
             | {"stop": completion.stop, "new_tokens": completion.tokens}
+            | {"system": opening[0]["content"] if opening else None}
         )
     else:
         print_piece("\n")

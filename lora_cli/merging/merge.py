@@ -248,7 +248,7 @@ class _Merge:
         base = public_name(self.source)
         facts = report.as_dict() | {"base_model": base, "base_revision": self.source.revision}
         facts |= {"base_fingerprint": self.source.fingerprint, "quantization": self.quantization}
-        facts |= {"prompting": self.adapter.metadata.prompting, "method": self.adapter.metadata.method}
+        facts |= self.adapter.metadata.model_dump(include={"prompting", "system", "method"})
         del facts["output"]
         said = [f"Merged by `lora merge`: keeps {report.kept:.2%} of what the adapter changes (how: merge.json)."]
         files.write_notes(place, {"format": 1, **facts}, self.source, [*measured_of(self.adapter.folder), *said])

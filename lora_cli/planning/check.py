@@ -58,6 +58,7 @@ class Checked:
             "target_tokens": train.target_tokens,
             "lengths": train.percentiles,
             "formats": data.formats,
+            "sources": [vars(each) for each in data.shares],
             "listing": data.listing,
             "template": data.template,
             "weights": data.weights and vars(data.weights),

@@ -71,7 +71,7 @@ OTHER_FIELDS = {  # other names of fields: as a completion has them, and as an i
 Columns = dict[str, str | None]
 Format = Literal["auto", "text", "completion", "instruction", "chat"]
 TrainOn = Literal["assistant", "last_assistant", "completion", "all"]
-OWN = ("format", "columns", "train_on")  # what a source may say for itself
+OWN = ("format", "columns", "train_on", "system")  # what a source may say for itself
 
 
 def _canonical(columns: Columns, form: str) -> Columns:
@@ -110,6 +110,8 @@ class SourceRecipe(Section):
     """What the columns of this source mean, in place of data.columns. null: those of data.columns that it has."""
     train_on: TrainOn | None = None
     """Which tokens of this source are trained. null: as data.train_on says."""
+    system: str | None = None
+    """System prompt for the conversations of this source that have none; "" for none. null: that of data.system."""
 
     @property
     def own(self) -> dict[str, Any]:
@@ -162,7 +164,7 @@ Droppable = Literal[
 class DataRecipe(Section):
     train: Sources
     """Training data: a file, a folder, a glob, `{hub: owner/name, split: train}`, or a list of these, each with a
-    `weight`, `format`, `columns` or `train_on` of its own if wanted."""
+    `weight`, `format`, `columns`, `train_on` or `system` of its own if wanted."""
     validation: Annotated[
         Fraction | Sources | None,
         BeforeValidator(
@@ -193,6 +195,9 @@ class DataRecipe(Section):
     train_on: TrainOn | None = None
     """Which tokens are trained: all assistant turns, the last one, the completion, or everything. null: answers
     (assistant turns, completions), or the whole text."""
+    system: str | None = Field(None, min_length=1)
+    """System prompt, put through the chat template before every conversation that has none. It is kept with the
+    adapter, so that `lora generate` and `lora chat` begin with it."""
     max_seq_len: int = Field(1024, ge=2, le=_MOST)
     """Longest example in tokens, and the length of a packed sequence."""
     packing: bool = True
@@ -221,7 +226,8 @@ class DataRecipe(Section):
 
     def of(self, source: SourceRecipe) -> DataRecipe:
         """These settings as they are for one source."""
-        return self.model_copy(update=source.own)
+        own = source.own
+        return self.model_copy(update={**own, "system": own.get("system", self.system) or None})
 
     @model_validator(mode="after")
     def _canonical_columns(self) -> DataRecipe:

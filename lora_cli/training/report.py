@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Callable
 from typing import Any
 
@@ -112,6 +113,8 @@ def write_card(session: Session, report: dict[str, Any], folder: RunFolder) -> N
         ),
         "prompts": "through the chat template" if template else "as they are, without a chat template",
     }
+    if system := session.feed.summary.system:
+        settings["system prompt"] = json.dumps(system, ensure_ascii=False).replace("|", "\\|")
     use = _USE.format(base=public_name(session.source))
     if (folder.adapter / CHAT_TEMPLATE).exists():
         use += f"# training went through the {CHAT_TEMPLATE} of this folder: set tokenizer.chat_template to its text\n"

@@ -134,6 +134,7 @@ class RunWriter:
                 double_quantization=recipe.double_quantization,
                 chat_template=self.session.feed.summary.own_template,
                 prompting=self.session.feed.summary.prompting,
+                system=self.session.feed.summary.system,
             )
 
     def _write_checkpoint(self, state: State) -> None:

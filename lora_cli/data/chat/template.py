@@ -54,10 +54,10 @@ class ChatTemplate:
         self.stops_at_end = re.compile(rf"{either}(?:\s*{either})*\s*\Z")
         self.compiled = BoundedTemplate(text, name)
 
-    @property
-    def own_text(self) -> str | None:
-        """Its text, unless it is the model's own."""
-        return None if self.text == self.tokenizer.chat_template else self.text
+    def own_text(self, system: str | None) -> str | None:
+        """Its text, to keep with the adapter, unless it is the model's own. system: of training, which it is to say."""
+        text = (system_first(system) if system else "") + self.text
+        return None if text == self.tokenizer.chat_template else text
 
     def render(self, turns: Turns, where: str, tools: Any = None, *, generation_prompt: bool = False) -> str:
         """The conversation as text. Raises CannotRender, with the template's own words, if it refuses it."""
@@ -84,6 +84,18 @@ class ChatTemplate:
                 fix="the template's own code fails on what this row holds: change the row, or name another template in "
                 "data.template",
             ) from None
+
+    def require_system(self, system: str) -> None:
+        """Raises LoraError if it does not say a system prompt where a conversation begins with one."""
+        turns = [{"role": role, "content": text} for role, text in (("user", "Hello."), ("assistant", "Yes."))]
+        try:
+            why = "leaves out" if system.strip() not in self.render([_system(system), *turns], self.name) else ""
+        except CannotRender:
+            why = "refuses"
+        if why:
+            what = f"the chat template ({self.name}) {why} a system turn, so system would not be trained with"
+            fix = "remove it, and write what it says into the first user turn; or name another data.template"
+            raise LoraError(what, where="data.system", fix=fix)
 
     def special_in_text(self, turns: Turns, tools: Any = None) -> tuple[int, str] | None:
         """The first turn (counted from 1; 0 is the tools) whose text holds a special token, and that token."""
@@ -164,6 +176,17 @@ def chat_template(
         _require_read(template, arguments)
         template = _with_arguments(template, arguments)
     return _with_bos(template)
+
+
+def system_first(system: str) -> str:
+    """What begins the text of a template that puts a system prompt before each conversation that has none."""
+    turn = json.dumps(_system(system), ensure_ascii=False)
+    missing = "not messages or messages[0]['role'] != 'system'"
+    return f"{{%- if {missing} %}}{{%- set messages = [{turn}] + messages %}}{{%- endif %}}\n"
+
+
+def _system(system: str) -> dict[str, str]:
+    return {"role": "system", "content": system}
 
 
 def _found(tokenizer: PreTrainedTokenizerBase, wanted: str | None, where: str) -> tuple[str, Any, str]:
