@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import json
+import os
 import re
+from dataclasses import replace
 from html.parser import HTMLParser
 from itertools import pairwise
 from pathlib import Path
@@ -300,3 +302,17 @@ def test_few_steps_of_a_stream_are_a_note_too(recipe_file):
     assert "write train.max_steps: 40 or more" in check(load_recipe(path)).feed.lines()[-1]
     document = checked_json(path)
     assert document["steps"] == 3
+
+
+def test_the_adapter_is_compared_with_the_data(recipe_file):
+    checked = check(load_recipe(recipe_file()))
+    targets = checked.feed.summary.train.target_tokens
+
+    def said(parameters: int) -> str:
+        console = Console(record=True, width=200, file=open(os.devnull, "w"))  # noqa: SIM115
+        print_checked(replace(checked, parameters=parameters), console, 0)
+        return console.export_text()
+
+    assert f"{4 * targets:,} trained parameters, 0.25 target tokens of the data for each" in said(4 * targets)
+    assert "more target tokens" not in said(targets)
+    assert "note     more target tokens than trained parameters: a higher adapter.rank" in said(targets - 1)

@@ -18,6 +18,7 @@ REPORT = {
     *(
         "ended_early",
         "skipped_steps",
+        "clipped_steps",
         "rewound_from_steps",
         "adapted_layers",
         "trained_parameters",

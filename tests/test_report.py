@@ -214,3 +214,24 @@ def test_nothing_is_left_in_the_home_folder(recipe_file, tmp_path):
     assert [str(path.relative_to(home)) for path in home.rglob("*")] == []
     left = [path.name for path in (tmp_path / "run").iterdir() if path.name.startswith(".")]
     assert left == []
+
+
+@pytest.mark.parametrize(("limit", "clipped"), [(1e-9, 4), (1e9, 0)])
+def test_steps_whose_gradients_were_clipped_are_counted_also_over_a_resume(run_recipe, monkeypatch, limit, clipped):
+    settings = {"train": {"max_grad_norm": limit, "checkpoint_every": 1}}
+    own = loop.Run._one_step
+
+    def dies(run, step, *rest):
+        if step == 3:
+            raise KeyError("killed")
+        return own(run, step, *rest)
+
+    monkeypatch.setattr(loop.Run, "_one_step", dies)
+    with pytest.raises(KeyError):
+        run_recipe(**settings)
+    monkeypatch.setattr(loop.Run, "_one_step", own)
+    run, report = run_recipe(**settings, resume=True)
+    assert report["clipped_steps"] == clipped
+    page = (run / "report.html").read_text()
+    assert f"{clipped} of 4 steps ({25 * clipped} %)" in page
+    assert ("gradients were clipped in" in page) is (clipped > 2)

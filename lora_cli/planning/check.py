@@ -170,15 +170,20 @@ def _where(finding: dict[str, Any]) -> str:
 
 
 def _lines(checked: Checked, *, known: bool = True) -> list[tuple[str, str]]:
-    adapter = f"{checked.layers} layers, {checked.parameters:,} trained parameters"
+    adapter, notes = f"{checked.layers} layers, {checked.parameters:,} trained parameters", unusual(checked.recipe)
     some = checked.recipe.adapter.projections
     if checked.recipe.adapter.target_modules == "attention" and len(set(some)) < 4:
         adapter = f"{', '.join(some)} of {checked.layers} attention layers"
+    elif not checked.recipe.data.streaming and checked.parameters:
+        ratio = checked.feed.summary.train.target_tokens / checked.parameters
+        adapter += f", {ratio:.2g} target tokens of the data for each"
+        if ratio > 1:
+            notes.append("more target tokens than trained parameters: a higher adapter.rank may learn more of them")
     lines = [
         ("model", f"{checked.recipe.base_model} ({checked.source.config.get('model_type')})"),
         ("adapter", adapter),
         *(("", line) for line in checked.left_out),
-        *(("note", line) for line in unusual(checked.recipe)),
+        *(("note", line) for line in notes),
     ]
     if known:
         costs = known_lines(checked.recipe, checked.source, checked.feed.summary.fingerprint)

@@ -237,6 +237,7 @@ class Run:
         overflow = None
         if wrong is None and math.isfinite(norm):
             self.optimizer.step()
+            self.state.clipped += norm > self.recipe.max_grad_norm
         elif wrong is None:
             overflow = self._say_overflow(step)
         # The gradients of a loss that is wrong say nothing of the scale.

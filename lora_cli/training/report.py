@@ -26,6 +26,7 @@ from lora_cli.training.session import Session
 from lora_cli.training.state import State
 from lora_cli.training.verdict import (
     best_words,
+    clipped_words,
     forgetting_words,
     judge,
     sample_lines,
@@ -62,6 +63,7 @@ def make_report(session: Session, state: State, folder: RunFolder, accelerator: 
         "tokens_per_second": round(state.tokens / state.seconds, 1),
         "reserved_memory_bytes": state.reserved_memory_bytes or None,
         "skipped_steps": state.skipped,
+        "clipped_steps": state.clipped,
         "ended_early": _ended_early(session, state),
         "rewound_from_steps": [step for step, _ in state.rewound],
         "weights": weights and vars(weights),
@@ -180,6 +182,8 @@ def _warnings(report: dict[str, Any]) -> list[str]:
         )
     if skipped := report["skipped_steps"]:
         told.append(f"updates skipped, because loss or gradient was NaN or infinite: steps {_listed(skipped)}")
+    if 2 * report["clipped_steps"] > report["steps"]:
+        told.append(f"gradients were clipped in {clipped_words(report)}; to try: a lower train.learning_rate")
     if rewound := report["rewound_from_steps"]:
         told.append(f"went back to a checkpoint from steps {_listed(rewound)}, skipping their data")
     for each in report.get("dropped") or []:

@@ -59,6 +59,7 @@ class State(Stored):
     position: Annotated[dict[str, Count], _all_or_none(_POSITION, "dropped.")] = Field(default_factory=dict)
     pending: Annotated[dict[str, Any] | None, AfterValidator(_a_line)] = None
     data_offset: Count = 0
+    clipped: Count = 0  # steps whose gradient norm was above train.max_grad_norm
     skipped: list[Count] = Field(default_factory=list)  # steps whose update was left out, see train.on_nan
     rewound: list[tuple[Count, Text]] = Field(default_factory=list)  # (step that went wrong, checkpoint gone back to)
     tensors: Annotated[dict[str, Tensor], Field(exclude=True)] = Field(default_factory=dict)

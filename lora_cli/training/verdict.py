@@ -218,6 +218,14 @@ def on_one_line(text: str, most: int) -> str:
     return shortened(" ".join(text.split()) or "–", most)
 
 
+def clipped_words(report: Mapping[str, Any]) -> str:
+    """`12 of 114 steps (11 %)`: those whose gradient norm was above train.max_grad_norm; `–` where it was not counted."""
+    clipped, steps = report.get("clipped_steps"), report.get("steps")
+    if not is_number(clipped) or not is_number(steps):
+        return "–"
+    return f"{count(clipped)} of {count(steps)} steps ({percent(clipped / steps if steps else 0)})"
+
+
 def cost_words(report: Mapping[str, Any]) -> str:
     """`114 steps, 57,030 tokens in 3:07, 305 tokens/s, peak memory 2.28 GiB`."""
     steps, tokens, speed = (report.get(name) for name in ("steps", "tokens", "tokens_per_second"))
