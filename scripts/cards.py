@@ -58,7 +58,7 @@ def needed(recipe: Recipe, of: ModelShape, *, checkpointing: bool | None = None)
         quantization=recipe.quantization,
         tokens=tokens,
         target_tokens=tokens,
-        gradient_checkpointing=train.gradient_checkpointing == "full" if checkpointing is None else checkpointing,
+        gradient_checkpointing=train.gradient_checkpointing != "none" if checkpointing is None else checkpointing,
         optimizer_bytes=2 if "8bit" in train.optimizer else 8,
     )
 

@@ -891,7 +891,7 @@ def test_what_a_7b_model_gets(
     data, sizes = write_rows(tmp_path / "long.jsonl", rows), ("8GB", "16GB", "80GB")
     chosen = [written(tmp_path, seven_billion, data, gpu, f"{gpu}.yaml") for gpu in sizes]
     assert [each.quantization for each in chosen] == ["nf4", "nf4", "none"]
-    assert [each.train.gradient_checkpointing for each in chosen] == ["full", "none", "none"]
+    assert [each.train.gradient_checkpointing for each in chosen] == ["selective", "none", "none"]
     assert "in bf16 they would take 12.55 GiB" in (tmp_path / "16GB.yaml").read_text()  # 2 bytes × 6,738,415,616
     assert "without it, a step would need about " in (tmp_path / "8GB.yaml").read_text()
 

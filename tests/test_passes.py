@@ -9,8 +9,10 @@ import torch
 from conftest import quiet_console
 
 from lora_cli.adapters.targets import block_lists
+from lora_cli.adapters.trained import trained_parameters
 from lora_cli.base.surgery import forward_layers
 from lora_cli.recipe import load_recipe
+from lora_cli.training import passes
 from lora_cli.training.opening import open_session
 from lora_cli.training.passes import PASSES, Pass, run_passes
 
@@ -58,3 +60,23 @@ def test_a_pass_that_does_not_apply_is_left_out_and_the_others_say_what_they_did
     run_passes([made("one", True), made("two", False), made("three", True)], Loaded())  # type: ignore[arg-type]
     assert calls == ["one", "three"]
     assert said == ["one      done", "         and more", "three    done", "         and more"]
+
+
+@pytest.mark.parametrize(("enough", "recomputed"), [(10**6, 2), (1, 0)])
+def test_selective_plans_for_a_micro_batch_that_is_large_enough_where_its_size_is_open(
+    recipe_file, monkeypatch, enough, recomputed
+):
+    """Room for the longest row and not for the step: no block is recomputed only to have more rows at once."""
+    monkeypatch.setattr(passes, "_ENOUGH_TOKENS", enough)
+    monkeypatch.setattr(passes, "_FREE_SHARE", 1.0)
+    free = [0]
+    monkeypatch.setattr(passes, "free_memory_bytes", lambda _: free[0])
+    train = {"micro_batch_size": "auto", "batch_size": 24, "gradient_checkpointing": "selective"}
+    settings = {"train": train, "data": {"packing": False}}
+    whole = opened(recipe_file, **settings)
+    longest = max(len(example.ids) for example in whole.feed.largest())
+    states = 12 * sum(each.numel() for each in trained_parameters(whole.model))
+    free[0] = states + round(longest * sum(whole.activations.bytes_per_token)) + 1
+    assert sum(opened(recipe_file, **settings).activations.recomputed) == recomputed
+    free[0] = states - 1
+    assert sum(opened(recipe_file, **settings).activations.recomputed) == 2

@@ -222,7 +222,8 @@ def _train(text: _Yaml, chosen: Chosen, tried: Tried | None) -> None:
     text.set("gradient_accumulation_steps", fit.gradient_accumulation_steps, tokens)
     if fit.gradient_checkpointing:
         without = fit.without_checkpointing.total / GIB
-        text.set("gradient_checkpointing", True, f"without it, a step would need about {without:.1f} GiB")
+        mode, which = (True, "") if chosen.device.on_cpu else ("selective", "of as few blocks as the memory asks for; ")
+        text.set("gradient_checkpointing", mode, f"{which}without it, a step would need about {without:.1f} GiB")
     examples = choices.STEP_TOKENS / min(fit.row.tokens, survey.tokens / survey.rows)
     kind = chosen.base.config.model_type
     text.set("learning_rate", *choices.choose_learning_rate(kind, chosen.shape.hidden, examples))

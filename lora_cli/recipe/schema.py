@@ -287,8 +287,8 @@ class TrainRecipe(Section):
     """Recompute activations in the backward pass: less memory, up to a third more time, same result. `full` (or true):
     of all blocks; `selective`: of as few as activation_memory allows."""
     activation_memory: Number | None = Field(None, gt=0)
-    """With gradient_checkpointing: selective: GiB that activations may keep. null: 80 % of what is free when the model
-    is loaded."""
+    """With gradient_checkpointing: selective: GiB that activations may keep. null: 80 % of what model
+    and optimizer leave free."""
     compile: bool = False
     """Compile the transformer blocks with torch.compile: minutes at the start, faster steps after."""
     shard_base: bool = False

@@ -39,6 +39,8 @@ from lora_cli.training.optimizer import paging_note
 from lora_cli.training.session import Session
 
 _SAMPLE_TOKENS = 64  # enough to see what a token keeps
+_ENOUGH_TOKENS = 4096  # of a micro-batch: more are hardly faster
+_STATE_BYTES = 12  # of a trained parameter, in the first step: gradient and two moments of Adam
 _FREE_SHARE = 0.8  # of free memory, for activations: the rest is for what kernels need while they run
 
 Lines = Iterator[tuple[str, str]]
@@ -153,14 +155,18 @@ def _compilation(session: Session) -> Lines:
 def _checkpointing(session: Session) -> Lines:
     """Measure what autograd keeps of each block, plan with it for the largest micro-batch, recompute what has to be."""
     model, train = session.model, session.recipe.train
-    largest = sum(len(example.ids) for example in session.feed.largest())
+    lengths = [len(example.ids) for example in session.feed.largest()]
+    largest = sum(lengths)
+    if train.micro_batch_size == "auto" and train.gradient_checkpointing == "selective":
+        largest = min(largest, max(_ENOUGH_TOKENS, *lengths))  # no block is recomputed for more than that
+    states = _STATE_BYTES * sum(each.numel() for each in trained_parameters(model))
     budget = train.activation_memory and train.activation_memory * 2**30
     plan = plan_activations(
         train.gradient_checkpointing,
         _kept_of_a_token(session),
         hidden_size(model) * torch.finfo(model.dtype).bits // 8,
         tokens=largest,
-        budget_bytes=budget or _FREE_SHARE * free_memory_bytes(session.device),
+        budget_bytes=budget or _FREE_SHARE * (free_memory_bytes(session.device) - states),
     )
     plan.apply(session.blocks)
     session.activations = plan

@@ -219,7 +219,7 @@ def on_one_line(text: str, most: int) -> str:
 
 
 def clipped_words(report: Mapping[str, Any]) -> str:
-    """`12 of 114 steps (11 %)`: those whose gradient norm was above train.max_grad_norm; `–` where it was not counted."""
+    """`12 of 114 steps (11 %)`: those whose gradient norm was above train.max_grad_norm; or `–`."""
     clipped, steps = report.get("clipped_steps"), report.get("steps")
     if not is_number(clipped) or not is_number(steps):
         return "–"
