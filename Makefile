@@ -25,7 +25,7 @@ install = set -o pipefail; .venv/bin/python -m pip install --disable-pip-version
 	/^Installing collected/ { print "  installing " NF - 3 " packages" } { fflush() }'
 
 .DEFAULT_GOAL := help
-.PHONY: help demo test test-slow check bench clean venv
+.PHONY: help demo test test-slow check bench gpu clean venv
 
 help:  ## show this list
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "  make %-9s  %s\n", $$1, $$2 }' Makefile
@@ -46,6 +46,9 @@ check: $(STAMP)  ## check format, lint and types
 
 bench: .venv/.installed-bench  ## measure side by side with peers
 	.venv/bin/python benchmarks/run.py
+
+gpu: .venv/.installed-bench  ## measure training on this machine's GPU; SECTIONS="card modes" for some of it
+	.venv/bin/python benchmarks/gpu.py $(SECTIONS)
 
 clean:  ## remove .venv, caches and everything built; runs/ stays
 	rm -rf .venv build dist .pytest_cache .ruff_cache .hypothesis

@@ -32,6 +32,7 @@ from collections.abc import Callable
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
+from unittest.mock import patch
 
 import train_peers as peers
 from train_rows import MODEL, ROOT, Work, prepare_work, recipe_of, steps_of
@@ -53,9 +54,9 @@ def ours(folder: Path, work: Work) -> dict[str, Any]:
         one_step(*arguments)
         stamps.append(time.monotonic())
 
-    setattr(loop.Run, one_step.__name__, stamped)
     quiet_libraries()
-    train(recipe_of(work, folder, "run"), Console(stderr=True))
+    with patch.object(loop.Run, "_one_step", stamped):
+        train(recipe_of(work, folder, "run"), Console(stderr=True))
     lines = [json.loads(line) for line in (folder / "run" / "metrics.jsonl").read_text().splitlines()]
     names = {"losses": "loss", "tokens": "tokens", "targets": "target_tokens"}
     return {name: [line[key] for line in lines] for name, key in names.items()} | {"stamps": stamps}
@@ -74,6 +75,7 @@ SIDES = {
     "trl-by-length": Side("TRL + PEFT, by length", peers.trl_by_length, same_order=False),
     "trl-fp32-adapter": Side("TRL + PEFT, A, B in fp32", peers.trl_fp32_adapter),
     "peft": Side("PEFT loop", peers.peft),
+    "unsloth": Side("unsloth", peers.unsloth),
 }
 
 
@@ -151,14 +153,19 @@ def real_model() -> Path:
     return make_real_model(MODEL, ROOT / "build" / "downloads")
 
 
-def measure(name: str, folder: Path) -> dict[str, Any]:
-    """What a side did, in a process of its own; or {"failed": why}: the others still count."""
+def measure(name: str, folder: Path, seconds: float | None = None) -> dict[str, Any]:
+    """What a side did, in a process of its own; or {"failed": why}: the others still count. seconds: at most."""
     side = SIDES[name]
     print(f"  {side.label}", file=sys.stderr, flush=True)
     command = [sys.executable, __file__, "--side", name, "--folder", str(folder)]
     environment = os.environ | {"HF_HUB_OFFLINE": "1", "TOKENIZERS_PARALLELISM": "true"}
     with (folder / f"{name}.log").open("w+") as log:
-        code = subprocess.run(command, stdout=log, stderr=log, env=environment, check=False).returncode
+        try:
+            code = subprocess.run(
+                command, stdout=log, stderr=log, env=environment, timeout=seconds, check=False
+            ).returncode
+        except subprocess.TimeoutExpired:
+            return {"failed": f"it was not done after {seconds:.0f} seconds"}
         log.seek(0)
         said = [line.strip() for line in log if line.strip()]
     if code:
@@ -167,12 +174,34 @@ def measure(name: str, folder: Path) -> dict[str, Any]:
 
 
 def one_side(name: str, folder: Path) -> None:
-    result = SIDES[name].train(folder, Work.read(folder))
-    (folder / f"{name}.json").write_text(json.dumps(result | {"peak_memory_bytes": peak_memory_bytes()}))
+    work = Work.read(folder)
+    if work.device == "cuda":
+        cap_memory(work.most_gib)
+    result = SIDES[name].train(folder, work)
+    (folder / f"{name}.json").write_text(json.dumps(result | {"peak_memory_bytes": peak_memory_bytes(work.device)}))
 
 
-def peak_memory_bytes() -> int:
-    """Of this process alone; ru_maxrss would begin with what its parent held."""
+def cap_memory(gib: float | None) -> None:
+    """Let this process take no more of the GPU, and see no more of it: lora plans with what the driver calls free."""
+    import torch
+
+    if gib is not None:
+        most, ask = int(gib * 2**30), torch.cuda.mem_get_info
+
+        def capped(*device: Any) -> tuple[int, int]:
+            free, total = ask(*device)
+            return min(free, most - torch.cuda.memory_reserved()), total
+
+        torch.cuda.set_per_process_memory_fraction(min(1.0, most / ask()[1]))
+        torch.cuda.mem_get_info = capped
+
+
+def peak_memory_bytes(device: str) -> int:
+    """What torch took of a GPU; of a CPU this process alone, while ru_maxrss begins with what its parent held."""
+    if device == "cuda":
+        import torch
+
+        return torch.cuda.max_memory_reserved()
     lines = Path("/proc/self/status").read_text().splitlines()
     return next(int(line.split()[1]) * 1024 for line in lines if line.startswith("VmHWM"))
 

@@ -20,7 +20,7 @@ from train_rows import Work, steps_of
 Result = dict[str, list[Any]]
 
 
-def trl(folder: Path, work: Work, by_length: bool = False, fp32_adapter: bool = False) -> Result:
+def trl(folder: Path, work: Work, by_length: bool = False, fp32_adapter: bool = False, model: Any = None) -> Result:
     """TRL's SFTTrainer over PEFT. It pads each batch to its longest row; logits are made in chunks (loss_type nll)."""
     import torch
     from datasets import Dataset
@@ -35,14 +35,15 @@ def trl(folder: Path, work: Work, by_length: bool = False, fp32_adapter: bool = 
         "gradient_checkpointing": work.checkpointing,
         "gradient_checkpointing_kwargs": {"use_reentrant": False} if work.checkpointing else None,
         "bf16": work.dtype == "bf16",
+        "fp16": work.dtype == "fp16",
         "train_sampling_strategy": "group_by_length" if by_length else "sequential",
     }
     trainer = counting(SFTTrainer)(
-        model=base_model(work),
+        model=model or base_model(work),
         args=SFTConfig(**settings),
         train_dataset=data,
         processing_class=AutoTokenizer.from_pretrained(work.model),
-        peft_config=adapter_settings(work),
+        peft_config=None if model else adapter_settings(work),
     )
     assert trainer.train_dataset["input_ids"] == [row["ids"] for row in ordered], "TRL makes the same tokens"
     if fp32_adapter:
@@ -65,6 +66,19 @@ def trl_fp32_adapter(folder: Path, work: Work) -> Result:
     compare the same mathematics.
     """
     return trl(folder, work, fp32_adapter=True)
+
+
+def unsloth(folder: Path, work: Work) -> Result:
+    """unsloth as its notebooks use it: its kernels, its checkpointing, TRL's trainer. It needs a GPU: not tried yet."""
+    from unsloth import FastLanguageModel  # pyright: ignore[reportMissingImports] - first, because it changes the others
+
+    parts = ["q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"]
+    model, _ = FastLanguageModel.from_pretrained(work.model, max_seq_length=work.max_tokens, load_in_4bit=True)
+    model = FastLanguageModel.get_peft_model(
+        *(model, work.rank, parts[:4] if work.target_modules == "attention" else parts),
+        **{"lora_alpha": work.alpha, "lora_dropout": 0, "bias": "none", "use_gradient_checkpointing": "unsloth"},
+    )
+    return trl(folder, work, model=model)
 
 
 def peft(folder: Path, work: Work) -> Result:
@@ -100,16 +114,18 @@ def base_model(work: Work) -> Any:
     import torch
     from transformers import AutoModelForCausalLM, BitsAndBytesConfig
 
-    dtype = {"bf16": torch.bfloat16, "fp32": torch.float32}[work.dtype]
+    dtype = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}[work.dtype]
+    stored = "quantization_config" in json.loads((Path(work.model) / "config.json").read_text(encoding="utf-8"))
     quantized = BitsAndBytesConfig(
         load_in_4bit=True, bnb_4bit_quant_type="nf4", bnb_4bit_use_double_quant=True, bnb_4bit_compute_dtype=dtype
     )
     return AutoModelForCausalLM.from_pretrained(
         work.model,
-        quantization_config=quantized if work.quantization == "nf4" else None,
         dtype=dtype,
-        device_map={"": "cpu"},
+        device_map={"": 0 if work.device == "cuda" else "cpu"},
         attn_implementation="sdpa",
+        # None would take away what a stored one says.
+        **({"quantization_config": quantized} if work.quantization == "nf4" and not stored else {}),
     )
 
 
@@ -117,10 +133,12 @@ def adapter_settings(work: Work) -> Any:
     from peft import LoraConfig
 
     gpt2 = "gpt2" in Path(work.model).name
+    attention = ["q_proj", "k_proj", "v_proj", "o_proj"]
+    targets = attention if work.target_modules == "attention" else work.target_modules  # PEFT knows all-linear too
     return LoraConfig(
         r=work.rank,
         lora_alpha=work.alpha,
-        target_modules=r".*\.attn\.(c_attn|c_proj)" if gpt2 else ["q_proj", "k_proj", "v_proj", "o_proj"],
+        target_modules=r".*\.attn\.(c_attn|c_proj)" if gpt2 else targets,
         fan_in_fan_out=gpt2,
         task_type="CAUSAL_LM",
     )
@@ -169,12 +187,13 @@ def trainer_settings(folder: Path, work: Work) -> dict[str, Any]:
         "lr_scheduler_type": "constant",
         "warmup_steps": 0,
         "optim": "adamw_torch_fused",
-        "use_cpu": True,
+        "use_cpu": work.device == "cpu",
         "logging_steps": 1,
         "report_to": "none",
         "save_strategy": "no",
         "disable_tqdm": True,
         "seed": 0,
+        **work.peer,
     }
 
 
@@ -195,6 +214,7 @@ def counting(kind: Any) -> Any:
 
 def run(trainer: Any, work: Work) -> Result:
     """Train from lora's initial A, with the clock read at the end of every step."""
+    import torch
     from transformers import TrainerCallback
 
     result: Result = {"losses": [], "tokens": [], "targets": [], "stamps": []}
@@ -202,6 +222,8 @@ def run(trainer: Any, work: Work) -> Result:
 
     class Clock(TrainerCallback):
         def on_step_end(self, *_: Any, **__: Any) -> None:
+            if work.device == "cuda":
+                torch.cuda.synchronize()
             result["stamps"].append(now())
 
     trainer.result = result  # where counting() puts what it counts

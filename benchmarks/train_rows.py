@@ -15,7 +15,7 @@ import json
 import random
 import textwrap
 from collections.abc import Callable, Iterator
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -45,6 +45,11 @@ class Work:
     max_tokens: int = 512
     rate: float = 2e-4
     clip: float = 1.0
+    device: str = "cpu"
+    target_modules: str = "attention"
+    most_gib: float | None = None  # of a GPU's memory that the process may take
+    train: dict[str, Any] = field(default_factory=dict)  # more of lora's recipe; null takes a setting out
+    peer: dict[str, Any] = field(default_factory=dict)  # more of the peers' trainer
 
     @staticmethod
     def read(folder: Path) -> Work:
@@ -90,14 +95,15 @@ def recipe_of(work: Work, folder: Path, name: str) -> Any:
         "warmup_ratio": 0,
         "max_grad_norm": work.clip,
     }
+    train |= ({"gradient_checkpointing": CHECKPOINTED} if work.checkpointing else {}) | work.train
     values = {
         "base_model": work.model,
         "quantization": work.quantization,
         "dtype": work.dtype,
-        "device": "cpu",
-        "adapter": {"rank": work.rank, "alpha": work.alpha},
+        "device": work.device,
+        "adapter": {"rank": work.rank, "alpha": work.alpha, "target_modules": work.target_modules},
         "data": {"train": str(folder / "rows.jsonl"), "max_seq_len": work.max_tokens, "packing": False},
-        "train": train | ({"gradient_checkpointing": CHECKPOINTED} if work.checkpointing else {}),
+        "train": {name: value for name, value in train.items() if value is not None},
         "output": str(folder / name),
     }
     return Recipe.model_validate(values)

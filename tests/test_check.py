@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
+import io
 import json
-import os
 import re
 from dataclasses import replace
 from html.parser import HTMLParser
@@ -309,7 +309,7 @@ def test_the_adapter_is_compared_with_the_data(recipe_file):
     targets = checked.feed.summary.train.target_tokens
 
     def said(parameters: int) -> str:
-        console = Console(record=True, width=200, file=open(os.devnull, "w"))  # noqa: SIM115
+        console = Console(record=True, width=200, file=io.StringIO())
         print_checked(replace(checked, parameters=parameters), console, 0)
         return console.export_text()
 
