@@ -441,6 +441,12 @@ def test_validation_is_a_fraction_or_a_file(load: Any, problem: Any, tmp_path: P
             "write a number for micro_batch_size",
         ),
         ("train: {compile: true, shard_base: true}", "train.compile", "remove compile, or shard_base"),
+        ("data: {train: a, drop: [two_forms], allow: [two_forms]}", "data.drop", "remove it from one of them"),
+        (
+            "{data: {train: a, drop: [duplicate], streaming: true}, train: {max_steps: 1}}",
+            "data.drop",
+            "remove it from data.drop, or write streaming: false",
+        ),
     ],
 )
 def test_contradictions(problem: Any, settings: str, key: str, fix: str):
@@ -899,6 +905,8 @@ def recipes(draw: Any) -> dict[str, Any]:
         train.pop("epochs", None)
         if isinstance(data.get("validation"), float):
             del data["streaming"]
+    if data.get("streaming") or data.get("allow"):
+        data.pop("drop", None)
     if not isinstance(data.get("validation"), float):
         data.pop("group_by", None)
     if train.get("tokens_per_micro_batch") is not None:
