@@ -5,6 +5,7 @@ from __future__ import annotations
 import csv
 import io
 import json
+import random
 import re
 import shutil
 import subprocess
@@ -195,3 +196,43 @@ def test_names_of_columns_do_nothing_to_the_screen(column, recipe_file, tmp_path
     assert "\u202e" not in said
     if column.startswith("["):
         assert f"columns not used: {column}" in said
+
+
+@pytest.mark.parametrize("seed", range(4))
+@pytest.mark.parametrize("kind", [".csv", ".tsv", ".jsonl"])
+def test_the_line_of_a_row_is_where_it_begins_in_the_file(seed, kind, tmp_path):
+    """With quoted line ends, empty lines and a header, as `sed -n` counts."""
+    rng = random.Random(seed)
+    rows = [{"id": f"row{at}", "text": "\n".join(["a"] * rng.randrange(1, 4))} for at in range(1, 30)]
+    path = tmp_path / f"rows{kind}"
+    with path.open("w", encoding="utf-8", newline="") as stream:
+        if kind != ".jsonl":
+            table = csv.DictWriter(stream, ["id", "text"], dialect="excel" if kind == ".csv" else "excel-tab")
+            table.writeheader()
+        for row in rows:
+            stream.write("\n" * rng.choice([0, 0, 0, 1, 2]))
+            if kind == ".jsonl":
+                stream.write(json.dumps(row) + "\n")
+            else:
+                table.writerow(row)
+    found = list(read_file(path))
+    assert [row.values for row in found] == rows
+    lines = path.read_text(encoding="utf-8").split("\n")
+    for row in found:
+        assert row.line is not None
+        assert f"row{row.number}" in lines[row.line - 1]
+        assert row.where == f"{path}: row {row.number}" + (f" (line {row.line})" if row.line != row.number else "")
+
+
+def test_findings_name_rows_by_line_as_well(recipe_file, lora, tmp_path):
+    path = tmp_path / "faq.csv"
+    path.write_text('prompt,completion\n"a\nb",c\nd,\ne,f\ne,f\ng,h\n', encoding="utf-8")
+    stopped = lora("train", recipe_file(data={"train": str(path)}))
+    assert f"{path}: row 2 (line 4): no target tokens" in stopped.error
+    recipe = recipe_file(data={"train": str(path), "drop": ["no_target", "duplicate"]})
+    found = {each["kind"]: each for each in json.loads(lora("check", recipe, "--json").out)["findings"]}
+    assert (found["no_target"]["rows"], found["no_target"]["lines"]) == ([2], [4])
+    assert (found["duplicate"]["rows"], found["duplicate"]["lines"]) == ([4], [6])
+    recipe = recipe_file(data={"train": str(path), "drop": ["no_target"]})
+    found = {each["kind"]: each for each in json.loads(lora("check", recipe, "--json").out)["findings"]}
+    assert (found["duplicate"]["rows"], found["duplicate"]["lines"]) == ([4], [6])

@@ -170,7 +170,7 @@ class Encoder:
         row = document.row
         if self._bos is not None and ids[:2] == [self._bos] * 2:
             found.append(problem(row, "double_bos", "two BOS tokens at the start", "remove the one in the text"))
-        example = Example(ids, spans, row.file, row.number)
+        example = Example(ids, spans, row.file, row.number, row.line)
         if not example.targets:
             return nothing_trained(document)
         return Encoded(row, example, tuple(found), tuple(notes), proved)

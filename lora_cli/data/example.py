@@ -12,12 +12,16 @@ Span = tuple[int, int, float]  # first token, one behind the last, weight of the
 
 @dataclass(frozen=True)
 class Example:
-    """Token ids and the spans that are trained, in order and apart. file, row: where it came from."""
+    """Token ids and the spans that are trained, in order and apart.
+
+    file, row, line: where it came from; the line is known while rows are read, and not kept.
+    """
 
     ids: Sequence[int] | np.ndarray  # (tokens,)
     spans: Sequence[Span]
     file: str = ""
     row: int = 0
+    line: int | None = None
 
     @property
     def source(self) -> str:
@@ -54,7 +58,7 @@ def cut(example: Example, start: int, end: int, train_from: int = 0) -> Example:
         for first, last, weight in example.spans
         if max(first, start, train_from) < min(last, end)
     ]
-    return Example(example.ids[start:end], spans, example.file, example.row)
+    return Example(example.ids[start:end], spans, example.file, example.row, example.line)
 
 
 def windows(example: Example, length: int, stride: int) -> list[Example]:

@@ -11,7 +11,7 @@ from pydantic import PlainSerializer, PlainValidator
 
 from lora_cli.data.chat.template import ChatTemplate
 from lora_cli.data.example import Example
-from lora_cli.data.files.readers import Row
+from lora_cli.data.files.readers import Row, numbered
 from lora_cli.data.formats import Conversation, Document
 from lora_cli.errors import CheckFailed, LoraError, shown
 from lora_cli.recipe.schema import Droppable
@@ -102,24 +102,28 @@ class Findings:
 
     counts: dict[str, int] = field(default_factory=dict)
     places: dict[str, list[tuple[str, int]]] = field(default_factory=dict)  # (file, row)
+    lines: dict[str, list[int | None]] = field(default_factory=dict)  # of the file, where each of the places begins
     errors: dict[str, list[_Error]] = field(default_factory=dict)
     waived: set[str] = field(default_factory=set)  # kinds that do not stop this run, by its recipe
     drop: list[str] | None = None  # kinds whose rows the recipe leaves out; None: there is no recipe to say so
 
-    def add(self, kind: str, place: tuple[str, int] | None, error: LoraError | None = None) -> None:
-        """place: file and row; None for a problem that no single row has."""
+    def add(
+        self, kind: str, place: tuple[str, int] | None, error: LoraError | None = None, line: int | None = None
+    ) -> None:
+        """place: file and row; None for a problem that no single row has. line: of the file, where it is known."""
         self.counts[kind] = self.counts.get(kind, 0) + 1
         places, errors = self.places.setdefault(kind, []), self.errors.setdefault(kind, [])
         if place is not None and len(places) < _KEPT_ROWS and place not in places[-1:]:
             places.append(place)
+            self.lines.setdefault(kind, []).append(line)
         if error is not None and len(errors) < _SHOWN_ROWS:
             errors.append(error)
 
-    def add_row(self, place: tuple[str, int], found: Sequence[Finding]) -> bool:
+    def add_row(self, row: Row, found: Sequence[Finding]) -> bool:
         """What was found of a row. Returns whether the recipe leaves it out; then this is all that counts of it."""
         reason = next((each for kind in KINDS for each in found if each.kind == kind and self.drops(kind)), None)
         for each in found if reason is None else [reason]:
-            self.add(each.kind, place, each.error)
+            self.add(each.kind, (row.file, row.number), each.error, row.line)
         return reason is not None
 
     def drops(self, kind: str) -> bool:
@@ -141,6 +145,7 @@ class Findings:
             for kind, count in each.counts.items():
                 both.counts[kind] = both.counts.get(kind, 0) + count
                 both.places[kind] = (both.places.get(kind, []) + each.places.get(kind, []))[:_KEPT_ROWS]
+                both.lines[kind] = (both.lines.get(kind, []) + each.lines.get(kind, []))[:_KEPT_ROWS]
                 both.errors[kind] = (both.errors.get(kind, []) + each.errors.get(kind, []))[:_SHOWN_ROWS]
         return both
 
@@ -161,7 +166,7 @@ class Findings:
         raise GateClosed(self, stopping)
 
     def as_list(self, allowed: Sequence[str] = ()) -> list[dict[str, Any]]:
-        """For --json: kind, count, rows (numbers), sources (the file of each), stops, fix, dropped (left out)."""
+        """For --json: kind, count, rows (numbers), sources (the file of each), stops, lines, fix, dropped."""
         stopping = self.stopping(allowed)
         return [
             {
@@ -169,6 +174,7 @@ class Findings:
                 "count": self.counts[kind],
                 "rows": [row for _, row in self.places[kind]],
                 "sources": [file for file, _ in self.places[kind]],
+                "lines": self.lines.get(kind, []),
                 "stops": kind in stopping,
                 "dropped": self.drops(kind),
                 "message": self.errors[kind][0].what if self.errors[kind] else KINDS[kind].title,
@@ -184,6 +190,7 @@ class Findings:
             {"kind": kind, "title": KINDS[kind].title, "count": self.counts[kind], "where": self.rows(kind)}
             | {"rows": [row for _, row in self.places[kind][:_SHOWN_ROWS]]}
             | {"sources": [file for file, _ in self.places[kind][:_SHOWN_ROWS]]}
+            | {"lines": self.lines.get(kind, [])[:_SHOWN_ROWS]}
             for kind in KINDS
             if kind in self.counts and self.drops(kind)
         ]
@@ -210,11 +217,11 @@ class Findings:
         """The first rows of a kind, as a person reads them; of files what is said of each."""
         if not self.places[kind]:
             return "; ".join(f"{error.where}: {error.what}" for error in self.errors[kind] if error.where)
-        shown: dict[str, list[int]] = {}
-        for file, row in self.places[kind][:_SHOWN_ROWS]:
-            shown.setdefault(file, []).append(row)
+        shown: dict[str, list[str]] = {}
+        for (file, row), line in zip(self.places[kind][:_SHOWN_ROWS], self.lines[kind], strict=False):
+            shown.setdefault(file, []).append(numbered(row, line))
         more = self.counts[kind] - sum(map(len, shown.values()))
-        text = "; ".join(f"{file}: row {', '.join(map(str, rows))}" for file, rows in shown.items())
+        text = "; ".join(f"{file}: row {', '.join(rows)}" for file, rows in shown.items())
         return f"{text} and {more:,} more" if more > 0 else text
 
 

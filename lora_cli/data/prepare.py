@@ -139,10 +139,11 @@ def require_trainable(made: Summary, data: DataRecipe) -> None:
 
 
 class _Seen:
-    """What is kept of every row while rows go by: 20 bytes each, and 8 more where groups are held out."""
+    """What is kept of every row while rows go by: 28 bytes each, and 8 more where groups are held out."""
 
     def __init__(self) -> None:
         self.file, self.row = array("i"), array("i")
+        self.line = array("q")  # 0: not known
         self.pieces = array("i")  # examples that it became
         self.content, self.group = array("Q"), array("Q")  # hashes
 
@@ -290,7 +291,7 @@ class Preparation:
             trained = [(first, last) for first, last, _ in example.spans]
             content = xxhash.xxh3_64_intdigest(ids.tobytes() + repr(trained).encode())
             if repeats in data.drop and content in self._known:
-                self._findings.add(repeats, (row.file, row.number))
+                self._findings.add(repeats, (row.file, row.number), None, row.line)
                 continue
             pieces = fit_length(example, data.max_seq_len, data.too_long, reader.format.name, self._findings)
             if not pieces and data.too_long == "truncate":  # nothing of it can be trained
@@ -299,6 +300,7 @@ class Preparation:
                 self._known.add(content)
             seen.file.append(file)
             seen.row.append(row.number)
+            seen.line.append(row.line or 0)
             seen.content.append(content)
             if data.group_by is not None:
                 seen.group.append(_group(row, data.group_by))
@@ -316,7 +318,7 @@ class Preparation:
         """The same finding for several rows, by their indices."""
         names = list(self._files)
         for at in rows.tolist():
-            self._findings.add(kind, (names[seen.file[at]], seen.row[at]))
+            self._findings.add(kind, (names[seen.file[at]], seen.row[at]), None, seen.line[at] or None)
 
     def _close_gate(self, seen: _Seen, held: _Seen) -> None:
         content = np.asarray(seen.content)

@@ -99,10 +99,9 @@ class RowEncoder:
         chunks = iter(lambda: [self._encoder.prepare(row) for row in islice(rows, _ROWS_AT_ONCE)], [])
         for tokenized in ahead(map(self._tokenize, ahead(chunks, 2)), 2):
             for encoded in self._encoder.encode(tokenized):
-                place = (encoded.row.file, encoded.row.number)
                 if file != encoded.row.file and (said := encoding_said(file := encoded.row.file)):
                     findings.add("not_utf8", None, said)
-                left_out = findings.add_row(place, [*map(Finding, encoded.notes), *encoded.findings])
+                left_out = findings.add_row(encoded.row, [*map(Finding, encoded.notes), *encoded.findings])
                 yield replace(encoded, example=None) if left_out else encoded
 
     def _tokenize(self, prepared: list[Prepared | Encoded]) -> Sequence[Prepared | Encoded]:
@@ -145,11 +144,11 @@ def fit_length(
         first = max(example.spans[0][0], 1) + 1
         fix = f"raise data.max_seq_len to {first} or more, or choose data.too_long: drop"
         error = LoraError("no target tokens are left after truncation", where=example.source, fix=fix)
-        findings.add("no_target", (example.file, example.row), error)
+        findings.add("no_target", (example.file, example.row), error, example.line)
         return []
     where, fix = example.source, "raise data.max_seq_len, or choose data.too_long: drop, truncate or split"
     error = LoraError(f"{len(example.ids)} tokens, but max_seq_len is {max_seq_len}", where=where, fix=fix)
-    findings.add("too_long", (example.file, example.row), error)
+    findings.add("too_long", (example.file, example.row), error, example.line)
     if too_long == "split":
         if data_format != "text":
             what = "too_long: split is for text; a conversation cannot be cut"

@@ -19,6 +19,7 @@ from lora_cli.base.source import BaseSource, find_base
 from lora_cli.base.stored import require_quantization
 from lora_cli.data.example import Example
 from lora_cli.data.feed import Feed, open_feed
+from lora_cli.data.files.readers import numbered
 from lora_cli.data.gate import KINDS
 from lora_cli.data.prepare import prepare, require_trainable
 from lora_cli.data.preview import PAGE_MARK, as_page, as_text, tokens_of
@@ -160,9 +161,9 @@ def print_checked(checked: Checked, console: Console, show: int, *, known: bool 
 def _where(finding: dict[str, Any]) -> str:
     """Rows by number; the file where there are several."""
     files = dict.fromkeys(finding["sources"])
-    shown = finding["rows"][:5]
+    shown = list(map(numbered, finding["rows"][:5], finding["lines"]))
     if len(files) <= 1:
-        text = ", ".join(map(str, shown))
+        text = ", ".join(shown)
     else:
         named = zip(finding["sources"][:5], shown, strict=True)
         text = ", ".join(f"{Path(file).name}:{row}" for file, row in named)

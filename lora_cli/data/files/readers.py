@@ -30,6 +30,7 @@ _UNPACK = {".gz": "gzip", ".zst": "zstd"}  # what text kinds may be compressed w
 _PARSED = {b"{": 72, b"[": 64, b",": 32, b'"': 25}  # bytes in Python for each of these marks in JSON
 _LOOKED_AT = 50  # lines that show what the values of a CSV file are separated by
 _SEPARATORS = {",": "commas", ";": "semicolons", "\t": "tabs", "|": "bars"}
+Placed = tuple[int | None, Values]  # the line where a row begins, and the row
 _QUOTED = re.compile(rb'"[^"]*"')
 
 
@@ -38,16 +39,23 @@ class Row:
     """One row of a data file. number: counted from 1, in the file's order.
 
     filled: it comes from a table, where a struct has null for every member that only other rows have.
+    line: of its file where it begins, counted from 1; None where lines are not rows.
     """
 
     file: str
     number: int
     values: Values
     filled: bool = False
+    line: int | None = None
 
     @property
     def where(self) -> str:
-        return f"{self.file}: row {self.number}"
+        return f"{self.file}: row {numbered(self.number, self.line)}"
+
+
+def numbered(row: int, line: int | None) -> str:
+    """The number of a row, with its line in the file where that is another, as behind a header or a quoted line end."""
+    return str(row) if line in (None, row) else f"{row} (line {line})"
 
 
 def kind_of(path: Path) -> str | None:
@@ -89,8 +97,10 @@ def read_file(path: Path) -> Iterator[Row]:
         entry = path.stat()
         _require_modest(path, entry.st_size, entry.st_mtime_ns)
     number = 0
-    for number, values in enumerate(_KINDS[kind](path), 1):
-        yield Row(str(path), number, values, filled=kind in TABLE_KINDS)
+    table = kind in TABLE_KINDS
+    rows = ((None, values) for values in TABLE_KINDS[kind](path)) if table else _TEXT_KINDS[kind](path)
+    for number, (line, values) in enumerate(rows, 1):
+        yield Row(str(path), number, values, table, line)
     if number == 0:
         raise LoraError("the data file has no rows", where=str(path), fix="check what wrote it")
 
@@ -235,17 +245,17 @@ def _lines(path: Path) -> Iterator[str]:
 # ── JSON ────────────────────────────────────────────────────────────────────────────────────────────────────────
 
 
-def _json_lines(path: Path) -> Iterator[Values]:
+def _json_lines(path: Path) -> Iterator[Placed]:
     for number, line in enumerate(_lines(path), 1):
         if text := line.strip():
             try:
                 row = _parsed(text)
             except (ValueError, RecursionError) as broken:
                 raise _broken(broken, path, "correct or remove this line", number) from None
-            yield _checked_row(row, f"{path}:{number}")
+            yield number, _checked_row(row, f"{path}:{number}")
 
 
-def _json(path: Path) -> Iterator[Values]:
+def _json(path: Path) -> Iterator[Placed]:
     """A list of objects, or one object; JSON Lines under this ending are read as such."""
     text = _text_of(path)
     try:
@@ -256,7 +266,7 @@ def _json(path: Path) -> Iterator[Values]:
             return
         raise _broken(broken, path, "correct the file") from None
     for number, row in enumerate(parsed if isinstance(parsed, list) else [parsed], 1):
-        yield _checked_row(row, f"{path}: row {number}")
+        yield None, _checked_row(row, f"{path}: row {number}")
 
 
 def _broken(error: Exception, path: Path, fix: str, line: int | None = None) -> LoraError:
@@ -296,7 +306,7 @@ def _checked_row(row: Any, where: str) -> Values:
 # ── CSV and text ─────────────────────────────────────────────────────────────────────────────────────────────
 
 
-def _separated(path: Path) -> Iterator[Values]:
+def _separated(path: Path) -> Iterator[Placed]:
     """Rows by the names of the header. Every value is text, also one that looks like a number; an empty one is empty.
 
     Names lose the blanks around them; a column without a name is called by its place. Values of a .csv may be separated
@@ -323,7 +333,7 @@ def _separated(path: Path) -> Iterator[Values]:
             if len(values) not in (0, len(header)):  # an empty line has none
                 raise csv.Error(f"{len(values)} values, but the header has {len(header)} columns")
             if values:
-                yield dict(zip(header, values, strict=True))
+                yield begin, dict(zip(header, values, strict=True))
             begin = before + reader.line_num + 1
     except csv.Error as error:
         name, kind = _SEPARATORS[delimiter], "TSV" if tabs else "CSV"
@@ -366,11 +376,11 @@ def _table(head: list[str], delimiter: str) -> tuple[int, float]:
     return (counts or [0])[0], rows.count(counts[0]) / len(rows) if rows else 1.0
 
 
-def _text(path: Path) -> Iterator[Values]:
-    yield {"text": _text_of(path)}
+def _text(path: Path) -> Iterator[Placed]:
+    yield None, {"text": _text_of(path)}
 
 
-_TEXT_KINDS: dict[str, Callable[[Path], Iterator[Values]]] = {
+_TEXT_KINDS: dict[str, Callable[[Path], Iterator[Placed]]] = {
     ".jsonl": _json_lines,
     ".json": _json,
     ".csv": _separated,
@@ -379,4 +389,4 @@ _TEXT_KINDS: dict[str, Callable[[Path], Iterator[Values]]] = {
     ".md": _text,
 }
 _SAVED_BY_PROGRAMS = (".csv", ".tsv", ".txt", ".md")  # in the encoding of their system; JSON is UTF-8 by its standard
-_KINDS = {**_TEXT_KINDS, **TABLE_KINDS}
+_KINDS = (*_TEXT_KINDS, *TABLE_KINDS)
