@@ -315,7 +315,7 @@ def test_a_pass_that_keeps_company_changes_no_gradient(recipe_file, monkeypatch)
         session, Accelerator(cpu=True), trained_parameters(session.model), torch.amp.GradScaler("cpu", enabled=False)
     )
     batches = session.feed.step(1)
-    alone = runner.run(1, batches, 10.0, 1)
+    alone, _ = runner.run(1, batches, 10.0, 1)
     expected = [parameter.grad.clone() for parameter in runner.parameters if parameter.grad is not None]
     assert len(expected) == len(runner.parameters)
     assert all(bool(gradient.any()) for gradient in expected)
