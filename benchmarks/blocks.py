@@ -1,10 +1,14 @@
-"""What one transformer block costs beside its matrix products: bytes of a token kept for the backward pass.
+"""What one transformer block costs beside its matrix products: bytes kept for the backward pass, and kernels launched.
 
     python benchmarks/blocks.py [SECTION ...] [--json FILE]
 
 kept   bytes that autograd keeps of a token in one block, for ten architectures and the shape of Llama-3.1-8B's: as it
        was when inputs of adapted layers were saved, as it is now that they are made again, and PEFT's layers as TRL
        trains them (A and B in bf16; what TRL does by itself is outside of the blocks)
+launches  operations of a forward and a backward pass in one block that a GPU would launch a kernel for, counted by the
+       profiler: those that call no other and neither allocate nor view. Attention is one operation, as the GPU's kernel
+       for packed rows is: a stand-in takes its place. A and B are cast once a step, which does not count. Each layer
+       by itself, then joined as training does
 
 Work: random models of two blocks in bf16, rank 16 on every linear layer, 256 tokens, attention by SDPA if there is one.
 """
@@ -13,6 +17,7 @@ from __future__ import annotations
 
 import argparse
 import json
+import re
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -75,7 +80,6 @@ def ours(name: str) -> tuple[Any, Callable[[], Any]]:
     """(a model ready to train, a call that gives its loss)."""
     from lora_cli.adapters.attach import attach
     from lora_cli.adapters.targets import find_targets
-    from lora_cli.adapters.trained import cast_once
     from lora_cli.base.recompute import save_only_inputs
     from lora_cli.data.batches import collate
     from lora_cli.data.example import Example
@@ -87,11 +91,9 @@ def ours(name: str) -> tuple[Any, Callable[[], Any]]:
     example = Example(np.arange(TOKENS), [(1, TOKENS, 1.0)])
     batch = collate([example], packed=True, pad_id=0, device=torch.device("cpu"))
 
-    def loss() -> Any:
-        with cast_once(layers, model.dtype):
-            return summed_loss(model, batch)
-
-    return model.train(), loss
+    for each in layers.values():
+        each.hold_cast(model.dtype)
+    return model.train(), lambda: summed_loss(model, batch)
 
 
 def peft(name: str) -> tuple[Any, Callable[[], Any]]:
@@ -146,7 +148,97 @@ def section_kept() -> dict[str, dict[str, float]]:
     return result
 
 
-SECTIONS = {"kept": section_kept}
+# ── launches ────────────────────────────────────────────────────────────────────────────────────────────────────
+
+# Operations that only describe memory, or take it
+FREE = re.compile(
+    "view|reshape|_unsafe_view|_reshape_alias|t|transpose|permute|expand|as_strided|slice|select|split|split_with_sizes|"
+    "narrow|unsqueeze|squeeze|chunk|detach|alias|empty|empty_like|empty_strided|new_empty|new_empty_strided|unbind|item|"
+    "resolve_conj|resolve_neg|_local_scalar_dense|is_nonzero|lift_fresh|set_|resize_|result_type|promote_types|to|dropout"
+)
+
+
+def stand_in(q: Any, k: Any, v: Any, *_: Any, scale: float, **__: Any) -> Any:
+    """Attention of one example as one operation: (tokens, heads, head_dim)."""
+    heads = (each.transpose(0, 1)[None] for each in (q, k, v))
+    return torch.nn.functional.scaled_dot_product_attention(*heads, is_causal=True, scale=scale)[0].transpose(0, 1)
+
+
+@contextmanager
+def gpu_path() -> Iterator[None]:
+    from lora_cli.base import attention
+
+    with (
+        mock.patch.object(attention, "varlen_attn", stand_in),
+        mock.patch.object(attention, "varlen_fits", return_value=True),
+    ):
+        yield
+
+
+def launched(name: str, make: Callable[[str], tuple[Any, Callable[[], Any]]]) -> int:
+    """By the difference of models of two and three blocks, as the first has an input without gradient."""
+
+    def count(blocks: int) -> int:
+        with mock.patch.dict(CONFIGS, {name: lambda own=CONFIGS[name]: longer(own(), blocks)}):
+            _, loss = make(name)
+        loss().backward()  # gradients exist from here on
+        with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU]) as profile:
+            loss().backward()
+        roots = [each for each in profile.events() or () if not is_aten(each.cpu_parent)]
+        return sum(launches_of(each) for each in roots if is_aten(each))
+
+    return count(3) - count(2)
+
+
+def longer(config: Any, blocks: int) -> Any:
+    config.num_hidden_layers = blocks
+    config.num_key_value_heads = config.num_attention_heads  # so that the stand-in is one operation
+    if getattr(config, "layer_types", None):
+        config.layer_types = [config.layer_types[-1]] * blocks
+    return config
+
+
+def is_aten(event: Any) -> bool:
+    return event is not None and event.name.startswith("aten::")
+
+
+def launches_of(event: Any) -> int:
+    """Of an operation and those that it calls; a product is one, whatever a CPU does for it."""
+    name = event.name.removeprefix("aten::")
+    if name in ("mm", "addmm", "addmm_", "bmm", "baddbmm", "matmul_backward"):
+        return 1
+    called = [child for child in event.cpu_children if child.name.startswith("aten::")]
+    return sum(map(launches_of, called)) if called else int(event.name != name and not FREE.fullmatch(name))
+
+
+def joined(name: str) -> tuple[Any, Callable[[], Any]]:
+    from lora_cli.adapters.beside import join, watch_inputs
+    from lora_cli.adapters.trained import trained_modules
+
+    model, loss = ours(name)
+    layers = trained_modules(model).values()
+    with watch_inputs(layers) as beside:
+        loss()
+    join(beside, layers)
+    for each in layers:
+        each.hold_cast(model.dtype)
+    return model, loss
+
+
+def section_launches() -> dict[str, dict[str, int]]:
+    result = {}
+    print(f"{'launches a block':16}{'apart':>10}{'joined':>10}{'PEFT':>10}{'joined/PEFT':>13}")
+    with gpu_path():
+        for name in [each for each in CONFIGS if each != "Llama-3.1-8B"]:
+            counts = [launched(name, make) for make in (ours, joined, peft)]
+            result[name] = dict(zip(("apart", "joined", "peft"), counts, strict=True))
+            print(
+                f"{name:16}" + "".join(f"{each:10}" for each in counts) + f"{counts[1] / counts[2]:13.3f}", flush=True
+            )
+    return result
+
+
+SECTIONS = {"kept": section_kept, "launches": section_launches}
 
 
 def main() -> None:

@@ -36,7 +36,7 @@ PARTS = {
     "norms and activations": ("_RMSNorm", "_RMSNormBackward", "_GatedProduct", "_GatedProductBackward"),
     "loss": ("_LinearCrossEntropy",),
     "dequantizing and quantized layers": ("MatMul4Bit", "MatMul4BitBackward"),
-    "LoRA": ("_AddUpdate", "_AddUpdateBackward"),
+    "LoRA": ("_SharedInput", "_SharedInputBackward", "_AddUpdate", "_AddUpdateBackward"),
 }
 
 
@@ -48,6 +48,7 @@ class Step:
         import torch
 
         from lora_cli.adapters.attach import attach
+        from lora_cli.adapters.beside import join, watch_inputs
         from lora_cli.adapters.targets import block_lists, find_targets
         from lora_cli.adapters.trained import parameters_by_group, trained_parameters
         from lora_cli.base.compiled import compile_blocks
@@ -75,6 +76,9 @@ class Step:
         self.parameters = trained_parameters(self.model)
         self.optimizer = torch.optim.AdamW(self.parameters, lr=1e-4, fused=True)
         self.model.train()
+        with watch_inputs(self.layers.values()) as beside, torch.no_grad():
+            self.model(input_ids=torch.arange(9)[None], use_cache=False)
+        join(beside, self.layers.values())
 
     @property
     def tokens(self) -> int:

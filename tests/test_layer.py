@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import copy
+import gc
 import math
+import weakref
 from typing import Any
 
 import bitsandbytes as bnb
@@ -20,6 +22,7 @@ from transformers.pytorch_utils import Conv1D
 
 from lora_cli.adapters import dropout as dropout_module
 from lora_cli.adapters.attach import attach
+from lora_cli.adapters.beside import join, watch_inputs
 from lora_cli.adapters.dropout import dropped, feature_keys, keep_mask, token_keys
 from lora_cli.adapters.layer import LoRALinear
 from lora_cli.adapters.targets import Target
@@ -336,6 +339,137 @@ def test_casting_once_gives_the_same_and_does_not_outlive_its_block():
     assert [each.dtype for each in inside[2:]] == [torch.float32] * 2
     randomize_adapter(layer, scale=2.0)
     assert not torch.equal(layer(x), expected[0])
+
+
+# Layers that share an input
+
+
+def beside(kind: str, **settings: Any) -> list[LoRALinear]:
+    """q, k and v as the trial joins them: ranks differ, so that a wrong share of the joined products shows."""
+    layers = []
+    for at in range(3):
+        layer = LoRALinear(make_base(kind, seed=at), RANK + at, ALPHA, **settings).train()
+        randomize_adapter(layer, seed=at, scale=0.5)
+        layers.append(layer)
+    model = nn.ModuleList(layers)
+    with watch_inputs(layers) as groups, torch.no_grad(), dropped_by_name(layers, 6):
+        x = make_input()
+        for layer in model:
+            layer(x)
+    assert groups == [layers]
+    join(groups, layers)
+    return layers
+
+
+def dropped_by_name(layers: list[LoRALinear], tokens: int) -> Any:
+    keys = torch.from_numpy(token_keys(0, 0, np.arange(tokens)))
+    return dropout_keys({str(at): layer for at, layer in enumerate(layers)}, keys)
+
+
+def all_of(layers: list[LoRALinear], x: Tensor, order: str = "012") -> list[Tensor]:
+    """Outputs, and gradients of x and of each A and B, for random gradients of the outputs."""
+    given, x = x, x * 1
+    outputs = {each: layers[int(each)](x) for each in order}
+    total = sum(
+        (outputs[each] * torch.randn(OUT, generator=torch.Generator().manual_seed(int(each)))).sum() for each in outputs
+    )
+    parameters = [part for each in layers for part in (each.lora_A, each.lora_B)]
+    gradients = torch.autograd.grad(total, (given, *parameters), allow_unused=True)  # type: ignore[arg-type]
+    return [*(outputs[each] for each in sorted(outputs)), *(each for each in gradients if each is not None)]
+
+
+@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("dropout", [0.0, 0.4])
+@pytest.mark.parametrize("order", ["012", "201", "01", "12", "0"])
+def test_joined_layers_are_the_same_layers(kind, dropout, order):
+    """In whatever order they are called, and where not all of them are."""
+    layers = beside(kind, dropout=dropout)
+    x = make_input()
+    with dropped_by_name(layers, 6):
+        joined = all_of(layers, x, order)
+        for layer in layers:
+            layer.beside = [layer]
+        apart = all_of(layers, x, order)
+    joined = [each for each in joined if each.any()]  # A of a layer that is not called gets zeros
+    assert len(joined) == len(apart) == 1 + 3 * len(order)
+    for one, other in zip(joined, apart, strict=True):
+        assert_close(one, other, rtol=1e-5, atol=2e-6 * other.abs().max().item())
+
+
+def products(call: Any) -> int:
+    with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU]) as profile:
+        call()
+    return sum(event.name in ("aten::mm", "aten::addmm", "aten::addmm_") for event in profile.events())
+
+
+def test_joined_layers_make_one_product_of_three():
+    """Of A x, of its gradient of A and of x; beside these each layer has its base's two, B's two, and B's gradient."""
+    layers = beside("linear without bias")
+    x = make_input()
+    assert products(lambda: all_of(layers, x)) == 3 * 5 + 3
+    for layer in layers:
+        layer.beside = [layer]
+    assert products(lambda: all_of(layers, x)) == 3 * 5 + 3 * 3
+
+
+@pytest.mark.parametrize("changed", ["input", "weight", "nothing"])
+def test_an_input_or_weight_that_was_changed_since_is_computed_anew(changed):
+    q, k, v = beside("linear")
+    x = make_input() * 1
+    q(x)
+    with torch.no_grad():
+        if changed == "input":
+            x.mul_(2)
+        elif changed == "weight":
+            k.lora_A.mul_(2)
+    assert_close(k(x), k.base_layer(x) + x @ k.delta_weight().T, rtol=1e-5, atol=1e-5)
+    other = make_input(seed=5) * 1
+    assert_close(v(other), v.base_layer(other) + other @ v.delta_weight().T, rtol=1e-5, atol=1e-5)
+
+
+def test_evaluation_joins_nothing_and_so_computes_what_it_computes_elsewhere():
+    layers, x = beside("linear"), make_input() * 1
+    with torch.no_grad():
+        joined = [layer(x) for layer in layers]
+        for layer in layers:
+            layer.beside = [layer]
+        assert all(torch.equal(one, layer(x)) for one, layer in zip(joined, layers, strict=True))
+
+
+@pytest.mark.parametrize("called", [1, 3])
+@pytest.mark.parametrize("needs_gradient", [False, True])
+def test_what_is_noted_on_an_input_holds_nothing_once_it_is_gone(needs_gradient, called):
+    layers = beside("linear")
+    before = make_input().requires_grad_(needs_gradient)
+    x = before * 1
+    gone, kept = weakref.ref(x), [layer(x) for layer in layers[:called]]
+    gc.disable()
+    try:
+        del x
+        assert gone() is None
+        if needs_gradient:
+            node = weakref.ref(kept[0].grad_fn)
+            del kept
+            assert node() is None
+    finally:
+        gc.enable()
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_the_update_is_added_in_place_of_what_the_base_gave_where_autograd_lets_it(kind, monkeypatch):
+    """Not where the base gives a view, whose gradients would be copied; and the result may be changed in place."""
+    layer = make_layer(kind).train()
+    given: list[Tensor] = []
+    layer.base_layer.register_forward_hook(lambda _module, _inputs, output: given.append(output))
+    x = make_input()
+    out = layer(x)
+    assert (out.data_ptr() == given[0].data_ptr()) == (not given[0]._is_view())
+    assert out.data_ptr() == given[0].data_ptr() or kind in ("linear", "conv1d", "nf4", "nf4 double")
+    assert not out._is_view()
+    expected = torch.autograd.grad(layer(x).square().sum(), x)[0] + 0
+    out += 1
+    (gradient,) = torch.autograd.grad((out - 1).square().sum(), x)
+    assert_close(gradient, expected, rtol=1e-4, atol=1e-4)
 
 
 # Dropout

@@ -80,3 +80,18 @@ def test_selective_plans_for_a_micro_batch_that_is_large_enough_where_its_size_i
     assert sum(opened(recipe_file, **settings).activations.recomputed) == recomputed
     free[0] = states - 1
     assert sum(opened(recipe_file, **settings).activations.recomputed) == 2
+
+
+@pytest.mark.parametrize("target_modules", ["attention", "all-linear"])
+def test_layers_that_share_an_input_are_joined(recipe_file, target_modules):
+    """q, k and v; gate and up. The loss is tried with a forward pass of its own, which must not hide it."""
+    session = opened(recipe_file, adapter={"target_modules": target_modules})
+    names = {id(layer): name.split(".")[-1] for name, layer in session.layers.items()}
+    groups = {name: [names[id(each)] for each in layer.beside] for name, layer in session.layers.items()}
+    for name, group in groups.items():
+        kind = name.split(".")[-1]
+        together = next(
+            (each for each in (["q_proj", "k_proj", "v_proj"], ["gate_proj", "up_proj"]) if kind in each), None
+        )
+        assert group == (together or [kind])
+    assert len(groups) == 2 * (7 if target_modules == "all-linear" else 4)

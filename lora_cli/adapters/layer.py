@@ -17,6 +17,8 @@ from lora_cli.base.linear import features, is_linear
 from lora_cli.base.remade import how_made
 from lora_cli.errors import LoraError
 
+_LOWS = "_lows"  # noted on an input: its version, itself for the base layers, A x for layers yet to be called
+
 
 class LoRALinear(Trained):
     """base_layer(x) + scaling · B A dropout(x), with scaling = alpha / rank.
@@ -41,6 +43,7 @@ class LoRALinear(Trained):
         device = next(base_layer.parameters()).device
         self.rank, self.alpha, self.dropout = rank, alpha, dropout
         self.scaling = alpha / rank
+        self.beside: list[LoRALinear] = [self]  # layers that share their input, in the order of their calls
         self.token_keys: Tensor | None = None  # of the micro-batch in work; see `dropout_keys`
         self.low_precision: tuple[Tensor, Tensor] | None = None
         self.lora_A = nn.Parameter(torch.zeros(rank, in_features, dtype=torch.float32, device=device))
@@ -63,30 +66,57 @@ class LoRALinear(Trained):
 
     def forward(self, x: Tensor) -> Tensor:
         """x: (..., in_features) → (..., out_features) in the base layer's output dtype."""
-        base = self.base_layer(x)
         if not self.active:
-            return base
-        low_A, low_B = self.low_precision or (None, None)
-        if low_A is None or low_A.dtype != x.dtype:
-            low_A, low_B = self.cast(x.dtype)
-        dropout = self.dropout if self.training else 0.0
-        tokens, inputs = self._dropout_keys(x) if dropout else (None, None)
+            return self.base_layer(x)
+        through, low = self._low(x)
+        _, low_B = self._cast(x.dtype)
+        p = self.dropout if self.training else 0.0
         out: Any = _AddUpdate.apply(
-            *(base, x, self.lora_A, self.lora_B, low_A, low_B, self.output_mask, self.scaling, dropout, tokens, inputs)
+            self.base_layer(through), low, self.lora_B, low_B, self.output_mask, self.scaling / (1 - p)
         )
-        return out.view(base.shape)  # here, as the model's code may change it in place
+        return out
+
+    def _low(self, x: Tensor) -> tuple[Tensor, Tensor]:
+        """x for the base layer, and A d(x): (tokens, rank).
+
+        In training the first of the layers `beside` each other computes it for all; until they come for it, it is noted
+        on x. Not for an x that begins a graph: it may outlive the step, and with it what nobody came for.
+        """
+        joined = not torch.compiler.is_compiling() and torch.is_grad_enabled() and x.grad_fn is not None
+        state = (x._version, *(each.lora_A._version for each in self.beside)) if joined else ()
+        noted, through, lows = vars(x).pop(_LOWS, (None, x, {})) if joined else (None, x, {})
+        if noted != state or self not in lows:
+            layers = self.beside if joined and self.beside[0] is self else [self]
+            low_A = self._cast(x.dtype)[0][: sum(each.rank for each in layers)]
+            drops = [each._drop(x) for each in layers]
+            made: Any = _SharedInput.apply(x, low_A, drops, *(each.lora_A for each in layers))
+            through, lows = made[0] if x.requires_grad else x, dict(zip(layers, made[1:], strict=True))
+        low = lows.pop(self)
+        if lows:
+            vars(x)[_LOWS] = (state, through, lows)
+        return through, low
+
+    def _cast(self, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
+        held = self.low_precision
+        return held if held is not None and held[0].dtype == dtype else self.cast(dtype)
 
     def cast(self, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
-        """A and B in a compute dtype, B with its mask; outside autograd, as `_AddUpdate` wants them."""
-        return self.lora_A.detach().to(dtype), self._masked_B().detach().to(dtype)
+        """In a compute dtype, outside autograd: A, with those of the layers beside below it, and B with its mask."""
+        layers = self.beside if self.beside[0] is self else [self]
+        each_A = [each.lora_A.detach() for each in layers]
+        low_A = torch.cat(each_A) if len(each_A) > 1 else each_A[0]
+        return low_A.to(dtype), self._masked_B().detach().to(dtype)
 
-    def _dropout_keys(self, x: Tensor) -> tuple[Tensor, Tensor]:
+    def _drop(self, x: Tensor) -> tuple[Tensor, Tensor, float] | None:
+        """What `dropped` wants beside the values; None where nothing drops."""
+        if not (self.training and self.dropout):
+            return None
         if self.token_keys is None or self.token_keys.numel() * x.shape[-1] != x.numel():
             raise LoraError(
                 "dropout is not possible in a layer that sees only some of the tokens, such as an expert",
                 fix="write adapter.dropout: 0, or leave such layers out with adapter.exclude_modules",
             )
-        return self.token_keys, self.feature_keys  # type: ignore[return-value]
+        return self.token_keys, self.feature_keys, self.dropout  # type: ignore[return-value]
 
     def parameters_by_group(self) -> dict[str, list[nn.Parameter]]:
         return {"A": [self.lora_A], "B": [self.lora_B]}
@@ -193,61 +223,95 @@ def _rescaled(B: Tensor, alpha: float, new: float) -> Tensor:
     return B if alpha == new else (B.double() * (alpha / new)).to(B.dtype)
 
 
-class _AddUpdate(torch.autograd.Function):
-    """base + scaling · B A dropout(x), and the gradients of base, x, A and B.
+class _SharedInput(torch.autograd.Function):
+    """x for the base layers, and A d(x) for each of the layers that share it.
 
-    Kept for the backward pass: x, which layers beside each other share, or what makes it again (`how_made`); and low =
-    A d(x), which is rank / in_features of its size. The dropped input is made again. The base layer has its own
+    Kept for the backward pass: x, or what makes it again (`how_made`); what drops of it is made again too. The
+    gradients of x that the base layers give arrive as one sum, and those of the updates are added into it. Where
+    nothing drops the A of all layers are one matrix: one product each for A x and its gradients of A and of x.
+
+    x: (..., in). low_A: the A of all layers below each other, in the dtype of x. drops: for each layer, what `dropped`
+    wants beside the values, or None. masters: A in fp32, each (rank, in). With d what drops, without the factor
+    1 / (1 - p), and G the gradient of A d(x): dA = Gᵀ d(x) and dx = d(G A).
+    """
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, low_A: Tensor, drops: list[Any], *masters: Tensor) -> tuple[Tensor, ...]:  # type: ignore[override]
+        ctx.set_materialize_grads(False)
+        ctx.make, sources = how_made(x)
+        ctx.save_for_backward(low_A, *sources)
+        ctx.drops, ctx.ranks, ctx.master, ctx.shape = drops, [len(A) for A in masters], masters[0].dtype, x.shape
+        values = _by_token(x)
+        if any(drops):
+            each_A = low_A.split(ctx.ranks)
+            lows = [_dropped(values, drop) @ A.T for drop, A in zip(drops, each_A, strict=True)]
+        else:
+            lows = (values @ low_A.T).split(ctx.ranks, 1)
+        return x.detach(), *(low.detach() for low in lows)  # a view of x would hold it, and x holds these
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, grad_x: Any, *grads: Tensor | None) -> tuple[Any, ...]:  # type: ignore[override]
+        low_A, *sources = ctx.saved_tensors
+        wants_x, _, _, *wants_A = ctx.needs_input_grad
+        tokens = next((len(grad) for grad in grads if grad is not None), 0)
+        if not tokens:
+            return grad_x, *(None,) * (2 + len(wants_A))
+        given = [low_A.new_zeros(tokens, rank) if G is None else G for G, rank in zip(grads, ctx.ranks, strict=True)]
+        drops, each_A = ctx.drops, low_A.split(ctx.ranks)
+        if not any(drops):  # all layers as one
+            drops, each_A, given = [None], [low_A], given if len(given) == 1 else [torch.cat(given, 1)]
+        grad_A: tuple[Tensor | None, ...] = (None,) * len(wants_A)
+        if any(wants_A):
+            values = _by_token(ctx.make(*sources))
+            of_A = [(G.T @ _dropped(values, drop)).to(ctx.master) for G, drop in zip(given, drops, strict=True)]
+            each = of_A[0].split(ctx.ranks) if len(of_A) == 1 else of_A
+            grad_A = tuple(grad if wants else None for grad, wants in zip(each, wants_A, strict=True))
+        if wants_x:
+            grad_x = low_A.new_zeros(ctx.shape) if grad_x is None else grad_x.contiguous()
+            total = grad_x.view(-1, grad_x.shape[-1])  # made by the base layers for this place alone
+            for G, drop, A in zip(given, drops, each_A, strict=True):
+                _ = total.addmm_(G, A) if drop is None else total.add_(_dropped(G @ A, drop))
+        return grad_x, None, None, *grad_A
+
+
+class _AddUpdate(torch.autograd.Function):
+    """base + scaling · B low, in place of base where nobody else has it, and the gradients of base, low and B.
+
+    Kept for the backward pass: low = A d(x), which is rank / in_features of the size of x. The base layer has its own
     backward, so its kind does not matter here, and none of its weight is kept in another form.
 
-    base: (..., out). x: (..., in). The result is (tokens, out). A, B: fp32 masters, (rank, in) and (out, rank). low_A,
-    low_B: the same in the dtype of x, B with its mask. mask: of B. tokens, inputs: keys of dropout. With U the gradient
-    of the result, d what drops without the factor 1 / (1 - p), which is part of the scaling s here, and G = s · U B:
-    dA = Gᵀ d(x), dB = s · Uᵀ low, dx = d(G A) beside what the base layer gives.
+    base: (..., out). low: (tokens, rank). B: fp32 master, (out, rank). low_B: the same in the dtype of low, with its
+    mask. mask: of B. scaling: with the factor 1 / (1 - p) of dropout. With U the gradient of the result: dlow = s · U B
+    and dB = s · Uᵀ low.
     """
 
     @staticmethod
     def forward(  # type: ignore[override]
-        ctx: Any,
-        base: Tensor,
-        x: Tensor,
-        A: Tensor,
-        B: Tensor,
-        low_A: Tensor,
-        low_B: Tensor,
-        mask: Tensor | None,
-        scaling: float,
-        dropout: float,
-        tokens: Tensor | None,
-        inputs: Tensor | None,
+        ctx: Any, base: Tensor, low: Tensor, B: Tensor, low_B: Tensor, mask: Tensor | None, scaling: float
     ) -> Tensor:
-        scaling /= 1 - dropout
-        ctx.scaling, ctx.dropout, ctx.tokens, ctx.inputs, ctx.mask = scaling, dropout, tokens, inputs, mask
-        ctx.make, sources = how_made(x)
-        ctx.master, ctx.shape, ctx.base = A.dtype, x.shape, base.shape
-        low = _dropped(ctx, _by_token(x)) @ low_A.T  # (tokens, rank)
-        ctx.save_for_backward(low, low_A, low_B, *sources)
-        if base.dtype == x.dtype:
-            return torch.addmm(_by_token(base), low, low_B.T, alpha=scaling)
-        return _by_token(base) + (scaling * (low @ low_B.T)).to(base.dtype)
+        ctx.scaling, ctx.mask, ctx.master = scaling, mask, B.dtype
+        ctx.save_for_backward(low, low_B)
+        if base.dtype != low.dtype:
+            return _shaped(_by_token(base) + (scaling * (low @ low_B.T)).to(base.dtype), base)
+        if torch.compiler.is_compiling() or base._is_view() or not base.is_contiguous():
+            return _shaped(torch.addmm(_by_token(base), low, low_B.T, alpha=scaling), base)
+        ctx.mark_dirty(base)
+        _by_token(base).addmm_(low, low_B.T, alpha=scaling)
+        return base
 
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, grad_output: Tensor) -> tuple[Tensor | None, ...]:  # type: ignore[override]
-        low, low_A, low_B, *sources = ctx.saved_tensors
-        wants_base, wants_x, wants_A, wants_B = ctx.needs_input_grad[:4]
-        grad = grad_output.to(low.dtype)
-        grad_low = (grad @ low_B).mul_(ctx.scaling)  # (tokens, rank)
-        grad_x = grad_A = grad_B = None
-        if wants_A:
-            x = _by_token(ctx.make(*sources))
-            grad_A = (grad_low.T @ _dropped(ctx, x)).to(ctx.master)
+        low, low_B = ctx.saved_tensors
+        wants_base, wants_low, wants_B = ctx.needs_input_grad[:3]
+        grad = _by_token(grad_output).to(low.dtype)
+        grad_low = _scaled(grad, low_B, ctx.scaling) if wants_low else None  # (tokens, rank)
+        grad_B = None
         if wants_B:
-            grad_B = (grad.T @ low).to(ctx.master).mul_(ctx.scaling)
+            grad_B = _scaled(grad.T, low, ctx.scaling).to(ctx.master)
             grad_B = grad_B if ctx.mask is None else grad_B.mul_(ctx.mask)
-        if wants_x:
-            grad_x = _dropped(ctx, grad_low @ low_A).view(ctx.shape)
-        return grad_output.view(ctx.base) if wants_base else None, grad_x, grad_A, grad_B, *(None,) * 7
+        return grad_output if wants_base else None, grad_low, grad_B, None, None, None
 
 
 def _by_token(values: Tensor) -> Tensor:
@@ -255,6 +319,17 @@ def _by_token(values: Tensor) -> Tensor:
     return values.reshape(-1, values.shape[-1])
 
 
-def _dropped(ctx: Any, values: Tensor) -> Tensor:
+def _scaled(left: Tensor, right: Tensor, factor: float) -> Tensor:
+    """factor · left @ right, in one kernel."""
+    product = left.new_empty(left.shape[0], right.shape[1])
+    return product.addmm_(left, right, beta=0, alpha=factor)
+
+
+def _shaped(values: Tensor, like: Tensor) -> Tensor:
+    """In another's shape, and no view to autograd: the model's code may change it in place."""
+    return torch.ops.aten._unsafe_view(values, like.shape)
+
+
+def _dropped(values: Tensor, drop: tuple[Tensor, Tensor, float] | None) -> Tensor:
     """values where they are kept: the same elements are dropped of the input and of its gradient."""
-    return dropped(values, ctx.tokens, ctx.inputs, ctx.dropout) if ctx.dropout else values
+    return values if drop is None else dropped(values, *drop)

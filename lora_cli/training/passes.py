@@ -14,6 +14,7 @@ import torch
 from accelerate import PartialState
 
 from lora_cli.adapters.attach import attach, leave_out
+from lora_cli.adapters.beside import join, watch_inputs
 from lora_cli.adapters.reach import left_out_lines, unreached
 from lora_cli.adapters.targets import not_adapted, targets_of
 from lora_cli.adapters.trained import Trained, cast_once, dropout_keys, trained_parameters
@@ -73,16 +74,18 @@ def attach_from_recipe(model: Any, recipe: Recipe) -> dict[str, Trained]:
 
 
 def _adapters(session: Session) -> Lines:
-    """Attach adapters, and take those out again that no gradient of text reaches."""
+    """Attach adapters, take those out again that no gradient of text reaches, and join those that share an input."""
     model, recipe = session.model, session.recipe
     session.layers = attach_from_recipe(model, recipe)
     dtype = str(model.dtype).removeprefix("torch.")
     yield "", f"compute in {dtype} ({session.why_dtype}), {human_bytes(held_bytes(model))} of weights"
     yield from (("", line) for line in _other_layers(model, recipe, session.source))
-    names = unreached(model, session.layers, lambda: _backward(session))
+    with watch_inputs(session.layers.values()) as beside:
+        names = unreached(model, session.layers, lambda: _backward(session))
     left_out = left_out_lines(recipe.adapter.target_modules, names, some=len(names) < len(session.layers))
     if names:
         session.layers = leave_out(model, names)
+    join(beside, session.layers.values())
     sizes = [parameter.numel() for parameter in trained_parameters(model)]
     yield "adapter", f"{len(session.layers)} layers, {sum(sizes):,} trained parameters"
     yield from (("", line) for line in left_out)
