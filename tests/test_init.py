@@ -399,7 +399,9 @@ def test_several_sources_in_one_recipe(tmp_path: Path, tiny_llama: Path):
     data = [str(tmp_path / "faq.csv"), str(chats(tmp_path)), str(tmp_path / "notes.txt")]
     made = write_first_recipe(str(tiny_llama), data, tmp_path / "r.yaml", gpu="8GB").recipe
     assert [each.path for each in made.data.train] == data
-    assert (made.data.format, made.data.columns) == ("auto", {"instruction": "Question", "output": "Answer"})
+    assert (made.data.format, made.data.columns) == ("auto", {})
+    own = {"format": "instruction", "columns": {"instruction": "Question", "output": "Answer"}}
+    assert [each.own for each in made.data.train] == [own, {}, {}]
     recipe = load_recipe(tmp_path / "r.yaml", ["train.max_steps=2"])
     prepared = prepare(recipe, load_tokenizer(find_base(str(tiny_llama))))
     assert [form.split(" ")[0] for form in prepared.summary.formats.values()] == ["instruction", "chat", "text"]
@@ -407,13 +409,16 @@ def test_several_sources_in_one_recipe(tmp_path: Path, tiny_llama: Path):
     assert train(recipe, quiet_console())["learned"]
 
 
-def test_several_sources_of_one_kind_say_it_once_and_those_that_differ_are_refused(tmp_path: Path, tiny_llama: Path):
+def test_several_sources_of_one_kind_say_it_once_and_those_that_differ_each_for_itself(
+    tmp_path: Path, tiny_llama: Path
+):
     for name, header in (("a", "Question,Answer"), ("b", "Question,Answer"), ("c", "Q,A"), ("d", "question,Answer")):
         (tmp_path / f"{name}.csv").write_text(f"{header}\nWhat is {name}?,It is {name}.\n")
     made = write_first_recipe(str(tiny_llama), [str(tmp_path / f"{n}.csv") for n in "ab"], tmp_path / "r.yaml")
     assert (made.recipe.data.format, len(made.recipe.data.train)) == ("instruction", 2)
-    with pytest.raises(LoraError, match=r"a\.csv is read as completion \(Question and Answer\)"):
-        write_first_recipe(str(tiny_llama), [str(tmp_path / f"{n}.csv") for n in "ac"], tmp_path / "s.yaml")
+    other = write_first_recipe(str(tiny_llama), [str(tmp_path / f"{n}.csv") for n in "ac"], tmp_path / "s.yaml")
+    assert [each.own["columns"]["instruction"] for each in other.recipe.data.train] == ["Question", "Q"]
+    assert other.recipe.data.columns == {}
 
 
 def test_of_several_large_sources_a_sample_of_each_is_tokenized(

@@ -22,6 +22,9 @@ def init(
     columns: Annotated[
         str | None, typer.Option(help="What columns mean, such as question=Frage,answer=Antwort.", show_default=False)
     ] = None,
+    system: Annotated[
+        str | None, typer.Option(help="System prompt, put before every conversation that has none.", show_default=False)
+    ] = None,
     gpu: Annotated[
         str | None, typer.Option(help="Memory of the GPU to train on, such as 12GB. Default: what is in this machine.")
     ] = None,
@@ -40,7 +43,7 @@ def init(
     """
     alone = [name for name, given in (("--schema", schema), ("--list", cards), ("--card", card is not None)) if given]
     if alone:
-        more = any(each is not None for each in (model, gpu, columns)) or len(alone) > 1
+        more = any(each is not None for each in (model, gpu, columns, system)) or len(alone) > 1
         refuse_if(
             more,
             f"{alone[0]} is used without a model, data or other such options",
@@ -56,7 +59,7 @@ def init(
     planning = heavy("lora_cli.planning.first_recipe", output)
     with status("looking at model and data"):
         written = planning.write_first_recipe(
-            model, data, output, gpu=gpu, columns=meanings, trust_remote_code=trust_remote_code
+            model, data, output, gpu=gpu, columns=meanings, system=system, trust_remote_code=trust_remote_code
         )
     if as_json:
         print_json(written.as_dict())

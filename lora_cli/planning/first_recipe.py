@@ -32,7 +32,7 @@ from lora_cli.planning.memory import GIB, Memory, parse_size, shape_of
 from lora_cli.planning.reading import Unread, choose_template, read_together
 from lora_cli.planning.recipe_text import Chosen, Names, Tried, recipe_text
 from lora_cli.planning.skeleton import BaseModel, look_at_model
-from lora_cli.planning.survey import DataSurvey, look_at_rows, prepare_rows, survey_data
+from lora_cli.planning.survey import DataSurvey, look_apart, prepare_rows, survey_data
 from lora_cli.quantization import DEFAULT
 from lora_cli.recipe import Recipe, load_recipe
 
@@ -60,39 +60,47 @@ def write_first_recipe(
     *,
     gpu: str | None = None,
     columns: Columns | None = None,
+    system: str | None = None,
     trust_remote_code: bool = False,
 ) -> FirstRecipe:
     """Looks at model and data, chooses, tries the recipe on the data, and writes it.
 
     gpu: memory of the GPU to train on, such as 12GB; None: what is here. columns: what they mean, as in data.columns;
-    questions and answers go through the model's chat template, if it has one. Raises LoraError if the file exists, for
-    whatever is wrong with model or data, and if nothing fits into the memory; then nothing is written.
+    questions and answers go through the model's chat template, if it has one. system: data.system. Raises LoraError if
+    the file exists, for whatever is wrong with model or data, and if nothing fits into the memory; then nothing is
+    written.
     """
     if path.exists() or path.is_symlink():
         raise LoraError("this file exists", where=path, fix="name another with --output, or remove it first")
     if not path.parent.is_dir():
         raise LoraError("no such folder", where=path.parent, fix="make it first, or name another --output")
     device = _device_here() if gpu is None else Device(f"a GPU of {parse_size(gpu) / GIB:g} GiB", parse_size(gpu))
-    looked = [look_at_rows(each) for each in data]
-    rows = [(source.name, first) for source, first in looked]
+    looked = [part for each in data for part in look_apart(each)]
+    rows = [(source.name, first) for _, source, first in looked]
     try:
         read_together(rows, columns or {}, template=False)  # what cannot be read is said before a model is downloaded
         base = look_at_model(model, trust_remote_code=trust_remote_code)
         reading = read_together(rows, columns or {}, template=bool(base.tokenizer.chat_template))
     except Unread as error:
-        again = [*("lora", "init", model, *data), *(("--gpu", gpu) if gpu else ()), "--output", path]
+        more = (*(("--gpu", gpu) if gpu else ()), *(("--system", system) if system else ()))
+        again = [*("lora", "init", model, *data), *more, "--output", path]
         raise _with_command(error, again) from None
+    if system and not {"chat", "instruction"} & {*reading.names}:
+        what = f"--system is for conversations, questions and answers, but these rows are read as {reading.name}"
+        raise LoraError(what, fix="leave it out, or say what is asked and answered: --columns question=…,answer=…")
     template = choose_template(reading, base.tokenizer)
-    survey = survey_data([each for each, _ in looked], reading, base.tokenizer, template[0] if template else None)
-    chosen = _choose(base, survey, device, template, found_costs(path.parent / "runs", base.source))
-    names = _names(path, model, data)
+    named, sources = template and template[0], [source for _, source, _ in looked]
+    survey = survey_data(sources, reading, base.tokenizer, template=named, system=system)
+    chosen = _choose(base, survey, device, template, system, found_costs(path.parent / "runs", base.source))
+    names = _names(path, model, data[0], [part for part, _, _ in looked])
     recipe = load_recipe(path, text=recipe_text(chosen, names, None))
     prepared = _prepared(recipe, chosen)
     text = recipe_text(chosen, names, _tried(recipe, prepared, survey))
     final = load_recipe(path, text=text)
     assert final.data == recipe.data, "what was tried is not what is written"
     write_bytes(path, text.encode())
-    return FirstRecipe(path, final, chosen.fit.memory, device, finding_lines(prepared.findings))
+    left = [f"{name} is not read: {why}" for source in sources for name, why in source.left.items()]
+    return FirstRecipe(path, final, chosen.fit.memory, device, [*finding_lines(prepared.findings), *left[:20]])
 
 
 def _with_command(error: Unread, again: Sequence[str | Path]) -> LoraError:
@@ -125,7 +133,12 @@ def _device_here() -> Device:
 
 
 def _choose(
-    base: BaseModel, survey: DataSurvey, device: Device, template: tuple[str, str] | None, costs: Costs | None
+    base: BaseModel,
+    survey: DataSurvey,
+    device: Device,
+    template: tuple[str, str] | None,
+    system: str | None,
+    costs: Costs | None,
 ) -> Chosen:
     adapter = choices.choose_adapter(base, survey.target_tokens)
     ranks = dict.fromkeys(adapter.layers, adapter.rank)
@@ -134,7 +147,7 @@ def _choose(
     epochs = choices.choose_epochs(survey.tokens)
     validation = choices.choose_validation(survey.rows, survey.distinct)
     fit = choices.choose_sizes(base, survey, device, shape, epochs, costs)
-    return Chosen(base, survey, device, template, adapter, shape, epochs, validation, fit, costs)
+    return Chosen(base, survey, device, template, system, adapter, shape, epochs, validation, fit, costs)
 
 
 # ── trying it ───────────────────────────────────────────────────────────────────────────────────────────────────
@@ -145,7 +158,8 @@ def _prepared(recipe: Recipe, chosen: Chosen) -> PreparedData:
     data, train = recipe.data, recipe.train
     if chosen.survey.sample and isinstance(data.validation, float):  # a small share may be less than a row of a sample
         data = data.model_copy(update={"validation": choices.HELD_OUT})
-    sources = chosen.survey.sample or [open_source(each) for each in data.train]
+    opened = chosen.survey.sample or [open_source(each) for each in data.train]
+    sources = list(zip(data.train, opened, strict=True))
     row_tokens = train.tokens_per_micro_batch
     prepared = prepare_rows(sources, data, chosen.base.tokenizer, seed=train.seed, row_tokens=row_tokens)
     prepared.require_fit(chosen.base.config, chosen.base.source.name)
@@ -173,10 +187,13 @@ def _tried(recipe: Recipe, prepared: PreparedData, survey: DataSurvey) -> Tried:
 # ── names and paths ─────────────────────────────────────────────────────────────────────────────────────────────
 
 
-def _names(path: Path, model: str, data: Sequence[str]) -> Names:
-    """Model, data and run folder as the recipe writes them: from its own folder, unless they were given absolute."""
+def _names(path: Path, model: str, first: str, data: Sequence[str]) -> Names:
+    """Model, data and run folder as the recipe writes them: from its own folder, unless they were given absolute.
+
+    first: what the run is called after.
+    """
     folder = path.resolve().parent
-    called = re.sub(r"[^A-Za-z0-9._]+", "-", f"{Path(model).resolve().name}-{_stem(data[0])}").strip("-.")
+    called = re.sub(r"[^A-Za-z0-9._]+", "-", f"{Path(model).resolve().name}-{_stem(first)}").strip("-.")
     outputs = (f"runs/{called or 'first'}{f'-{number}' if number > 1 else ''}" for number in count(1))
     output = next(output for output in outputs if not (folder / output).exists())
     base_model = _path(model, folder) if Path(model).is_dir() else model

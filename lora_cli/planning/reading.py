@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass, field
+from typing import Any
 
 from transformers import PreTrainedTokenizerBase
 
@@ -21,7 +22,7 @@ _CHOSEN = "of preference data, which are not supported, the chosen answers are t
 class Reading:
     """How rows are to be read. wanted: data.format where it has to be said. shown: the columns, for a person.
 
-    unused: columns that nothing reads.
+    unused: columns that nothing reads. each: of several sources that are not read in one way, how each of them is.
     """
 
     name: str
@@ -30,6 +31,17 @@ class Reading:
     columns: dict[str, str | None] = field(default_factory=dict)
     why: str = ""
     unused: tuple[str, ...] = ()
+    each: tuple[Reading, ...] = ()
+
+    def sources(self, paths: Sequence[str], train_on: str | None) -> list[dict[str, Any]]:
+        """How a recipe names these sources. train_on: of conversations."""
+        found = []
+        for path, each in zip(paths, self.each or [self] * len(paths), strict=True):
+            own: dict[str, Any] = {"path": path} | ({"format": each.wanted} if each.wanted != "auto" else {})
+            own |= {"columns": each.columns} if each.columns else {}
+            own |= {"train_on": train_on} if train_on and each.name in ("chat", "instruction") else {}
+            found.append(own)
+        return found
 
     @property
     def names(self) -> list[str]:
@@ -60,9 +72,9 @@ def choose_reading(rows: Sequence[Row], named: Columns | None = None, *, templat
 
 
 def read_together(sources: Sequence[tuple[str, Sequence[Row]]], named: Columns, *, template: bool) -> Reading:
-    """How all sources are read, by one format and columns: each as `choose_reading` reads it.
+    """How all sources are read: each as `choose_reading` reads it.
 
-    sources: name and first rows of each. Raises Unread, or LoraError where one setting cannot serve all.
+    sources: name and first rows of each. Raises Unread where the columns of one do not say what they mean.
     """
     readings, used = [], set()
     for _, rows in sources:
@@ -79,20 +91,18 @@ def read_together(sources: Sequence[tuple[str, Sequence[Row]]], named: Columns, 
     first = readings[0]
     if all((each.wanted, each.name, each.columns) == (first.wanted, first.name, first.columns) for each in readings):
         return first
-    columns = {meaning: column for each in readings for meaning, column in each.columns.items()}
-    for (name, rows), each in zip(sources, readings, strict=True):
-        try:
-            found = detect_format(rows, "auto", applicable(columns, rows))
-            same = (found.name, found.shown) == (each.name, each.shown)
-        except LoraError:
-            same = False
-        if not same:
-            what = f"{name} is read as {each.name} ({each.shown}), which the columns of the other files change"
-            raise LoraError(what, fix="give what means the same the same column name in all files, then run this again")
     kinds, shown = (dict.fromkeys(getattr(each, key) for each in readings) for key in ("name", "shown"))
-    why = "; ".join(dict.fromkeys(each.why for each in readings if each.why))
     unused = tuple(dict.fromkeys(name for each in readings for name in each.unused))
-    return Reading(" and ".join(kinds), "; ".join(shown), "auto", columns, why, unused)
+    return Reading(" and ".join(kinds), "; ".join(shown), unused=unused, each=tuple(readings))
+
+
+def way_of(rows: Sequence[Row]) -> tuple[str, ...]:
+    """What tells files that are read in one way from others: format and columns, or where nothing fits all columns."""
+    try:
+        reading = _usual_reading(rows)
+        return reading.name, reading.shown
+    except LoraError:
+        return tuple(sorted({name for row in rows for name in row.values}))
 
 
 class Unread(LoraError):

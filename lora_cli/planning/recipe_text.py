@@ -14,6 +14,7 @@ from lora_cli.files import human_bytes
 from lora_cli.planning import choices
 from lora_cli.planning.choices import Adapter, Device, Fit
 from lora_cli.planning.memory import GIB, ModelShape, estimate_memory
+from lora_cli.planning.reading import Reading
 from lora_cli.planning.skeleton import BaseModel
 from lora_cli.planning.survey import DataSurvey
 from lora_cli.quantization import DEFAULT
@@ -39,12 +40,16 @@ class Names:
 
 @dataclass(frozen=True)
 class Chosen:
-    """What the recipe says and why, before it was tried. template: with the reason. costs: measured ones."""
+    """What the recipe says and why, before it was tried.
+
+    template: with the reason. system: as it was asked for. costs: measured ones.
+    """
 
     base: BaseModel
     survey: DataSurvey
     device: Device
     template: tuple[str, str] | None
+    system: str | None
     adapter: Adapter
     shape: ModelShape
     epochs: int
@@ -168,15 +173,21 @@ def _data(text: _Yaml, chosen: Chosen, names: Names, tried: Tried | None) -> Non
         text.say(f"Columns not used: {', '.join(reading.unused)}.")
     if survey.sample is not None:
         text.say(f"Lengths are those of {len(survey.lengths):,} rows; the others are seen by `lora check`.")
-    text.set("train", names.train)
-    if reading.wanted != "auto":
-        text.set("format", reading.wanted, reading.why)
-    if reading.columns:
-        text.set("columns", reading.columns, "what they mean here" if reading.wanted != "auto" else reading.why)
+    if reading.each:
+        text.lines.append(f"{text.indent}train:")
+        for path, each in zip(names.train, reading.each, strict=True):
+            text.indent = "    - "
+            text.set("path", path)
+            text.indent = "      "
+            _how(text, each, survey)
+        text.indent = "  "
+    else:
+        text.set("train", names.train)
+        _how(text, reading, survey)
     if chosen.template is not None:
         text.set("template", *chosen.template)
-    if survey.train_on is not None:
-        text.set("train_on", *survey.train_on)
+    if chosen.system is not None:
+        text.set("system", chosen.system, "put before every conversation that has none")
     if chosen.validation is not None:
         held = f"{_amount(tried.held_out, survey.exact)} " if tried else ""
         text.set("validation", chosen.validation, f"{held}examples held out, by which the best adapter is kept")
@@ -186,6 +197,15 @@ def _data(text: _Yaml, chosen: Chosen, names: Names, tried: Tried | None) -> Non
     _lengths(text, chosen, tried)
     if not chosen.base.packs:
         text.set("packing", False, "this architecture does not keep examples on one row apart")
+
+
+def _how(text: _Yaml, reading: Reading, survey: DataSurvey) -> None:
+    if reading.wanted != "auto":
+        text.set("format", reading.wanted, reading.why)
+    if reading.columns:
+        text.set("columns", reading.columns, "what they mean here" if reading.wanted != "auto" else reading.why)
+    if survey.train_on is not None and {"chat", "instruction"} & {*reading.names}:
+        text.set("train_on", *survey.train_on)
 
 
 def _lengths(text: _Yaml, chosen: Chosen, tried: Tried | None) -> None:

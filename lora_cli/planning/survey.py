@@ -6,23 +6,25 @@ import random
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from itertools import chain, islice
+from pathlib import Path
 
 import numpy as np
 from transformers import PreTrainedTokenizerBase
 
-from lora_cli.data.files.readers import Row
+from lora_cli.data.files.readers import Row, read_file
 from lora_cli.data.files.sources import FileSource, Source, open_source
 from lora_cli.data.order import pack
 from lora_cli.data.prepare import Preparation, build_for_now, require_trainable
 from lora_cli.data.row_encoder import ROWS_TO_DETECT
 from lora_cli.data.store import PreparedData
 from lora_cli.errors import LoraError
-from lora_cli.planning.reading import Reading
+from lora_cli.planning.reading import Reading, way_of
 from lora_cli.recipe import DataRecipe, SourceRecipe
 
 WHOLE_BYTES = 64 * 2**20  # of data files that are tokenized whole, in well under a minute; of larger ones a sample is
 SAMPLE_ROWS = 5_000
 READ_BYTES = 2**30  # about, of large data: to count the rows and to choose the sample from
+_MOST_APART = 100  # files of a folder that are looked at one by one
 _SHARE_ROWS = 20_000  # whose trained tokens are looked at one by one
 
 
@@ -101,19 +103,47 @@ def look_at_rows(path: str) -> tuple[FileSource, list[Row]]:
     return source, list(islice(source.rows(), ROWS_TO_DETECT))
 
 
+def look_apart(given: str) -> list[tuple[str, FileSource, list[Row]]]:
+    """What `look_at_rows` gives, with its path; of a folder whose files are not all read in one way, for each way."""
+    source, rows = look_at_rows(given)
+    ways: dict[tuple[str, ...], list[Path]] = {}
+    for path in source.paths if 1 < len(source.paths) <= _MOST_APART else ():
+        if head := list(islice(read_file(path), ROWS_TO_DETECT)):
+            ways.setdefault(way_of(head), []).append(path)
+    if len(ways) < 2:
+        return [(given, source, rows)]
+    parts: list[str] = []
+    for files in ways.values():
+        alike = Path(given) / f"*{files[0].suffix}"
+        whole = len(files) > 1 and [*alike.parent.glob(alike.name)] and {*alike.parent.glob(alike.name)} == {*files}
+        parts += [str(alike)] if whole else map(str, files)
+    return [(part, *look_at_rows(part)) for part in parts]
+
+
 def survey_data(
-    sources: Sequence[FileSource], reading: Reading, tokenizer: PreTrainedTokenizerBase, template: str | None
+    sources: Sequence[FileSource],
+    reading: Reading,
+    tokenizer: PreTrainedTokenizerBase,
+    *,
+    template: str | None,
+    system: str | None,
 ) -> DataSurvey:
     """Tokenizes all rows, or of large data a sample. Raises LoraError with what the gate finds in them."""
     name = ", ".join(source.name for source in sources)
     together = FileSource(name, tuple(path for source in sources for path in source.paths))
-    uncut = {"max_seq_len": 10**9, "packing": False, "train": together.name, "template": template}
-    settings = DataRecipe.model_validate(uncut | {"format": reading.wanted, "columns": reading.columns})
+    uncut = {"max_seq_len": 10**9, "packing": False, "train": together.name, "template": template, "system": system}
+    settings = DataRecipe.model_validate(uncut)
     drawn, rows, counted = _sample_of(together)
     sample = drawn and [part for source in sources if (part := drawn.of(source)).kept]
     train_on = None
+
+    def prepared(train_on: str | None) -> PreparedData:
+        named = reading.sources([source.name for source in sources], train_on)
+        owns = map(SourceRecipe.model_validate, named)
+        return prepare_rows(list(zip(owns, sample or sources, strict=True)), settings, tokenizer)
+
     try:
-        data = prepare_rows(sample or sources, settings, tokenizer)
+        data = prepared(None)
     except LoraError as refused:
         if not {"chat", "instruction"}.issuperset(reading.names):
             raise
@@ -122,8 +152,7 @@ def survey_data(
             "the chat template renders earlier answers in another way than they are generated",
         )
         try:
-            settings = settings.model_copy(update={"train_on": train_on[0]})
-            data = prepare_rows(sample or sources, settings, tokenizer)
+            data = prepared(train_on[0])
         except LoraError:
             raise refused from None
     stride = -(-len(data.train) // _SHARE_ROWS)
@@ -145,7 +174,7 @@ def survey_data(
 
 
 def prepare_rows(
-    sources: Sequence[Source],
+    sources: Sequence[tuple[SourceRecipe, Source]],
     settings: DataRecipe,
     tokenizer: PreTrainedTokenizerBase,
     *,
@@ -153,8 +182,7 @@ def prepare_rows(
     row_tokens: int | None = None,
 ) -> PreparedData:
     """The rows of these sources, prepared in a temporary folder. Raises LoraError for what would stop a run."""
-    as_named = [(SourceRecipe.model_validate({"path": source.name}), source) for source in sources]
-    data = build_for_now(Preparation(as_named, [], settings, tokenizer, seed, row_tokens))
+    data = build_for_now(Preparation(list(sources), [], settings, tokenizer, seed, row_tokens))
     require_trainable(data.summary, settings)
     return data
 
