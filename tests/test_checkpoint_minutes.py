@@ -118,9 +118,9 @@ def poison(patch: pytest.MonkeyPatch, row: int) -> None:
     """The loss of one row is nan."""
     real = micro_batches.MicroBatches.run
 
-    def run(self: Any, step: int, batches: Any, *rest: Any) -> float:
-        found = real(self, step, batches, *rest)
-        return float("nan") if any(each.row == row for batch in batches for each in batch) else found
+    def run(self: Any, step: int, batches: Any, *rest: Any, **named: Any) -> tuple[float, float]:
+        loss, norm = real(self, step, batches, *rest, **named)
+        return float("nan") if any(each.row == row for batch in batches for each in batch) else loss, norm
 
     patch.setattr(micro_batches.MicroBatches, "run", run)
 

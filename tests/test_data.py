@@ -242,7 +242,8 @@ def test_every_kind_of_file_gives_the_same_rows(tmp_path, kind):
         content, path = path.read_bytes(), path.with_name(f"{path.name}.{packing}")
         path.write_bytes(gzip.compress(content) if packing == "gz" else pyarrow.compress(content, "zstd", asbytes=True))
     assert [row.values for row in read_rows(path)] == rows
-    assert read_rows(path)[4].where == f"{path}: row 5"
+    line = " (line 10)" if kind in ("csv", "tsv") else ""  # each row before takes two, as the header takes one
+    assert read_rows(path)[4].where == f"{path}: row 5{line}"
 
 
 def test_text_file_is_one_document(tmp_path):

@@ -174,7 +174,7 @@ def test_a_checkpoint_holds_and_restores_every_kind(tmp_path):
     optimizer = make_optimizer(TrainRecipe(), model)
     model(X).square().sum().backward()
     optimizer.step()
-    values: dict[str, Any] = {"belongs_to": {}, "schedule": {}, "metrics": tmp_path / "none"}
+    values: dict[str, Any] = {"belongs_to": {}, "schedule": {}, "lines": []}
     save_checkpoint(tmp_path / "step_000001", model, optimizer, State(step=1), **values)
     verify(tmp_path / "step_000001")
     again = make_optimizer(TrainRecipe(), other)

@@ -20,7 +20,7 @@ from lora_cli.evaluation.quantization_cost import WORTH_SAYING, Costs
 from lora_cli.planning.memory import GIB, OVERHEAD, Memory, ModelShape, estimate_memory
 from lora_cli.planning.skeleton import BaseModel
 from lora_cli.planning.survey import DataSurvey
-from lora_cli.quantization import DEFAULT
+from lora_cli.quantization import DEFAULT, RULES
 
 USABLE = 0.85  # of the memory: the rest is for what the estimate does not know, and for a desktop
 COMFORTABLE = 0.6  # of the memory: the most that training on unquantized weights may need
@@ -148,7 +148,8 @@ def choose_sizes(
     """Quantization, row length, micro-batch and what else decides over memory: the best that fits, then the fastest.
 
     The base as little quantized as fits; with each kind rows and micro-batches only shrink: a smaller device never gets
-    more than a larger one. costs: what quantization was measured to cost; without it int8 is not considered.
+    more than a larger one. costs: what quantization was measured to cost; without it nothing between the smallest way
+    and none is considered.
     Raises LoraError if nothing fits.
     """
     densest = cache(partial(survey.densest_row, packed=base.packs))
@@ -190,7 +191,11 @@ def _ways(
     most = _power_of_two(min(FULL_MICRO_BATCH, step_tokens) / row.tokens)
     least = min(most, _power_of_two(SMALL_MICRO_BATCH / row.tokens))
     smallest = base.stored or DEFAULT
-    larger = [] if base.stored else ["none", *(["int8"] if int8_is_worth_it(costs) else [])]
+    larger = (
+        []
+        if base.stored
+        else ["none", *(kind for kind in RULES if kind not in ("none", DEFAULT) and _is_worth_it(kind, costs))]
+    )
     for quantization in (*larger, smallest):
         micro_batch = most
         while micro_batch >= least:
@@ -203,12 +208,12 @@ def _ways(
         yield smallest, shorter, 1, True
 
 
-def int8_is_worth_it(costs: Costs | None) -> bool:
-    """Whether the smallest way certainly costs this base much, and int8 less than half of that."""
-    smallest, int8 = (costs.of(kind) for kind in (DEFAULT, "int8")) if costs else (None, None)
-    if smallest is None or int8 is None or (smallest.low or 0) <= 0:
+def _is_worth_it(kind: str, costs: Costs | None) -> bool:
+    """Whether the smallest way certainly costs this base much, and this one less than half of that."""
+    smallest, this = (costs.of(each) for each in (DEFAULT, kind)) if costs else (None, None)
+    if smallest is None or this is None or (smallest.low or 0) <= 0:
         return False
-    return smallest.cost > WORTH_SAYING and int8.cost < smallest.cost / 2
+    return smallest.cost > WORTH_SAYING and this.cost < smallest.cost / 2
 
 
 def _row_length(base: BaseModel, survey: DataSurvey) -> Row:
