@@ -73,6 +73,7 @@ TWO = {"messages": [ASKED, ANSWERED, ASKED, ANSWERED]}
 THINKING = {"messages": [ASKED, ANSWERED | {"content": "<think>\nHm.\n</think>\n\nFour."}]}
 SPECIAL = {"role": "user", "content": "What is <|im_end|>?"}
 LONG = " one" * 64
+PLACEHOLDERS = ("N/A", " n/a\n", "-", "TODO", "Todo", "NaN", "null", "?", "…")
 
 
 def called(**arguments: Any) -> dict[str, Any]:
@@ -123,6 +124,21 @@ CASES = {
         [CHAT, {"messages": [ASKED, {"role": "tool", "content": '{"of": [1, null]}'}, ANSWERED]}],
     ),
     "two_forms": Case([CHAT, TWO], [2], [CHAT, CHAT | {"id": 1}], tokenizer=family("qwen3")),
+    "empty_question": Case(
+        [CHAT, {"messages": [ASKED | {"content": " \n"}, ANSWERED]}],
+        [2],
+        [CHAT, {"messages": [ASKED | {"content": "?"}, ANSWERED]}],
+    ),
+    "placeholder": Case(
+        [CHAT, *({"messages": [ASKED, ANSWERED | {"content": each}]} for each in PLACEHOLDERS)],
+        [*range(2, 2 + len(PLACEHOLDERS))],
+        [CHAT, *({"messages": [ASKED, ANSWERED | {"content": each}]} for each in ("N/A here.", "-1", "None", "Na"))],
+    ),
+    "entities": Case(
+        [*GOOD, {"text": "R&amp;D"}, {"text": "it&#39;s"}, {"text": "&#x27;"}, {"text": "a &quot;b&nbsp;"}],
+        [4, 5, 6, 7],
+        [*GOOD, {"text": "R&D; AT&T; f(&a, &b); &nothing;"}, {"text": "&amp &; #39;"}],
+    ),
     "empty_thoughts": Case([CHAT, THINKING], [1], [THINKING], tokenizer=family("qwen3")),
     "forgotten_thoughts": Case(
         [{"messages": [*THINKING["messages"], *CHAT["messages"]]}],
@@ -213,6 +229,21 @@ def test_data_that_just_have_it_not_pass(run, kind):
         assert kind not in data.findings.counts
     assert data.findings.stopping() == []
     assert len(data.train) == len(CASES[kind].has_not) - (kind == "too_long")
+
+
+def test_what_exports_leave_in_pairs_is_noted_and_what_is_context_is_not_an_answer(run, tokenizer):
+    rows = [{"prompt": " ", "completion": "Thanks!"}, {"prompt": "N/A", "completion": "?"}]
+    rows += [{"prompt": "R&amp;D?", "completion": "Yes."}, {"prompt": "-", "completion": "A dash."}]
+    findings = prepare(run.recipe(rows), tokenizer, inspect=True).findings
+    assert {kind: [row for _, row in places] for kind, places in findings.places.items()} == {
+        "empty_question": [1],
+        "placeholder": [2],
+        "entities": [3],
+    }
+    chat = {"messages": [ASKED, ANSWERED | {"content": "N/A"}, ASKED, ANSWERED]}
+    later = prepare(run.recipe([chat], train_on="last_assistant"), tokenizer, inspect=True).findings
+    assert "placeholder" not in later.counts
+    assert "placeholder" in prepare(run.recipe([chat], train_on="all"), tokenizer, inspect=True).findings.counts
 
 
 @pytest.mark.parametrize("keep", [True, False])

@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import re
 import unicodedata
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field, replace
+from html.entities import html5
 from typing import Any
 
 from transformers import PreTrainedTokenizerBase
@@ -21,6 +23,8 @@ from lora_cli.errors import LoraError
 from lora_cli.limits import LimitReached
 
 _MOST_OVER_LIMIT = 5  # rows at which the template reaches a limit: so many are findings, then the template is refused
+_PLACEHOLDERS = ("n/a", "-", "--", "–", "—", "todo", "tbd", "nan", "null", "?", "…", "...")  # whole answers, any case
+_ENTITY = re.compile(r"&(#\d{1,7};|#[xX][0-9a-fA-F]{1,6};|[A-Za-z][A-Za-z0-9]{1,31};)")
 TRAIN_ON = {  # format → what may be trained, the default first
     "text": ("all",),
     "completion": ("completion", "all"),
@@ -173,7 +177,7 @@ class Encoder:
         example = Example(ids, spans, row.file, row.number, row.line)
         if not example.targets:
             return nothing_trained(document)
-        return Encoded(row, example, tuple(found), tuple(notes), proved)
+        return Encoded(row, example, tuple(found), (*notes, *_worth_a_look(document, each.rendered)), proved)
 
     def _findings(
         self, document: Conversation, rendered: Rendered | None, ids: list[int], spans: Sequence[Span]
@@ -244,6 +248,25 @@ class Encoder:
         bos, end = self._edges
         wanted, plain = _plain(text), _plain(back)
         return any(plain == before + wanted + behind for before in ("", bos) for behind in ("", end))
+
+
+def _worth_a_look(document: Document, rendered: Rendered | None) -> list[str]:
+    """Notes on what exports leave in a row: no question, a placeholder as an answer that is trained, HTML entities."""
+    if isinstance(document, Completion):
+        texts = [document.prompt or "", document.completion]
+        asked, answers = ([], []) if document.prompt is None else ([document.prompt], [document.completion])
+    else:
+        turns = document.turns
+        trained = range(len(turns)) if rendered is None else [span.turn for span in rendered.spans]
+        texts = [turn["content"] for turn in turns]
+        asked = [turn["content"] for turn in turns if turn["role"] == "user"]
+        answers = [texts[at] for at in trained if turns[at]["role"] == "assistant"]
+    found = {
+        "empty_question": any(not text.strip() for text in asked),
+        "placeholder": any(text.strip().casefold() in _PLACEHOLDERS for text in answers),
+        "entities": any(name in html5 or name[0] == "#" for text in texts for name in _ENTITY.findall(text)),
+    }
+    return [kind for kind, there in found.items() if there]
 
 
 def _lossy(row: Row, text: str, back: str) -> Finding:

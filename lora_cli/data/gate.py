@@ -63,6 +63,15 @@ KINDS = {
         "turns that the template renders differently when they come last, as in generation",
         "write data.train_on: last_assistant, or data.allow: [two_forms] to train them as they are",
     ),
+    "empty_question": Note(
+        "rows with an empty question", "none needed if the model should answer nothing so; else write the questions"
+    ),
+    "placeholder": Note(
+        "rows whose trained answer is a placeholder, such as N/A", "give them an answer, or remove these rows"
+    ),
+    "entities": Note(
+        "rows with HTML entities such as &amp; in their text", "none needed where HTML is meant; else decode them"
+    ),
     "empty_thoughts": Note(
         "rows that train an empty think block",
         "none needed if the model should not think; else write the thinking into the rows",

@@ -156,7 +156,7 @@ Allowed = Literal[
 # fmt: off
 Droppable = Literal[
     "malformed", "empty", "no_target", "duplicate", "overlap", "special_in_text", "double_bos", "not_round_trip",
-    "no_stop_token", "not_prompted", "two_forms", "empty_thoughts",
+    "no_stop_token", "not_prompted", "two_forms", "empty_question", "placeholder", "entities", "empty_thoughts",
 ]
 # fmt: on
 
