@@ -209,6 +209,21 @@ def test_check_counts_and_names_them(lora, recipe_file, mixed):
     assert document["ok"]
 
 
+def test_init_names_an_option_that_works_and_writes_it(lora, tiny_llama, mixed, tmp_path):
+    bad = json.dumps({"prompt": "a", "completion": 3})
+    mixed.write_text(f"{mixed.read_text().strip()}\n{bad}\n")
+    refused = lora("init", tiny_llama, mixed, "--output", tmp_path / "new.yaml")
+    assert refused.code == 3
+    assert "or add --drop malformed,no_target to leave such rows out" in refused.error
+    assert "data.drop" not in refused.error
+    again = lora("init", tiny_llama, mixed, "--drop", "malformed,no_target", "--output", tmp_path / "new.yaml")
+    assert again.code == 0, again.text
+    assert load_recipe(tmp_path / "new.yaml").data.drop == ["malformed", "no_target"]
+    assert lora("check", tmp_path / "new.yaml").code == 0
+    unknown = lora("init", tiny_llama, mixed, "--drop", "emptyness", "--output", tmp_path / "other.yaml")
+    assert "--drop: unknown problem 'emptyness'" in unknown.error
+
+
 @pytest.mark.parametrize("streaming", [False, True])
 def test_a_run_is_that_of_the_file_without_them_and_its_report_lists_them(run_recipe, mixed, sums, tmp_path, streaming):
     more = {"streaming": True} if streaming else {"validation": 0.2}

@@ -8,6 +8,7 @@ EXAMPLES = {
     "init": (
         "lora init HuggingFaceTB/SmolLM2-135M-Instruct faq.csv",
         "lora init Qwen/Qwen3-4B 'data/*.jsonl' --gpu 12GB",
+        "lora init Qwen/Qwen3-4B faq.csv --drop no_target,placeholder",
     ),
     "train": (
         "lora train recipe.yaml",

@@ -5,7 +5,7 @@ from __future__ import annotations
 import csv
 import sys
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, get_args
 
 import typer
 
@@ -25,6 +25,9 @@ def init(
     system: Annotated[
         str | None, typer.Option(help="System prompt, put before every conversation that has none.", show_default=False)
     ] = None,
+    drop: Annotated[
+        list[str] | None, typer.Option(help="Leave out rows with these problems: data.drop.", show_default=False)
+    ] = None,
     gpu: Annotated[
         str | None, typer.Option(help="Memory of the GPU to train on, such as 12GB. Default: what is in this machine.")
     ] = None,
@@ -43,7 +46,7 @@ def init(
     """
     alone = [name for name, given in (("--schema", schema), ("--list", cards), ("--card", card is not None)) if given]
     if alone:
-        more = any(each is not None for each in (model, gpu, columns, system)) or len(alone) > 1
+        more = any(each is not None for each in (model, gpu, columns, system, drop)) or len(alone) > 1
         refuse_if(
             more,
             f"{alone[0]} is used without a model, data or other such options",
@@ -56,10 +59,18 @@ def init(
     if model is None or not data:
         raise LoraError("which model, and which data?", fix=usage)
     meanings = _meanings(columns) if columns is not None else None
+    dropped = _dropped(drop or [])
     planning = heavy("lora_cli.planning.first_recipe", output)
     with status("looking at model and data"):
         written = planning.write_first_recipe(
-            model, data, output, gpu=gpu, columns=meanings, system=system, trust_remote_code=trust_remote_code
+            model,
+            data,
+            output,
+            gpu=gpu,
+            columns=meanings,
+            system=system,
+            drop=dropped,
+            trust_remote_code=trust_remote_code,
         )
     if as_json:
         print_json(written.as_dict())
@@ -108,6 +119,16 @@ def _meanings(text: str) -> dict[str, str | None]:
             what, details=details, fix="write field=column, such as --columns question=Frage,answer=Antwort"
         )
     return found
+
+
+def _dropped(given: list[str]) -> list[str]:
+    """What --drop says, once or several times, with commas."""
+    from lora_cli.recipe.schema import Droppable
+
+    kinds = list(dict.fromkeys(kind.strip() for each in given for kind in each.split(",")))
+    if unknown := [kind for kind in kinds if kind not in get_args(Droppable)]:
+        raise LoraError(f"--drop: unknown problem {unknown[0]!r}", fix=f"one of {', '.join(get_args(Droppable))}")
+    return kinds
 
 
 def check(

@@ -61,14 +61,15 @@ def write_first_recipe(
     gpu: str | None = None,
     columns: Columns | None = None,
     system: str | None = None,
+    drop: Sequence[str] = (),
     trust_remote_code: bool = False,
 ) -> FirstRecipe:
     """Looks at model and data, chooses, tries the recipe on the data, and writes it.
 
     gpu: memory of the GPU to train on, such as 12GB; None: what is here. columns: what they mean, as in data.columns;
-    questions and answers go through the model's chat template, if it has one. system: data.system. Raises LoraError if
-    the file exists, for whatever is wrong with model or data, and if nothing fits into the memory; then nothing is
-    written.
+    questions and answers go through the model's chat template, if it has one. system and drop: as in
+    data. Raises LoraError if the file exists, for whatever is wrong with model or data, and if nothing fits into the
+    memory; then nothing is written.
     """
     if path.exists() or path.is_symlink():
         raise LoraError("this file exists", where=path, fix="name another with --output, or remove it first")
@@ -83,6 +84,7 @@ def write_first_recipe(
         reading = read_together(rows, columns or {}, template=bool(base.tokenizer.chat_template))
     except Unread as error:
         more = (*(("--gpu", gpu) if gpu else ()), *(("--system", system) if system else ()))
+        more += ("--drop", ",".join(drop)) if drop else ()
         again = [*("lora", "init", model, *data), *more, "--output", path]
         raise _with_command(error, again) from None
     if system and not {"chat", "instruction"} & {*reading.names}:
@@ -90,8 +92,14 @@ def write_first_recipe(
         raise LoraError(what, fix="leave it out, or say what is asked and answered: --columns question=…,answer=…")
     template = choose_template(reading, base.tokenizer)
     named, sources = template and template[0], [source for _, source, _ in looked]
-    survey = survey_data(sources, reading, base.tokenizer, template=named, system=system)
-    chosen = _choose(base, survey, device, template, system, found_costs(path.parent / "runs", base.source))
+    try:
+        survey = survey_data(sources, reading, base.tokenizer, template=named, system=system, drop=drop)
+    except LoraError as error:  # there is no recipe yet in which its fix could be written
+        error.fix = error.fix and re.sub(
+            r"write data\.drop: \[(.+?)\]", lambda found: f"add --drop {found[1].replace(', ', ',')}", error.fix
+        ).replace("data.drop", "--drop")
+        raise
+    chosen = _choose(base, survey, device, template, system, drop, found_costs(path.parent / "runs", base.source))
     names = _names(path, model, data[0], [part for part, _, _ in looked])
     recipe = load_recipe(path, text=recipe_text(chosen, names, None))
     prepared = _prepared(recipe, chosen)
@@ -138,6 +146,7 @@ def _choose(
     device: Device,
     template: tuple[str, str] | None,
     system: str | None,
+    drop: Sequence[str],
     costs: Costs | None,
 ) -> Chosen:
     adapter = choices.choose_adapter(base, survey.target_tokens)
@@ -147,7 +156,7 @@ def _choose(
     epochs = choices.choose_epochs(survey.tokens)
     validation = choices.choose_validation(survey.rows, survey.distinct)
     fit = choices.choose_sizes(base, survey, device, shape, epochs, costs)
-    return Chosen(base, survey, device, template, system, adapter, shape, epochs, validation, fit, costs)
+    return Chosen(base, survey, device, template, system, tuple(drop), adapter, shape, epochs, validation, fit, costs)
 
 
 # ── trying it ───────────────────────────────────────────────────────────────────────────────────────────────────

@@ -50,6 +50,7 @@ class Chosen:
     device: Device
     template: tuple[str, str] | None
     system: str | None
+    drop: tuple[str, ...]
     adapter: Adapter
     shape: ModelShape
     epochs: int
@@ -188,6 +189,8 @@ def _data(text: _Yaml, chosen: Chosen, names: Names, tried: Tried | None) -> Non
         text.set("template", *chosen.template)
     if chosen.system is not None:
         text.set("system", chosen.system, "put before every conversation that has none")
+    if chosen.drop:
+        text.set("drop", list(chosen.drop), "rows with these problems are left out, and counted")
     if chosen.validation is not None:
         held = f"{_amount(tried.held_out, survey.exact)} " if tried else ""
         text.set("validation", chosen.validation, f"{held}examples held out, by which the best adapter is kept")

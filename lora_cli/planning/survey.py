@@ -127,11 +127,13 @@ def survey_data(
     *,
     template: str | None,
     system: str | None,
+    drop: Sequence[str] = (),
 ) -> DataSurvey:
     """Tokenizes all rows, or of large data a sample. Raises LoraError with what the gate finds in them."""
     name = ", ".join(source.name for source in sources)
     together = FileSource(name, tuple(path for source in sources for path in source.paths))
-    uncut = {"max_seq_len": 10**9, "packing": False, "train": together.name, "template": template, "system": system}
+    uncut: dict[str, object] = {"max_seq_len": 10**9, "packing": False, "train": together.name}
+    uncut |= {"template": template, "system": system, "drop": list(drop)}
     settings = DataRecipe.model_validate(uncut)
     drawn, rows, counted = _sample_of(together)
     sample = drawn and [part for source in sources if (part := drawn.of(source)).kept]
@@ -167,7 +169,9 @@ def survey_data(
         targets=np.array([example.targets for example in data.train[::stride]], np.int64),
         stride=stride,
         target_share=summary.target_tokens / summary.tokens,
-        distinct=rows if sample else len(data.train) - data.findings.counts.get("duplicate", 0),
+        distinct=rows
+        if sample
+        else len(data.train) - ("duplicate" not in drop) * data.findings.counts.get("duplicate", 0),
         percentiles=summary.percentiles,
         train_on=train_on,
     )
