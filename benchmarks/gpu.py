@@ -6,7 +6,7 @@ card       the card's own limits: matrix products, copies, dequantizing NF4
 tests      the tests marked gpu
 llama-8b, qwen-4b, llama-3b     steps of Llama-3.1-8B's, Qwen3-4B's and Llama-3.2-3B's shape: tokens a second, peak
            memory beside the estimate of `lora init`, the time by part, the distance to the card's limits
-peers      the same rows and initial A in TRL + PEFT, and in unsloth where it is installed
+peers      the same rows and initial A in TRL + PEFT and in unsloth, where they are installed
 modes      Llama-3B's shape with each way to keep less, compiled, with Liger's kernels where they are installed, in
            fp16 with loss scaling, with paged optimizers
 longest    the longest row that trains in 8, 12, 16 and 24 GB
@@ -190,7 +190,7 @@ def section_shape(section: Section) -> Cases:
 
 
 def section_peers(section: Section) -> Cases:
-    sides = ["trl", *(["unsloth"] if importlib.util.find_spec("unsloth") else [])]
+    sides = [side for side in ("trl", "unsloth") if importlib.util.find_spec(side)]
     for shape in SHAPES if not section.tiny else ["llama-3b"]:
         for name, work in works(section.tiny).items():
             with section.prepared(replace(work, model=str(section.model(shape)))) as folder:

@@ -90,7 +90,8 @@ class LoRALinear(Trained):
             low_A = self._cast(x.dtype)[0][: sum(each.rank for each in layers)]
             drops = [each._drop(x) for each in layers]
             made: Any = _SharedInput.apply(x, low_A, drops, *(each.lora_A for each in layers))
-            through, lows = made[0] if x.requires_grad else x, dict(zip(layers, made[1:], strict=True))
+            passed, lows = made[: -len(layers)], dict(zip(layers, made[-len(layers) :], strict=True))
+            through = passed[0] if passed and x.requires_grad else x
         low = lows.pop(self)
         if lows:
             vars(x)[_LOWS] = (state, through, lows)
@@ -247,30 +248,33 @@ class _SharedInput(torch.autograd.Function):
             lows = [_dropped(values, drop) @ A.T for drop, A in zip(drops, each_A, strict=True)]
         else:
             lows = (values @ low_A.T).split(ctx.ranks, 1)
-        return x.detach(), *(low.detach() for low in lows)  # a view of x would hold it, and x holds these
+        lows = tuple(low.detach() for low in lows)
+        ctx.passes_x = not torch.compiler.is_compiling()  # compiled, x may be a view that autograd lets nobody return
+        return (x.detach(), *lows) if ctx.passes_x else lows  # a view of x would hold it, and x holds these
 
     @staticmethod
     @once_differentiable
-    def backward(ctx: Any, grad_x: Any, *grads: Tensor | None) -> tuple[Any, ...]:  # type: ignore[override]
+    def backward(ctx: Any, *given: Any) -> tuple[Any, ...]:  # type: ignore[override]
+        grad_x, *grads = given if ctx.passes_x else (None, *given)
         low_A, *sources = ctx.saved_tensors
         wants_x, _, _, *wants_A = ctx.needs_input_grad
         tokens = next((len(grad) for grad in grads if grad is not None), 0)
         if not tokens:
             return grad_x, *(None,) * (2 + len(wants_A))
-        given = [low_A.new_zeros(tokens, rank) if G is None else G for G, rank in zip(grads, ctx.ranks, strict=True)]
+        of_low = [low_A.new_zeros(tokens, rank) if G is None else G for G, rank in zip(grads, ctx.ranks, strict=True)]
         drops, each_A = ctx.drops, low_A.split(ctx.ranks)
         if not any(drops):  # all layers as one
-            drops, each_A, given = [None], [low_A], given if len(given) == 1 else [torch.cat(given, 1)]
+            drops, each_A, of_low = [None], [low_A], of_low if len(of_low) == 1 else [torch.cat(of_low, 1)]
         grad_A: tuple[Tensor | None, ...] = (None,) * len(wants_A)
         if any(wants_A):
             values = _by_token(ctx.make(*sources))
-            of_A = [(G.T @ _dropped(values, drop)).to(ctx.master) for G, drop in zip(given, drops, strict=True)]
+            of_A = [(G.T @ _dropped(values, drop)).to(ctx.master) for G, drop in zip(of_low, drops, strict=True)]
             each = of_A[0].split(ctx.ranks) if len(of_A) == 1 else of_A
             grad_A = tuple(grad if wants else None for grad, wants in zip(each, wants_A, strict=True))
         if wants_x:
             grad_x = low_A.new_zeros(ctx.shape) if grad_x is None else grad_x.contiguous()
             total = grad_x.view(-1, grad_x.shape[-1])  # made by the base layers for this place alone
-            for G, drop, A in zip(given, drops, each_A, strict=True):
+            for G, drop, A in zip(of_low, drops, each_A, strict=True):
                 _ = total.addmm_(G, A) if drop is None else total.add_(_dropped(G @ A, drop))
         return grad_x, None, None, *grad_A
 
