@@ -68,16 +68,16 @@ def answered(run: Path, asked: list[dict[str, Any]], *, base: bool = True) -> li
     from lora_cli.adapters.named import find_named
     from lora_cli.adapters.trained import adapters_disabled
     from lora_cli.evaluation.generate import Speaker
-    from lora_cli.evaluation.generation import complete
+    from lora_cli.evaluation.generation import complete, prompt_ids
 
     named = find_named(str(run))
     speaker = Speaker(named, through_template=True, default="template", seed=0, sampling={"max_new_tokens": 32})
-    prompts = [speaker.prompt([{"role": "user", "content": each["prompt"]}]) for each in asked]
+    model, tokenizer = speaker.opened.model, speaker.opened.tokenizer
+    asking = [[{"role": "user", "content": each["prompt"]}] for each in asked]
+    prompts = [prompt_ids(turns, tokenizer, speaker.template, "asked.jsonl") for turns in asking]
 
     def right() -> int:
-        answers = complete(
-            speaker.opened.model, speaker.opened.tokenizer, prompts, speaker.config, special_tokens=False
-        )
+        answers = complete(model, tokenizer, prompts, speaker.config)
         wrong = [(each, got.text) for each, got in zip(asked, answers, strict=True) if each["answer"] not in got.text]
         for each, text in wrong[:3]:
             print(f"  {each['prompt']} {text!r}, not {each['answer']}")
@@ -85,7 +85,7 @@ def answered(run: Path, asked: list[dict[str, Any]], *, base: bool = True) -> li
 
     found = [right()]
     if base:
-        with adapters_disabled(speaker.opened.model):
+        with adapters_disabled(model):
             found.append(right())
     return found
 

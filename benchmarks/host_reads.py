@@ -89,8 +89,8 @@ def without_waiting(q: Tensor, k: Tensor, v: Tensor, ends: Tensor, *_: Any, scal
     mask = (example[:, None] == example) & (back >= 0)
     left = named["window_size"][0]
     mask &= back <= (left if left >= 0 else len(q))
-    rows = (each.transpose(0, 1).unsqueeze(0) for each in (q, k, v))
-    out = F.scaled_dot_product_attention(*rows, mask, scale=scale, enable_gqa=named["enable_gqa"])
+    q, k, v = (each.transpose(0, 1).unsqueeze(0) for each in (q, k, v))
+    out = F.scaled_dot_product_attention(q, k, v, mask, scale=scale, enable_gqa=named["enable_gqa"])
     return out[0].transpose(0, 1)
 
 
@@ -101,7 +101,7 @@ def reads_of_steps() -> Iterator[list[Counter[str]]]:
     from lora_cli.training import loop
 
     found: list[Counter[str]] = []
-    one_step = loop.Run._one_step
+    one_step: Any = loop.Run._one_step
 
     def watched(*given: Any) -> None:
         with HostReads() as reads:
@@ -133,7 +133,12 @@ def main() -> None:
     quiet_libraries()
     with tempfile.TemporaryDirectory() as name:
         folder = Path(name)
-        shape = {"hidden_size": 64, "intermediate_size": 128, "num_hidden_layers": 2, "num_attention_heads": 4}
+        shape: dict[str, Any] = {
+            "hidden_size": 64,
+            "intermediate_size": 128,
+            "num_hidden_layers": 2,
+            "num_attention_heads": 4,
+        }
         model = save_tiny(LlamaConfig(**shape, num_key_value_heads=2, vocab_size=512, eos_token_id=0), folder / "model")
         rows = [{"prompt": f"What is {n} plus {n}?", "completion": f" {n + n}"} for n in range(1024)]
         (folder / "rows.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))

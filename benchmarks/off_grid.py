@@ -50,7 +50,7 @@ def move_off_grid(source: Path, target: Path, *, spread: float = 0.1, seed: int 
             mlp.down_proj.weight.div_(scale)
         print(f"largest difference of logits in fp32: {(model(ids).logits - before).abs().max():.1e}")
     shutil.copytree(source, target, ignore=shutil.ignore_patterns("*.safetensors*"))
-    model.to(torch.bfloat16).save_pretrained(target)
+    model.bfloat16().save_pretrained(target)
 
 
 if __name__ == "__main__":
