@@ -258,8 +258,8 @@ class _SharedInput(torch.autograd.Function):
         grad_x, *grads = given if ctx.passes_x else (None, *given)
         low_A, *sources = ctx.saved_tensors
         wants_x, _, _, *wants_A = ctx.needs_input_grad
-        tokens = next((len(grad) for grad in grads if grad is not None), 0)
-        if not tokens:
+        tokens = next((len(grad) for grad in grads if grad is not None), None)
+        if tokens is None:
             return grad_x, *(None,) * (2 + len(wants_A))
         of_low = [low_A.new_zeros(tokens, rank) if G is None else G for G, rank in zip(grads, ctx.ranks, strict=True)]
         drops, each_A = ctx.drops, low_A.split(ctx.ranks)
