@@ -183,7 +183,8 @@ def _warnings(report: dict[str, Any]) -> list[str]:
     if skipped := report["skipped_steps"]:
         told.append(f"updates skipped, because loss or gradient was NaN or infinite: steps {_listed(skipped)}")
     if 2 * report["clipped_steps"] > report["steps"]:
-        told.append(f"gradients were clipped in {clipped_words(report)}; to try: a lower train.learning_rate")
+        clipped = f"gradients were clipped in {clipped_words(report)}, to train.max_grad_norm"
+        told.append(f"{clipped}; if the loss jumps, lower train.learning_rate")
     if rewound := report["rewound_from_steps"]:
         told.append(f"went back to a checkpoint from steps {_listed(rewound)}, skipping their data")
     for each in report.get("dropped") or []:
