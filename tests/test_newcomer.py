@@ -237,7 +237,7 @@ SCREENS = {  # picture → which command of which task says the same today
 def test_a_picture_shows_what_the_program_says_today(name: str, walked: tuple[Path, dict[str, list[Done]]]):
     heading, at = SCREENS[name]
     done = walked[1][heading][at]
-    depends = {"note", "to try", "sample", "prompt", "wanted", "base"}  # on the data and on settings
+    depends = {"note", "to try"}  # on the data and on settings
     today = labels(f"{done.said}\n{done.out}") - depends
     missing = today - labels(drawn(name))
     assert not missing, f"docs/pictures/{name}.svg is of before: python scripts/screens.py"
