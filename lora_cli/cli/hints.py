@@ -15,7 +15,11 @@ EXAMPLES = {
         "lora train recipe.yaml --set output=runs/again",
         "lora train recipe.yaml --resume",
     ),
-    "check": ("lora check recipe.yaml", "lora check recipe.yaml --show 10 --html preview.html"),
+    "check": (
+        "lora check recipe.yaml",
+        "lora check recipe.yaml --show 10 --html preview.html",
+        "lora check recipe.yaml --row faq.csv:8",
+    ),
     "eval": ("lora eval runs/my-run", "lora eval runs/my-run --data data/other.jsonl --json"),
     "merge": ("lora merge runs/my-run --output merged", "lora merge runs/my-run --output merged --onto original"),
     "generate": (

@@ -5,7 +5,7 @@ from __future__ import annotations
 import csv
 import sys
 from pathlib import Path
-from typing import Annotated, get_args
+from typing import Annotated, Any, get_args
 
 import typer
 
@@ -135,6 +135,10 @@ def check(
     recipe: RecipeFile,
     overrides: Overrides = None,
     show: Annotated[int, typer.Option(min=0, help="How many examples to show, token by token.")] = 3,
+    row: Annotated[
+        str | None,
+        typer.Option(help="Show this row alone, such as 8 or faq.csv:8: values, findings, tokens.", show_default=False),
+    ] = None,
     html: Annotated[Path | None, typer.Option(callback=home, help="Also write the preview to an HTML file.")] = None,
     prepare: Annotated[bool, typer.Option("--prepare", help="Keep the prepared tokens for `lora train`.")] = False,
     try_model: Annotated[
@@ -153,10 +157,15 @@ def check(
 
     Everything short of training. Reads no weights unless --model or --compare-quantization is given.
     """
+    more = html is not None or prepare or try_model or compare_quantization
+    refuse_if(row is not None and more, "--row shows one row and does nothing else", fix="remove the other options")
     loaded = trusted_recipe(recipe, overrides or [])
     checking = heavy("lora_cli.planning.check", Path(loaded.output))
     with status("preparing the data"):
         checked = checking.check(loaded, keep=prepare or (compare_quantization and not loaded.data.streaming))
+    if row is not None:
+        _one_row(checked, row, as_json=as_json)
+        return
     if html is not None:
         checking.write_page(checked, html, show)
     if not as_json:
@@ -179,3 +188,12 @@ def check(
         raise
     if as_json:
         print_json(document)
+
+
+def _one_row(checked: Any, wanted: str, *, as_json: bool) -> None:
+    looking, tokenizer = heavy("lora_cli.planning.one_row"), checked.tokenizer
+    one = looking.look_at_row(checked.recipe, tokenizer, checked.feed.summary.findings, wanted)
+    if as_json:
+        print_json(one.as_dict(tokenizer))
+    else:
+        looking.print_row(one, tokenizer, console(stderr=False))

@@ -46,6 +46,12 @@ def tokens_of(example: Example, tokenizer: PreTrainedTokenizerBase) -> list[Toke
     return [Token(id, text, on, id in special) for id, text, on in zip(ids, texts, trained, strict=True)]
 
 
+def tokens_as_dicts(example: Example, tokenizer: PreTrainedTokenizerBase) -> list[dict[str, Any]]:
+    """For --json."""
+    found = tokens_of(example, tokenizer)
+    return [{"id": token.id, "text": token.text, "trained": token.trained} for token in found]
+
+
 def _texts_of(ids: Sequence[int], tokenizer: PreTrainedTokenizerBase) -> list[str]:
     """What each token adds behind the one before it: alone, tokenizers of pieces give no blank at its beginning."""
     backend: Any = tokenizer.backend_tokenizer

@@ -22,7 +22,7 @@ from lora_cli.data.feed import Feed, open_feed
 from lora_cli.data.files.readers import numbered
 from lora_cli.data.gate import KINDS
 from lora_cli.data.prepare import prepare, require_trainable
-from lora_cli.data.preview import PAGE_MARK, as_page, as_text, tokens_of
+from lora_cli.data.preview import PAGE_MARK, as_page, as_text, tokens_as_dicts
 from lora_cli.errors import LoraError, from_here
 from lora_cli.evaluation.quantization_cost import Costs, compare_quantizations, keep_costs, known_lines
 from lora_cli.evaluation.samples import sample_prompts
@@ -68,14 +68,10 @@ class Checked:
             "fingerprint": data.fingerprint,
             "findings": self.findings(),
             "rows": [
-                {"source": example.file, "row": example.row, "tokens": self._tokens_of(example)}
+                {"source": example.file, "row": example.row, "tokens": tokens_as_dicts(example, self.tokenizer)}
                 for example in self.shown(show)
             ],
         }
-
-    def _tokens_of(self, example: Example) -> list[dict[str, Any]]:
-        found = tokens_of(example, self.tokenizer)
-        return [{"id": token.id, "text": token.text, "trained": token.trained} for token in found]
 
     def shown(self, show: int) -> Sequence[Example]:
         """The first examples that are trained on, in the order of the data."""
