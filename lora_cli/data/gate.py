@@ -115,6 +115,7 @@ class Findings:
     errors: dict[str, list[_Error]] = field(default_factory=dict)
     waived: set[str] = field(default_factory=set)  # kinds that do not stop this run, by its recipe
     drop: list[str] | None = None  # kinds whose rows the recipe leaves out; None: there is no recipe to say so
+    by_option: bool = False  # whether these are named on the command line, where the recipe is only being made
 
     def add(
         self, kind: str, place: tuple[str, int] | None, error: LoraError | None = None, line: int | None = None
@@ -149,7 +150,7 @@ class Findings:
 
     def merged(self, other: Findings) -> Findings:
         """What both found, in this order."""
-        both = Findings(waived=self.waived | other.waived, drop=self.drop)
+        both = Findings(waived=self.waived | other.waived, drop=self.drop, by_option=self.by_option)
         for each in (self, other):
             for kind, count in each.counts.items():
                 both.counts[kind] = both.counts.get(kind, 0) + count
@@ -207,7 +208,7 @@ class Findings:
     def fix(self, kind: str) -> str:
         """What to do about rows of a kind, with the line of a recipe that leaves them out, where that can be said."""
         if self.drops(kind):
-            return "none needed: left out by data.drop"
+            return f"none needed: left out by {self.drop_name}"
         own = self.own_fix(kind)
         return f"{own}; or {drop}" if (drop := self.drop_fix([kind])) else own
 
@@ -220,7 +221,15 @@ class Findings:
         found = [kind for kind in kinds if kind in get_args(Droppable)]
         if self.drop is None or not found:
             return None
-        return f"write data.drop: [{', '.join(dict.fromkeys([*self.drop, *found]))}] to leave such rows out"
+        all_kinds = dict.fromkeys([*self.drop, *found])
+        written = (
+            f"add --drop {','.join(all_kinds)}" if self.by_option else f"write data.drop: [{', '.join(all_kinds)}]"
+        )
+        return f"{written} to leave such rows out"
+
+    @property
+    def drop_name(self) -> str:
+        return "--drop" if self.by_option else "data.drop"
 
     def rows(self, kind: str) -> str:
         """The first rows of a kind, as a person reads them; of files what is said of each."""

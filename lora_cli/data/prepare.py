@@ -130,7 +130,7 @@ def require_trainable(made: Summary, data: DataRecipe) -> None:
     fixes = {
         "remove train: false or weight: 0 from some rows": "left_out" in counts,
         "raise data.max_seq_len, or write data.too_long: truncate": "too_long" in counts,
-        f"remove {', '.join(data.drop)} from data.drop": bool(counts.keys() & set(data.drop)),
+        f"remove {', '.join(data.drop)} from {made.findings.drop_name}": bool(counts.keys() & set(data.drop)),
         "raise the weight of a source": any(each.weight < 1 for each in sources),
     }
     purpose = "validate" if trains else "train"

@@ -191,11 +191,8 @@ def _ways(
     most = _power_of_two(min(FULL_MICRO_BATCH, step_tokens) / row.tokens)
     least = min(most, _power_of_two(SMALL_MICRO_BATCH / row.tokens))
     smallest = base.stored or DEFAULT
-    larger = (
-        []
-        if base.stored
-        else ["none", *(kind for kind in RULES if kind not in ("none", DEFAULT) and _is_worth_it(kind, costs))]
-    )
+    between = [kind for kind in RULES if kind not in ("none", DEFAULT) and _is_worth_it(kind, costs)]
+    larger = [] if base.stored else ["none", *between]
     for quantization in (*larger, smallest):
         micro_batch = most
         while micro_batch >= least:

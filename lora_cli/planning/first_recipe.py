@@ -92,13 +92,7 @@ def write_first_recipe(
         raise LoraError(what, fix="leave it out, or say what is asked and answered: --columns question=…,answer=…")
     template = choose_template(reading, base.tokenizer)
     named, sources = template and template[0], [source for _, source, _ in looked]
-    try:
-        survey = survey_data(sources, reading, base.tokenizer, template=named, system=system, drop=drop)
-    except LoraError as error:  # there is no recipe yet in which its fix could be written
-        error.fix = error.fix and re.sub(
-            r"write data\.drop: \[(.+?)\]", lambda found: f"add --drop {found[1].replace(', ', ',')}", error.fix
-        ).replace("data.drop", "--drop")
-        raise
+    survey = survey_data(sources, reading, base.tokenizer, template=named, system=system, drop=drop)
     chosen = _choose(base, survey, device, template, system, drop, found_costs(path.parent / "runs", base.source))
     names = _names(path, model, data[0], [part for part, _, _ in looked])
     recipe = load_recipe(path, text=recipe_text(chosen, names, None))

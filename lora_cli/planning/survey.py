@@ -187,6 +187,7 @@ def prepare_rows(
 ) -> PreparedData:
     """The rows of these sources, prepared in a temporary folder. Raises LoraError for what would stop a run."""
     data = build_for_now(Preparation(list(sources), [], settings, tokenizer, seed, row_tokens))
+    data.summary.findings.by_option = True
     require_trainable(data.summary, settings)
     return data
 
