@@ -61,7 +61,7 @@ def say_on(console: Console) -> Callable[[str], None]:
 
 
 def fits(table: Table, console: Console) -> bool:
-    """Whether the table has room on this terminal without cutting a word; elsewhere nobody minds."""
+    """Whether the table has room on this terminal without cutting a word; in a file it always has."""
     needed = Measurement.get(console, console.options.update(max_width=10_000), table).minimum
     return needed <= console.width or not console.is_terminal
 

@@ -79,8 +79,8 @@ class LoRALinear(Trained):
     def _low(self, x: Tensor) -> tuple[Tensor, Tensor]:
         """x for the base layer, and A d(x): (tokens, rank).
 
-        In training the first of the layers `beside` each other computes it for all; until they come for it, it is noted
-        on x. Not for an x that begins a graph: it may outlive the step, and with it what nobody came for.
+        In training the first of the layers `beside` each other computes it for all, and keeps it on x until they are
+        called. Not for an x that begins a graph: it may outlive the step, and with it what was never used.
         """
         joined = not torch.compiler.is_compiling() and torch.is_grad_enabled() and x.grad_fn is not None
         state = (x._version, *(each.lora_A._version for each in self.beside)) if joined else ()
@@ -249,7 +249,8 @@ class _SharedInput(torch.autograd.Function):
         else:
             lows = (values @ low_A.T).split(ctx.ranks, 1)
         lows = tuple(low.detach() for low in lows)
-        ctx.passes_x = not torch.compiler.is_compiling()  # compiled, x may be a view that autograd lets nobody return
+        # Compiled, x may be a view, which autograd does not let a function return.
+        ctx.passes_x = not torch.compiler.is_compiling()
         return (x.detach(), *lows) if ctx.passes_x else lows  # a view of x would hold it, and x holds these
 
     @staticmethod
@@ -280,7 +281,7 @@ class _SharedInput(torch.autograd.Function):
 
 
 class _AddUpdate(torch.autograd.Function):
-    """base + scaling · B low, in place of base where nobody else has it, and the gradients of base, low and B.
+    """base + scaling · B low, in place of base where nothing else uses it, and the gradients of base, low and B.
 
     Kept for the backward pass: low = A d(x), which is rank / in_features of the size of x. The base layer has its own
     backward, so its kind does not matter here, and none of its weight is kept in another form.
