@@ -258,7 +258,7 @@ def test_a_row_that_is_too_long(refused: Any, stopped: Any, rows: Any):
 
 def test_no_row_is_left(refused: Any, rows: Any):
     assert (
-        "rows.jsonl: no row is left to train on\n  1 rows above max_seq_len\n  fix: raise data.max_seq_len"
+        "rows.jsonl: no row is left to train on\n  1 row above max_seq_len\n  fix: raise data.max_seq_len"
         in refused(data=rows(SHORT, max_seq_len=4, too_long="drop"))
     )
 

@@ -28,7 +28,8 @@ from lora_cli.data.batches import collate
 from lora_cli.data.chat.template import ChatTemplate
 from lora_cli.data.example import Example
 from lora_cli.data.files.readers import Row
-from lora_cli.data.gate import KINDS, Encoded, Findings
+from lora_cli.data.finding_kinds import KINDS
+from lora_cli.data.gate import Encoded, Findings
 from lora_cli.data.row_encoder import RowEncoder
 from lora_cli.recipe import TEMPLATES, Allowed, DataRecipe
 

@@ -23,7 +23,8 @@ from transformers import PreTrainedTokenizerFast
 
 from lora_cli.data.chat.template import chat_template
 from lora_cli.data.files.readers import Row
-from lora_cli.data.gate import KINDS, Encoded, Findings
+from lora_cli.data.finding_kinds import KINDS
+from lora_cli.data.gate import Encoded, Findings
 from lora_cli.data.row_encoder import RowEncoder
 from lora_cli.recipe import TEMPLATES, DataRecipe
 

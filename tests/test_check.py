@@ -313,6 +313,6 @@ def test_the_adapter_is_compared_with_the_data(recipe_file):
         print_checked(replace(checked, parameters=parameters), console, 0)
         return console.export_text()
 
-    assert f"{4 * targets:,} trained parameters, 0.25 target tokens of the data for each" in said(4 * targets)
+    assert f"{4 * targets:,} trained parameters for {targets} target tokens" in said(4 * targets)
     assert "more target tokens" not in said(targets)
     assert "note     more target tokens than trained parameters: a higher adapter.rank" in said(targets - 1)

@@ -14,7 +14,7 @@ from conftest import write_rows
 from pyarrow import parquet
 from test_gate import CASES, FORGETFUL, Run
 
-from lora_cli.data.gate import KINDS
+from lora_cli.data.finding_kinds import KINDS
 from lora_cli.data.prepare import prepare
 from lora_cli.data.store import PreparedData
 from lora_cli.errors import LoraError

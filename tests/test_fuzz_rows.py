@@ -17,7 +17,8 @@ from tokenizers import normalizers
 
 from lora_cli.data.example import windows
 from lora_cli.data.files.readers import Row
-from lora_cli.data.gate import KINDS, Encoded, Findings
+from lora_cli.data.finding_kinds import KINDS
+from lora_cli.data.gate import Encoded, Findings
 from lora_cli.data.row_encoder import RowEncoder
 from lora_cli.recipe import DataRecipe
 

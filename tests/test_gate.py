@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import math
+import re
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -21,7 +22,8 @@ from tiny_model import make_tokenizer
 from tokenizers import AddedToken, Tokenizer, models, pre_tokenizers
 from transformers import PreTrainedTokenizerFast
 
-from lora_cli.data.gate import KINDS, TOO_LONG_SHARE, Findings, Lengths, duplicates
+from lora_cli.data.finding_kinds import KINDS
+from lora_cli.data.gate import TOO_LONG_SHARE, Findings, Lengths, duplicates
 from lora_cli.data.prepare import prepare
 from lora_cli.data.store import PreparedData
 from lora_cli.errors import CheckFailed, LoraError
@@ -517,3 +519,14 @@ def test_a_run_without_any_row_left_says_so(run, tokenizer):
     with pytest.raises(LoraError, match="no row is left to train on"):
         prepare(run.recipe([{"text": "a", "train": False}]), tokenizer, keep=True)
     assert not (run.folder / "run").exists()
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_one_of_a_kind_is_said_as_one(kind):
+    """The first noun is what is counted; those behind it may be many."""
+    noun = r"(row|turn|conversation|file|token)"
+    many, one = KINDS[kind].counted(2000), KINDS[kind].counted(1)
+    assert many == f"2,000 {KINDS[kind].title}"
+    assert re.match(rf"1 (\w+ )*?{noun}\b", one)
+    assert not re.match(rf"1 (\w+ )*?{noun}s\b", one.partition(" with ")[0].partition(" without ")[0])
+    assert not re.search(r"\bthat (repeat|train|are)\b|\b(they|their)\b", one)

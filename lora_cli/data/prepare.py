@@ -26,7 +26,8 @@ from lora_cli.data import cache
 from lora_cli.data.chat.template import ChatTemplate, chat_template, generation_ends
 from lora_cli.data.files.readers import Row
 from lora_cli.data.files.sources import FileSource, Source, open_source
-from lora_cli.data.gate import KINDS, Findings, Lengths, Weights, duplicates, shares_of
+from lora_cli.data.finding_kinds import KINDS
+from lora_cli.data.gate import Findings, Lengths, Weights, duplicates, shares_of
 from lora_cli.data.order import hold_out, repeated, rows_to_shuffle
 from lora_cli.data.row_encoder import (
     ROWS_TO_DETECT,
@@ -126,7 +127,7 @@ def require_trainable(made: Summary, data: DataRecipe) -> None:
         return
     sources = data.validation if trains and isinstance(data.validation, list) else data.train
     counts, source = made.findings.counts, sources[0].path or sources[0].hub
-    details = [f"{count:,} {KINDS[kind].title}" for kind, count in counts.items()]
+    details = [KINDS[kind].counted(count) for kind, count in counts.items()]
     fixes = {
         "remove train: false or weight: 0 from some rows": "left_out" in counts,
         "raise data.max_seq_len, or write data.too_long: truncate": "too_long" in counts,

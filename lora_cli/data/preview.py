@@ -13,7 +13,8 @@ from tokenizers import decoders
 from transformers import PreTrainedTokenizerBase
 
 from lora_cli.data.example import Example
-from lora_cli.data.gate import KINDS, Findings
+from lora_cli.data.finding_kinds import KINDS
+from lora_cli.data.gate import Findings
 from lora_cli.errors import UNSEEN, escaped
 from lora_cli.pages.render import render
 

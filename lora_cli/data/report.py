@@ -7,7 +7,8 @@ import os
 from bisect import bisect_left
 from typing import Any
 
-from lora_cli.data.gate import KINDS, Findings
+from lora_cli.data.finding_kinds import KINDS
+from lora_cli.data.gate import Findings
 from lora_cli.data.order import FEW_STEPS
 from lora_cli.data.store import PreparedData, Summary
 from lora_cli.recipe import Recipe
@@ -76,7 +77,7 @@ def _first(lines: list[str], what: str) -> list[str]:
 def finding_lines(findings: Findings) -> list[str]:
     """What the checks found that does not stop this run."""
     return [
-        f"{count:,} {KINDS[kind].title}{', left out' if findings.drops(kind) else ''}"
+        f"{KINDS[kind].counted(count)}{', left out' if findings.drops(kind) else ''}"
         f"{f': {rows}' if (rows := findings.rows(kind)) else ''}"
         for kind, count in ((each, findings.counts.get(each, 0)) for each in KINDS if each != "too_long")
         if count

@@ -20,9 +20,10 @@ from lora_cli.base.stored import require_quantization
 from lora_cli.data.example import Example
 from lora_cli.data.feed import Feed, open_feed
 from lora_cli.data.files.readers import numbered
-from lora_cli.data.gate import KINDS
+from lora_cli.data.finding_kinds import KINDS
 from lora_cli.data.prepare import prepare, require_trainable
 from lora_cli.data.preview import PAGE_MARK, as_page, as_text, tokens_as_dicts
+from lora_cli.data.report import counted
 from lora_cli.errors import LoraError, from_here
 from lora_cli.evaluation.quantization_cost import Costs, compare_quantizations, keep_costs, known_lines
 from lora_cli.evaluation.samples import sample_prompts
@@ -172,9 +173,9 @@ def _lines(checked: Checked, *, known: bool = True) -> list[tuple[str, str]]:
     if checked.recipe.adapter.target_modules == "attention" and len(set(some)) < 4:
         adapter = f"{', '.join(some)} of {checked.layers} attention layers"
     elif not checked.recipe.data.streaming and checked.parameters:
-        ratio = checked.feed.summary.train.target_tokens / checked.parameters
-        adapter += f", {ratio:.2g} target tokens of the data for each"
-        if ratio > 1:
+        targets = checked.feed.summary.train.target_tokens
+        adapter += f" for {counted(targets, 'target token')}"
+        if targets > checked.parameters:
             notes.append("more target tokens than trained parameters: a higher adapter.rank may learn more of them")
     lines = [
         ("model", f"{checked.recipe.base_model} ({checked.source.config.get('model_type')})"),

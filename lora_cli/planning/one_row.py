@@ -17,7 +17,8 @@ from lora_cli.data.cache import cache_folder
 from lora_cli.data.example import Example
 from lora_cli.data.files.readers import Row
 from lora_cli.data.files.sources import Source, open_source
-from lora_cli.data.gate import KINDS, Findings
+from lora_cli.data.finding_kinds import KINDS
+from lora_cli.data.gate import Findings
 from lora_cli.data.preview import as_text, tokens_as_dicts
 from lora_cli.data.row_encoder import ROWS_TO_DETECT, RowEncoder, fit_length
 from lora_cli.errors import LoraError, from_here, shortened
