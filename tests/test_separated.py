@@ -158,7 +158,7 @@ def test_a_file_that_is_read_as_another_encoding_is_a_note(tmp_path):
     assert findings.counts["not_utf8"] == 1
     (said,) = [line for line in finding_lines(findings) if "UTF-8" in line]
     assert said == (
-        f"1 files whose text is not UTF-8: {tmp_path}/faq.csv: the text is read as Windows-1252: it is not UTF-8 "
+        f"1 file whose text is not UTF-8: {tmp_path}/faq.csv: the text is read as Windows-1252: it is not UTF-8 "
         "and can be this, such as in 'Öl'"
     )
 
