@@ -80,7 +80,8 @@ def test_no_hint_is_for_what_exists():
         (["finetune", "x"], "use lora train RECIPE; lora init MODEL DATA writes one"),
         (["export"], "use lora merge RUN --output FOLDER"),
         (["serve"], "there is no server here"),
-        (["push"], "nothing is uploaded from here; hf upload"),
+        (["upload"], "use lora push RUN --to OWNER/NAME"),
+        (["push", "x"], "for example lora push runs/my-run"),
         (["dpo"], "not offered"),
         (["trian"], "did you mean 'train'?"),
         (["train", "--config", "x"], "name the recipe without an option: lora train recipe.yaml"),
@@ -137,6 +138,7 @@ WITH = {
     "generate": ["{}", "hi"],
     "chat": ["{}"],
     "runs": ["{}"],
+    "push": ["{}", "--to", "me/it"],
 }
 USAGE = [
     [],

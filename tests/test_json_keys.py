@@ -63,6 +63,7 @@ FROZEN = {
     "runs": {"name", "folder", "state", "step", "total_steps", "why", "loss", "validation_loss", "tokens", "hours"}
     | {"cost", "last_activity", "result"},
     "init": {"recipe", "output", "memory", "notes"},
+    "push": {"repository", "private", "files", "left_out", "card", "url"},
 }
 
 
@@ -96,6 +97,7 @@ def test_keys_of_documents_and_files_only_grow(recipe_file, tiny_llama, sums, tm
         "generate": lora(capsys, "generate", run, "one", "--max-new-tokens", "2"),
         "runs": lora(capsys, "runs", tmp_path),
         "init": lora(capsys, "init", tiny_llama, sums, "--output", tmp_path / "new.yaml"),
+        "push": lora(capsys, "push", run, "--to", "me/it", "--base", "me/llama", "--dry-run"),
         "report.json": json.loads((run / "report.json").read_text()),
         "status.json": json.loads((run / "status.json").read_text()),
         "samples.jsonl": json.loads((run / "samples.jsonl").read_text().splitlines()[0]),

@@ -28,6 +28,7 @@ EXAMPLES = {
     ),
     "chat": ("lora chat runs/my-run", "lora chat merged --system 'Answer in one sentence.'"),
     "runs": ("lora runs", "lora runs runs/my-run", "lora runs --per-hour 0.40"),
+    "push": ("lora push runs/my-run --to my-name/my-run --dry-run", "lora push merged --to my-name/my-model --public"),
 }
 _TRAIN = "lora train RECIPE; lora init MODEL DATA writes one"
 _COMMANDS = {  # of other programs, and of people's expectation: what to use here
@@ -50,10 +51,7 @@ _COMMANDS = {  # of other programs, and of people's expectation: what to use her
         ("serve", "api", "webui", "deploy"),
         "there is no server here; lora merge RUN --output FOLDER writes a folder that vLLM and others serve",
     ),
-    **dict.fromkeys(
-        ("push", "upload", "publish", "push-to-hub"),
-        "nothing is uploaded from here; hf upload OWNER/NAME RUN/adapter, of huggingface_hub, does",
-    ),
+    **dict.fromkeys(("upload", "publish", "push-to-hub"), "lora push RUN --to OWNER/NAME"),
     **dict.fromkeys(("download", "pull"), "hf download OWNER/NAME, of huggingface_hub; lora train loads models itself"),
     **dict.fromkeys(("dpo", "grpo", "ppo", "orpo", "kto", "rm", "reward", "pretrain"), f"not offered; {_TRAIN}"),
 }
