@@ -150,3 +150,46 @@ def test_without_validation_data_the_first_training_rows_are_used_and_that_is_sa
 
 def test_an_unquantized_recipe_says_nothing_of_it(recipe_file, lora):
     assert "is not known" not in lora("check", recipe_file()).out
+
+
+@pytest.fixture
+def held_out(recipe_file: Any, tmp_path: Path) -> Any:
+    """A recipe in NF4 with as many validation rows as asked, the first of ROWS."""
+
+    def make(rows: int, **settings: Any) -> Path:
+        validation = write_rows(tmp_path / "held-out.jsonl", ROWS[:rows])
+        return recipe_file(**{"quantization": "nf4", "data": {"validation": str(validation)}, **settings})
+
+    return make
+
+
+def test_training_measures_what_is_not_known_once_and_trains_the_same_adapter(held_out, lora, tmp_path):
+    recipe = held_out(8)
+    said = lora("train", recipe)
+    assert "base     measuring what nf4 costs it, on 8 validation examples" in said.text
+    kept = json.loads((tmp_path / "run" / "prepared" / "quantization.json").read_text())
+    by_kind = {each["quantization"]: each for each in kept["costs"]}
+    assert by_kind.keys() == {"none", "nf4"}
+    score = evaluate_model(json_base(recipe), None, tmp_path / "held-out.jsonl", quantization="nf4", dtype="fp32")
+    assert by_kind["nf4"]["loss"] == pytest.approx(score["base"].loss, abs=1e-5)
+    again = lora("train", recipe, "--set", f"output={tmp_path / 'again'}")  # known from the run beside it
+    assert "measuring" not in again.text
+    assert f"nf4              {by_kind['nf4']['loss']:.4f}" in again.text
+    one, other = (tmp_path / name / "adapter" / "adapter_model.safetensors" for name in ("run", "again"))
+    assert one.read_bytes() == other.read_bytes()
+
+
+def json_base(recipe: Path) -> str:
+    return load_recipe(recipe).base_model
+
+
+@pytest.mark.parametrize("why", ["too few rows", "does not fit", "slow"])
+def test_training_names_the_command_where_measuring_is_not_quick(why, held_out, lora, monkeypatch, tmp_path):
+    if why == "does not fit":
+        monkeypatch.setattr(quantization_cost, "free_memory_bytes", lambda device: 2**20)
+    if why == "slow":
+        monkeypatch.setattr(quantization_cost, "_LOADED", 1.0)
+    said = lora("train", held_out(7 if why == "too few rows" else 8))
+    assert said.code == 0, said.text
+    assert "what nf4 costs this base is not known: lora check --compare-quantization measures it" in said.text
+    assert not (tmp_path / "run" / "prepared" / "quantization.json").exists()

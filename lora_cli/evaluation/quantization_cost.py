@@ -6,21 +6,24 @@ A base that quantization makes worse by half a nat has lost more than many adapt
 from __future__ import annotations
 
 import gc
-from collections.abc import Callable, Sequence
+import time
+from collections.abc import Callable, Collection, Sequence
 from contextlib import suppress
 from functools import partial
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 from pydantic import BaseModel, ConfigDict
 from torch import Tensor
 
-from lora_cli.base.device import pick_device, pick_dtype
+from lora_cli.base.device import free_memory_bytes, pick_device, pick_dtype
 from lora_cli.base.linear import held_bytes
 from lora_cli.base.load import load_model
 from lora_cli.base.source import BaseSource
 from lora_cli.base.stored import stored_quantization
+from lora_cli.base.weight_files import stored_tensors
 from lora_cli.data.batches import collate
 from lora_cli.data.cache import cache_folder
 from lora_cli.data.example import Example
@@ -36,6 +39,9 @@ from lora_cli.recipe import Recipe
 MOST_EXAMPLES = 64
 WORTH_SAYING = 0.03  # nats a token
 _FILE = "quantization.json"  # beside the prepared data
+_LEAST_EXAMPLES = 8  # fewer say nothing
+_SECONDS = 30  # that training may spend on it before its first step
+_LOADED = 200e6  # bytes of weights read and quantized a second, by a slow machine
 
 
 class Cost(BaseModel):
@@ -72,10 +78,17 @@ class Costs(BaseModel):
 
 
 def compare_quantizations(
-    recipe: Recipe, source: BaseSource, feed: Feed, tokenizer: Any, say: Callable[[str], None] = lambda _: None
+    recipe: Recipe,
+    source: BaseSource,
+    feed: Feed,
+    tokenizer: Any,
+    say: Callable[[str], None] = lambda _: None,
+    *,
+    kinds: Collection[str] = tuple(RULES),
+    most: int = MOST_EXAMPLES,
 ) -> Costs:
-    """Loss of the base on at most 64 validation examples (without validation data the first that are trained on), held
-    in each way in turn. Reads all weights, once a kind; one model is in memory at a time.
+    """Loss of the base on at most `most` validation examples (without validation data the first that are trained on),
+    held in each of `kinds` in turn. Reads all weights, once a kind; one model is in memory at a time.
 
     say: prints what is being done, and which way this device cannot hold. Raises LoraError for a checkpoint that is
     stored quantized, which has no other form, and where the base does not fit as the recipe has it, or unquantized.
@@ -87,7 +100,7 @@ def compare_quantizations(
     device = pick_device(recipe.device)
     dtype, _ = pick_dtype(recipe.dtype, device)
     held_out = len(feed.validation) > 0
-    examples: Sequence[Example] = feed.validation[:MOST_EXAMPLES] if held_out else feed.first(MOST_EXAMPLES)
+    examples: Sequence[Example] = feed.validation[:most] if held_out else feed.first(most)
     lay_out = partial(collate, packed=False, pad_id=tokenizer.eos_token_id, device=device)
 
     def measure(kind: str) -> tuple[Tensor, Tensor, int]:
@@ -102,7 +115,7 @@ def compare_quantizations(
         return *example_losses(model, examples, lay_out, recipe.data.max_seq_len), held_bytes(model)
 
     measured: dict[str, tuple[Tensor, Tensor, int]] = {}
-    for kind in sorted(RULES, key=lambda name: name != "none"):
+    for kind in sorted(kinds, key=lambda name: name != "none"):
         say(f"loading the base as {kind}")
         try:
             measured[kind] = measure(kind)
@@ -183,7 +196,7 @@ def cost_lines(costs: Costs, chosen: str, *, other_data: bool = False) -> list[s
 
 def known_lines(recipe: Recipe, source: BaseSource, fingerprint: str) -> list[str]:
     """What is known of the cost of the recipe's quantization, if need be from a run beside this one; else how to
-    measure it. Training does not: that took three times as long as everything else before the first step.
+    measure it.
     """
     if recipe.quantization == "none" or stored_quantization(source) is not None:
         return []
@@ -191,3 +204,40 @@ def known_lines(recipe: Recipe, source: BaseSource, fingerprint: str) -> list[st
     if costs is not None:
         return cost_lines(costs, recipe.quantization, other_data=costs.data_fingerprint != fingerprint)
     return [f"what {recipe.quantization} costs this base is not known: lora check --compare-quantization measures it"]
+
+
+def measure_unknown(recipe: Recipe, source: BaseSource, feed: Feed, tokenizer: Any, say: Callable[[str], None]) -> None:
+    """Measure and keep the cost of the recipe's quantization before training, where nothing is known of it and that
+    is quick: the 16-bit base fits into free memory, and at least 8 validation examples take half a minute at most.
+    """
+    kind, fingerprint = recipe.quantization, feed.summary.fingerprint
+    if kind == "none" or stored_quantization(source) is not None or recipe.data.streaming:
+        return
+    known = kept_costs(recipe, source, fingerprint) or found_costs(Path(recipe.output).parent, source)
+    if known is not None and known.of(kind) is not None:
+        return
+    device = pick_device(recipe.device)
+    most = min(MOST_EXAMPLES, len(feed.validation), _quick_examples(recipe, source, feed, device))
+    if most < _LEAST_EXAMPLES:
+        return
+    say(f"base     measuring what {kind} costs it, on {most} validation examples")
+    with suppress(LoraError):  # it does not fit: the line that names the command follows
+        keep_costs(recipe, compare_quantizations(recipe, source, feed, tokenizer, kinds=("none", kind), most=most))
+
+
+def _quick_examples(recipe: Recipe, source: BaseSource, feed: Feed, device: torch.device) -> int:
+    """How many validation examples can be scored twice in the time that is left after loading; 0 if the 16-bit base
+    does not fit. From the speed of a matrix product on this device, of which a small model reaches a fifth.
+    """
+    dtype, _ = pick_dtype(recipe.dtype, device)
+    parameters = sum(torch.Size(each.shape).numel() for each in stored_tensors(source.folder).values())
+    if 1.2 * parameters * dtype.itemsize + 2**30 > free_memory_bytes(device):
+        return 0
+    one = torch.ones(1024, 1024, dtype=dtype, device=device)
+    (one @ one).sum().item()  # the first product of a process also sets up the library
+    start = time.perf_counter()
+    (one @ one @ one).sum().item()
+    rate = 4 * 1024**3 / (time.perf_counter() - start) / 5
+    left = _SECONDS - 2 * parameters * dtype.itemsize / _LOADED
+    tokens = float(np.mean(feed.validation.lengths[:MOST_EXAMPLES])) if len(feed.validation) else 1.0
+    return int(left * rate / (2 * 2 * parameters * tokens)) if left > 0 else 0

@@ -20,7 +20,7 @@ from lora_cli.data.feed import Feed, open_feed
 from lora_cli.data.prepare import prepare
 from lora_cli.data.report import finding_lines
 from lora_cli.evaluation.forgetting import general_text
-from lora_cli.evaluation.quantization_cost import known_lines
+from lora_cli.evaluation.quantization_cost import known_lines, measure_unknown
 from lora_cli.evaluation.samples import sample_prompts
 from lora_cli.files import human_bytes, require_space
 from lora_cli.planning.check import Checked
@@ -48,6 +48,8 @@ def open_session(recipe: Recipe, console: Console) -> Session:
     feed.require_fit(config, source.name)
     text = general_text(tokenizer, config, Path(recipe.data.general_text) if recipe.data.general_text else None)
     prompts = sample_prompts(recipe, tokenizer, feed, config)
+    if PartialState().num_processes == 1:
+        measure_unknown(recipe, source, feed, tokenizer, say)
     for number, line in enumerate(known_lines(recipe, source, feed.summary.fingerprint)):
         say(f"{'' if number else 'base':9}{line}")
     session = open_model(recipe, source, tokenizer, feed, say)
