@@ -7,6 +7,6 @@ import sys
 from pathlib import Path
 
 if __name__ == "__main__":
-    for name in ("startup", "load_memory", "data", "processes", "resume", "blocks", "limit", "train"):
+    for name in ("startup", "load_memory", "data", "adapters", "processes", "resume", "blocks", "limit", "train"):
         print(f"\n── {name}", flush=True)
         subprocess.run([sys.executable, Path(__file__).parent / f"{name}.py"], check=True)

@@ -138,6 +138,7 @@ WITH = {
     "generate": ["{}", "hi"],
     "chat": ["{}"],
     "runs": ["{}"],
+    "inspect": ["{}"],
     "push": ["{}", "--to", "me/it"],
 }
 USAGE = [

@@ -63,6 +63,11 @@ FROZEN = {
     "runs": {"name", "folder", "state", "step", "total_steps", "why", "loss", "validation_loss", "tokens", "hours"}
     | {"cost", "last_activity", "result"},
     "init": {"recipe", "output", "memory", "notes"},
+    "inspect": {"adapter", "base_model", "base", "totals", "layers"},
+    "inspect totals": {"layers", "parameters", "norm", "directions", "dead_directions", "inert_layers", "rank"}
+    | {"effective_rank", "directions_90", "ratio", "weights_not_found"},
+    "inspect layers": {"name", "shape", "rank", "scaling", "singular_values", "norm", "weight_norm", "ratio"}
+    | {"effective_rank", "directions_90", "dead_directions", "inert"},
     "push": {"repository", "private", "files", "left_out", "card", "url"},
 }
 
@@ -97,6 +102,7 @@ def test_keys_of_documents_and_files_only_grow(recipe_file, tiny_llama, sums, tm
         "generate": lora(capsys, "generate", run, "one", "--max-new-tokens", "2"),
         "runs": lora(capsys, "runs", tmp_path),
         "init": lora(capsys, "init", tiny_llama, sums, "--output", tmp_path / "new.yaml"),
+        "inspect": lora(capsys, "inspect", run, "--base", tiny_llama),
         "push": lora(capsys, "push", run, "--to", "me/it", "--base", "me/llama", "--dry-run"),
         "report.json": json.loads((run / "report.json").read_text()),
         "status.json": json.loads((run / "status.json").read_text()),

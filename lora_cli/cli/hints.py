@@ -28,13 +28,14 @@ EXAMPLES = {
     ),
     "chat": ("lora chat runs/my-run", "lora chat merged --system 'Answer in one sentence.'"),
     "runs": ("lora runs", "lora runs runs/my-run", "lora runs --per-hour 0.40"),
+    "inspect": ("lora inspect runs/my-run", "lora inspect runs/my-run --base Qwen/Qwen3-4B --picture adapter.png"),
     "push": ("lora push runs/my-run --to my-name/my-run --dry-run", "lora push merged --to my-name/my-model --public"),
 }
 _TRAIN = "lora train RECIPE; lora init MODEL DATA writes one"
 _COMMANDS = {  # of other programs, and of people's expectation: what to use here
     **dict.fromkeys(("finetune", "fine-tune", "sft", "fit", "run", "start", "launch", "lora", "qlora"), _TRAIN),
     "resume": "lora train RECIPE --resume",
-    **dict.fromkeys(("plan", "preprocess", "prepare", "validate", "inspect", "dry-run"), "lora check RECIPE"),
+    **dict.fromkeys(("plan", "preprocess", "prepare", "validate", "dry-run"), "lora check RECIPE"),
     **dict.fromkeys(("new", "create", "config", "quickstart"), "lora init MODEL DATA, which writes a recipe"),
     **dict.fromkeys(("evaluate", "test", "score", "benchmark"), "lora eval RUN"),
     **dict.fromkeys(("merge-lora", "merge-sharded-fsdp-weights", "fuse", "save"), "lora merge RUN --output FOLDER"),

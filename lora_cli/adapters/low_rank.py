@@ -1,0 +1,15 @@
+"""Products B A of low rank, decomposed from their factors: nothing as large as a weight is made."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+
+def singular_values(A: Tensor, B: Tensor, scaling: float) -> Tensor:
+    """Of scaling · B A, from the largest down, in float64: (min(rank, in, out),).
+
+    A: (rank, in). B: (out, rank). With B = Q R and Aᵀ = P S they are those of scaling · R Sᵀ, as Q and P only rotate.
+    """
+    R, S = (torch.linalg.qr(each.double(), mode="r").R for each in (B, A.T))
+    return torch.linalg.svdvals(scaling * R @ S.T)

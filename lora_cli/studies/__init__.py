@@ -1,0 +1,1 @@
+"""What adapters are: looked at as values, after they were trained."""
