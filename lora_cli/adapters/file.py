@@ -98,7 +98,7 @@ def save_adapter(
     """
     layers = trained_modules(model)
     lora = {name: layer for name, layer in layers.items() if isinstance(layer, LoRALinear)}
-    alpha = _commonest({name: layer.alpha for name, layer in lora.items()})
+    alpha = commonest({name: layer.alpha for name, layer in lora.items()})
     tensors: dict[str, Tensor] = {}
     settings: dict[str, Any] = {}
     for name, layer in layers.items():
@@ -141,18 +141,13 @@ def _unquantized(model: Any) -> list[str]:
 
 
 def _peft_config(model: Any, layers: Mapping[str, LoRALinear], base: BaseSource, alpha: float) -> dict[str, Any]:
-    ranks = {name: layer.rank for name, layer in layers.items()}
-    rank = _commonest(ranks)
     dropout = max(layer.dropout for layer in layers.values())
     return {
         "peft_type": "LORA",
         "task_type": "CAUSAL_LM",
         "base_model_name_or_path": base.name,
         "revision": base.revision,
-        "r": rank,
-        "lora_alpha": int(alpha) if alpha == int(alpha) else alpha,  # Ollama reads whole numbers only
-        "rank_pattern": {name: value for name, value in ranks.items() if value != rank},
-        "alpha_pattern": {},
+        **peft_scaling({name: layer.rank for name, layer in layers.items()}, alpha),
         "lora_dropout": dropout,
         "target_modules": _target_modules(model, list(layers)),
         "fan_in_fan_out": any(stored_transposed(layer.base_layer) for layer in layers.values()),
@@ -165,7 +160,18 @@ def _peft_config(model: Any, layers: Mapping[str, LoRALinear], base: BaseSource,
     }
 
 
-def _commonest(values: dict[str, Any]) -> Any:
+def peft_scaling(ranks: Mapping[str, int], alpha: float) -> dict[str, Any]:
+    """What adapter_config.json says of ranks and alpha. ranks: by module. alpha: the one of all."""
+    rank = commonest(ranks)
+    return {
+        "r": rank,
+        "lora_alpha": int(alpha) if alpha == int(alpha) else alpha,  # Ollama reads whole numbers only
+        "rank_pattern": {name: value for name, value in ranks.items() if value != rank},
+        "alpha_pattern": {},
+    }
+
+
+def commonest(values: Mapping[str, Any]) -> Any:
     counts = list(values.values())
     return max(dict.fromkeys(counts), key=counts.count)
 
@@ -183,7 +189,7 @@ def read_adapter(folder: Path) -> AdapterFile:
     config = read_config(folder)
     path = folder / TENSORS
     if not path.is_file():
-        raise _no_tensors(folder)
+        raise no_tensors(folder)
     fix = "copy it again, or use an earlier checkpoint"
     with reading("damaged or incomplete adapter file", path, fix), safe_open(path, "pt") as stored:
         texts = stored.metadata() or {}
@@ -196,7 +202,7 @@ def read_adapter(folder: Path) -> AdapterFile:
     return AdapterFile(folder, config, metadata, alpha, tensors, base_weights)
 
 
-def _no_tensors(folder: Path) -> LoraError:
+def no_tensors(folder: Path) -> LoraError:
     what, fix = f"the adapter folder has no {TENSORS}", "copy the adapter again"
     if (pickled := folder / "adapter_model.bin").exists():
         what += f": {pickled.name} is pickled and is not opened (pickles can run code)"

@@ -16,11 +16,11 @@ from lora_cli.foreign import read_bytes, reason
 
 CONFIG = "adapter_config.json"
 TESTED_PEFT = "peft==0.21.2"  # as in constraints.txt
-# What PEFT can store in a LoRA adapter and this program cannot compute; a value other than those of _OFF would be lost
+# What PEFT can store in a LoRA adapter and this program cannot compute; a value other than those of OFF would be lost
 _LOST = {"use_dora", "bias", "lora_bias", "modules_to_save", "target_parameters", "trainable_token_indices"}
 _LOST |= {"alora_invocation_tokens", "layer_replication", "megatron_config", "use_qalora", "use_bdlora"}
 _LOST |= {"arrow_config", "kasa_config", "monteclora_config"}
-_OFF = (None, False, "none", [], {})
+OFF = (None, False, "none", [], {})
 # Starts of PEFT that also change the base's weights; the adapter means nothing on the base as it was.
 _CHANGED_BASE = ("pissa", "olora", "corda", "loftq", "lora_ga")
 # Kinds of PEFT that do not change weights: nobody can merge them.
@@ -43,8 +43,8 @@ class _Config(BaseModel):
     r: int = _DEFAULT_RANK
 
 
-def read_config(folder: Path) -> dict[str, Any]:
-    """Raises LoraError for a file that is damaged, or that describes what this program cannot compute."""
+def stored_config(folder: Path) -> dict[str, Any]:
+    """The file as it is. Raises LoraError if it is damaged, or of another kind of adapter than LoRA."""
     path = folder / CONFIG
     if not path.exists():
         fix = "name an adapter folder or a run folder"
@@ -59,10 +59,21 @@ def read_config(folder: Path) -> dict[str, Any]:
     if kind != "LORA":
         what = f"this is a {kind} adapter; only LORA can be opened"
         raise LoraError(what, where=str(path), fix=elsewhere(folder, config))
-    lost = [f"{key}: {config[key]}" for key in sorted(_LOST - COMPUTED) if config.get(key) not in _OFF]
+    return config
+
+
+def changed_base(config: Mapping[str, Any]) -> str:
+    """A start that also changed the base's weights, in words; "" of the usual ones."""
     start = config.get("init_lora_weights")
-    if isinstance(start, str) and start.lower().startswith(_CHANGED_BASE):
-        lost.append(f"init_lora_weights: {start}, which changes the base model's weights")
+    return f"init_lora_weights: {start}" if isinstance(start, str) and start.lower().startswith(_CHANGED_BASE) else ""
+
+
+def read_config(folder: Path) -> dict[str, Any]:
+    """Raises LoraError for a file that is damaged, or that describes what this program cannot compute."""
+    config, path = stored_config(folder), folder / CONFIG
+    lost = [f"{key}: {config[key]}" for key in sorted(_LOST - COMPUTED) if config.get(key) not in OFF]
+    if start := changed_base(config):
+        lost.append(f"{start}, which changes the base model's weights")
     if lost:
         what, fix = "the adapter uses what this program cannot compute", elsewhere(folder, config)
         raise LoraError(what, where=str(path), details=lost, fix=fix)

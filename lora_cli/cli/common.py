@@ -30,6 +30,10 @@ Source = Annotated[
 Base = Annotated[
     str | None, typer.Option("--base", help="Base model. Default: the one that the adapter names.", show_default=False)
 ]
+Program = Annotated[
+    Literal["vllm", "llama.cpp", "ollama", "mlx", "peft", "transformers"] | None,
+    typer.Option("--for", help="Say what this program would refuse of the adapter.", show_default=False),
+]
 # Of earlier releases: SOURCE says it all.
 OldModel = Annotated[str | None, typer.Option("--model", hidden=True)]
 OldAdapter = Annotated[str | None, typer.Option("--adapter", hidden=True)]

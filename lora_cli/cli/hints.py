@@ -19,6 +19,7 @@ EXAMPLES = {
         "lora check recipe.yaml",
         "lora check recipe.yaml --show 10 --html preview.html",
         "lora check recipe.yaml --row faq.csv:8",
+        "lora check recipe.yaml --for vllm",
     ),
     "eval": ("lora eval runs/my-run", "lora eval runs/my-run --data data/other.jsonl --json"),
     "merge": ("lora merge runs/my-run --output merged", "lora merge runs/my-run --output merged --onto original"),

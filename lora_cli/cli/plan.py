@@ -9,7 +9,18 @@ from typing import Annotated, Any, get_args
 
 import typer
 
-from lora_cli.cli.common import Json, Overrides, RecipeFile, RemoteCode, console, heavy, home, status, trusted_recipe
+from lora_cli.cli.common import (
+    Json,
+    Overrides,
+    Program,
+    RecipeFile,
+    RemoteCode,
+    console,
+    heavy,
+    home,
+    status,
+    trusted_recipe,
+)
 from lora_cli.errors import LoraError, command, refuse_if
 from lora_cli.streams import print_json, print_note, print_result
 
@@ -151,13 +162,14 @@ def check(
             help="Also load the base in nf4, int8 and as it is, and compare their losses on 64 examples.",
         ),
     ] = False,
+    program: Program = None,
     as_json: Json = False,
 ) -> None:
     """Check recipe and data, and show what would be trained on.
 
     Everything short of training. Reads no weights unless --model or --compare-quantization is given.
     """
-    more = html is not None or prepare or try_model or compare_quantization
+    more = html is not None or prepare or try_model or compare_quantization or program is not None
     refuse_if(row is not None and more, "--row shows one row and does nothing else", fix="remove the other options")
     loaded = trusted_recipe(recipe, overrides or [])
     checking = heavy("lora_cli.planning.check", Path(loaded.output))
@@ -173,6 +185,11 @@ def check(
     document = checked.as_dict(show)
     try:
         checked.require_ok()
+        if program is not None:
+            said = heavy("lora_cli.adapters.programs").require_taken(checked.looked(), program)
+            document["program"] = said
+            if not as_json:
+                print_result(said)
         if try_model:
             from lora_cli.training.opening import try_model as tried
 
@@ -184,7 +201,7 @@ def check(
                 for line in heavy("lora_cli.evaluation.quantization_cost").cost_lines(costs, loaded.quantization):
                     print_result(line)
     except LoraError as error:
-        error.result = document
+        error.result = document | (error.result or {})
         raise
     if as_json:
         print_json(document)

@@ -7,8 +7,9 @@ from typing import Annotated
 
 import typer
 
-from lora_cli.cli.common import Json, console, heavy, home
-from lora_cli.streams import print_json
+from lora_cli.cli.common import Json, Program, console, heavy, home
+from lora_cli.errors import home_expanded, refuse_if
+from lora_cli.streams import print_json, print_result
 
 
 def inspect(
@@ -20,12 +21,17 @@ def inspect(
     picture: Annotated[
         Path | None, typer.Option("--picture", callback=home, help="Also draw it, to a PNG file.", show_default=False)
     ] = None,
+    program: Program = None,
     as_json: Json = False,
 ) -> None:
     """Show what an adapter adds to each layer: size, effective rank, what is dead.
 
     Reads no weights of the base unless --base is given, and then one at a time.
     """
+    if program is not None:
+        refuse_if(picture is not None, "--for says what a program takes and draws nothing", fix="remove --picture")
+        _for_program(source, base, program, as_json=as_json)
+        return
     inspecting = heavy("lora_cli.studies.inspect")
     found = inspecting.inspect_adapter(source, base)
     if picture is not None:
@@ -34,3 +40,14 @@ def inspect(
         print_json(found.as_dict())
     else:
         inspecting.print_inspected(found, console(stderr=False))
+
+
+def _for_program(source: str, base: str | None, program: str, *, as_json: bool) -> None:
+    programs = heavy("lora_cli.adapters.programs")
+    folder = heavy("lora_cli.adapters.opened").adapter_folder(Path(home_expanded(source)))
+    found = heavy("lora_cli.base.source").find_base(base) if base is not None else None
+    said = programs.require_taken(programs.look_at(folder, found), program)
+    if as_json:
+        print_json({"program": program, "refused": [], "said": said})
+    else:
+        print_result(said)

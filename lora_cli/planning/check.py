@@ -13,6 +13,9 @@ from rich.table import Table
 from rich.text import Text
 from transformers import PreTrainedTokenizerBase
 
+from lora_cli.adapters.file import commonest, peft_scaling
+from lora_cli.adapters.layer import Target
+from lora_cli.adapters.programs import Looked, of_base
 from lora_cli.adapters.reach import kind_of, left_out_lines
 from lora_cli.adapters.targets import not_adapted, targets_of
 from lora_cli.base.source import BaseSource, find_base
@@ -35,7 +38,7 @@ from lora_cli.screen import say_on, styled
 
 @dataclass(frozen=True)
 class Checked:
-    """What a recipe comes to. layers: how many the adapter matches; parameters: how many of its numbers are trained.
+    """What a recipe comes to. targets: the layers that the adapter matches; parameters: how many numbers are trained.
 
     left_out: parts of the model that are not text, for a person.
     """
@@ -44,7 +47,7 @@ class Checked:
     source: BaseSource
     tokenizer: PreTrainedTokenizerBase
     feed: Feed
-    layers: int
+    targets: list[Target]
     parameters: int
     left_out: list[str]
 
@@ -64,7 +67,7 @@ class Checked:
             "listing": data.listing,
             "template": data.template,
             "weights": data.weights and vars(data.weights),
-            "layers": self.layers,
+            "layers": len(self.targets),
             "trained_parameters": self.parameters,
             "fingerprint": data.fingerprint,
             "findings": self.findings(),
@@ -80,6 +83,14 @@ class Checked:
 
     def findings(self) -> list[dict[str, Any]]:
         return self.feed.summary.findings.as_list(self.recipe.data.allow)
+
+    def looked(self) -> Looked:
+        """The adapter that training would write, as other programs see it."""
+        alpha = commonest({each.name: each.alpha for each in self.targets})
+        ranks = {each.name: each.rank for each in self.targets}
+        config = peft_scaling(ranks, alpha)
+        config |= {key: value for each in self.targets for key, value in each.kind.peft_settings.items()}
+        return Looked(config, ranks, (), *of_base(self.source))
 
     def require_ok(self) -> None:
         """Raises LoraError if the checks found something that stops a run, or no row is left."""
@@ -108,7 +119,7 @@ def check(recipe: Recipe, *, keep: bool = False) -> Checked:
     notes = left_out_lines(recipe.adapter.target_modules, left_out, some=len(left_out) < len(targets))
     targets = [target for target in targets if kind_of(target.name) not in kinds]
     parameters = sum(target.size(model.get_submodule(target.name)) for target in targets)
-    return Checked(recipe, source, tokenizer, feed, len(targets), parameters, [*not_adapted(model), *notes])
+    return Checked(recipe, source, tokenizer, feed, targets, parameters, [*not_adapted(model), *notes])
 
 
 def compare(checked: Checked, say: Callable[[str], None]) -> Costs:
@@ -168,10 +179,13 @@ def _where(finding: dict[str, Any]) -> str:
 
 
 def _lines(checked: Checked, *, known: bool = True) -> list[tuple[str, str]]:
-    adapter, notes = f"{checked.layers} layers, {checked.parameters:,} trained parameters", unusual(checked.recipe)
+    adapter, notes = (
+        f"{len(checked.targets)} layers, {checked.parameters:,} trained parameters",
+        unusual(checked.recipe),
+    )
     some = checked.recipe.adapter.projections
     if checked.recipe.adapter.target_modules == "attention" and len(set(some)) < 4:
-        adapter = f"{', '.join(some)} of {checked.layers} attention layers"
+        adapter = f"{', '.join(some)} of {len(checked.targets)} attention layers"
     elif not checked.recipe.data.streaming and checked.parameters:
         targets = checked.feed.summary.train.target_tokens
         adapter += f" for {counted(targets, 'target token')}"
