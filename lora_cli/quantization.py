@@ -6,15 +6,17 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Literal
 
-Quantization = Literal["nf4", "int8", "none"]
+Quantization = Literal["nf4", "int8", "int4", "none"]
 DEFAULT: Quantization = "nf4"
 
 
 @dataclass(frozen=True)
 class Rules:
-    """double: whether double_quantization means something. not_sharded: why shard_base is refused; None: it is not."""
+    """double, groups: whether double_quantization and group_size mean something. not_sharded: why shard_base is
+    refused; None: it is not."""
 
     double: bool = False
+    groups: bool = False
     not_sharded: str | None = None
 
 
@@ -23,6 +25,7 @@ RULES: dict[str, Rules] = {
     "int8": Rules(
         not_sharded="bitsandbytes keeps 8-bit weights outside the parameter, where they cannot be spread over processes"
     ),
+    "int4": Rules(groups=True),
     "none": Rules(),
 }
 

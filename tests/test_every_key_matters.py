@@ -153,6 +153,8 @@ CASES = [
     Case("base_model", "{gpt2}", first_loss, {"adapter.layers": [0]}),
     Case("quantization", "nf4", first_loss),
     Case("quantization", "int8", first_loss),
+    Case("quantization", "int4", first_loss),
+    Case("group_size", 64, first_loss, {"quantization": "int4"}),
     Case("double_quantization", False, first_loss, NF4),
     Case("dtype", "bf16", first_loss),
     Case("adapter.rank", 2, shapes),

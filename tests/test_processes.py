@@ -266,7 +266,7 @@ for name, architecture in ARCHITECTURES.items():
         place = Path(sys.argv[1]) / name
         if state.is_main_process:
             save_tiny(architecture.config(), place, tokenizer=make_tokenizer())
-    for quantization in ("none", "nf4"):
+    for quantization in ("none", "nf4", "int4"):
         model = adapted(load_model(find_base(str(place)), quantization=quantization, dtype=torch.float32, device=CPU))
         blocks = [block for each in block_lists(model) for block in model.get_submodule(each)]
         save_only_inputs(model)
@@ -290,12 +290,12 @@ torch.distributed.destroy_process_group()
 
 @pytest.mark.slow
 def test_every_architecture_in_shares_is_itself(tmp_path):
-    """Losses and gradients, bit for bit, twice, training and evaluating, a block recomputed; in fp32 and NF4."""
+    """Losses and gradients, bit for bit, twice, training and evaluating, a block recomputed; in fp32, NF4 and int4."""
     (tmp_path / "spread_all.py").write_text(SPREAD_ALL)
     done = launch(TORCHRUN, 2, str(tmp_path / "spread_all.py"), str(tmp_path / "models"))
     assert done.returncode == 0, done.stdout + done.stderr
     for name in ARCHITECTURES:
-        for quantization in ("none", "nf4"):
+        for quantization in ("none", "nf4", "int4"):
             assert f"spread {name} {quantization}\n" in done.stdout
 
 

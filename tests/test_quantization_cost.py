@@ -40,7 +40,7 @@ def test_each_loss_is_that_of_eval_and_the_cost_its_difference(asked, tiny_llama
     _, found = asked()
     assert (found["examples"], found["held_out"]) == (8, True)
     by_kind = {each["quantization"]: each for each in found["costs"]}
-    assert by_kind.keys() == {"none", "nf4", "int8"}
+    assert by_kind.keys() == {"none", "nf4", "int8", "int4"}
     for kind, each in by_kind.items():
         data = tmp_path / "held-out.jsonl"
         score = evaluate_model(str(tiny_llama), None, data, quantization=kind, dtype="fp32")["base"]
@@ -48,7 +48,7 @@ def test_each_loss_is_that_of_eval_and_the_cost_its_difference(asked, tiny_llama
         assert each["cost"] == pytest.approx(score.loss - by_kind["none"]["loss"], abs=1e-5)
         assert found["target_tokens"] == score.target_tokens
     assert by_kind["nf4"]["low"] < by_kind["nf4"]["cost"] < by_kind["nf4"]["high"]
-    assert by_kind["nf4"]["weights"] < by_kind["int8"]["weights"] < by_kind["none"]["weights"]
+    assert by_kind["nf4"]["weights"] < by_kind["int4"]["weights"] < by_kind["int8"]["weights"] < by_kind["none"]["weights"]
 
 
 def test_the_table_is_kept_with_the_data_and_said_by_check_and_train(asked, lora, tmp_path):
@@ -131,7 +131,7 @@ def test_a_way_that_does_not_fit_is_left_out_and_without_the_unquantized_base_no
 
     monkeypatch.setattr(quantization_cost, "example_losses", too_small)
     recipe, found = asked()
-    assert [each["quantization"] for each in found["costs"]] == ["none", "nf4"]
+    assert [each["quantization"] for each in found["costs"]] == ["none", "nf4", "int4"]
     assert (
         "int8 is left out: it does not fit into the memory of" in lora("check", recipe, "--compare-quantization").text
     )

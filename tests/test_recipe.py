@@ -319,6 +319,7 @@ def test_validation_is_a_fraction_or_a_file(load: Any, problem: Any, tmp_path: P
             "double_quantization",
             "remove double_quantization, or write quantization: nf4",
         ),
+        ("{group_size: 64}", "group_size", "remove group_size, or write quantization: int4"),
         ("{dtype: fp16, device: cpu}", "dtype", "write dtype: auto, or another device"),
         ("train: {eval_every: 5}", "train.eval_every", "set data.validation to a file or a fraction"),
         ("train: {patience: 2}", "train.patience", "set train.eval_every to the steps between evaluations"),
@@ -433,7 +434,7 @@ def test_validation_is_a_fraction_or_a_file(load: Any, problem: Any, tmp_path: P
         (
             "{quantization: int8, train: {shard_base: true}}",
             "train.shard_base",
-            "write quantization: nf4 or none, or remove shard_base",
+            "write quantization: nf4 or int4 or none, or remove shard_base",
         ),
         (
             "train: {micro_batch_size: auto, batch_size: 8, shard_base: true}",
@@ -873,8 +874,10 @@ def recipes(draw: Any) -> dict[str, Any]:
     adapter, train = values.get("adapter", {}), values.get("train", {})  # less what would contradict itself
     if adapter.get("target_modules", "attention") != "attention":
         adapter.pop("projections", None)
-    if values.get("quantization") in ("int8", "none") and values.get("double_quantization"):
+    if values.get("quantization") in ("int8", "int4", "none") and values.get("double_quantization"):
         del values["double_quantization"]
+    if values.get("quantization") != "int4":
+        values.pop("group_size", None)
     if values.get("device") == "cpu":
         values.pop("dtype", None)
     if train.get("gradient_checkpointing") != "selective":

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import ast
-from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, get_args
 
@@ -11,17 +10,16 @@ import pytest
 import torch
 import transformers as hf
 from conftest import ROOT, randomize_adapter, save_tiny
-from torch import Tensor, nn
+from torch import nn
 from transformers.pytorch_utils import Conv1D
 
 from lora_cli.adapters.attach import attach
 from lora_cli.adapters.targets import find_targets
 from lora_cli.adapters.trained import trained_parameters
-from lora_cli.base.linear import dense_weight, features, held_bytes, is_quantized, stored_transposed, unquantized_layers
+from lora_cli.base.linear import dense_weight, held_bytes, is_quantized, stored_transposed, unquantized_layers
 from lora_cli.base.load import load_model
 from lora_cli.base.source import find_base
-from lora_cli.base.storage import registry
-from lora_cli.base.storage.kind import Storage
+from lora_cli.base.storage.int4 import Int4Linear
 from lora_cli.base.storage.registry import KINDS, part_of, storage_named, storage_of
 from lora_cli.base.stored import dense_tensor
 from lora_cli.base.weight_files import stored_tensors
@@ -106,56 +104,12 @@ def test_held_bytes_are_those_of_the_stored_file(quantization: str, double: bool
     assert held_bytes(model, frozen_alone=True) == expected - shared - model.lm_head.weight.nbytes
 
 
-class BlocksOf32(nn.Module):
-    """(q · d + m) of 4-bit q, fp16 d and m for blocks of 32 numbers of a row, as llama.cpp's Q4_1."""
-
-    def __init__(self, plain: Any):
-        super().__init__()
-        self.in_features, self.out_features, self.bias = plain.in_features, plain.out_features, plain.bias
-        blocks = plain.weight.data.float().view(plain.out_features, -1, 32)
-        low, high = blocks.amin(-1, keepdim=True), blocks.amax(-1, keepdim=True)
-        self.register_buffer("d", ((high - low) / 15).half())
-        self.register_buffer("m", low.half())
-        q = ((blocks - low) / (high - low) * 15).round().to(torch.uint8)
-        self.weight = nn.Parameter(q[..., ::2] | q[..., 1::2] << 4, requires_grad=False)
-
-    def forward(self, x: torch.Tensor) -> torch.Tensor:
-        return nn.functional.linear(x, dense_weight(self).to(x.dtype), self.bias)
-
-
-class Q41(Storage):
-    """All that a new kind writes."""
-
-    name = "q4_1"
-    weights_per_number = 2
-
-    def dense_stored(self, weight: Tensor, beside: Mapping[str, Tensor]) -> Tensor:
-        raise AssertionError("no checkpoint stores weights so")
-
-    def is_layer(self, module: nn.Module) -> bool:
-        return isinstance(module, BlocksOf32)
-
-    def dense(self, layer: Any) -> torch.Tensor:
-        packed = layer.weight.data
-        q = torch.stack([packed & 15, packed >> 4], -1).flatten(-2).float()
-        return (q * layer.d.float() + layer.m.float()).flatten(1)
-
-    def hold(self, layer: nn.Module) -> nn.Module:
-        return BlocksOf32(layer) if features(layer)[0] % 32 == 0 else layer
-
-    def bits(self, value_bytes: int, double: bool) -> float:
-        return 4 + 2 * 16 / 32
-
-
-def test_a_new_kind_is_one_class_and_one_line(monkeypatch: pytest.MonkeyPatch, tiny_llama: Path):
+def test_a_kind_of_our_own_is_one_class_and_one_line(tiny_llama: Path):
     """Loaded, adapted, trained on, counted, estimated and made dense for a merge, without another line anywhere."""
-    kind = Q41()
-    monkeypatch.setattr(registry, "KINDS", (kind, *KINDS))
-    monkeypatch.setitem(registry._BY_NAME, "q4_1", kind)
     source = find_base(str(tiny_llama))
     plain = load_model(source, quantization="none", dtype=torch.float32, device=CPU)
-    model = load_model(source, quantization="q4_1", dtype=torch.float32, device=CPU)
-    held = {name: layer for name, layer in model.named_modules() if isinstance(layer, BlocksOf32)}
+    model = load_model(source, quantization="int4", dtype=torch.float32, device=CPU)
+    held = {name: layer for name, layer in model.named_modules() if isinstance(layer, Int4Linear)}
     assert len(held) == 14
     assert storage_of(model.get_output_embeddings()) is storage_named("none")
     assert all(is_quantized(layer) for layer in held.values())
@@ -165,9 +119,9 @@ def test_a_new_kind_is_one_class_and_one_line(monkeypatch: pytest.MonkeyPatch, t
         blocks = weight.view(len(weight), -1, 32)
         step = ((blocks.amax(-1) - blocks.amin(-1)) / 15).max().item()
         assert (dense_weight(layer) - weight).abs().max() <= 0.6 * step  # half a step, and fp16
-    shape = shape_of(look_at_model(str(tiny_llama)), {}, torch.float32, quantization="q4_1", device="cpu")
+    shape = shape_of(look_at_model(str(tiny_llama)), {}, torch.float32, quantization="int4", device="cpu")
     nothing = {"tokens": 0, "target_tokens": 0, "gradient_checkpointing": False}
-    estimated = estimate_memory(shape, quantization="q4_1", value_bytes=4, **nothing).weights - 4 * shape.largest_layer
+    estimated = estimate_memory(shape, quantization="int4", value_bytes=4, **nothing).weights - 4 * shape.largest_layer
     assert estimated == pytest.approx(held_bytes(model), rel=0.01)
     attach(model, find_targets(model, "all-linear", rank=4, alpha=8))
     randomize_adapter(model)
@@ -182,7 +136,7 @@ def test_a_new_kind_is_one_class_and_one_line(monkeypatch: pytest.MonkeyPatch, t
 def test_nothing_outside_the_registry_speaks_of_a_kind():
     """Names of kinds and of their layers' classes are written in base/storage and quantization.py alone."""
     kinds = {kind.name for kind in KINDS} - {"none"}
-    inside = {"Linear4bit", "Linear8bitLt", "Params4bit", "SCB", "absmax", "quant_state", "load_in_4bit"}
+    inside = {"Linear4bit", "Linear8bitLt", "Params4bit", "Int4Linear", "SCB", "absmax", "quant_state", "load_in_4bit"}
     package = ROOT / "lora_cli"
     found = [
         f"{path.relative_to(ROOT)}:{node.lineno}"

@@ -88,6 +88,7 @@ def save_adapter(
     *,
     quantization: str,
     double_quantization: bool,
+    group_size: int | None = None,
     chat_template: str | None = None,
     prompting: str | None = None,
     system: str | None = None,
@@ -112,6 +113,7 @@ def save_adapter(
         base_fingerprint=base.fingerprint,
         quantization=quantization,  # type: ignore[arg-type]
         double_quantization=double_quantization,
+        group_size=group_size,  # type: ignore[arg-type]
         compute_dtype=next((name for name, dtype in DTYPES.items() if dtype == compute), None),  # type: ignore[arg-type]
         unquantized_modules=_unquantized(model) if quantization != "none" else None,
         method=next(name for name, kind in KINDS.items() if any(type(layer) is kind for layer in layers.values())),

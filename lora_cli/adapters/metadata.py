@@ -48,7 +48,7 @@ class AdapterMetadata(BaseModel):
     base_fingerprint: Annotated[str, Field(pattern=r"^[0-9a-f]{64}$")] | None = None
     quantization: Quantization | None = None
     double_quantization: Annotated[bool | None, BeforeValidator(_from_json)] = None
-    group_size: Annotated[int | None, BeforeValidator(_from_json)] = None
+    group_size: Annotated[Literal[32, 64, 128] | None, BeforeValidator(_from_json)] = None
     compute_dtype: Literal["bf16", "fp16", "fp32"] | None = None
     unquantized_modules: Annotated[list[str] | None, BeforeValidator(_from_json)] = None
     method: Annotated[str | None, AfterValidator(_a_kind)] = None

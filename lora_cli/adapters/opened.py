@@ -77,6 +77,7 @@ def open_model(
         dtype=compute,
         device=at,
         double_quantization=stored is None or stored.metadata.double_quantization is not False,
+        group_size=(stored.metadata.group_size if stored else None) or 32,
         trust_remote_code=trust_remote_code,
     )
     require_computes(model)

@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from torch.distributed.tensor import DTensor
 from transformers.pytorch_utils import Conv1D
 
-from lora_cli.base.storage.registry import PLAIN, storage_named, storage_of
+from lora_cli.base.storage.registry import storage_named, storage_of
 
 _ROUNDED = "rounded_to"  # on a plain layer that holds the values of a quantized one: the kind's name
 
@@ -38,7 +38,7 @@ def features(layer: nn.Module) -> tuple[int, int]:
 
 def stored_transposed(layer: nn.Module) -> bool:
     """Whether the checkpoint stores this layer's weight as (in, out), GPT-2's way; also once it is quantized."""
-    return isinstance(layer, Conv1D) or getattr(layer, "source_cls", None) is Conv1D
+    return isinstance(layer, Conv1D) or getattr(layer, "source_cls", None) is Conv1D or getattr(layer, "transposed", False)
 
 
 def dense_weight(layer: nn.Module) -> Tensor:
@@ -64,14 +64,6 @@ def plain_layer(layer: nn.Module, dtype: torch.dtype) -> nn.Module:
     if bias is not None:
         plain.bias = nn.Parameter(bias.data.to(dtype), requires_grad=False)
     return plain.train(layer.training)
-
-
-def hold_layers(model: Any, quantization: str) -> None:
-    """Quantize a model that was loaded plain, but for its output head, by a kind that transformers does not know."""
-    kind, head = storage_named(quantization), model.get_output_embeddings()
-    for name, layer in list(model.named_modules()):
-        if layer is not head and storage_of(layer) is PLAIN and (held := kind.hold(layer)) is not layer:
-            model.set_submodule(name, held.train(layer.training))
 
 
 def settle_layers(model: nn.Module, dtype: torch.dtype) -> None:

@@ -13,7 +13,7 @@ from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING
 
 from lora_cli.base.attention import attention_implementation, watch_rows
 from lora_cli.base.bounds import require_modest_tokenizer, require_modest_tokenizer_files, require_own_tokens
-from lora_cli.base.linear import hold_layers, settle_layers
+from lora_cli.base.linear import settle_layers
 from lora_cli.base.source import BaseSource
 from lora_cli.base.storage.registry import storage_named
 from lora_cli.base.stored import require_quantization, stored_quantization
@@ -30,6 +30,7 @@ def load_model(
     dtype: torch.dtype,
     device: torch.device,
     double_quantization: bool = True,
+    group_size: int = 32,
     trust_remote_code: bool = False,
 ) -> Any:
     """The base model, frozen, in eval mode, each shard quantized as it is read.
@@ -40,7 +41,7 @@ def load_model(
     config = model_config(source, trust_remote_code)
     require_quantization(source, quantization)
     as_stored = stored_quantization(source) is not None
-    settings = None if as_stored else storage_named(quantization).load_settings(dtype, double_quantization)
+    settings = None if as_stored else storage_named(quantization).load_settings(dtype, double_quantization, group_size)
     # A damaged config.json can fail anywhere in the code that builds a model.
     with reading("the base model cannot be loaded", source.folder, "check config.json, or download the model again"):
         try:
@@ -64,8 +65,6 @@ def load_model(
     _require_all_weights(source, info)
     for parameter in model.parameters():
         parameter.requires_grad_(False)
-    if not as_stored:
-        hold_layers(model, quantization)
     settle_layers(model, dtype)
     model.unused_tensors = sorted(map(str, info["unexpected_keys"]))
     watch_rows(model)

@@ -110,6 +110,7 @@ def compare_quantizations(
             dtype=dtype,
             device=device,
             double_quantization=recipe.double_quantization,
+            group_size=recipe.group_size,
             trust_remote_code=recipe.trust_remote_code,
         )
         return *example_losses(model, examples, lay_out, recipe.data.max_seq_len), held_bytes(model)

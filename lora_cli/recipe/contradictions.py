@@ -52,6 +52,7 @@ _SOURCES = {"data.train": lambda r: r.data.train, "data.validation": lambda r: r
 _WITH_COLUMNS = {"data.columns": lambda r: [r.data], **_SOURCES}
 _OF_THE_HUB = {"config", "split", "revision"}
 _DOUBLE = named(lambda rules: rules.double)
+_GROUPS = named(lambda rules: rules.groups)
 
 
 def _fields(sources: Sequence[Any]) -> list[str]:
@@ -80,6 +81,10 @@ TABLE = [
     ).says(
         f"double_quantization is for {_DOUBLE}, but quantization is {{r.quantization}}",
         fix=f"remove double_quantization, or write quantization: {_DOUBLE}",
+    ),
+    Rule("group_size", lambda r: not RULES[r.quantization].groups, idle_by="quantization").says(
+        f"group_size is for {_GROUPS}, but quantization is {{r.quantization}}",
+        fix=f"remove group_size, or write quantization: {_GROUPS}",
     ),
     Rule("dtype", lambda r: r.dtype == "fp16" and r.device == "cpu").says(
         "fp16 is for GPUs, but device is cpu", fix="write dtype: auto, or another device"

@@ -37,6 +37,7 @@ RENAMED = {
     "train.keep_checkpoints": "save_total_limit",
     "train.seed": "random_seed random_state data_seed",
     "train.compile": "torch_compile",
+    "group_size": "qalora_group_size",
 }
 # what to write for names whose values mean something else here: the names
 ANOTHER_VALUE = {
@@ -45,7 +46,7 @@ ANOTHER_VALUE = {
     "dtype: bf16, fp16 or fp32": "torch_dtype bnb_4bit_compute_dtype mixed_precision precision",
     "quantization: nf4": "load_in_4bit bnb_4bit_quant_type",
     "quantization: int8": "load_in_8bit",
-    "quantization: nf4, int8 or none": "quantization_bit quantization_method quantize quant_bits",
+    "quantization: nf4, int8, int4 or none": "quantization_bit quantization_method quantize quant_bits",
     "train.patience: 3, with train.eval_every": "early_stopping_patience",
     "double_quantization: true": "bnb_4bit_use_double_quant use_double_quant",
     "adapter.target_modules: all-linear": "lora_target_linear",

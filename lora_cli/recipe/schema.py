@@ -332,7 +332,10 @@ class Recipe(Section):
     trust_remote_code: bool = False
     """Run Python code that the model's repository ships."""
     quantization: Quantization = DEFAULT
-    """How the frozen base is held: 4-bit NF4 (Dettmers et al. 2023, section 3), 8-bit, or as it is."""
+    """How the frozen base is held: 4-bit NF4 (Dettmers et al. 2023, section 3), 8-bit, int4 (4-bit in groups with a
+    scale and an offset, as GGUF's Q4_1), or as it is."""
+    group_size: Literal[32, 64, 128] = 32
+    """int4 only: weights that share a scale and an offset, which take 32 bits: 5, 4.5 or 4.25 bits a weight."""
     double_quantization: bool = True
     """NF4 only: quantize the scales as well, 0.37 bits a weight less (Dettmers et al. 2023, section 3)."""
     dtype: Literal["auto", "bf16", "fp16", "fp32"] = "auto"

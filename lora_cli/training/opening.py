@@ -80,6 +80,7 @@ def open_model(
         dtype=dtype,
         device=torch.device("cpu") if recipe.train.shard_base else device,  # where all of it fits
         double_quantization=recipe.double_quantization,
+        group_size=recipe.group_size,
         trust_remote_code=recipe.trust_remote_code,
     )
     session = Session(recipe, source, tokenizer, feed, model, device, why, say)

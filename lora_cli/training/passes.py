@@ -22,7 +22,7 @@ from lora_cli.base.activations import measured, plan_activations
 from lora_cli.base.attention import packed_attention_name
 from lora_cli.base.compiled import compile_blocks
 from lora_cli.base.device import free_memory_bytes
-from lora_cli.base.linear import held_bytes, rounded_lines, unquantized_layers
+from lora_cli.base.linear import features, held_bytes, rounded_lines, unquantized_layers
 from lora_cli.base.load import unused_tensors
 from lora_cli.base.recompute import save_only_inputs
 from lora_cli.base.sharding import shard_base
@@ -35,6 +35,7 @@ from lora_cli.data.example import Example
 from lora_cli.errors import LoraError
 from lora_cli.evaluation.loss import logit_rule, summed_loss
 from lora_cli.files import human_bytes
+from lora_cli.quantization import RULES
 from lora_cli.recipe import Recipe
 from lora_cli.training.optimizer import paging_note
 from lora_cli.training.session import Session
@@ -109,8 +110,11 @@ def _other_layers(model: Any, recipe: Recipe, source: BaseSource) -> Iterator[st
     """What is to be known of layers that are not adapted, or not held as the recipe says."""
     yield from rounded_lines(model, model.dtype)
     if recipe.quantization != "none" and (plain := unquantized_layers(model)):
-        kept = "the checkpoint stores" if stored_quantization(source) else "transformers keeps"
-        yield f"{len(plain)} layers stay unquantized, as {kept} them"
+        kept = "as the checkpoint stores them" if stored_quantization(source) else "as transformers keeps them"
+        size = recipe.group_size
+        if RULES[recipe.quantization].groups and (odd := [n for n in plain if features(model.get_submodule(n))[0] % size]):
+            kept = f"{len(odd)} of them because group_size: {size} does not divide their inputs, first {odd[0]}"
+        yield f"{len(plain)} layers stay unquantized, {kept}"
     yield from unused_tensors(model)
     yield from not_adapted(model)
 

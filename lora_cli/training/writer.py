@@ -18,6 +18,7 @@ from lora_cli.errors import DiskError, Interrupted
 from lora_cli.files import disk_errors, free_name, remove_folder, replacing, written_whole
 from lora_cli.foreign import copy_file, copy_files, is_real_folder
 from lora_cli.training.checkpoint import BEST, FILES, Damaged, link_or_copy, load_checkpoint, save_checkpoint, verify
+from lora_cli.quantization import RULES
 from lora_cli.training.optimizer import apply_settings, learning_rate
 from lora_cli.training.run_folder import RunFolder
 from lora_cli.training.session import Session
@@ -132,6 +133,7 @@ class RunWriter:
                 self.session.source,
                 quantization=recipe.quantization,
                 double_quantization=recipe.double_quantization,
+                group_size=recipe.group_size if RULES[recipe.quantization].groups else None,
                 chat_template=self.session.feed.summary.own_template,
                 prompting=self.session.feed.summary.prompting,
                 system=self.session.feed.summary.system,

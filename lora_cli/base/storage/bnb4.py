@@ -47,7 +47,7 @@ class Bnb4(Storage):
         state.to(device)
         layer.weight = nn.Parameter(layer.weight.data, requires_grad=False)  # type: ignore[arg-type]
 
-    def load_settings(self, dtype: torch.dtype, double: bool) -> Any:
+    def load_settings(self, dtype: torch.dtype, double: bool, group_size: int = 32) -> Any:
         from transformers import BitsAndBytesConfig
 
         return BitsAndBytesConfig(
@@ -69,7 +69,7 @@ class Bnb4(Storage):
 
         return _dequantized(weight, QuantState.from_dict(dict(beside), weight.device))
 
-    def bits(self, value_bytes: int, double: bool) -> float:
+    def bits(self, value_bytes: int, double: bool, group_size: int = 32) -> float:
         """A scale a block, in fp32; or in 8 bits, with an fp32 scale of their own for 256 of them."""
         return 4 + (8 / _BLOCK + 32 / (_BLOCK * 256) if double else 32 / _BLOCK)
 

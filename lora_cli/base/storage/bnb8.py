@@ -8,12 +8,9 @@ from functools import cache
 from typing import Any
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
-from torch.autograd import Function
-from torch.autograd.function import once_differentiable
 
-from lora_cli.base.storage.kind import Storage, is_a
+from lora_cli.base.storage.kind import DequantizedProduct, Storage, is_a
 
 _PART = re.compile(r"(.+\.)(SCB|weight_format)")
 
@@ -31,7 +28,7 @@ class Bnb8(Storage):
         if type(layer).__name__ == "Linear8bitLt":
             layer.__class__ = _exact_layer()
 
-    def load_settings(self, dtype: torch.dtype, double: bool) -> Any:
+    def load_settings(self, dtype: torch.dtype, double: bool, group_size: int = 32) -> Any:
         from transformers import BitsAndBytesConfig
 
         return BitsAndBytesConfig(load_in_8bit=True)
@@ -46,7 +43,7 @@ class Bnb8(Storage):
     def dense_stored(self, weight: Tensor, beside: Mapping[str, Tensor]) -> Tensor:
         return _dequantized(weight, beside["SCB"])
 
-    def bits(self, value_bytes: int, double: bool) -> float:
+    def bits(self, value_bytes: int, double: bool, group_size: int = 32) -> float:
         return 8  # the scale of a row is next to nothing
 
     def scale_bytes(self, layer: nn.Module) -> int:
@@ -64,20 +61,6 @@ def _dequantized(int8: Tensor, row_scale: Tensor) -> Tensor:
     return int8.float().mul_((row_scale.float() / 127.0).unsqueeze(1))
 
 
-class _DequantizedProduct(Function):
-    """x Wᵀ. Kept for the backward pass: the int8 weight and its scales, which the layer holds anyway."""
-
-    @staticmethod
-    def forward(ctx: Any, x: Tensor, int8: Tensor, row_scale: Tensor) -> Tensor:  # type: ignore[override]
-        ctx.save_for_backward(int8, row_scale)
-        return F.linear(x, _dequantized(int8, row_scale).to(x.dtype))
-
-    @staticmethod
-    @once_differentiable
-    def backward(ctx: Any, grad_output: Tensor) -> tuple[Tensor, None, None]:  # type: ignore[override]
-        return grad_output @ _dequantized(*ctx.saved_tensors).to(grad_output.dtype), None, None
-
-
 @cache
 def _exact_layer() -> Any:
     """The class of layers that compute x Wᵀ + b with W dequantized in the dtype of x, forward and backward.
@@ -91,7 +74,7 @@ def _exact_layer() -> Any:
     class Int8Linear(Linear8bitLt):
         def forward(self, x: Tensor) -> Tensor:
             """x: (..., in_features) → (..., out_features), in the dtype of x."""
-            product: Any = _DequantizedProduct.apply(x, *_parts(self))
+            product: Any = DequantizedProduct.apply(x, _dequantized, *_parts(self))
             return product if self.bias is None else product + self.bias.to(product.dtype)
 
     return Int8Linear

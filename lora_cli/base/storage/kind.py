@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.autograd.function import once_differentiable
 from torch.distributed.tensor import DTensor
 
 
@@ -46,16 +48,12 @@ class Storage(ABC):
 
     # ── loading and checkpoints ─────────────────────────────────────────────────────────────────────────────────
 
-    def load_settings(self, dtype: torch.dtype, double: bool) -> Any:
+    def load_settings(self, dtype: torch.dtype, double: bool, group_size: int = 32) -> Any:
         """The quantization_config for transformers that quantizes plain weights while they are loaded.
 
-        None for a kind that transformers does not know: it holds layers with `hold`.
+        None for plain weights.
         """
         return None
-
-    def hold(self, layer: nn.Module) -> nn.Module:
-        """A plain layer that was just loaded, held as this kind stores it."""
-        return layer
 
     def stated(self, settings: dict[str, Any]) -> str | None:
         """What config.json's quantization_config says, if it speaks of this family: a recipe's name, or another."""
@@ -76,12 +74,28 @@ class Storage(ABC):
     # ── bytes ───────────────────────────────────────────────────────────────────────────────────────────────────
 
     @abstractmethod
-    def bits(self, value_bytes: int, double: bool) -> float:
+    def bits(self, value_bytes: int, double: bool, group_size: int = 32) -> float:
         """Of a weight, scales included. value_bytes: of a number in the compute dtype."""
 
     def scale_bytes(self, layer: nn.Module) -> int:
         """Bytes that the layer holds beside its parameters."""
         return 0
+
+
+class DequantizedProduct(torch.autograd.Function):
+    """x Wᵀ with W = dequantized(*parts) in the dtype of x. Kept for the backward pass: the parts, not W."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, dequantized: Callable[..., Tensor], *parts: Tensor) -> Tensor:  # type: ignore[override]
+        ctx.dequantized = dequantized
+        ctx.save_for_backward(*parts)
+        return F.linear(x, dequantized(*parts).to(x.dtype))
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, grad_output: Tensor) -> tuple[Tensor | None, ...]:  # type: ignore[override]
+        parts = ctx.saved_tensors
+        return grad_output @ ctx.dequantized(*parts).to(grad_output.dtype), None, *(None for _ in parts)
 
 
 def is_a(module: nn.Module, name: str) -> bool:

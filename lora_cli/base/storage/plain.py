@@ -27,5 +27,5 @@ class Plain(Storage):
     def dense_stored(self, weight: Tensor, beside: Mapping[str, Tensor]) -> Tensor:
         return weight
 
-    def bits(self, value_bytes: int, double: bool) -> float:
+    def bits(self, value_bytes: int, double: bool, group_size: int = 32) -> float:
         return 8 * value_bytes

@@ -9,11 +9,12 @@ from torch import nn
 
 from lora_cli.base.storage.bnb4 import Bnb4
 from lora_cli.base.storage.bnb8 import Bnb8
+from lora_cli.base.storage.int4 import Int4
 from lora_cli.base.storage.kind import Storage
 from lora_cli.base.storage.plain import Plain
 
 PLAIN = Plain()
-KINDS: tuple[Storage, ...] = (Bnb4(), Bnb8(), PLAIN)
+KINDS: tuple[Storage, ...] = (Bnb4(), Bnb8(), Int4(), PLAIN)
 _BY_NAME = {kind.name: kind for kind in KINDS}
 
 
