@@ -157,6 +157,7 @@ CASES = [
     Case("group_size", 64, first_loss, {"quantization": "int4"}),
     Case("double_quantization", False, first_loss, NF4),
     Case("dtype", "bf16", first_loss),
+    Case("adapter.method", "qa_lora", losses, {"quantization": "int4"}),
     Case("adapter.rank", 2, shapes),
     Case("adapter.alpha", 1, losses),
     Case("adapter.alpha", 1, adapter_config),

@@ -739,7 +739,9 @@ def test_a_block_of_8b_keeps_what_the_docs_say():
     assert last.token_bytes - 7 * 2 == 94_208
 
 
-@pytest.mark.parametrize(("quantization", "double"), [("none", True), ("nf4", True), ("nf4", False), ("int8", True), ("int4", True)])
+@pytest.mark.parametrize(
+    ("quantization", "double"), [("none", True), ("nf4", True), ("nf4", False), ("int8", True), ("int4", True)]
+)
 @pytest.mark.parametrize("name", ["llama", "gpt2"])
 def test_weights_are_what_the_loaded_model_holds(name: str, quantization: str, double: bool, tmp_path: Path):
     folder = save_tiny(CONFIGS[name](2), tmp_path / name)

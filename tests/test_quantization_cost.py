@@ -48,7 +48,9 @@ def test_each_loss_is_that_of_eval_and_the_cost_its_difference(asked, tiny_llama
         assert each["cost"] == pytest.approx(score.loss - by_kind["none"]["loss"], abs=1e-5)
         assert found["target_tokens"] == score.target_tokens
     assert by_kind["nf4"]["low"] < by_kind["nf4"]["cost"] < by_kind["nf4"]["high"]
-    assert by_kind["nf4"]["weights"] < by_kind["int4"]["weights"] < by_kind["int8"]["weights"] < by_kind["none"]["weights"]
+    assert (
+        by_kind["nf4"]["weights"] < by_kind["int4"]["weights"] < by_kind["int8"]["weights"] < by_kind["none"]["weights"]
+    )
 
 
 def test_the_table_is_kept_with_the_data_and_said_by_check_and_train(asked, lora, tmp_path):

@@ -71,7 +71,7 @@ def problem(load: Any, tmp_path: Path) -> Any:
         ("learning_rate: 1e-4\n", "4:1", "learning_rate", "did you mean train.learning_rate?"),
         ("train: {rank: 8}\n", "4:9", "train.rank", "did you mean adapter.rank?"),
         ("frobnicate: 1\n", "4:1", "frobnicate", "known keys here: base_model, revision, "),
-        ("adapter: {colour: red}\n", "4:11", "adapter.colour", "known keys here: rank, alpha, "),
+        ("adapter: {colour: red}\n", "4:11", "adapter.colour", "known keys here: method, rank, "),
         ("1: x\n", "4:1", "1", "known keys here: "),
         ("yes: x\n", "4:1", "yes", "known keys here: "),
         ("~: x\n", "4:1", "~", "known keys here: "),
@@ -319,6 +319,7 @@ def test_validation_is_a_fraction_or_a_file(load: Any, problem: Any, tmp_path: P
             "double_quantization",
             "remove double_quantization, or write quantization: nf4",
         ),
+        ("adapter: {method: qa_lora}", "adapter.method", "write quantization: int4, or method: lora"),
         ("{group_size: 64}", "group_size", "remove group_size, or write quantization: int4"),
         ("{dtype: fp16, device: cpu}", "dtype", "write dtype: auto, or another device"),
         ("train: {eval_every: 5}", "train.eval_every", "set data.validation to a file or a fraction"),
@@ -877,6 +878,7 @@ def recipes(draw: Any) -> dict[str, Any]:
     if values.get("quantization") in ("int8", "int4", "none") and values.get("double_quantization"):
         del values["double_quantization"]
     if values.get("quantization") != "int4":
+        adapter.pop("method", None)
         values.pop("group_size", None)
     if values.get("device") == "cpu":
         values.pop("dtype", None)

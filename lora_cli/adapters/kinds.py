@@ -6,9 +6,13 @@ from collections.abc import Collection, Mapping
 from typing import Any
 
 from lora_cli.adapters.layer import LoRALinear
+from lora_cli.adapters.qa_lora import QALoRALinear
 from lora_cli.adapters.trained import Trained
 
-KINDS: dict[str, type[Trained]] = {"lora": LoRALinear}  # by the `method` of the file's metadata
+KINDS: dict[str, type[Trained]] = {
+    "lora": LoRALinear,
+    "qa_lora": QALoRALinear,
+}  # by the `method` of the file's metadata
 PARTS = {name: dimensions for kind in KINDS.values() for name, dimensions in kind.peft_parts.items()}
 SETTINGS = {key for kind in KINDS.values() for key in kind.peft_settings}
 COMPUTED = SETTINGS.union(*(kind.peft_keys for kind in KINDS.values()))  # settings of PEFT that some kind stands for

@@ -34,35 +34,47 @@ class LoRALinear(Trained):
     """
 
     peft_parts: ClassVar = {"lora_A.weight": 2, "lora_B.weight": 2}
+    grouped: ClassVar = False  # whether A has a column for each group of a base in groups
 
     def __init__(
         self, base_layer: nn.Module, rank: int, alpha: float, dropout: float = 0.0, output_mask: Tensor | None = None
     ):
         super().__init__(base_layer)
-        in_features, out_features = features(base_layer)
+        _, out_features = features(base_layer)
         device = next(base_layer.parameters()).device
         self.rank, self.alpha, self.dropout = rank, alpha, dropout
         self.scaling = alpha / rank
         self.beside: list[LoRALinear] = [self]  # layers that share their input, in the order of their calls
         self.token_keys: Tensor | None = None  # of the micro-batch in work; see `dropout_keys`
         self.low_precision: tuple[Tensor, Tensor] | None = None
-        self.lora_A = nn.Parameter(torch.zeros(rank, in_features, dtype=torch.float32, device=device))
+        self.lora_A = nn.Parameter(torch.zeros(rank, self.columns(base_layer), dtype=torch.float32, device=device))
         self.lora_B = nn.Parameter(torch.zeros(out_features, rank, dtype=torch.float32, device=device))
         self.register_buffer("output_mask", None if output_mask is None else output_mask.to(device), persistent=False)
         self.register_buffer("feature_keys", None, persistent=False)
 
     def init_A(self, init: str, generator: torch.Generator) -> None:
         """Draw A. `kaiming`: uniform within ±1/√in_features; `gaussian`: normal with deviation 1 / rank.
+        So it is where A has a column for several inputs as well.
 
         Drawn on the CPU, so that a seed gives the same A on every device. Source of both: PEFT and loralib.
         """
         drawn = torch.empty(self.lora_A.shape, dtype=torch.float32)
         if init == "kaiming":
             nn.init.kaiming_uniform_(drawn, a=math.sqrt(5), generator=generator)
+            drawn *= math.sqrt(drawn.shape[1] / features(self.base_layer)[0])
         else:
             nn.init.normal_(drawn, std=1 / self.rank, generator=generator)
         with torch.no_grad():
             self.lora_A.copy_(drawn)
+
+    @classmethod
+    def columns(cls, base_layer: nn.Module) -> int:
+        """Of A."""
+        return features(base_layer)[0]
+
+    def spread_A(self) -> Tensor:
+        """A with a column for each input: (rank, in_features)."""
+        return self.lora_A
 
     def forward(self, x: Tensor) -> Tensor:
         """x: (..., in_features) → (..., out_features) in the base layer's output dtype."""
@@ -104,7 +116,7 @@ class LoRALinear(Trained):
     def cast(self, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
         """In a compute dtype, outside autograd: A, with those of the layers beside below it, and B with its mask."""
         layers = self.beside if self.beside[0] is self else [self]
-        each_A = [each.lora_A.detach() for each in layers]
+        each_A = [each.spread_A().detach() for each in layers]
         low_A = torch.cat(each_A) if len(each_A) > 1 else each_A[0]
         return low_A.to(dtype), self._masked_B().detach().to(dtype)
 
@@ -131,7 +143,7 @@ class LoRALinear(Trained):
         Returns (out_features, in_features) in fp32, whatever the base dtype or storage order.
         Source: Hu et al. 2021, arXiv:2106.09685, section 4.1.
         """
-        return self.scaling * (self._masked_B() @ self.lora_A)
+        return self.scaling * (self._masked_B() @ self.spread_A())
 
     def merged(self, weight: Tensor) -> Tensor:
         return weight.float() + self.delta_weight()
@@ -143,18 +155,14 @@ class LoRALinear(Trained):
         For ‖B A‖² is the trace of (B A)ᵀ (B A), and a trace is invariant under cyclic permutation of its factors.
         Against the dense product: 1e-12.
         """
-        A, B = (each.detach().cpu().double() for each in (self.lora_A, self._masked_B()))
+        A, B = (each.detach().cpu().double() for each in (self.spread_A(), self._masked_B()))
         square = ((B.T @ B) * (A @ A.T)).sum().item()
         return abs(self.scaling) * math.sqrt(max(square, 0.0))  # rounding may go below zero where the update is zero
 
     def to_peft(self, alpha: float) -> dict[str, Tensor]:
         state = self.state()
-        return {"lora_A.weight": state["lora_A"], "lora_B.weight": _rescaled(state["lora_B"], self.alpha, alpha)}
-
-    @classmethod
-    def size(cls, base_layer: nn.Module, rank: int) -> int:
-        """How many numbers are trained in the place of this layer."""
-        return rank * sum(features(base_layer))
+        A = self.spread_A().detach().cpu()
+        return {"lora_A.weight": A.contiguous(), "lora_B.weight": _rescaled(state["lora_B"], self.alpha, alpha)}
 
     @classmethod
     def of_peft(cls, name: str, tensors: Mapping[str, Tensor], alpha: float, config: Mapping[str, Any]) -> Target:
@@ -181,7 +189,7 @@ class LoRALinear(Trained):
     def hold_token_keys(self, name: str, tokens: Tensor | None) -> None:
         self.token_keys = tokens
         if tokens is not None and self.dropout and self.feature_keys is None:
-            self.feature_keys = feature_keys(name, self.lora_A.shape[1]).to(self.lora_A.device)
+            self.feature_keys = feature_keys(name, features(self.base_layer)[0]).to(self.lora_A.device)
 
     def _masked_B(self) -> Tensor:
         return self.lora_B if self.output_mask is None else self.lora_B * self.output_mask  # type: ignore[operator]
@@ -201,16 +209,22 @@ class LoRALinear(Trained):
 
 @dataclass(frozen=True)
 class Target:
-    """One layer to adapt: its module name, rank and alpha, where B may differ from zero, and the kind of adapter."""
+    """One layer to adapt: its module name, rank and alpha, where B may differ from zero, and the kind of adapter.
+
+    group_size: inputs that share a column of A.
+    """
 
     name: str
     rank: int
     alpha: float
     output_mask: Tensor | None = None  # (out_features, rank)
     kind: type[LoRALinear] = LoRALinear
+    group_size: int = 1
 
     def size(self, base_layer: nn.Module) -> int:
-        return self.kind.size(base_layer, self.rank)
+        """How many numbers are trained in the place of this layer."""
+        inputs, outputs = features(base_layer)
+        return self.rank * (inputs // self.group_size + outputs)
 
     def wrap(self, base_layer: nn.Module, dropout: float, init: str, generator: torch.Generator) -> LoRALinear:
         """A fresh adapter around this layer, in its mode: A as `init_A` draws it, B = 0."""
@@ -229,10 +243,11 @@ class _SharedInput(torch.autograd.Function):
 
     Kept for the backward pass: x, or what makes it again (`how_made`); what drops of it is made again too. The
     gradients of x that the base layers give arrive as one sum, and those of the updates are added into it. Where
-    nothing drops the A of all layers are one matrix: one product each for A x and its gradients of A and of x.
+    nothing drops the A of all layers are one matrix: one product each for A x and its gradients of A and of x. Of a
+    master with fewer columns each stands for several inputs, and its gradient is their sum.
 
     x: (..., in). low_A: the A of all layers below each other, in the dtype of x. drops: for each layer, what `dropped`
-    wants beside the values, or None. masters: A in fp32, each (rank, in). With d what drops, without the factor
+    wants beside the values, or None. masters: A in fp32, each (rank, columns). With d what drops, without the factor
     1 / (1 - p), and G the gradient of A d(x): dA = Gᵀ d(x) and dx = d(G A).
     """
 
@@ -242,6 +257,7 @@ class _SharedInput(torch.autograd.Function):
         ctx.make, sources = how_made(x)
         ctx.save_for_backward(low_A, *sources)
         ctx.drops, ctx.ranks, ctx.master, ctx.shape = drops, [len(A) for A in masters], masters[0].dtype, x.shape
+        ctx.columns = [A.shape[1] for A in masters]
         values = _by_token(x)
         if any(drops):
             each_A = low_A.split(ctx.ranks)
@@ -271,7 +287,8 @@ class _SharedInput(torch.autograd.Function):
             values = _by_token(ctx.make(*sources))
             of_A = [(G.T @ _dropped(values, drop)).to(ctx.master) for G, drop in zip(of_low, drops, strict=True)]
             each = of_A[0].split(ctx.ranks) if len(of_A) == 1 else of_A
-            grad_A = tuple(grad if wants else None for grad, wants in zip(each, wants_A, strict=True))
+            made = (_folded(grad, columns) for grad, columns in zip(each, ctx.columns, strict=True))
+            grad_A = tuple(grad if wants else None for grad, wants in zip(made, wants_A, strict=True))
         if wants_x:
             grad_x = low_A.new_zeros(ctx.shape) if grad_x is None else grad_x.contiguous()
             total = grad_x.view(-1, grad_x.shape[-1])  # made by the base layers for this place alone
@@ -322,6 +339,10 @@ class _AddUpdate(torch.autograd.Function):
 def _by_token(values: Tensor) -> Tensor:
     """(tokens, features)."""
     return values.reshape(-1, values.shape[-1])
+
+
+def _folded(grad: Tensor, columns: int) -> Tensor:
+    return grad if grad.shape[1] == columns else grad.unflatten(1, (columns, -1)).sum(-1)
 
 
 def _scaled(left: Tensor, right: Tensor, factor: float) -> Tensor:

@@ -12,6 +12,7 @@ from typing import Any
 import torch
 from torch import nn
 
+from lora_cli.adapters.kinds import KINDS
 from lora_cli.adapters.layer import Target
 from lora_cli.adapters.patterns import BadPattern, matching
 from lora_cli.adapters.projections import output_parts
@@ -21,9 +22,25 @@ from lora_cli.errors import LoraError
 from lora_cli.recipe import AdapterRecipe
 
 
-def targets_of(model: Any, adapter: AdapterRecipe) -> list[Target]:
-    """The layers to adapt by a recipe's adapter section; raises as find_targets does."""
-    return find_targets(model, **adapter.model_dump(exclude={"dropout", "init"}))
+def targets_of(model: Any, adapter: AdapterRecipe, group_size: int) -> list[Target]:
+    """The layers to adapt by a recipe's adapter section; raises as find_targets does.
+
+    group_size: of the base; raises LoraError where an adapter that needs whole groups would be on a layer without.
+    """
+    targets = find_targets(model, **adapter.model_dump(exclude={"dropout", "init", "method"}))
+    kind: Any = KINDS[adapter.method]
+    if not kind.grouped:
+        return targets
+    odd = [each.name for each in targets if features(model.get_submodule(each.name))[0] % group_size]
+    if odd:
+        raise LoraError(
+            f"adapter.method: {adapter.method} needs layers whose inputs are whole groups of {group_size}, but "
+            f"{len(odd)} layers have other widths",
+            details=[f"{name}: {features(model.get_submodule(name))[0]} inputs" for name in odd[:5]],
+            fix="write a group_size that divides them, or leave them out with adapter.exclude_modules: "
+            f"[{', '.join(sorted({name.rsplit('.', 1)[-1] for name in odd}))}]",
+        )
+    return [replace(each, kind=kind, group_size=group_size) for each in targets]
 
 
 def find_targets(

@@ -38,7 +38,9 @@ def features(layer: nn.Module) -> tuple[int, int]:
 
 def stored_transposed(layer: nn.Module) -> bool:
     """Whether the checkpoint stores this layer's weight as (in, out), GPT-2's way; also once it is quantized."""
-    return isinstance(layer, Conv1D) or getattr(layer, "source_cls", None) is Conv1D or getattr(layer, "transposed", False)
+    return (
+        isinstance(layer, Conv1D) or getattr(layer, "source_cls", None) is Conv1D or getattr(layer, "transposed", False)
+    )
 
 
 def dense_weight(layer: nn.Module) -> Tensor:

@@ -150,12 +150,20 @@ class _Merge:
         if held is not None and onto == "original":
             what = f"the base is stored in {held}: there are no original weights in it to merge onto"
             raise LoraError(what, where=where, fix="leave out --onto, or name the unquantized model with --base")
+        in_groups = self.adapter.metadata.method == "qa_lora"
+        if in_groups and onto == "original":
+            what = (
+                "qa_lora is merged into the offsets of the int4 base that it was trained on, and into no other weights"
+            )
+            raise LoraError(what, where=str(self.folder), fix="leave out --onto original")
         if held is not None and self.quantization != held:
             what = f"the adapter was trained on a base held in {self.quantization}, but this one is stored in {held}"
             raise LoraError(what, where=where, fix="name the base model of the training with --base")
         self.onto = onto if self.quantization != "none" else "original"
         for note in other_base(self.adapter, base):
             self._note(note)
+        if in_groups and dtype == "keep":
+            dtype = "fp32"  # d · q + m has more digits than bf16
         self.dtype = None if dtype == "keep" else DTYPES[dtype]
         self.dense = self.dtype or dtype_of(self.source, self.stored)
         self.template = adapter_template(self.folder)

@@ -107,7 +107,7 @@ def check(recipe: Recipe, *, keep: bool = False) -> Checked:
     tokenizer, config, model = base.tokenizer, base.config, base.skeleton
     # Which outputs of a fused layer are q or v is asked of a model that computes: here all projections are looked for.
     adapter = recipe.adapter.model_copy(update={"projections": ["q", "k", "v", "o"]})
-    targets = targets_of(model, adapter)
+    targets = targets_of(model, adapter, recipe.group_size)
     feed = open_feed(recipe, prepare(recipe, tokenizer, keep=keep, inspect=True), tokenizer)
     feed.require_fit(config, source.name)
     sample_prompts(recipe, tokenizer, feed, config)

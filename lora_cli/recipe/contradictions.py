@@ -82,9 +82,13 @@ TABLE = [
         f"double_quantization is for {_DOUBLE}, but quantization is {{r.quantization}}",
         fix=f"remove double_quantization, or write quantization: {_DOUBLE}",
     ),
-    Rule("group_size", lambda r: not RULES[r.quantization].groups, idle_by="quantization").says(
+    Rule("group_size", lambda r: r.group_size != 32 and not RULES[r.quantization].groups, idle_by="quantization").says(
         f"group_size is for {_GROUPS}, but quantization is {{r.quantization}}",
         fix=f"remove group_size, or write quantization: {_GROUPS}",
+    ),
+    Rule("adapter.method", lambda r: r.adapter.method == "qa_lora" and not RULES[r.quantization].groups).says(
+        f"qa_lora changes the offsets of groups, which only quantization: {_GROUPS} has",
+        fix=f"write quantization: {_GROUPS}, or method: lora",
     ),
     Rule("dtype", lambda r: r.dtype == "fp16" and r.device == "cpu").says(
         "fp16 is for GPUs, but device is cpu", fix="write dtype: auto, or another device"

@@ -37,7 +37,6 @@ RENAMED = {
     "train.keep_checkpoints": "save_total_limit",
     "train.seed": "random_seed random_state data_seed",
     "train.compile": "torch_compile",
-    "group_size": "qalora_group_size",
 }
 # what to write for names whose values mean something else here: the names
 ANOTHER_VALUE = {
@@ -50,6 +49,8 @@ ANOTHER_VALUE = {
     "train.patience: 3, with train.eval_every": "early_stopping_patience",
     "double_quantization: true": "bnb_4bit_use_double_quant use_double_quant",
     "adapter.target_modules: all-linear": "lora_target_linear",
+    "group_size: 32, with quantization: int4": "qalora_group_size",
+    "adapter.method: qa_lora, with quantization: int4": "use_qalora",
     "adapter.init: kaiming or gaussian": "init_lora_weights peft_init_lora_weights",
     "data.train: a file, or {hub: owner/name}": "dataset datasets dataset_name dataset_dir",
     "data.columns: {text: your column}": "dataset_text_field text_field text_column",

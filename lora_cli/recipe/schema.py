@@ -34,6 +34,9 @@ class Section(BaseModel):
 
 
 class AdapterRecipe(Section):
+    method: Literal["lora", "qa_lora"] = "lora"
+    """`lora`; or `qa_lora` on quantization: int4, which learns one number a group of inputs in A, so that the merged
+    model is the 4-bit base with other offsets (Xu et al. 2023)."""
     rank: int = Field(16, ge=1, le=_MOST)
     """Rank r of the update B @ A of each adapted layer."""
     alpha: Number = Field(32.0, gt=0, le=1e6)

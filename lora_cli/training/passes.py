@@ -70,7 +70,7 @@ def run_passes(passes: Sequence[Pass], session: Session) -> None:
 
 def attach_from_recipe(model: Any, recipe: Recipe) -> dict[str, Trained]:
     adapter = recipe.adapter
-    targets = targets_of(model, adapter)
+    targets = targets_of(model, adapter, recipe.group_size)
     return attach(model, targets, dropout=adapter.dropout, init=adapter.init, seed=recipe.train.seed)
 
 
@@ -112,7 +112,9 @@ def _other_layers(model: Any, recipe: Recipe, source: BaseSource) -> Iterator[st
     if recipe.quantization != "none" and (plain := unquantized_layers(model)):
         kept = "as the checkpoint stores them" if stored_quantization(source) else "as transformers keeps them"
         size = recipe.group_size
-        if RULES[recipe.quantization].groups and (odd := [n for n in plain if features(model.get_submodule(n))[0] % size]):
+        if RULES[recipe.quantization].groups and (
+            odd := [n for n in plain if features(model.get_submodule(n))[0] % size]
+        ):
             kept = f"{len(odd)} of them because group_size: {size} does not divide their inputs, first {odd[0]}"
         yield f"{len(plain)} layers stay unquantized, {kept}"
     yield from unused_tensors(model)

@@ -17,8 +17,8 @@ from lora_cli.adapters.trained import is_neutral
 from lora_cli.errors import DiskError, Interrupted
 from lora_cli.files import disk_errors, free_name, remove_folder, replacing, written_whole
 from lora_cli.foreign import copy_file, copy_files, is_real_folder
-from lora_cli.training.checkpoint import BEST, FILES, Damaged, link_or_copy, load_checkpoint, save_checkpoint, verify
 from lora_cli.quantization import RULES
+from lora_cli.training.checkpoint import BEST, FILES, Damaged, link_or_copy, load_checkpoint, save_checkpoint, verify
 from lora_cli.training.optimizer import apply_settings, learning_rate
 from lora_cli.training.run_folder import RunFolder
 from lora_cli.training.session import Session

@@ -123,8 +123,7 @@ def _quantized(x: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         d = torch.where(spread > 0, together / spread.clamp(min=1e-9), 0.0)
         candidates.append(((mean - d * mean_q).float(), d.float()))
     kept: tuple[Tensor, Tensor, Tensor, Tensor] | None = None
-    for m, d in candidates:
-        m, d = m.half(), d.half()
+    for m, d in ((each.half() for each in pair) for pair in candidates):
         q = _nearest(x, m.float(), d.float())
         error = (q * d.float() + m.float() - x).square_().sum(-1, keepdim=True, dtype=torch.float64)
         new = (error, q.to(torch.uint8), d, m)
@@ -136,6 +135,16 @@ def _quantized(x: Tensor) -> tuple[Tensor, Tensor, Tensor]:
 
 def _nearest(x: Tensor, low: Tensor, step: Tensor) -> Tensor:
     return ((x - low) / step.clamp(min=_LEAST)).round_().clamp_(0, 15)
+
+
+def offset_by(weight: Tensor, d: Tensor, m: Tensor, change: Tensor) -> Tensor:
+    """d · q + m' in fp32 with m' = m + change in fp16, of a weight that is d · q + m: (out_features, in_features).
+
+    d, m, change: (out_features, groups)."""
+    scale, low = (each.float().unsqueeze(-1) for each in (d, m))
+    q = _nearest(weight.float().view(len(weight), d.shape[1], -1), low, scale)  # exact: q is a whole number
+    moved = (m.float() + change.float()).half().float()
+    return (q * scale + moved.unsqueeze(-1)).view(len(weight), -1)
 
 
 def q4_1_blocks(packed: Tensor, d: Tensor, m: Tensor) -> Tensor:
@@ -174,7 +183,8 @@ def _settings_class() -> Any:
     @register_quantizer(method)
     class Quantizer(HfQuantizer):
         def _process_model_before_weight_loading(self, model: Any, **more: Any) -> Any:
-            size = self.quantization_config.group_size
+            settings: Any = self.quantization_config
+            size = settings.group_size
             kept = self.get_modules_to_not_convert(model, None, model._keep_in_fp32_modules)  # as for NF4
             for name, layer in list(model.named_modules()):
                 transposed = isinstance(layer, Conv1D)
