@@ -45,7 +45,6 @@ def test_every_program_of_the_command_line_has_rules():
     assert all(rule.source.startswith("https://github.com/") for rule in RULES)
 
 
-@pytest.mark.filterwarnings("ignore:.lora_bias=True. was passed")
 @pytest.mark.parametrize(
     ("settings", "programs"),
     [
@@ -53,7 +52,6 @@ def test_every_program_of_the_command_line_has_rules():
         ({"use_dora": True}, {"vllm", "llama.cpp", "ollama"}),
         ({"modules_to_save": ["lm_head"]}, {"vllm", "llama.cpp", "ollama"}),
         ({"bias": "all"}, {"vllm"}),  # this model has no biases that would be saved
-        ({"lora_bias": True}, {"vllm", "llama.cpp", "ollama"}),
         ({"use_rslora": True}, {"llama.cpp", "ollama"}),
         ({"rank_pattern": {"layers.0.self_attn.q_proj": 2}}, {"vllm"}),
         ({"alpha_pattern": {"layers.0.self_attn.q_proj": 2}}, {"vllm", "llama.cpp", "ollama"}),
@@ -70,6 +68,7 @@ def test_what_peft_writes_is_judged(settings: dict[str, Any], programs: set[str]
     ("changed", "more", "programs"),
     [
         ({"lora_alpha": 16.5}, {}, {"ollama"}),
+        ({"lora_bias": True}, {"names": ["base_model.model.x.lora_B.bias"]}, {"vllm", "llama.cpp", "ollama"}),
         ({"init_lora_weights": "pissa_niter_4"}, {}, {"vllm", "llama.cpp", "ollama"}),
         ({"use_qalora": True}, {}, {"vllm", "llama.cpp", "ollama"}),
         ({"use_dora": True}, {}, {"vllm", "llama.cpp", "ollama"}),
