@@ -21,7 +21,7 @@ from lora_cli.studies.inspect import Layer, inspect_adapter
 
 
 def layer_of(*values: float, rank: int = 4) -> Layer:
-    return Layer("x", (8, 8), rank, 1.0, list(values), None)
+    return Layer("x", (8, 8), rank, 16 * rank, 1.0, list(values), None)
 
 
 def save(model: Any, folder: Path, base: BaseSource) -> Path:
@@ -106,6 +106,12 @@ def test_scalings_are_those_of_peft(stabilized: bool, tiny_llama: Path, tmp_path
         dense = model.get_submodule(f"base_model.model.{name}").get_delta_weight("default").detach()
         right = torch.linalg.svdvals(dense.double())[: each.rank]
         torch.testing.assert_close(torch.tensor(each.singular_values).double(), right, rtol=1e-5, atol=1e-6)
+
+
+def test_qa_lora_is_looked_at_as_it_is_stored(run_recipe):
+    adapter = {"method": "qa_lora", "target_modules": "all-linear", "rank": 4}
+    run, report = run_recipe(quantization="int4", adapter=adapter)
+    assert inspect_adapter(str(run)).totals()["parameters"] == report["trained_parameters"]
 
 
 def test_weights_stored_in_other_ways_are_found(tiny_gpt2: Path, tmp_path: Path):

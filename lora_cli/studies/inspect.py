@@ -36,7 +36,7 @@ _MARK = b"lora inspect"  # in a picture
 
 @dataclass(frozen=True)
 class Layer:
-    """The update ΔW = scaling · B A of one layer. shape: (out_features, in_features).
+    """The update ΔW = scaling · B A of one layer. shape: (out_features, in_features). parameters: trained.
 
     singular_values: of ΔW, from the largest down. weight_norm: ‖W‖ of what it is added to, where that was looked at.
     """
@@ -44,6 +44,7 @@ class Layer:
     name: str
     shape: tuple[int, int]
     rank: int
+    parameters: int
     scaling: float
     singular_values: list[float]
     weight_norm: float | None
@@ -105,7 +106,7 @@ class Inspected:
         ratios = [each.ratio for each in layers if each.ratio is not None]
         return {
             "layers": len(layers),
-            "parameters": sum(each.rank * sum(each.shape) for each in layers),
+            "parameters": sum(each.parameters for each in layers),
             "norm": math.hypot(*(each.norm for each in layers)),
             "directions": sum(each.rank for each in layers),
             "dead_directions": sum(each.dead_directions for each in layers),
@@ -129,7 +130,7 @@ def inspect_adapter(source: str, base: str | None = None) -> Inspected:
     Raises LoraError for tensors that are not numbers, do not fit each other, or do not fit the base.
     """
     adapter = read_adapter(adapter_folder(Path(home_expanded(source))))
-    wrong = [name for name in adapter.tensors if adapter.kind(name) is not LoRALinear]
+    wrong = [name for name in adapter.tensors if not issubclass(adapter.kind(name), LoRALinear)]
     if wrong:
         what = f"{wrong[0]} holds more than A and B, and its update is not their product"
         raise LoraError(what, where=adapter.folder, fix="merge it: lora merge says how large its effect is")
@@ -146,8 +147,10 @@ def inspect_adapter(source: str, base: str | None = None) -> Inspected:
             raise LoraError(what, where=at, fix="copy the adapter again")
         rank, shape = len(A), (len(B), A.shape[1])
         scaling = adapter.alphas[name] / rank
+        group = adapter.metadata.group_size or 1 if adapter.metadata.method == "qa_lora" else 1
+        trained = rank * (shape[0] + shape[1] // group)  # QA-LoRA stores a column of A for each input of a group
         values = singular_values(A, B, scaling).tolist()
-        layers.append(Layer(name, shape, rank, scaling, values, norm_of(name, shape)))
+        layers.append(Layer(name, shape, rank, trained, scaling, values, norm_of(name, shape)))
     return Inspected(at, adapter.base_model, base, layers)
 
 
