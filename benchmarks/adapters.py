@@ -61,6 +61,7 @@ def main() -> None:
         size = write_adapter(one, options.layers, options.rank, seed=0)
         print(f"an adapter of {size / 2**20:.0f} MiB", flush=True)
         timed("inspect", one)
+        timed("resize", one, "--rank", "16", "--output", Path(name, "small"))
 
 
 if __name__ == "__main__":

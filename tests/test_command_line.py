@@ -139,6 +139,7 @@ WITH = {
     "chat": ["{}"],
     "runs": ["{}"],
     "inspect": ["{}"],
+    "resize": ["{}", "--rank", "2", "--output", "out"],
     "push": ["{}", "--to", "me/it"],
 }
 USAGE = [

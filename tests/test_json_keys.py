@@ -68,6 +68,8 @@ FROZEN = {
     | {"effective_rank", "directions_90", "ratio", "weights_not_found"},
     "inspect layers": {"name", "shape", "rank", "scaling", "singular_values", "norm", "weight_norm", "ratio"}
     | {"effective_rank", "directions_90", "dead_directions", "inert"},
+    "resize": {"output", "error", "norm", "layers"},
+    "resize layers": {"name", "was", "rank", "norm", "lost"},
     "push": {"repository", "private", "files", "left_out", "card", "url"},
 }
 
@@ -103,6 +105,7 @@ def test_keys_of_documents_and_files_only_grow(recipe_file, tiny_llama, sums, tm
         "runs": lora(capsys, "runs", tmp_path),
         "init": lora(capsys, "init", tiny_llama, sums, "--output", tmp_path / "new.yaml"),
         "inspect": lora(capsys, "inspect", run, "--base", tiny_llama),
+        "resize": lora(capsys, "resize", run, "--rank", "2", "--output", tmp_path / "small"),
         "push": lora(capsys, "push", run, "--to", "me/it", "--base", "me/llama", "--dry-run"),
         "report.json": json.loads((run / "report.json").read_text()),
         "status.json": json.loads((run / "status.json").read_text()),

@@ -13,3 +13,10 @@ def singular_values(A: Tensor, B: Tensor, scaling: float) -> Tensor:
     """
     R, S = (torch.linalg.qr(each.double(), mode="r").R for each in (B, A.T))
     return torch.linalg.svdvals(scaling * R @ S.T)
+
+
+def decomposed(A: Tensor, B: Tensor, scaling: float) -> tuple[Tensor, Tensor, Tensor]:
+    """U, s, Vᵀ with scaling · B A = U diag(s) Vᵀ, in float64: (out, n), (n,), (n, in), n = min(rank, in, out)."""
+    (Q, R), (P, S) = (torch.linalg.qr(each.double()) for each in (B, A.T))
+    U, values, V = torch.linalg.svd(scaling * R @ S.T, full_matrices=False)
+    return Q @ U, values, V @ P.T

@@ -42,7 +42,7 @@ def _root(
 for name, run in (
     *(("init", plan.init), ("train", train.train), ("check", plan.check), ("eval", evaluate.evaluate)),
     *(("merge", merge.merge), ("generate", speak.generate), ("chat", speak.chat), ("runs", train.runs)),
-    *(("inspect", study.inspect), ("push", share.push)),
+    *(("inspect", study.inspect), ("resize", study.resize), ("push", share.push)),
 ):
     app.command(name, epilog=hints.help_of(name))(run)
 

@@ -30,6 +30,7 @@ EXAMPLES = {
     "chat": ("lora chat runs/my-run", "lora chat merged --system 'Answer in one sentence.'"),
     "runs": ("lora runs", "lora runs runs/my-run", "lora runs --per-hour 0.40"),
     "inspect": ("lora inspect runs/my-run", "lora inspect runs/my-run --base Qwen/Qwen3-4B --picture adapter.png"),
+    "resize": ("lora resize runs/my-run --rank 8 --output small", "lora resize adapter --energy 0.95 --output small"),
     "push": ("lora push runs/my-run --to my-name/my-run --dry-run", "lora push merged --to my-name/my-model --public"),
 }
 _TRAIN = "lora train RECIPE; lora init MODEL DATA writes one"

@@ -8,12 +8,14 @@ from typing import Annotated
 import typer
 
 from lora_cli.cli.common import Json, Program, console, heavy, home
-from lora_cli.errors import home_expanded, refuse_if
+from lora_cli.errors import command, home_expanded, refuse_if
 from lora_cli.streams import print_json, print_result
+
+Source = Annotated[str, typer.Argument(help="A run or an adapter (lora's or PEFT's).", show_default=False)]
 
 
 def inspect(
-    source: Annotated[str, typer.Argument(help="A run or an adapter (lora's or PEFT's).", show_default=False)],
+    source: Source,
     base: Annotated[
         str | None,
         typer.Option("--base", help="Base model whose weights the updates are compared with.", show_default=False),
@@ -51,3 +53,28 @@ def _for_program(source: str, base: str | None, program: str, *, as_json: bool) 
         print_json({"program": program, "refused": [], "said": said})
     else:
         print_result(said)
+
+
+def resize(
+    source: Source,
+    output: Annotated[
+        Path, typer.Option("--output", callback=home, help="Folder to write the adapter to.", show_default=False)
+    ],
+    rank: Annotated[int | None, typer.Option(min=1, help="Largest rank of a layer.", show_default=False)] = None,
+    energy: Annotated[
+        float | None, typer.Option(help="Keep this share of each layer's energy, such as 0.95.", show_default=False)
+    ] = None,
+    as_json: Json = False,
+) -> None:
+    """Write the nearest adapter of a smaller rank, and say how far it is."""
+    refuse_if(rank is None and energy is None, "how small?", fix="add --rank 8, or --energy 0.95, or both")
+    wrong = energy is not None and not 0 < energy <= 1
+    refuse_if(wrong, f"--energy is {energy}, but must be above 0 and at most 1", fix="for example --energy 0.95")
+    resizing = heavy("lora_cli.studies.resize", output)
+    layers = resizing.resize(source, output, rank=rank, energy=energy)
+    if as_json:
+        print_json({"output": str(output)} | resizing.as_dict(layers))
+        return
+    for line in resizing.result_lines(layers):
+        print_result(line)
+    print_result(f"written to {output}; what it costs in loss: {command('lora', 'eval', output, '--data', 'FILE')}")
