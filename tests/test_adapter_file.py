@@ -446,6 +446,7 @@ def test_further_settings_that_change_the_computation_are_refused(settings, save
     message = refused(lambda: read_adapter(saved))
     assert str(saved / CONFIG) in message
     assert next(iter(settings)) in message
+    assert ("PEFT cannot merge it" in message) == ("use_qalora" in settings)
 
 
 def test_other_kinds_of_adapters_are_refused(base_of, saved, tmp_path):
