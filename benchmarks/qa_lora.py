@@ -25,7 +25,7 @@ sys.path.insert(0, str(Path(__file__).parent.parent / "scripts"))
 from lora_cli.base.linear import dense_weight, held_bytes
 from lora_cli.base.load import load_model, load_tokenizer, quiet_libraries
 from lora_cli.base.source import find_base
-from lora_cli.base.storage.int4 import dequantize, offset_by, quantize
+from lora_cli.base.storage.int4 import dequantize, quantize, with_offsets
 
 HOLD = [("none", 32), ("int8", 32), ("int4", 32), ("int4", 64), ("int4", 128), ("nf4", 32)]
 RANK = 16
@@ -64,13 +64,14 @@ def errors_of(weight: Tensor, share: float, size: int) -> dict[str, float]:
     base = dequantize(packed, d, m)
     change, delta = update(weight, d.shape[1], share), update(weight, weight.shape[1], share)
     kept = base + change.repeat_interleave(size, 1)
+    own = with_offsets(base, d, m, (m.float() + change).half())
     merged = {
-        "QA-LoRA merged into m": (offset_by(base, d, m, change), kept),
-        "QA-LoRA merged into m, in bf16": (offset_by(base, d, m, change).bfloat16().float(), kept),
+        "QA-LoRA merged into m": (own, kept),
+        "QA-LoRA merged into m, in bf16": (own.bfloat16().float(), kept),
         "LoRA merged, then 4 bits by rounding": (rounded(base + delta, size), base + delta),
         "LoRA merged, then 4 bits by least squares": (dequantize(*quantize(base + delta, size)), base + delta),
     }
-    return {name: ((own - wanted).norm() / (share * weight.norm())).item() for name, (own, wanted) in merged.items()}
+    return {name: ((made - wanted).norm() / (share * weight.norm())).item() for name, (made, wanted) in merged.items()}
 
 
 def main() -> None:

@@ -187,6 +187,7 @@ def test_merged_it_is_the_same_four_bits_with_other_offsets(group_size: int):
         layer.lora_B.mul_(0.01)
         q, d, m = layer.base_layer.parts()
         moved = (m.float() + (1.5 * layer.lora_B @ layer.lora_A).float()).half()
+        assert torch.equal(layer.merged_offsets(), moved)
         assert (moved != m).float().mean() > 0.9
         merged = layer.merged(dense_weight(layer.base_layer))
     read = torch.from_numpy(gguf.quants.dequantize(q4_1_blocks(q, d, moved).numpy(), Q4_1))

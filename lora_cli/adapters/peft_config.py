@@ -88,7 +88,7 @@ def elsewhere(folder: Path, config: Mapping[str, Any]) -> str:
     if kind in _NOT_WEIGHTS:
         return f"use it with PEFT itself: {kind} adds to the prompt, and changes no weights that could be merged"
     if config.get("use_qalora"):
-        return "use it with PEFT on the GPTQ base of its training: PEFT cannot merge it, and scales it by the layers' width"
+        return "use it with PEFT on the GPTQ base of its training: PEFT cannot merge it, and scales it by width"
     if not isinstance(base, str) or not base:
         return f"write base_model_name_or_path into {CONFIG}, then run this again for the command that merges it"
     code = (

@@ -10,7 +10,7 @@ from torch import Tensor, nn
 
 from lora_cli.adapters.layer import LoRALinear
 from lora_cli.base.linear import features
-from lora_cli.base.storage.int4 import Int4Linear, offset_by
+from lora_cli.base.storage.int4 import Int4Linear, with_offsets
 from lora_cli.errors import LoraError
 
 
@@ -46,9 +46,14 @@ class QALoRALinear(LoRALinear):
     def spread_A(self) -> Tensor:
         return self.lora_A.repeat_interleave(self.group_size, 1)
 
+    def merged_offsets(self) -> Tensor:
+        """m + scaling · B A, rounded to fp16: (out_features, groups). With it `q4_1_blocks` is the merged weight."""
+        change = self.scaling * (self._masked_B() @ self.lora_A)
+        return (self.grid[1].float() + change.detach().float()).half()
+
     def merged(self, weight: Tensor) -> Tensor:
-        """d · q + m' with m' = m + scaling · B A rounded to fp16: what a file of 4 bits holds."""
-        return offset_by(weight, *self.grid, self.scaling * (self._masked_B() @ self.lora_A))
+        """d · q + merged_offsets: what a file of 4 bits holds."""
+        return with_offsets(weight, *self.grid, self.merged_offsets())
 
     @classmethod
     def misfit(cls, base_layer: nn.Module | None, tensors: Mapping[str, Tensor]) -> str | None:

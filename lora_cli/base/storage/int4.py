@@ -137,14 +137,14 @@ def _nearest(x: Tensor, low: Tensor, step: Tensor) -> Tensor:
     return ((x - low) / step.clamp(min=_LEAST)).round_().clamp_(0, 15)
 
 
-def offset_by(weight: Tensor, d: Tensor, m: Tensor, change: Tensor) -> Tensor:
-    """d · q + m' in fp32 with m' = m + change in fp16, of a weight that is d · q + m: (out_features, in_features).
+def with_offsets(weight: Tensor, d: Tensor, m: Tensor, new: Tensor) -> Tensor:
+    """d · q + new in fp32, of a weight that is d · q + m: (out_features, in_features).
 
-    d, m, change: (out_features, groups)."""
+    d, m, new: (out_features, groups), in fp16.
+    """
     scale, low = (each.float().unsqueeze(-1) for each in (d, m))
     q = _nearest(weight.float().view(len(weight), d.shape[1], -1), low, scale)  # exact: q is a whole number
-    moved = (m.float() + change.float()).half().float()
-    return (q * scale + moved.unsqueeze(-1)).view(len(weight), -1)
+    return (q * scale + new.float().unsqueeze(-1)).view(len(weight), -1)
 
 
 def q4_1_blocks(packed: Tensor, d: Tensor, m: Tensor) -> Tensor:
