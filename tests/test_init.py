@@ -926,10 +926,11 @@ COSTS: dict[str, Any] = {"data_fingerprint": "", "base_fingerprint": "", "dtype"
 COSTS |= {"examples": 8, "target_tokens": 9}
 
 
-def costs_of(nf4: float, int8: float) -> Costs:
+def costs_of(nf4: float, int8: float, int4: float | None = None) -> Costs:
     found = [
         {"quantization": kind, "loss": 2 + cost, "weights": 1, "cost": cost, "low": cost - 0.02, "high": cost + 0.02}
-        for kind, cost in (("none", 0.0), ("nf4", nf4), ("int8", int8))
+        for kind, cost in (("none", 0.0), ("nf4", nf4), ("int8", int8), ("int4", int4))
+        if cost is not None
     ]
     return Costs.model_validate({**COSTS, "costs": found})
 
@@ -943,6 +944,9 @@ def costs_of(nf4: float, int8: float) -> Costs:
         (16, costs_of(0.2, 0.15), "nf4"),  # hardly better
         (16, costs_of(0.02, 0.0), "nf4"),  # not worth the memory
         (8, costs_of(0.2, 0.01), "nf4"),  # it does not fit
+        (8, costs_of(0.2, 0.01, 0.05), "int4"),  # five bits do
+        (8, costs_of(0.2, 0.01, 0.15), "nf4"),
+        (16, costs_of(0.2, 0.01, 0.005), "int8"),
         (80, costs_of(0.2, 0.01), "none"),
     ],
 )
