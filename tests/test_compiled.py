@@ -3,17 +3,19 @@
 from __future__ import annotations
 
 import logging
+from dataclasses import replace
 from functools import partial
 from typing import Any
 
 import pytest
 import torch
-from conftest import open_base, with_adapter
+from conftest import open_base, randomize_adapter
 from torch.nn import functional as F
 
+from lora_cli.adapters.attach import attach
 from lora_cli.adapters.kinds import KINDS
-from lora_cli.adapters.targets import block_lists
-from lora_cli.adapters.trained import cast_once, dropout_keys, trained_modules
+from lora_cli.adapters.targets import block_lists, find_targets
+from lora_cli.adapters.trained import cast_once, dropout_keys
 from lora_cli.base import attention
 from lora_cli.base.compiled import compile_blocks, say_when_dynamo_gives_up
 
@@ -46,15 +48,22 @@ def as_on_a_gpu(monkeypatch: pytest.MonkeyPatch) -> list[Any]:
 
 
 @pytest.mark.filterwarnings("ignore")  # dynamo looks at things in ways that warn
-@pytest.mark.parametrize(("quantization", "dropout"), [pytest.param("none", 0.0, marks=pytest.mark.slow), ("nf4", 0.2)])
-@pytest.mark.parametrize("kind", KINDS.values())
+@pytest.mark.parametrize(
+    ("method", "quantization", "dropout"),
+    [
+        pytest.param("lora", "none", 0.0, marks=pytest.mark.slow),
+        ("lora", "nf4", 0.2),
+        pytest.param("qa_lora", "int4", 0.2, marks=pytest.mark.slow),
+    ],
+)
 def test_a_block_is_one_graph_for_all_lengths_of_packed_examples(
-    tiny_llama, as_on_a_gpu, tmp_path, monkeypatch, quantization, dropout, kind
+    tiny_llama, as_on_a_gpu, tmp_path, monkeypatch, method, quantization, dropout
 ):
     monkeypatch.setenv("TORCHINDUCTOR_CACHE_DIR", str(tmp_path))
-    model = with_adapter(open_base(tiny_llama, quantization), "all-linear")
-    layers = trained_modules(model)
-    assert {type(layer) for layer in layers.values()} == {kind}
+    model = open_base(tiny_llama, quantization)
+    targets = find_targets(model, "all-linear", rank=4, alpha=8.0)
+    layers = attach(model, [replace(each, kind=KINDS[method]) for each in targets])
+    randomize_adapter(model)
     for layer in layers.values():
         layer.dropout = dropout
     model.train()

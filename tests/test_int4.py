@@ -28,6 +28,7 @@ from lora_cli.base.linear import dense_weight, features, unquantized_layers
 from lora_cli.base.load import load_model
 from lora_cli.base.source import find_base
 from lora_cli.base.storage.int4 import Int4Linear, dequantize, q4_1_blocks, quantize
+from lora_cli.base.storage.registry import storage_named
 from lora_cli.errors import LoraError
 from lora_cli.merging.compare import make_dense
 from lora_cli.merging.merge import merge
@@ -72,8 +73,8 @@ def test_quantizing_is_better_than_rounding_and_exact_where_that_is():
     assert torch.equal(dequantize(*quantize(rounded)), rounded)  # a model that was Q4_1 before costs nothing
     flat = torch.full((2, 32), 0.125)
     assert torch.equal(dequantize(*quantize(flat)), flat)
-    with pytest.raises(ValueError, match="too large for int4"):
-        quantize(torch.full((1, 32), 1e5))
+    with pytest.raises(LoraError, match="too large for int4"):
+        storage_named("int4").prepare(layer_of(torch.full((1, 32), 1e5)))
 
 
 @pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16])

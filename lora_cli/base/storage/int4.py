@@ -13,6 +13,7 @@ import torch
 from torch import Tensor, nn
 
 from lora_cli.base.storage.kind import DequantizedProduct, Storage, whole
+from lora_cli.errors import LoraError
 
 BLOCK = 32  # weights that Q4_1 packs together, whatever the group: byte i holds weight i and, above it, weight i + 16
 _SHRUNK = (1.0, 0.98, 0.95, 0.92, 0.88, 0.84, 0.8)  # ranges that are tried, of a group's own
@@ -29,6 +30,12 @@ class Int4(Storage):
 
     def dense(self, layer: nn.Module) -> Tensor:
         return dequantize(*(whole(part) for part in layer.parts()))  # type: ignore[operator]
+
+    def prepare(self, layer: Any) -> None:
+        """Raises LoraError for a weight beyond what d and m can hold; transformers would hide that while it loads."""
+        if not all(bool(each.isfinite().all()) for each in (layer.d, layer.m)):
+            what = "a weight is too large for int4, whose scales and offsets are fp16 (up to 65504)"
+            raise LoraError(what, fix="write another quantization")
 
     def same_on(self, in_features: int, device: str) -> bool:
         """Rows that are not whole blocks stay as they are, on every device."""
@@ -97,14 +104,12 @@ def quantize(weight: Tensor, group_size: int = BLOCK) -> tuple[Tensor, Tensor, T
     For each of several ranges around the middle of a group the nearest q is taken, then d and m by least squares in q,
     then q again for these, rounded to fp16; the best of all is kept. The idea is that of llama.cpp's quantizers. The
     group's whole range, without least squares, is one of them: what is kept is never worse than rounding.
-    Sums are made in float64, so that all devices choose alike. Raises ValueError for numbers beyond fp16.
+    Sums are made in float64, so that all devices choose alike. Of numbers beyond fp16 d and m are infinite.
     """
     outputs, inputs = weight.shape
     groups = weight.detach().reshape(-1, group_size)
     made = [_quantized(part.float()) for part in groups.split(max(1, _AT_ONCE // group_size))]
     q, d, m = (torch.cat(each) for each in zip(*made, strict=True))
-    if not (d.isfinite().all() and m.isfinite().all()):
-        raise ValueError("a weight is too large for int4, whose d and m are fp16 (up to 65504)")
     low, high = q.view(-1, 2, BLOCK // 2).unbind(1)
     return (low | high << 4).view(outputs, inputs // 2), d.view(outputs, -1), m.view(outputs, -1)
 
