@@ -10,6 +10,7 @@ import pytest
 import torch
 from conftest import write_rows
 
+from lora_cli.base.source import find_base
 from lora_cli.base.storage.registry import storage_of
 from lora_cli.errors import LoraError
 from lora_cli.evaluation import quantization_cost
@@ -117,6 +118,18 @@ def test_a_cost_that_is_certain_and_large_is_named_with_what_costs_less(cost, lo
 
 def check_costs(recipe: Path) -> Costs:
     return compare(check(load_recipe(recipe)), lambda _: None)
+
+
+def test_a_table_of_other_groups_is_not_taken(asked, recipe_file, tiny_llama):
+    recipe, _ = asked(group_size=64, quantization="int4")
+    known = load_recipe(recipe)
+    source = find_base(str(tiny_llama))
+    kept = json.loads(next(Path(known.output).rglob("quantization.json")).read_text())
+    assert kept["group_size"] == 64
+    for size, found in ((64, True), (32, False)):
+        own = known.model_copy(update={"group_size": size})
+        assert (quantization_cost.kept_costs(own, source, kept["data_fingerprint"]) is not None) == found
+        assert (quantization_cost.found_costs(Path(known.output).parent, source, size) is not None) == found
 
 
 def test_a_way_that_does_not_fit_is_left_out_and_without_the_unquantized_base_nothing_can_be_compared(

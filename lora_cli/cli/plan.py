@@ -159,7 +159,7 @@ def check(
         bool,
         typer.Option(
             "--compare-quantization",
-            help="Also load the base in nf4, int8 and as it is, and compare their losses on 64 examples.",
+            help="Also load the base in nf4, int8, int4 and as it is, and compare their losses on 64 examples.",
         ),
     ] = False,
     program: Program = None,

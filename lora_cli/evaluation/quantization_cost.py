@@ -71,6 +71,7 @@ class Costs(BaseModel):
     held_out: bool
     examples: int
     target_tokens: int
+    group_size: int = 32  # of those kinds that have groups
     costs: list[Cost]
 
     def of(self, quantization: str) -> Cost | None:
@@ -138,6 +139,7 @@ def compare_quantizations(
         held_out=held_out,
         examples=len(examples),
         target_tokens=int(targets.sum()),
+        group_size=recipe.group_size,
         costs=costs,
     )
 
@@ -156,23 +158,24 @@ def keep_costs(recipe: Recipe, costs: Costs) -> Path:
 
 
 def kept_costs(recipe: Recipe, source: BaseSource, fingerprint: str) -> Costs | None:
-    """The table that was kept, if it is of this base and these data."""
+    """The table that was kept, if it is of this base, these data and groups."""
     path = cache_folder(recipe) / _FILE
     found = None
     with suppress(LoraError):  # damaged, or somebody else's: it is measured again
         found = read_json(path, Costs, fix="remove it") if is_real_file(path) else None
-    known = found is not None and (found.base_fingerprint, found.data_fingerprint) == (source.fingerprint, fingerprint)
+    wanted = (source.fingerprint, fingerprint, recipe.group_size)
+    known = found is not None and (found.base_fingerprint, found.data_fingerprint, found.group_size) == wanted
     return found if known else None
 
 
-def found_costs(runs: Path, source: BaseSource) -> Costs | None:
+def found_costs(runs: Path, source: BaseSource, group_size: int = 32) -> Costs | None:
     """The newest table of this base that any of the runs in a folder keeps, whatever data it was measured on."""
     with suppress(OSError):
         tables = [path for path in runs.glob(f"*/prepared/{_FILE}") if is_real_file(path)]
         for path in sorted(tables, key=lambda path: path.stat().st_mtime, reverse=True):
             with suppress(LoraError):  # damaged, or weights that are not here
                 found = read_json(path, Costs, fix="remove it")
-                if found.base_fingerprint == source.fingerprint:
+                if (found.base_fingerprint, found.group_size) == (source.fingerprint, group_size):
                     return found
     return None
 
@@ -201,7 +204,9 @@ def known_lines(recipe: Recipe, source: BaseSource, fingerprint: str) -> list[st
     """
     if recipe.quantization == "none" or stored_quantization(source) is not None:
         return []
-    costs = kept_costs(recipe, source, fingerprint) or found_costs(Path(recipe.output).parent, source)
+    costs = kept_costs(recipe, source, fingerprint) or found_costs(
+        Path(recipe.output).parent, source, recipe.group_size
+    )
     if costs is not None:
         return cost_lines(costs, recipe.quantization, other_data=costs.data_fingerprint != fingerprint)
     return [f"what {recipe.quantization} costs this base is not known: lora check --compare-quantization measures it"]
@@ -214,7 +219,9 @@ def measure_unknown(recipe: Recipe, source: BaseSource, feed: Feed, tokenizer: A
     kind, fingerprint = recipe.quantization, feed.summary.fingerprint
     if kind == "none" or stored_quantization(source) is not None or recipe.data.streaming:
         return
-    known = kept_costs(recipe, source, fingerprint) or found_costs(Path(recipe.output).parent, source)
+    known = kept_costs(recipe, source, fingerprint) or found_costs(
+        Path(recipe.output).parent, source, recipe.group_size
+    )
     if known is not None and known.of(kind) is not None:
         return
     device = pick_device(recipe.device)
