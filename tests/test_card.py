@@ -67,7 +67,7 @@ def test_the_merged_folder_repeats_what_was_measured(run_recipe, tmp_path):
     text = (tmp_path / "merged" / CARD).read_text()
     for point in measured_of(run / "adapter"):
         assert f"- {point}\n" in text
-    assert "keeps 100.00% of what the adapter changes" in text
+    assert "keeps 100.00% of the adapter's effect" in text
     assert head(text)["library_name"] == "transformers"
     assert str(tmp_path) not in text
 

@@ -237,6 +237,8 @@ def attach_adapter(model: Any, adapter: AdapterFile, base: BaseSource) -> dict[s
         raise LoraError(what, where=str(adapter.folder), details=problems[:6], fix=fix)
     named = [name for name in modules if name in adapter.tensors]
     layers = attach(model, [adapter.target(name) for name in named])
+    for layer in layers.values():
+        layer.leave_meta()
     _load(layers, adapter)
     return layers
 

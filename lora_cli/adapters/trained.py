@@ -87,6 +87,13 @@ class Trained(nn.Module, ABC):
         for name, parameter in self.named_parameters(recurse=False):
             parameter.copy_(state[name])
 
+    def leave_meta(self) -> None:
+        """Give what is trained room on the CPU where the base is on the device meta."""
+        for name, parameter in self.named_parameters(recurse=False):
+            if parameter.is_meta:
+                room = torch.empty_like(parameter, device="cpu")
+                setattr(self, name, nn.Parameter(room, requires_grad=parameter.requires_grad))
+
     def hold_cast(self, dtype: torch.dtype | None) -> None:
         """Keep what is trained in a compute dtype as well, as long as it does not change; None: no longer."""
 

@@ -28,6 +28,13 @@ def merge(
         Literal["trained", "original"],
         typer.Option(help="Add the update to the weights as trained on, or to the original ones."),
     ] = "trained",
+    proof: Annotated[
+        Literal["full", "replay", "none"],
+        typer.Option(
+            help="full: make every written tensor again, and compare the opened model with base + adapter. "
+            "replay: open no model, for one that does not fit into memory. none: neither."
+        ),
+    ] = "full",
     trust_remote_code: RemoteCode = False,
     as_json: Json = False,
 ) -> None:
@@ -37,7 +44,14 @@ def merge(
     """
     merging = heavy("lora_cli.merging.merge", output)
     report = merging.merge(
-        source, output, base=base, dtype=dtype, onto=onto, trust_remote_code=trust_remote_code, say=print_note
+        source,
+        output,
+        base=base,
+        dtype=dtype,
+        onto=onto,
+        proof=proof,
+        trust_remote_code=trust_remote_code,
+        say=print_note,
     )
     if as_json:
         print_json(report.as_dict())

@@ -16,14 +16,14 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from torch import Tensor
 
 from lora_cli.adapters.card import measured_of, public_name
 from lora_cli.adapters.file import CHAT_TEMPLATE, AdapterFile, read_adapter
 from lora_cli.adapters.opened import Opened, adapter_folder, adapter_template, open_model, other_base
-from lora_cli.adapters.trained import Trained, adapters_disabled, trained_modules
+from lora_cli.adapters.trained import adapters_disabled, trained_modules
 from lora_cli.base.device import DTYPES
-from lora_cli.base.linear import dense_weight, features, is_quantized, stored_transposed, unquantized_layers
+from lora_cli.base.linear import dense_weight, is_quantized, unquantized_layers
+from lora_cli.base.load import load_tokenizer
 from lora_cli.base.source import BaseSource, find_base
 from lora_cli.base.stored import stored_quantization
 from lora_cli.base.weight_files import stored_tensors
@@ -43,7 +43,8 @@ from lora_cli.merging.compare import (
     reopened,
 )
 from lora_cli.merging.names import Places
-from lora_cli.merging.tensors import Fresh, write_weights
+from lora_cli.merging.streamed import changed, fresh_from_files, require_own_head, why_whole
+from lora_cli.merging.tensors import Fresh, replay_weights, write_weights
 
 _KEPT_AT_LEAST = 0.9  # share of the adapter's effect that a merge onto the trained weights must keep
 # KL that arithmetic alone can explain, nats a token: in fp32 (measured 1e-12 to 1e-11), and in 16 bits
@@ -57,6 +58,8 @@ class MergeReport:
     kl: mean KL divergence in nats a token from base + adapter to the merged model. adapter_effect: the same from
     base + adapter to the base alone, the yardstick. top1_agreement: share of positions with the same likeliest token.
     compared_in: fp32, or 16 bits where memory did not allow more. stop_tokens: added to generation_config.json.
+    proof: full; replay or none, where nothing was compared and these figures are None. replayed: tensors made a second
+    time and found in the files, bit for bit. streamed: whether the base was read a tensor at a time.
     """
 
     output: str
@@ -64,17 +67,22 @@ class MergeReport:
     dtype: str
     layers: int
     tokens_compared: int
-    kl: float
-    adapter_effect: float
-    top1_agreement: float
-    compared_in: str = "fp32"
+    kl: float | None = None
+    adapter_effect: float | None = None
+    top1_agreement: float | None = None
+    compared_in: str | None = None
     tokens: str = ""
     stop_tokens: list[str] = field(default_factory=list)
     notes: list[str] = field(default_factory=list)
+    proof: str = "full"
+    replayed: int = 0
+    streamed: bool = True
 
     @property
-    def kept(self) -> float:
-        """Share of the adapter's effect that the merge keeps; 1 is all of it."""
+    def kept(self) -> float | None:
+        """Share of the adapter's effect that the merge keeps; 1 is all of it. None where nothing was compared."""
+        if self.kl is None or self.adapter_effect is None:
+            return None
         return 1 - self.kl / self.adapter_effect if self.adapter_effect > 0 else 1.0
 
     def as_dict(self) -> dict[str, Any]:
@@ -89,43 +97,59 @@ def merge(
     dtype: str = "keep",
     onto: str = "trained",
     trust_remote_code: bool = False,
+    proof: str = "full",
     say: Callable[[str], None] = lambda _: None,
 ) -> MergeReport:
     """Merge the adapter of a run folder or adapter folder into its base and write the model to `output`.
 
-    dtype: of the written weights: bf16, fp16, fp32, or keep for that of each tensor of the base. say: prints what is
-    slow or left out. Works on the CPU. Raises CheckFailed, leaving `output` as it was, if the written model does not
-    compute what base + adapter compute.
+    dtype: of the written weights: bf16, fp16, fp32, or keep for that of each tensor of the base. proof: `full` makes
+    every written tensor again and compares the opened models, `replay` opens none, `none` does neither. say: prints
+    what is slow or left out. Weights are read and written a tensor at a time, where the adapter and the architecture
+    allow it. Works on the CPU. Raises CheckFailed, leaving `output` as it was, if the written model does not compute
+    what base + adapter compute.
     """
     place = files.require_place(output)
-    job = _Merge(source, base, dtype, onto, trust_remote_code, say)
+    job = _Merge(source, base, dtype, onto, trust_remote_code, proof, say)
     files.require_outside(place, job.source.folder)
-    opened = job.open_trained()
-    tokens, origin = comparison_tokens(source, opened.model)
-    reference = log_probabilities(opened.model, tokens)
-    with adapters_disabled(opened.model):
-        effect = divergence(reference, log_probabilities(opened.model, tokens))
-    _require_number(effect, job.adapter)
-    layers = len(trained_modules(opened.model))
-    if job.onto == "original" and job.quantization != "none":
-        opened = job.open_original()
+    changes = job.streamed()
+    streamed, measured, tokens, reference = changes is not None, {}, None, None
+    opened = None
+    if proof == "full":
+        opened = job.open_trained()
+        tokens, origin = comparison_tokens(source, opened.model)
+        reference = log_probabilities(opened.model, tokens)
+        with adapters_disabled(opened.model):
+            effect = divergence(reference, log_probabilities(opened.model, tokens))
+        _require_number(effect, job.adapter)
+        measured = {"adapter_effect": effect, "tokens": origin, "compared_in": "fp32" if job.fp32 else "16 bits"}
+    if changes is None:
+        if job.onto == "original" and job.quantization != "none":
+            opened = job.open_original()
+        changes = job.changes_of(opened or job.open_trained())
+    del opened  # its memory is needed for the merged model
+    layers = len(trained_modules(changes[0]))
     with written_whole(place) as temporary:
-        added = job.write(opened, temporary)
-        del opened  # its memory is needed for the merged model
-        merged = log_probabilities(reopened(temporary, fp32=job.fp32, trust_remote_code=trust_remote_code), tokens)
+        added = job.write(temporary, *changes)
+        replayed = 0
+        if proof != "none":
+            replayed = replay_weights(job.source, temporary, changes[2], dtype=job.dtype, dense=job.dense)
+        del changes
+        if tokens is not None and reference is not None:
+            merged = log_probabilities(reopened(temporary, fp32=job.fp32, trust_remote_code=trust_remote_code), tokens)
+            same = (reference.argmax(-1) == merged.argmax(-1)).float().mean().item()
+            measured |= {"kl": divergence(reference, merged), "top1_agreement": same}
         report = MergeReport(
             output=str(output),
             onto=job.onto,
             dtype=job.written_dtype,
             layers=layers,
-            tokens_compared=len(reference),
-            kl=divergence(reference, merged),
-            adapter_effect=effect,
-            top1_agreement=(reference.argmax(-1) == merged.argmax(-1)).float().mean().item(),
-            compared_in="fp32" if job.fp32 else "16 bits",
-            tokens=origin,
+            tokens_compared=0 if reference is None else len(reference),
             stop_tokens=added,
             notes=job.notes,
+            proof=proof,
+            replayed=replayed,
+            streamed=streamed,
+            **measured,
         )
         _require_same(report, job)
         job.write_notes(temporary, report)
@@ -135,8 +159,8 @@ def merge(
 class _Merge:
     """One merge on its way: what was read of adapter and base before any weight is."""
 
-    def __init__(self, path: Path, base: str | None, dtype: str, onto: str, code: bool, say: Callable[[str], None]):
-        self.folder, self.say = adapter_folder(path), say
+    def __init__(self, path: Path, base: str | None, dtype: str, onto: str, code: bool, proof: str, say: Any):
+        self.folder, self.say, self.code, self.proof = adapter_folder(path), say, code, proof
         self.open = partial(open_model, base, path, device="cpu", trust_remote_code=code)
         self.adapter: AdapterFile = read_adapter(self.folder)
         self.notes: list[str] = []
@@ -186,6 +210,8 @@ class _Merge:
         largest = max(parameters * self.dense.itemsize, as_stored)
         beside = sum((self.source.folder / name).stat().st_size for name in self.taken)
         self.needed_bytes = largest + beside + 10_000_000
+        if self.proof != "full":
+            return
         if parameters > 1e9:
             held = 4 if self.fp32 else 2
             self.say(
@@ -210,7 +236,6 @@ class _Merge:
             self._say_of_other_layers(opened.model)
             if self.fp32:
                 make_dense(opened.model)
-        _require_own_head(opened.model)
         return opened
 
     def open_original(self) -> Opened:
@@ -229,25 +254,47 @@ class _Merge:
                 f"{other[0]}: merge where it was trained to get that model exactly"
             )
 
-    def write(self, opened: Opened, place: Path) -> list[str]:
+    def streamed(self) -> tuple[Any, Places, dict[str, Fresh]] | None:
+        """What changes, without the base's weights in memory; None, and said, where the model must be opened for it."""
+        onto = "none" if self.onto == "original" else self.quantization
+        why, found = why_whole(self.adapter, onto, self.held), None
+        if why is None:
+            found = fresh_from_files(
+                self.source, self.adapter, self.stored, quantization=onto, held=self.held, trust_remote_code=self.code
+            )
+            why = "its weight files hold changed layers in another form than the model" if found is None else None
+        if found is None:
+            self._note(f"the base model is opened whole, and not read a tensor at a time: {why}")
+        else:
+            require_own_head(found[0])
+        return found
+
+    def changes_of(self, opened: Opened) -> tuple[Any, Places, dict[str, Fresh]]:
+        """What changes, of an opened model."""
+        require_own_head(opened.model)
+        places = Places.of(opened.model, self.stored)
+        with torch.no_grad():
+            changes = changed(opened.model, self.quantized, lambda layer, _: dense_weight(layer))
+            return opened.model, places, places.fresh(changes)
+
+    def write(self, place: Path, _: Any, places: Places, fresh: dict[str, Fresh]) -> list[str]:
         """Everything but merge.json and README.md; returns the stop tokens that were added."""
         require_space(place, self.needed_bytes, "the merged model")
-        with torch.no_grad():
-            places = Places.of(opened.model, self.stored)
-            fresh = places.fresh(_changed(opened.model, self.quantized))
-            if unused := places.unused(fresh):
-                self._note(
-                    f"{len(unused)} tensors that the model's class does not use are carried over as they are, the "
-                    f"first is {unused[0]}"
-                )
-            write_weights(self.source, place, fresh, dtype=self.dtype, dense=self.dense)
+        if unused := places.unused(fresh):
+            self._note(
+                f"{len(unused)} tensors that the model's class does not use are carried over as they are, the "
+                f"first is {unused[0]}"
+            )
+        write_weights(self.source, place, fresh, dtype=self.dtype, dense=self.dense)
         files.copy_files(self.source.folder, self.taken, place)
         named = str(self.dtype).removeprefix("torch.") if self.dtype is not None else None
         files.write_config(self.source.folder, place, dtype=named, dequantized=self.held is not None)
         if self.template is not None:  # the adapter's own, which all programs take before that of any other file
             (place / CHAT_TEMPLATE).write_text(self.template, encoding="utf-8", newline="")
-        added = files.add_stop_tokens(self.source, place, trained_stops(opened, self.adapter.metadata.prompting))
-        names = [str(opened.tokenizer.convert_ids_to_tokens(each)) for each in added]
+        tokenizer = load_tokenizer(self.source, trust_remote_code=self.code)
+        tokenizer.chat_template = self.template or tokenizer.chat_template
+        added = files.add_stop_tokens(self.source, place, trained_stops(tokenizer, self.adapter.metadata.prompting))
+        names = [str(tokenizer.convert_ids_to_tokens(each)) for each in added]
         if names:
             self._note(f"generation now also ends at {', '.join(names)}, which the base's settings leave out")
         return names
@@ -258,28 +305,38 @@ class _Merge:
         facts |= {"base_fingerprint": self.source.fingerprint, "quantization": self.quantization}
         facts |= self.adapter.metadata.model_dump(include={"prompting", "system", "method"})
         del facts["output"]
-        said = [f"Merged by `lora merge`: keeps {report.kept:.2%} of what the adapter changes (how: merge.json)."]
+        said = [f"Merged by `lora merge`: {_effect(report)} (how: merge.json)."]
         files.write_notes(place, {"format": 1, **facts}, self.source, [*measured_of(self.adapter.folder), *said])
 
 
 def result_lines(report: MergeReport) -> list[str]:
     """What was written, and how near it is to base + adapter."""
-    kept = f"keeps {report.kept:.2%} of the adapter's effect"
-    effect = kept if report.adapter_effect > 0 else "the adapter changes nothing"
+    first = f"merged {report.layers} layers onto the {report.onto} weights, in {report.dtype}: {report.output}"
+    again = f"{report.replayed} tensors made again from base and adapter are in the files, bit for bit"
+    if report.kl is None:
+        return [first, *([again] if report.replayed else []), f"{_effect(report)} (--proof {report.proof})"]
     return [
-        f"merged {report.layers} layers onto the {report.onto} weights, in {report.dtype}: {report.output}",
-        f"{effect}: compared with base + adapter in {report.compared_in} on {report.tokens_compared} tokens "
+        first,
+        f"{_effect(report)}: compared with base + adapter in {report.compared_in} on {report.tokens_compared} tokens "
         f"{report.tokens}, KL {report.kl:.2g} nats a token (the adapter itself changes {report.adapter_effect:.2g}), "
         f"same top token at {report.top1_agreement:.1%}",
+        again,
     ]
 
 
-def trained_stops(opened: Opened, prompting: str | None) -> list[int]:
+def _effect(report: MergeReport) -> str:
+    if report.kept is None:
+        return "the merged model was not compared with base + adapter"
+    return (
+        f"keeps {report.kept:.2%} of the adapter's effect" if report.adapter_effect else "the adapter changes nothing"
+    )
+
+
+def trained_stops(tokenizer: Any, prompting: str | None) -> list[int]:
     """The token that training taught to end an answer with: the chat template's, or the tokenizer's end token.
 
     prompting: as the adapter records it; without a record the template counts where there is one.
     """
-    tokenizer: Any = opened.tokenizer
     if prompting == "raw" or not tokenizer.chat_template:
         return [tokenizer.eos_token_id]
     try:
@@ -290,39 +347,9 @@ def trained_stops(opened: Opened, prompting: str | None) -> list[int]:
     return [stop] if stop is not None and stop != tokenizer.unk_token_id else []
 
 
-def _changed(model: Any, quantized: set[str]) -> dict[str, Fresh]:
-    """Of every adapted and every quantized layer, the weight that the merged model has, by parameter name."""
-    found: dict[str, Fresh] = {}
-    made: dict[int, Fresh] = {}  # a layer that several blocks share has several names
-    for name, layer in model.named_modules(remove_duplicate=False):
-        if not isinstance(layer, Trained) and (name not in quantized or name.endswith(".base_layer")):
-            continue
-        frozen: Any = layer.base_layer if isinstance(layer, Trained) else layer
-        shape = features(frozen) if stored_transposed(frozen) else features(frozen)[::-1]
-        found[f"{name}.weight"] = made.setdefault(id(layer), Fresh(shape, partial(_merged_weight, layer, name)))
-    return found
-
-
-def _merged_weight(layer: Any, name: str) -> Tensor:
-    """In fp32, laid out as the checkpoint stores it."""
-    frozen = layer.base_layer if isinstance(layer, Trained) else layer
-    weight = dense_weight(frozen)  # (out, in)
-    weight = layer.merged(weight) if isinstance(layer, Trained) else weight.float()
-    if not torch.isfinite(weight).all():
-        fix = "copy adapter and base model again, and train again"
-        raise CheckFailed(f"the merged weight of {name} holds NaN or infinity", fix=fix)
-    return weight.T if stored_transposed(frozen) else weight
-
-
-def _require_own_head(model: Any) -> None:
-    head, embeddings = model.get_output_embeddings(), model.get_input_embeddings()
-    if isinstance(head, Trained) and head.base_layer.weight is embeddings.weight:
-        what = "the adapter changes the output head, which this model shares with its embeddings: "
-        fix = "use base and adapter together (lora generate ADAPTER), or train without the head"
-        raise LoraError(f"{what}one stored tensor cannot be both", fix=fix)
-
-
 def _require_same(report: MergeReport, job: _Merge) -> None:
+    if report.kl is None or report.kept is None or report.compared_in is None:
+        return
     _require_number(report.kl, job.adapter)
     if report.onto == "original" and job.quantization != "none":
         return  # the user asked for another model than the trained one; the report says how different it is

@@ -12,7 +12,7 @@ from collections.abc import Callable, Collection, Iterator, Mapping
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
-from typing import BinaryIO
+from typing import Any, BinaryIO
 
 import torch
 from torch import Tensor
@@ -34,6 +34,39 @@ class Fresh:
 
     shape: tuple[int, ...]
     make: Callable[[], Tensor]
+
+
+class _Replayed:
+    """In the place of a file to write: raises CheckFailed where the written file holds other bytes."""
+
+    def __init__(self, written: BinaryIO, name: str):
+        self.written, self.name = written, name
+
+    def write(self, data: Any) -> None:
+        view = memoryview(data).cast("B")
+        for at in range(0, len(view), _PIECE):
+            piece = view[at : at + _PIECE]
+            if self.written.read(len(piece)) != piece:
+                what = f"{self.name} was not written as base and adapter give it"
+                raise CheckFailed(what, fix="nothing was written; check disk and memory, and merge again")
+
+
+def replay_weights(
+    source: BaseSource, place: Path, fresh: Mapping[str, Fresh], *, dtype: torch.dtype | None, dense: torch.dtype
+) -> int:
+    """Make every tensor that `write_weights` wrote again and compare it bit for bit; returns how many there are."""
+    entries = {}
+    for file in weight_files(source.folder):
+        entries |= {each.name: each for each in _plan(read_header(file)[0], fresh, dtype, dense)}
+    written = {name: each for file in weight_files(place) for name, each in read_header(file)[0].items()}
+    if written.keys() != entries.keys():
+        name = min(written.keys() ^ entries.keys())
+        raise CheckFailed(f"{name} is in one of base and merged model alone", fix="nothing was written; report this")
+    for name, each in written.items():
+        with each.file.open("rb") as stream:
+            stream.seek(each.start)
+            entries[name].write(_Replayed(stream, name))  # type: ignore[arg-type]
+    return len(written)
 
 
 def write_weights(

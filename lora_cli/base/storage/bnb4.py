@@ -69,6 +69,11 @@ class Bnb4(Storage):
 
         return _dequantized(weight, QuantState.from_dict(dict(beside), weight.device))
 
+    def rounded(self, weight: Tensor, double: bool) -> Tensor:
+        from bitsandbytes.functional import quantize_4bit
+
+        return _dequantized(*quantize_4bit(weight, compress_statistics=double, quant_type=self.name, blocksize=_BLOCK))
+
     def bits(self, value_bytes: int, double: bool, group_size: int = 32) -> float:
         """A scale a block, in fp32; or in 8 bits, with an fp32 scale of their own for 256 of them."""
         return 4 + (8 / _BLOCK + 32 / (_BLOCK * 256) if double else 32 / _BLOCK)

@@ -43,6 +43,11 @@ class Bnb8(Storage):
     def dense_stored(self, weight: Tensor, beside: Mapping[str, Tensor]) -> Tensor:
         return _dequantized(weight, beside["SCB"])
 
+    def rounded(self, weight: Tensor, double: bool) -> Tensor:
+        from bitsandbytes.functional import int8_vectorwise_quant
+
+        return _dequantized(*int8_vectorwise_quant(weight.half())[:2])
+
     def bits(self, value_bytes: int, double: bool, group_size: int = 32) -> float:
         return 8  # the scale of a row is next to nothing
 

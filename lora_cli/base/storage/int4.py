@@ -23,6 +23,7 @@ _LEAST = 1e-12  # of a range; below it a group counts as equal numbers
 
 class Int4(Storage):
     name = "int4"
+    rounds_alone = False  # an update is added to offsets that the loaded layer holds
     weights_per_number = 2
 
     def is_layer(self, module: nn.Module) -> bool:

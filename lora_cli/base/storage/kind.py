@@ -21,6 +21,7 @@ class Storage(ABC):
 
     name: str  # in recipes and adapter files
     weights_per_number = 1  # in a stored tensor
+    rounds_alone = True  # whether `rounded` needs no layer and no settings beyond it
     rounded_note = ""  # of layers that hold their values instead, because `same_on` is False; {dtype} is filled in
 
     # ── layers ──────────────────────────────────────────────────────────────────────────────────────────────────
@@ -70,6 +71,13 @@ class Storage(ABC):
         beside: by the parts that `beside` names. (out_features, in_features), whatever the layer was; of plain weights
         laid out as they are stored.
         """
+
+    def rounded(self, weight: Tensor, double: bool) -> Tensor:
+        """`dense` of the layer that loading makes of a plain weight in the compute dtype: (out_features, in_features).
+
+        Asked only of a kind that `rounds_alone`.
+        """
+        return weight
 
     # ── bytes ───────────────────────────────────────────────────────────────────────────────────────────────────
 

@@ -1,0 +1,143 @@
+"""Base + adapter without the base's weights: modules on the device meta, and each weight read when it is written."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Collection, Mapping
+from functools import partial
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from lora_cli.adapters.file import AdapterFile, attach_adapter
+from lora_cli.adapters.trained import Trained
+from lora_cli.base.device import DTYPES
+from lora_cli.base.linear import features, is_linear, stored_transposed
+from lora_cli.base.load import model_config, require_weights_fit, skeleton_of
+from lora_cli.base.source import BaseSource
+from lora_cli.base.storage.registry import part_of, storage_named
+from lora_cli.base.stored import dense_tensor
+from lora_cli.base.weight_files import StoredTensor
+from lora_cli.errors import CheckFailed, LoraError
+from lora_cli.merging.names import Places
+from lora_cli.merging.tensors import Fresh
+
+WeightOf = Callable[[nn.Module, str], Tensor]
+
+
+def why_whole(adapter: AdapterFile, quantization: str, held: str | None) -> str | None:
+    """Why the base model must be opened to merge onto weights held so; None if its files are enough."""
+    if adapter.base_weights:
+        return "the adapter brings copies of the base's embeddings, which are compared with the model's"
+    if not storage_named(quantization).rounds_alone:
+        return f"{quantization} weights are made by the loaded model"
+    if quantization == "none" or held is not None:
+        return None
+    if adapter.metadata.compute_dtype is None or adapter.metadata.unquantized_modules is None:
+        return "the adapter does not say how its base was quantized (it was made before that was kept)"
+    return None
+
+
+def fresh_from_files(
+    source: BaseSource,
+    adapter: AdapterFile,
+    stored: Mapping[str, StoredTensor],
+    *,
+    quantization: str,
+    held: str | None,
+    trust_remote_code: bool,
+) -> tuple[Any, Places, dict[str, Fresh]] | None:
+    """The model on the device meta with the adapter attached, its names, and the stored tensors that the merge changes.
+
+    quantization: of the weights merged onto. Nothing where a changed weight is not stored as one tensor of its own.
+    Raises LoraError if base, adapter and weight files do not belong together.
+    """
+    config = model_config(source, trust_remote_code)
+    model = skeleton_of(source, config, trust_remote_code)
+    require_weights_fit(source, config, model)
+    attach_adapter(model, adapter, source)
+    places = Places.of(model, stored)
+    if held is not None:
+        weights = {part.weight for name in stored if (part := part_of(name)) is not None}
+        rounded = {places.direct[name].removesuffix(".weight") for name in weights if name in places.direct}
+    elif quantization == "none":
+        rounded = set()
+    else:
+        rounded = _rounded_layers(model, adapter)
+    own = {parameter: name for name, parameter in places.direct.items()}
+    changes = changed(model, rounded, _reader(adapter, stored, own, quantization if held is None else "none", rounded))
+    one_of = {id(each) for name, each in changes.items() if name in own}
+    if any(id(each) not in one_of for each in changes.values()):
+        return None
+    return model, places, places.fresh(changes)
+
+
+def _rounded_layers(model: Any, adapter: AdapterFile) -> set[str]:
+    kept, head = set(adapter.metadata.unquantized_modules or ()), model.get_output_embeddings()
+    head = head.base_layer if isinstance(head, Trained) else head
+    layers = {name: each for name, each in model.named_modules(remove_duplicate=False) if is_linear(each)}
+    names = {name.removesuffix(".base_layer") for name, each in layers.items() if each is not head}
+    return names - kept
+
+
+def _reader(
+    adapter: AdapterFile,
+    stored: Mapping[str, StoredTensor],
+    own: Mapping[str, str],
+    quantization: str,
+    rounded: Collection[str],
+) -> WeightOf:
+    """What gives a layer's weight as the loaded layer computes with it: (out_features, in_features)."""
+    metadata = adapter.metadata
+
+    def weight_of(layer: nn.Module, name: str) -> Tensor:
+        tensor = own[f"{name}.weight"]
+        weight = dense_tensor(stored, tensor)
+        if stored_transposed(layer) and not any((part := part_of(each)) and part.weight == tensor for each in stored):
+            weight = weight.T
+        if quantization == "none":
+            return weight
+        weight = weight.to(DTYPES[metadata.compute_dtype or "fp32"])
+        if name not in rounded:
+            return weight
+        return storage_named(quantization).rounded(weight.contiguous(), metadata.double_quantization is not False)
+
+    return weight_of
+
+
+def changed(model: Any, quantized: Collection[str], weight_of: WeightOf) -> dict[str, Fresh]:
+    """Of every adapted and every quantized layer, the weight that the merged model has, by parameter name.
+
+    weight_of: gives the weight of a layer without its adapter, by module and name: (out_features, in_features).
+    """
+    found: dict[str, Fresh] = {}
+    made: dict[int, Fresh] = {}  # a layer that several blocks share has several names
+    for name, layer in model.named_modules(remove_duplicate=False):
+        if not isinstance(layer, Trained) and (name not in quantized or name.endswith(".base_layer")):
+            continue
+        frozen: Any = layer.base_layer if isinstance(layer, Trained) else layer
+        shape = features(frozen) if stored_transposed(frozen) else features(frozen)[::-1]
+        make = partial(_merged_weight, layer, name, weight_of)
+        found[f"{name}.weight"] = made.setdefault(id(layer), Fresh(shape, make))
+    return found
+
+
+@torch.no_grad()
+def _merged_weight(layer: Any, name: str, weight_of: WeightOf) -> Tensor:
+    """In fp32, laid out as the checkpoint stores it."""
+    frozen = layer.base_layer if isinstance(layer, Trained) else layer
+    weight = weight_of(frozen, name)
+    weight = layer.merged(weight) if isinstance(layer, Trained) else weight.float()
+    if not torch.isfinite(weight).all():
+        fix = "copy adapter and base model again, and train again"
+        raise CheckFailed(f"the merged weight of {name} holds NaN or infinity", fix=fix)
+    return weight.T if stored_transposed(frozen) else weight
+
+
+def require_own_head(model: Any) -> None:
+    """Raises LoraError for an adapter on an output head that is the embeddings' tensor."""
+    head, embeddings = model.get_output_embeddings(), model.get_input_embeddings()
+    if isinstance(head, Trained) and head.base_layer.weight is embeddings.weight:
+        what = "the adapter changes the output head, which this model shares with its embeddings: "
+        fix = "use base and adapter together (lora generate ADAPTER), or train without the head"
+        raise LoraError(f"{what}one stored tensor cannot be both", fix=fix)

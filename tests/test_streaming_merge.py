@@ -1,0 +1,77 @@
+"""A merge reads and writes a tensor at a time, and writes what the opened model would have given, bit for bit."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import pytest
+import torch
+from conftest import open_base, with_adapter
+
+from lora_cli.adapters.file import save_adapter
+from lora_cli.base.source import find_base
+from lora_cli.errors import CheckFailed
+from lora_cli.merging import merge as merging
+from lora_cli.merging.merge import merge, result_lines
+
+
+def _adapter(base: Path, folder: Path, quantization: str, dtype: torch.dtype) -> Path:
+    model = with_adapter(open_base(base, quantization, dtype), target_modules="all-linear")
+    folder.mkdir()
+    save_adapter(model, folder, find_base(str(base)), quantization=quantization, double_quantization=True)
+    return folder
+
+
+def _refused(*_: object, **__: object) -> None:
+    raise AssertionError("a model was opened")
+
+
+def _bytes(folder: Path) -> dict[str, bytes]:
+    return {each.name: each.read_bytes() for each in folder.iterdir() if each.name not in ("merge.json", "README.md")}
+
+
+@pytest.mark.parametrize("quantization", ["none", "nf4", "int8"])
+@pytest.mark.parametrize("kind", ["tiny_llama", "tiny_gpt2"])
+@pytest.mark.parametrize("onto", ["trained", "original"])
+def test_streamed_weights_are_those_of_the_opened_model(kind, quantization, onto, tmp_path, request, monkeypatch):
+    base = request.getfixturevalue(kind)
+    adapter = _adapter(base, tmp_path / "adapter", quantization, torch.bfloat16)
+    with monkeypatch.context() as patched:
+        patched.setattr(merging, "open_model", _refused)
+        report = merge(adapter, tmp_path / "streamed", dtype="fp32", onto=onto, proof="replay")
+    assert report.streamed
+    monkeypatch.setattr(merging, "why_whole", lambda *_: "asked for by this test")
+    opened = merge(adapter, tmp_path / "opened", dtype="fp32", onto=onto, proof="replay")
+    assert not opened.streamed
+    assert any("asked for by this test" in each for each in opened.notes)
+    assert opened.replayed == report.replayed
+    assert _bytes(tmp_path / "streamed") == _bytes(tmp_path / "opened")
+
+
+def test_a_tensor_that_was_written_wrong_is_found_by_the_replay(tiny_llama, tmp_path, monkeypatch):
+    adapter = _adapter(tiny_llama, tmp_path / "adapter", "none", torch.float32)
+    write = merging.write_weights
+
+    def damaged(source, place, *rest, **more):
+        write(source, place, *rest, **more)
+        file = place / "model.safetensors"
+        content = bytearray(file.read_bytes())
+        content[-1] ^= 1
+        file.write_bytes(content)
+
+    monkeypatch.setattr(merging, "write_weights", damaged)
+    with pytest.raises(CheckFailed, match="was not written as base and adapter give it"):
+        merge(adapter, tmp_path / "merged", proof="replay")
+    assert not (tmp_path / "merged").exists()
+
+
+@pytest.mark.parametrize("proof", ["replay", "none"])
+def test_a_merge_that_compared_nothing_says_so(proof, tiny_llama, tmp_path):
+    adapter = _adapter(tiny_llama, tmp_path / "adapter", "none", torch.float32)
+    report = merge(adapter, tmp_path / "merged", proof=proof)
+    assert f"not compared with base + adapter (--proof {proof})" in result_lines(report)[-1]
+    stored = json.loads((tmp_path / "merged" / "merge.json").read_text())
+    assert (stored["proof"], stored["kl"], stored["kept"]) == (proof, None, None)
+    assert bool(stored["replayed"]) == (proof == "replay")
+    assert "was not compared" in (tmp_path / "merged" / "README.md").read_text()
