@@ -15,7 +15,7 @@ from lora_cli.base.device import DTYPES
 from lora_cli.base.linear import features, is_linear, stored_transposed
 from lora_cli.base.load import model_config, require_weights_fit, skeleton_of
 from lora_cli.base.source import BaseSource
-from lora_cli.base.storage.registry import part_of, storage_named
+from lora_cli.base.storage.registry import is_known, part_of, storage_named
 from lora_cli.base.stored import dense_tensor
 from lora_cli.base.weight_files import StoredTensor
 from lora_cli.errors import CheckFailed, LoraError
@@ -29,7 +29,7 @@ def why_whole(adapter: AdapterFile, quantization: str, held: str | None) -> str 
     """Why the base model must be opened to merge onto weights held so; None if its files are enough."""
     if adapter.base_weights:
         return "the adapter brings copies of the base's embeddings, which are compared with the model's"
-    if not storage_named(quantization).rounds_alone:
+    if not is_known(quantization) or not storage_named(quantization).rounds_alone:
         return f"{quantization} weights are made by the loaded model"
     if quantization == "none" or held is not None:
         return None
