@@ -10,6 +10,7 @@ import torch
 from conftest import open_base, with_adapter
 
 from lora_cli.adapters.file import save_adapter
+from lora_cli.adapters.opened import open_model
 from lora_cli.base.source import find_base
 from lora_cli.errors import CheckFailed
 from lora_cli.merging import merge as merging
@@ -75,3 +76,36 @@ def test_a_merge_that_compared_nothing_says_so(proof, tiny_llama, tmp_path):
     assert (stored["proof"], stored["kl"], stored["kept"]) == (proof, None, None)
     assert bool(stored["replayed"]) == (proof == "replay")
     assert "was not compared" in (tmp_path / "merged" / "README.md").read_text()
+
+
+def test_the_base_to_merge_onto_is_measured_on_held_out_rows(run_recipe, tmp_path, monkeypatch):
+    from lora_cli.merging import onto
+
+    run, _ = run_recipe(quantization="nf4", data={"validation": 0.25}, train={"max_steps": 2})
+    report = merge(run, tmp_path / "merged")
+    measured = json.loads((tmp_path / "merged" / "merge.json").read_text())["bases_compared"]
+    examples = onto.held_out(run)
+    assert measured["examples"] == len(examples) > 1
+    for name, how in (("before", None), ("after", "none")):
+        model = open_model(None, run, quantization=how, dtype="fp32", device="cpu").model
+        nats = sum(
+            torch.nn.functional.cross_entropy(
+                model(torch.tensor(each.ids, dtype=torch.long)[None]).logits[0, :-1].float(),
+                torch.where(torch.tensor(each.trained), torch.tensor(each.ids, dtype=torch.long), -100)[1:],
+                reduction="sum",
+            ).item()
+            for each in examples
+        )
+        assert measured[name] == pytest.approx(nats / measured["targets"], rel=5e-3)
+    assert report.onto == ("original" if measured["low"] > 0 else "trained")
+    gains = [torch.full((len(examples),), each) for each in (2.0, 1.0)]
+    monkeypatch.setattr(onto, "summed_nats", lambda *_: gains.pop(0) * torch.tensor([e.targets for e in examples]))
+    better = merge(run, tmp_path / "better")
+    assert better.onto == "original"
+    assert any("merged onto the original weights" in each for each in better.notes)
+
+
+def test_without_held_out_rows_nothing_is_compared_and_it_says_so(tiny_llama, tmp_path):
+    report = merge(_adapter(tiny_llama, tmp_path / "adapter", "nf4", torch.float32), tmp_path / "merged")
+    assert (report.onto, report.bases_compared) == ("trained", None)
+    assert any("not compared: there are no prepared validation rows" in each for each in report.notes)

@@ -25,9 +25,12 @@ def merge(
         typer.Option(help="Dtype of the written weights. keep: as in the base."),
     ] = "keep",
     onto: Annotated[
-        Literal["trained", "original"],
-        typer.Option(help="Add the update to the weights as trained on, or to the original ones."),
-    ] = "trained",
+        Literal["auto", "trained", "original"],
+        typer.Option(
+            help="Add the update to the weights as trained on, or to the original ones. auto: to the original ones if "
+            "they are surely better on the run's held-out rows."
+        ),
+    ] = "auto",
     proof: Annotated[
         Literal["full", "replay", "none"],
         typer.Option(

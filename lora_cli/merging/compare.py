@@ -77,18 +77,25 @@ def comparison_tokens(source: Path, model: Any) -> tuple[Tensor, str]:
 
 
 def _prepared_ids(run: Path) -> list[int]:
+    data = prepared_data(run)
+    examples = (data.validation or data.train)[:64] if data is not None else []
+    return [int(token) for example in examples for token in example.ids]
+
+
+def prepared_data(run: Path) -> Any:
+    """What a run folder keeps prepared of its own data; None if nothing."""
     from lora_cli.data.store import open_prepared
 
     try:
         expected = json.loads((run / "environment.json").read_text(encoding="utf-8"))["data_fingerprint"]
         folders = [each for each in (run / "prepared").iterdir() if _KEY.fullmatch(each.name) and not each.is_symlink()]
     except (OSError, ValueError, KeyError, TypeError, RecursionError):
-        return []
+        return None
     for folder in folders:
         data = open_prepared(folder)
         if data is not None and data.fingerprint == expected:
-            return [int(token) for example in (data.validation or data.train)[:64] for token in example.ids]
-    return []
+            return data
+    return None
 
 
 @torch.inference_mode()

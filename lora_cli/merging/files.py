@@ -16,6 +16,7 @@ from typing import Any
 from lora_cli.adapters.card import CARD, model_card
 from lora_cli.base.source import BaseSource, require_inside
 from lora_cli.base.weight_files import weight_files
+from lora_cli.data.chat.template import chat_template
 from lora_cli.errors import LoraError
 from lora_cli.merging.tensors import INDEX
 
@@ -133,6 +134,21 @@ def _edit(config: dict[str, Any], dtype: str | None, dequantized: bool) -> None:
             config[key] = dtype
         elif isinstance(value, dict):  # the configuration of a part, such as text_config
             _edit(value, dtype, dequantized)
+
+
+def trained_stops(tokenizer: Any, prompting: str | None) -> list[int]:
+    """The token that training taught to end an answer with: the chat template's, or the tokenizer's end token.
+
+    prompting: as the adapter records it; without a record the template counts where there is one.
+    """
+    if prompting == "raw" or not tokenizer.chat_template:
+        return [tokenizer.eos_token_id]
+    try:
+        token = chat_template(tokenizer, None, "the model").stop_token
+    except LoraError:  # a template that cannot be used was not trained with
+        return []
+    stop = tokenizer.convert_tokens_to_ids(token) if token is not None else None
+    return [stop] if stop is not None and stop != tokenizer.unk_token_id else []
 
 
 def add_stop_tokens(source: BaseSource, place: Path, stops: Sequence[int]) -> list[int]:

@@ -1,15 +1,15 @@
 """`lora merge`: add each adapter's update to its base weight and write an ordinary Hugging Face folder.
 
 What the update is added to matters. An adapter trained on a 4-bit base corrects that base, rounding errors included:
-added to the dequantized weights (`onto="trained"`, the default) the result is the model that was trained; added to
-the original weights (`onto="original"`) it is another model, perhaps better, never measured in training. Either way
-the difference from base + adapter is measured on real or random tokens, and said.
+added to the dequantized weights (`onto="trained"`) the result is the model that was trained; added to the original
+weights (`onto="original"`) it is another model, perhaps better, never measured in training. `onto="auto"` measures both
+on the run's held-out rows. The difference from base + adapter is measured on real or random tokens, and said.
 """
 
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass, field
 from functools import partial
 from pathlib import Path
@@ -27,7 +27,7 @@ from lora_cli.base.load import load_tokenizer
 from lora_cli.base.source import BaseSource, find_base
 from lora_cli.base.stored import stored_quantization
 from lora_cli.base.weight_files import stored_tensors
-from lora_cli.data.chat.template import chat_template
+from lora_cli.data.example import Example
 from lora_cli.errors import CheckFailed, LoraError
 from lora_cli.files import human_bytes, require_space, written_whole
 from lora_cli.merging import files
@@ -43,6 +43,7 @@ from lora_cli.merging.compare import (
     reopened,
 )
 from lora_cli.merging.names import Places
+from lora_cli.merging.onto import compare_bases, held_out
 from lora_cli.merging.streamed import changed, fresh_from_files, require_own_head, why_whole
 from lora_cli.merging.tensors import Fresh, replay_weights, write_weights
 
@@ -60,6 +61,8 @@ class MergeReport:
     compared_in: fp32, or 16 bits where memory did not allow more. stop_tokens: added to generation_config.json.
     proof: full; replay or none, where nothing was compared and these figures are None. replayed: tensors made a second
     time and found in the files, bit for bit. streamed: whether the base was read a tensor at a time.
+    bases_compared: losses on held-out rows, merged onto the trained and onto the original weights, and what the
+    original ones gain, with its interval (`paired_gain`); None where they were not compared.
     """
 
     output: str
@@ -77,6 +80,7 @@ class MergeReport:
     proof: str = "full"
     replayed: int = 0
     streamed: bool = True
+    bases_compared: dict[str, Any] | None = None
 
     @property
     def kept(self) -> float | None:
@@ -95,7 +99,7 @@ def merge(
     *,
     base: str | None = None,
     dtype: str = "keep",
-    onto: str = "trained",
+    onto: str = "auto",
     trust_remote_code: bool = False,
     proof: str = "full",
     say: Callable[[str], None] = lambda _: None,
@@ -111,6 +115,7 @@ def merge(
     place = files.require_place(output)
     job = _Merge(source, base, dtype, onto, trust_remote_code, proof, say)
     files.require_outside(place, job.source.folder)
+    compared = job.choose(source) if onto == "auto" else None
     changes = job.streamed()
     streamed, measured, tokens, reference = changes is not None, {}, None, None
     opened = None
@@ -149,6 +154,7 @@ def merge(
             proof=proof,
             replayed=replayed,
             streamed=streamed,
+            bases_compared=compared,
             **measured,
         )
         _require_same(report, job)
@@ -183,7 +189,7 @@ class _Merge:
         if held is not None and self.quantization != held:
             what = f"the adapter was trained on a base held in {self.quantization}, but this one is stored in {held}"
             raise LoraError(what, where=where, fix="name the base model of the training with --base")
-        self.onto = onto if self.quantization != "none" else "original"
+        self.onto = {"auto": "trained"}.get(onto, onto) if self.quantization != "none" else "original"
         for note in other_base(self.adapter, base):
             self._note(note)
         if in_groups and dtype == "keep":
@@ -237,6 +243,34 @@ class _Merge:
             if self.fp32:
                 make_dense(opened.model)
         return opened
+
+    def choose(self, run: Path) -> dict[str, Any] | None:
+        """Merge onto the original weights if they are surely better on the run's held-out rows; says what it measured.
+
+        Nothing, and `trained`, where there is nothing to compare or to compare it on.
+        """
+        if self.quantization == "none":
+            return None
+        examples = held_out(run)
+        if why := self._why_not_compared(examples):
+            self._note(f"merged onto the trained weights; the original ones were not compared: {why}")
+            return None
+        tokens = sum(len(each.ids) for each in examples)
+        self.say(f"comparing the trained and the original weights on {tokens} held-out tokens (--onto leaves it out)")
+        self.onto, sentence, facts = compare_bases(
+            examples, lambda: self.open_trained().model, lambda: self.open_original().model
+        )
+        self._note(sentence)
+        return facts
+
+    def _why_not_compared(self, examples: Sequence[Example]) -> str | None:
+        if self.held is not None:
+            return "the base is stored quantized"
+        if self.adapter.metadata.method == "qa_lora":
+            return "qa_lora has no other"
+        if self.proof != "full":
+            return f"--proof {self.proof} opens no model"
+        return None if examples else "there are no prepared validation rows of its run"
 
     def open_original(self) -> Opened:
         self.quantized = set()
@@ -293,7 +327,9 @@ class _Merge:
             (place / CHAT_TEMPLATE).write_text(self.template, encoding="utf-8", newline="")
         tokenizer = load_tokenizer(self.source, trust_remote_code=self.code)
         tokenizer.chat_template = self.template or tokenizer.chat_template
-        added = files.add_stop_tokens(self.source, place, trained_stops(tokenizer, self.adapter.metadata.prompting))
+        added = files.add_stop_tokens(
+            self.source, place, files.trained_stops(tokenizer, self.adapter.metadata.prompting)
+        )
         names = [str(tokenizer.convert_ids_to_tokens(each)) for each in added]
         if names:
             self._note(f"generation now also ends at {', '.join(names)}, which the base's settings leave out")
@@ -330,21 +366,6 @@ def _effect(report: MergeReport) -> str:
     return (
         f"keeps {report.kept:.2%} of the adapter's effect" if report.adapter_effect else "the adapter changes nothing"
     )
-
-
-def trained_stops(tokenizer: Any, prompting: str | None) -> list[int]:
-    """The token that training taught to end an answer with: the chat template's, or the tokenizer's end token.
-
-    prompting: as the adapter records it; without a record the template counts where there is one.
-    """
-    if prompting == "raw" or not tokenizer.chat_template:
-        return [tokenizer.eos_token_id]
-    try:
-        token = chat_template(tokenizer, None, "the model").stop_token
-    except LoraError:  # a template that cannot be used was not trained with
-        return []
-    stop = tokenizer.convert_tokens_to_ids(token) if token is not None else None
-    return [stop] if stop is not None and stop != tokenizer.unk_token_id else []
 
 
 def _require_same(report: MergeReport, job: _Merge) -> None:

@@ -1,0 +1,60 @@
+"""Onto which weights a quantized run's update is added: measured on its own held-out rows."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from lora_cli.data.example import Example
+from lora_cli.evaluation.gain import paired_gain
+from lora_cli.merging.compare import log_probabilities, prepared_data
+
+_MOST_HELD_OUT = 4096  # tokens
+
+
+def held_out(run: Path) -> list[Example]:
+    """Validation examples that a run folder keeps prepared, up to 4,096 tokens in all."""
+    data, found, tokens = prepared_data(run), [], 0
+    for example in (data.validation if data is not None else None) or ():
+        tokens += len(example.ids)
+        if tokens > _MOST_HELD_OUT:
+            break
+        if example.trained[1:].any():
+            found.append(example)
+    return found
+
+
+def summed_nats(model: Any, examples: Sequence[Example]) -> Tensor:
+    """(examples,): cross-entropy summed over each one's target tokens."""
+    sums = []
+    for example in examples:
+        ids = torch.tensor(example.ids, dtype=torch.long)
+        wanted = torch.tensor(example.trained[1:])
+        said = log_probabilities(model, ids[None])[:-1].gather(-1, ids[1:, None])[:, 0]
+        sums.append(-said[wanted].double().sum())
+    return torch.stack(sums)
+
+
+def compare_bases(
+    examples: Sequence[Example], trained: Callable[[], Any], original: Callable[[], Any]
+) -> tuple[str, str, dict[str, Any]]:
+    """(`trained` or `original`, a sentence with the figures, the figures); `original` only where it is surely better.
+
+    trained, original: open base + adapter on these weights, one after the other.
+    """
+    targets = torch.tensor([int(each.trained[1:].sum()) for each in examples])
+    first = summed_nats(trained(), examples)
+    found = paired_gain(first, summed_nats(original(), examples), targets)
+    onto = "original" if found.low is not None and found.low > 0 else "trained"
+    interval = "no interval" if found.low is None else f"95 % interval {found.low:+.4f} to {found.high:+.4f}"
+    return (
+        onto,
+        f"held-out loss on the trained weights {found.before:.4f}, on the original ones {found.after:.4f} "
+        f"(gain {found.gain:+.4f}, {interval}): merged onto the {onto} weights",
+        asdict(found),
+    )
