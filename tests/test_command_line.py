@@ -78,7 +78,7 @@ def test_no_hint_is_for_what_exists():
     [
         (["plan"], "use lora check RECIPE; see lora --help"),
         (["finetune", "x"], "use lora train RECIPE; lora init MODEL DATA writes one"),
-        (["export"], "use lora merge RUN --output FOLDER"),
+        (["gguf"], "use lora export RUN --to gguf --output FILE"),
         (["serve"], "there is no server here"),
         (["upload"], "use lora push RUN --to OWNER/NAME"),
         (["push", "x"], "for example lora push runs/my-run"),
@@ -141,6 +141,7 @@ WITH = {
     "inspect": ["{}"],
     "resize": ["{}", "--rank", "2", "--output", "out"],
     "push": ["{}", "--to", "me/it"],
+    "export": ["{}", "--to", "gguf", "--output", "out.gguf"],
 }
 USAGE = [
     [],

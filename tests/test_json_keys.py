@@ -10,6 +10,7 @@ import pytest
 
 from lora_cli import boundary
 from lora_cli.cli import app
+from lora_cli.exporting.export import Exported
 
 SCORE = {"loss", "perplexity", "bits_per_byte", "target_tokens"}
 REPORT = {
@@ -71,6 +72,7 @@ FROZEN = {
     "resize": {"output", "error", "norm", "layers"},
     "resize layers": {"name", "was", "rank", "norm", "lost"},
     "push": {"repository", "private", "files", "left_out", "card", "url"},
+    "export": {"output", "to", "type", "bytes", "error", "template", "notes"},
 }
 
 
@@ -107,6 +109,7 @@ def test_keys_of_documents_and_files_only_grow(recipe_file, tiny_llama, sums, tm
         "inspect": lora(capsys, "inspect", run, "--base", tiny_llama),
         "resize": lora(capsys, "resize", run, "--rank", "2", "--output", tmp_path / "small"),
         "push": lora(capsys, "push", run, "--to", "me/it", "--base", "me/llama", "--dry-run"),
+        "export": Exported("a.gguf", "gguf", "q8_0", 1).as_dict(),  # the converter is no part of this environment
         "report.json": json.loads((run / "report.json").read_text()),
         "status.json": json.loads((run / "status.json").read_text()),
         "samples.jsonl": json.loads((run / "samples.jsonl").read_text().splitlines()[0]),

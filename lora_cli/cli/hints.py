@@ -31,6 +31,11 @@ EXAMPLES = {
     "runs": ("lora runs", "lora runs runs/my-run", "lora runs --per-hour 0.40"),
     "inspect": ("lora inspect runs/my-run", "lora inspect runs/my-run --base Qwen/Qwen3-4B --picture adapter.png"),
     "resize": ("lora resize runs/my-run --rank 8 --output small", "lora resize adapter --energy 0.95 --output small"),
+    "export": (
+        "lora export runs/my-run --to gguf --output my-run.gguf",
+        "lora export runs/my-run --to ollama --type q4_1 --output my-model",
+        "lora export runs/my-run --to gguf-adapter --output adapter.gguf",
+    ),
     "push": ("lora push runs/my-run --to my-name/my-run --dry-run", "lora push merged --to my-name/my-model --public"),
 }
 _TRAIN = "lora train RECIPE; lora init MODEL DATA writes one"
@@ -46,10 +51,7 @@ _COMMANDS = {  # of other programs, and of people's expectation: what to use her
     **dict.fromkeys(("list", "ls", "ps", "status", "history", "compare"), "lora runs"),
     "schema": "lora init --schema",
     "version": "lora --version",
-    **dict.fromkeys(
-        ("export", "convert", "gguf"),
-        "lora merge RUN --output FOLDER, which writes a folder that llama.cpp's convert_hf_to_gguf.py and vLLM read",
-    ),
+    **dict.fromkeys(("convert", "gguf", "quantize", "ollama"), "lora export RUN --to gguf --output FILE"),
     **dict.fromkeys(
         ("serve", "api", "webui", "deploy"),
         "there is no server here; lora merge RUN --output FOLDER writes a folder that vLLM and others serve",

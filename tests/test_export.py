@@ -1,0 +1,284 @@
+"""`lora export`: GGUF files, adapters for llama.cpp, Modelfiles; with a stand-in for llama.cpp's converter."""
+
+from __future__ import annotations
+
+import json
+import re
+from pathlib import Path
+from typing import Any
+
+import gguf
+import jinja2
+import numpy as np
+import pytest
+import torch
+from chat_families import FAMILIES, family_tokenizer
+from hypothesis import given
+from hypothesis import strategies as st
+from safetensors.numpy import load_file
+
+from lora_cli.data.chat.template import chat_template
+from lora_cli.errors import LoraError
+from lora_cli.exporting import blocks, export, ollama
+from lora_cli.exporting.converter import PINS, without_code
+
+
+def write_gguf(path: Path, tensors: dict[str, np.ndarray]) -> Path:
+    writer = gguf.GGUFWriter(path, "llama")
+    writer.add_block_count(1)
+    writer.add_array("tokenizer.ggml.tokens", ["a", "b"])
+    writer.add_file_type(gguf.LlamaFileType.MOSTLY_F16)
+    for name, value in tensors.items():
+        writer.add_tensor(name, value)
+    writer.write_header_to_file()
+    writer.write_kv_data_to_file()
+    writer.write_tensors_to_file()
+    writer.close()
+    return path
+
+
+def values_of(path: Path) -> dict[str, tuple[str, np.ndarray]]:
+    return {
+        each.name: (each.tensor_type.name, gguf.dequantize(each.data, each.tensor_type).reshape(each.shape[::-1]))
+        for each in gguf.GGUFReader(path).tensors
+    }
+
+
+# ── blocks ──────────────────────────────────────────────────────────────────────────────────────────────────────
+
+
+@pytest.mark.parametrize("kind", export.BY_BLOCKS)
+def test_matrices_are_in_blocks_and_the_error_said_is_theirs(kind, tmp_path):
+    draw = np.random.default_rng(0)
+    tensors = {
+        "token_embd.weight": draw.standard_normal((8, 64)).astype(np.float16),
+        "blk.0.attn_q.weight": draw.standard_normal((16, 64)).astype(np.float16),
+        "blk.0.attn_norm.weight": draw.standard_normal(64).astype(np.float32),
+    }
+    source = write_gguf(tmp_path / "f16.gguf", tensors)
+    error, _ = blocks.in_blocks(source, tmp_path / "out.gguf", kind)
+    found = values_of(tmp_path / "out.gguf")
+    assert {name: of for name, (of, _) in found.items()} == {
+        "token_embd.weight": "Q8_0",
+        "blk.0.attn_q.weight": kind.upper(),
+        "blk.0.attn_norm.weight": "F32",
+    }
+    matrices = [name for name in tensors if tensors[name].ndim == 2]
+    lost = sum(np.square(found[name][1] - tensors[name].astype(np.float64)).sum() for name in matrices)
+    total = sum(np.square(tensors[name].astype(np.float64)).sum() for name in matrices)
+    assert error == pytest.approx((lost / total) ** 0.5, rel=1e-4)
+    assert 0.005 < error < 0.15
+    fields = gguf.GGUFReader(tmp_path / "out.gguf").fields
+    assert fields["tokenizer.ggml.tokens"].contents() == ["a", "b"]
+    assert fields["general.file_type"].contents() == gguf.LlamaFileType[f"MOSTLY_{kind.upper()}"]
+
+
+@given(
+    seed=st.integers(0, 10_000),
+    levels=st.integers(1, 16),
+    scale=st.sampled_from([1e-4, 0.013, 0.5, 3.0]),
+    offset=st.sampled_from([0.0, -7.5, 0.02]),
+)
+def test_numbers_on_a_grid_of_four_bits_become_blocks_of_exactly_these_numbers(seed, levels, scale, offset):
+    draw = np.random.default_rng(seed)
+    d = (scale * draw.uniform(0.5, 2, (4, 2, 1))).astype(np.float16).astype(np.float32)
+    m = (scale * (offset + draw.standard_normal((4, 2, 1)))).astype(np.float16).astype(np.float32)
+    q = draw.integers(0, levels, (4, 2, blocks.BLOCK)).astype(np.float32)
+    values = (d * q + m).reshape(4, -1)
+    found = blocks._grid_blocks(values)
+    assert found is not None
+    again = gguf.dequantize(found, gguf.GGMLQuantizationType.Q4_1).reshape(values.shape)
+    assert np.array_equal(again, values)
+
+
+def test_numbers_off_the_grid_are_not_taken_for_numbers_on_it(tmp_path):
+    values = np.random.default_rng(0).standard_normal((4, 64)).astype(np.float32)
+    assert blocks._grid_blocks(values) is None
+    source = write_gguf(tmp_path / "f32.gguf", {"blk.0.attn_q.weight": values, "output.weight": values[:, :64]})
+    _, on_grid = blocks.in_blocks(source, tmp_path / "out.gguf", "q4_1", on_grid=True)
+    assert on_grid == 0
+    assert {of for of, _ in values_of(tmp_path / "out.gguf").values()} == {"F16"}
+
+
+def test_rows_that_are_not_whole_blocks_are_named_before_anything_is_written(tmp_path):
+    source = write_gguf(tmp_path / "f16.gguf", {"blk.0.ffn_up.weight": np.ones((4, 40), np.float16)})
+    with pytest.raises(LoraError, match=r"1 of 1 matrices .* blk\.0\.ffn_up\.weight \(40\)"):
+        blocks.require_blocks(source, "q4_0")
+
+
+# ── the command, with a stand-in for the converter ──────────────────────────────────────────────────────────────
+
+
+@pytest.fixture
+def converter(monkeypatch: pytest.MonkeyPatch) -> list[list[str]]:
+    """Writes every tensor as it is, as no real converter does; gives the files that it was shown."""
+    shown: list[list[str]] = []
+
+    def model(_: Path, folder: Path, kind: str, output: Path) -> None:
+        shown.append(sorted(path.name for path in folder.iterdir()))
+        stored = load_file(folder / "model.safetensors")
+        wide = np.float32 if kind == "f32" else np.float16
+        write_gguf(output, {k: v.astype(wide if v.ndim > 1 else np.float32) for k, v in stored.items()})
+
+    def adapter(_: Path, folder: Path, base: Path, output: Path) -> None:
+        assert (base / "config.json").is_file()
+        config = json.loads((folder / "adapter_config.json").read_text())
+        write_gguf(output, load_file(folder / "adapter_model.safetensors"))
+        shown.append([str(config["lora_alpha"])])
+
+    monkeypatch.setattr(export, "require_converter", Path)
+    monkeypatch.setattr(export, "convert_model", model)
+    monkeypatch.setattr(export, "convert_adapter", adapter)
+    return shown
+
+
+def test_a_run_is_merged_on_the_way_and_nothing_else_remains(lora, recipe_file, tmp_path, converter):
+    assert lora("train", recipe_file()).code == 0
+    said = lora("export", tmp_path / "run", "--to", "gguf", "--type", "f16", "--output", tmp_path / "out" / "m.gguf")
+    assert said.code == 0, said.text
+    assert "of the adapter's effect" in said.text
+    assert [path.name for path in (tmp_path / "out").iterdir()] == ["m.gguf"]
+    assert lora("merge", tmp_path / "run", "--output", tmp_path / "merged").code == 0
+    merged = load_file(tmp_path / "merged" / "model.safetensors")
+    found = values_of(tmp_path / "out" / "m.gguf")
+    assert found.keys() == merged.keys()
+    assert all(
+        np.array_equal(found[name][1], value.astype(np.float16)) for name, value in merged.items() if value.ndim > 1
+    )
+    again = lora("export", tmp_path / "run", "--to", "gguf", "--output", tmp_path / "out" / "m.gguf")
+    assert (again.code, "the output already exists" in again.text) == (2, True)
+
+
+@pytest.mark.parametrize(
+    ("words", "what"),
+    [
+        (["--to", "gguf", "--type", "q4_k_m"], "llama-quantize model-f16.gguf model.gguf Q4_K_M"),
+        (["--to", "gguf", "--onto", "original"], "--onto is for an adapter or a run"),
+        (["--to", "gguf-adapter"], "this is a whole model, not an adapter"),
+    ],
+)
+def test_what_cannot_be_exported_is_said_before_any_work(words, what, lora, tiny_llama, tmp_path, converter):
+    said = lora("export", tiny_llama, *words, "--output", tmp_path / "out")
+    assert said.code == 2
+    assert what in said.text
+    assert not (tmp_path / "out").exists()
+    assert not converter
+
+
+def test_a_converter_that_fails_leaves_nothing(lora, tiny_llama, tmp_path, converter, monkeypatch):
+    def fails(*_: Any) -> None:
+        raise LoraError("llama.cpp's converter cannot convert this: Architecture 'X' not supported!", fix="no")
+
+    monkeypatch.setattr(export, "convert_model", fails)
+    said = lora("export", tiny_llama, "--to", "ollama", "--output", tmp_path / "new" / "out")
+    assert "Architecture 'X' not supported!" in said.text
+    assert list((tmp_path / "new").iterdir()) == []
+
+
+def test_an_adapter_keeps_every_layers_scaling(lora, tiny_llama, tmp_path, converter):
+    """llama.cpp scales by alpha / rank alone. The judge: PEFT's deltas of an adapter with rsLoRA and several ranks."""
+    import peft
+    from transformers import AutoModelForCausalLM
+
+    torch.manual_seed(0)
+    settings: dict[str, Any] = {"rank_pattern": {"q_proj": 2}, "alpha_pattern": {"v_proj": 3}, "use_rslora": True}
+    config = peft.LoraConfig(
+        r=4, lora_alpha=8, target_modules=["q_proj", "v_proj"], init_lora_weights=False, **settings
+    )
+    model = peft.get_peft_model(AutoModelForCausalLM.from_pretrained(tiny_llama, dtype=torch.float32), config)
+    model.save_pretrained(tmp_path / "adapter")
+    out = tmp_path / "adapter.gguf"
+    said = lora("export", tmp_path / "adapter", "--to", "gguf-adapter", "--base", tiny_llama, "--output", out)
+    assert said.code == 0, said.text
+    ((alpha,),) = converter
+    found = values_of(out)
+    layers = {name: layer for name, layer in model.named_modules() if isinstance(layer, peft.tuners.lora.Linear)}
+    assert len(layers) * 2 == len(found)
+    for name, layer in layers.items():
+        A, B = (torch.from_numpy(found[f"{name}.lora_{each}.weight"][1].copy()) for each in "AB")
+        torch.testing.assert_close(float(alpha) / len(A) * B @ A, layer.get_delta_weight("default"))
+
+
+def test_no_code_of_a_model_reaches_the_converter(tmp_path, tiny_llama):
+    model = tmp_path / "model"
+    model.mkdir()
+    for path in Path(tiny_llama).iterdir():
+        (model / path.name).write_bytes(path.read_bytes())
+    (model / "tokenizer_evil.py").write_text("raise SystemExit('ran')")
+    settings = {"tokenizer_class": "Evil", "auto_map": {"AutoTokenizer": ["tokenizer_evil.Evil", None]}}
+    (model / "tokenizer_config.json").write_text(json.dumps(settings))
+    (model / "link.json").symlink_to("/etc/hostname")
+    with pytest.raises(LoraError):
+        without_code(model, tmp_path / "refused")
+    (model / "link.json").unlink()
+    seen = without_code(model, tmp_path / "seen")
+    assert not list(seen.glob("*.py"))
+    assert json.loads((seen / "tokenizer_config.json").read_text()) == {"tokenizer_class": "Evil"}
+    assert (seen / "model.safetensors").read_bytes() == (model / "model.safetensors").read_bytes()
+
+
+def test_without_the_extra_the_fix_names_what_to_install(lora, tiny_llama, tmp_path, monkeypatch):
+    monkeypatch.setattr("importlib.util.find_spec", lambda name: None)
+    said = lora("export", tiny_llama, "--to", "gguf", "--output", tmp_path / "out.gguf")
+    assert said.code == 2
+    assert all(pin in said.text for pin in PINS)
+
+
+# ── Modelfiles ──────────────────────────────────────────────────────────────────────────────────────────────────
+
+
+def in_jinja(go: str) -> str:
+    """The same template in the language that Go's was translated from, by rules of its own."""
+    rules = [
+        (r'\{\{ if ne \(index \.Messages 0\)\.Role "system" \}\}', '{% if messages[0].role != "system" %}'),
+        (r"\{\{ range \.Messages \}\}", "{% for m in messages %}"),
+        (r'\{\{ if eq \.Role "(\w+)" \}\}', r'{% if m.role == "\1" %}'),
+        (r'\{\{ else if eq \.Role "(\w+)" \}\}', r'{% elif m.role == "\1" %}'),
+        (r"\{\{ \.Content \}\}", "{{ m.content }}"),
+    ]
+    for rule, text in rules:
+        go = re.sub(rule, text, go)
+    opened = []
+
+    def end(found: re.Match[str]) -> str:
+        if found[0].startswith(("{% if", "{% for")):
+            opened.append("endif" if found[0].startswith("{% if") else "endfor")
+        return "{% " + opened.pop() + " %}" if found[0] == "{{ end }}" else found[0]
+
+    return re.sub(r"\{% (?:if|for)[^%]*%\}|\{\{ end \}\}", end, go)
+
+
+@pytest.mark.parametrize("name", FAMILIES)
+def test_a_template_in_gos_language_writes_what_the_models_own_writes(name):
+    family = FAMILIES[name]
+    tokenizer = family_tokenizer(family)
+    template = chat_template(tokenizer, None, "the model")
+    found = ollama.around(template, "")
+    if name in ("chatml", "zephyr", "llama3"):
+        assert found is not None
+    if found is None:
+        return
+    render = jinja2.Environment(keep_trailing_newline=True).from_string(in_jinja(found.in_go())).render
+    for turns in (
+        [{"role": "user", "content": "Hi\n there"}],
+        [{"role": "system", "content": "Be brief."}, {"role": "user", "content": "{{ .Content }}"}],
+        [{"role": role, "content": f"{role} {at}"} for at, role in enumerate(["user", "assistant"] * 3 + ["user"])],
+    ):
+        assert render(messages=turns) == template.render(turns, "here", generation_prompt=True)
+
+
+def test_an_irregular_template_is_left_out():
+    tokenizer = family_tokenizer(next(iter(FAMILIES.values())))
+    text = "{% for m in messages %}{{ loop.index }}: {{ m.content }}\n{% endfor %}"
+    tokenizer.chat_template = text
+    assert ollama.around(chat_template(tokenizer, None, "the model"), "") is None
+
+
+def test_a_folder_for_ollama_prompts_as_trained_and_stops(lora, recipe_file, tmp_path, converter):
+    assert lora("train", recipe_file()).code == 0  # prompts and completions, without a template
+    said = lora("export", tmp_path / "run", "--to", "ollama", "--type", "f16", "--output", tmp_path / "out")
+    assert said.code == 0, said.text
+    assert sorted(path.name for path in (tmp_path / "out").iterdir()) == ["Modelfile", "model.gguf"]
+    text = (tmp_path / "out" / "Modelfile").read_text()
+    assert text.startswith('FROM ./model.gguf\nTEMPLATE """{{ .Prompt }}"""\nPARAMETER stop "')
+    assert f"ollama create my-model -f {tmp_path / 'out'}/Modelfile" in said.text
