@@ -166,5 +166,5 @@ def test_a_qa_lora_run_is_in_llama_cpp_what_it_is_here(python, real_model, tmp_p
     told = in_llama_cpp(python, in_fp32(tmp_path / "run.gguf", tmp_path / "f32.gguf"))
     lora(python, "merge", tmp_path / "run", "--output", tmp_path / "merged", "--dtype", "fp32")
     merged = AutoModelForCausalLM.from_pretrained(tmp_path / "merged", dtype=torch.float32)
-    assert largest_difference(merged, told) < 0.02
+    assert largest_difference(merged, told) < 0.1  # keys and values are in fp16 there
     assert in_llama_cpp(python, tmp_path / "run.gguf")["tokens"] == told["tokens"]

@@ -68,7 +68,9 @@ def require_blocks(source: Path, kind: str) -> None:
     """Raises LoraError, before anything is written, where no matrix of a GGUF file can be held in these blocks."""
     import gguf
 
-    matrices = [each for each in gguf.GGUFReader(source).tensors if len(each.shape) > 1]
+    types = gguf.GGMLQuantizationType
+    matrices = [each for each in gguf.GGUFReader(source).tensors if _type_of(gguf, each, kind, False) != types.F32]
+    matrices = [each for each in matrices if len(each.shape) > 1]
     whole = [each for each in matrices if each.shape[0] % BLOCK == 0]
     if len(whole) < len(matrices):
         odd = next(each for each in matrices if each.shape[0] % BLOCK)
@@ -79,13 +81,26 @@ def require_blocks(source: Path, kind: str) -> None:
         )
 
 
+def require_finite(file: Path) -> None:
+    """Raises CheckFailed where a number of a GGUF file is NaN or infinity: f16 ends at 65,504, bf16 does not."""
+    import gguf
+
+    for each in gguf.GGUFReader(file).tensors:
+        numbers = each.data
+        if each.tensor_type == gguf.GGMLQuantizationType.Q8_0:
+            numbers = numbers.reshape(-1, 34)[:, :2].copy().view(np.float16)
+        if numbers.dtype.kind == "f" and not np.isfinite(numbers).all():
+            what = f"{each.name} holds NaN, infinity, or numbers too large for {each.tensor_type.name}"
+            raise CheckFailed(what, fix="nothing was written; use --type bf16")
+
+
 def _type_of(gguf: Any, tensor: Any, kind: str, on_grid: bool) -> Any:
     types = gguf.GGMLQuantizationType
     if len(tensor.shape) < 2 or tensor.name.endswith("_norm.weight"):
         return tensor.tensor_type
     if on_grid:
         return types.Q4_1 if _grid_blocks(tensor.data.astype(np.float32)) is not None else types.F16
-    if tensor.data.dtype not in (np.float16, np.float32) or tensor.name.startswith("rope"):
+    if tensor.tensor_type != types.F16 or tensor.name.startswith("rope"):  # what the converter keeps in f32: routers
         return tensor.tensor_type
     return types.Q8_0 if tensor.name in _ENDS else types[kind.upper()]
 

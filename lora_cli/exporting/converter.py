@@ -83,13 +83,19 @@ def without_code(model: Path, place: Path) -> Path:
     """
     place.mkdir()
     for path in sorted(model.iterdir()):
-        if not path.is_file() or path.suffix in (".py", ".pyc", ".so") or path.name.startswith("."):
+        suffix = path.suffix.lower()
+        if not path.is_file() or suffix in (".py", ".pyc", ".so") or path.name.startswith("."):
             continue
         require_inside(path, model)
         target = place / path.name
-        if path.suffix == ".json" and '"auto_map"' in (text := path.read_text(encoding="utf-8")):
-            document = json.loads(text)
-            document.pop("auto_map", None)
+        document = None
+        if suffix == ".json":  # parsed, as a key can be spelled with escapes; what cannot be read is left out
+            try:
+                document = json.loads(path.read_text(encoding="utf-8"))
+            except (ValueError, RecursionError):
+                continue
+        if isinstance(document, dict) and not isinstance(document.get("auto_map", 0), int):  # a number: a vocabulary's
+            del document["auto_map"]
             target.write_text(json.dumps(document), encoding="utf-8")
         else:
             try:

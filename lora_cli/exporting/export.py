@@ -22,7 +22,7 @@ from lora_cli.errors import CheckFailed, LoraError, command, home_expanded, refu
 from lora_cli.exporting import blocks, ollama
 from lora_cli.exporting.converter import convert_adapter, convert_model, require_converter, without_code
 from lora_cli.files import disk_errors, free_name, human_bytes, replacing, require_space, written_whole
-from lora_cli.merging.files import require_place
+from lora_cli.merging.files import require_outside, require_place
 from lora_cli.merging.merge import merge, trained_stops
 
 BY_CONVERTER = ("f32", "f16", "bf16", "q8_0")
@@ -86,6 +86,7 @@ def export(
         if named.adapter is None:
             assert named.model is not None
             model = find_base(named.model, trust_remote_code=trust_remote_code)
+            require_outside(place, model.folder)
         else:
             folder = Path(home_expanded(source))
             merged = work / (named.run or named.adapter).resolve().name
@@ -168,9 +169,11 @@ def _model_file(converters: Path, model: Path, work: Path, kind: str, exact: boo
     made = work / "model.gguf"
     if kind in BY_CONVERTER:
         convert_model(converters, model, kind, made)
+        blocks.require_finite(made)
         return made, None
     wide = work / "wide.gguf"
     convert_model(converters, model, "f32" if exact else "f16", wide)
+    blocks.require_finite(wide)
     blocks.require_blocks(wide, kind)
     error, on_grid = blocks.in_blocks(wide, made, kind, on_grid=exact)
     if exact and not on_grid:
@@ -187,7 +190,7 @@ def _adapter_file(converters: Path, adapter: AdapterFile, base: BaseSource, work
         what = f"llama.cpp reads A and B alone, and this adapter has more: {odd[0]}"
         raise LoraError(what, where=adapter.folder, fix="merge it on the way: --to gguf")
     ranks = {name: len(parts["lora_A.weight"]) for name, parts in adapter.tensors.items()}
-    alpha = float(max(adapter.alphas.values()))
+    alpha = float(max(adapter.alphas.values())) or 1.0
     plain, tensors = work / "adapter", {}
     plain.mkdir()
     for name, parts in sorted(adapter.tensors.items()):

@@ -61,7 +61,8 @@ def around(template: ChatTemplate, bos: str) -> Around | None:
         after = {"system": pieces[1].removesuffix(ask), "user": "", "assistant": pieces[3].removesuffix(ask)}
         found = Around(first.removesuffix(ask), before, after, end)
         written = "".join([found.start, found.end, *before.values(), *after.values()])
-        if "{{" in written or "}}" in written or '"""' in written:
+        go = found.in_go()
+        if "{{" in written or "}}" in written or '"""' in go or '"' in (go[:1], go[-1:]):  # it ends Ollama's quotes
             return None
         same = all(_rendered(template, turns, bos) == found.render(turns) for turns in _conversations())
     except (LoraError, ValueError):  # it refuses a conversation, or changes what is in it
