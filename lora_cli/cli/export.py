@@ -33,7 +33,7 @@ def export(
         ),
     ] = None,
     onto: Annotated[
-        Literal["trained", "original"] | None,
+        Literal["auto", "trained", "original"] | None,
         typer.Option(help="Of an adapter: the weights to add its update to, as for merge.", show_default=False),
     ] = None,
     base: Base = None,

@@ -22,8 +22,8 @@ from lora_cli.errors import CheckFailed, LoraError, command, home_expanded, refu
 from lora_cli.exporting import blocks, ollama
 from lora_cli.exporting.converter import convert_adapter, convert_model, require_converter, without_code
 from lora_cli.files import disk_errors, free_name, human_bytes, replacing, require_space, written_whole
-from lora_cli.merging.files import require_outside, require_place
-from lora_cli.merging.merge import merge, trained_stops
+from lora_cli.merging.files import require_outside, require_place, trained_stops
+from lora_cli.merging.merge import merge
 
 BY_CONVERTER = ("f32", "f16", "bf16", "q8_0")
 BY_BLOCKS = ("q4_0", "q4_1", "q5_0", "q5_1")
