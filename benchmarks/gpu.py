@@ -9,7 +9,8 @@ llama-8b, qwen-4b, llama-3b     steps of Llama-3.1-8B's, Qwen3-4B's and Llama-3.
 peers      the same rows and initial A in TRL + PEFT and in unsloth, where they are installed
 modes      Llama-3B's shape with each way to keep less, compiled, with Liger's kernels where they are installed, in
            fp16 with loss scaling, with paged optimizers
-longest    the longest row that trains in 8, 12, 16 and 24 GB
+longest, longest-offload     the longest row that trains in 8, 12, 16 and 24 GB with gradient_checkpointing: full, or
+           with the blocks' inputs in host memory
 auto       micro_batch_size: auto where memory runs out for real
 
 A section takes at most 8 minutes: what has not begun by then is left out, aloud. Each writes <card>-<section>.json and
@@ -202,7 +203,7 @@ def section_peers(section: Section) -> Cases:
 def section_modes(section: Section) -> Cases:
     work = next(iter(works(section.tiny).values()))
     modes: dict[str, Any] = {
-        **{mode: {"train": {"gradient_checkpointing": mode}} for mode in ("none", "full")},
+        **{mode: {"train": {"gradient_checkpointing": mode}} for mode in ("none", "full", "offload")},
         "selective": {"train": {"gradient_checkpointing": "selective", "activation_memory": 1.0}},
         "compile": {"train": {"compile": True}},
         "fp16": {"dtype": "fp16"},
@@ -215,7 +216,8 @@ def section_modes(section: Section) -> Cases:
 
 
 def section_longest(section: Section) -> Cases:
-    work = replace(next(iter(works(section.tiny).values())), train={"gradient_checkpointing": "full"})
+    mode = section.name.partition("-")[2] or "full"
+    work = replace(next(iter(works(section.tiny).values())), train={"gradient_checkpointing": mode})
     for size in (8, 12, 16, 24) if not section.tiny else (8,):
         for shape in ("llama-8b", "llama-3b"):
             yield f"{shape} in {size} GB", section.case("longest", replace(work, most_gib=size * GB), shape)
@@ -235,7 +237,7 @@ SECTIONS: dict[str, Callable[[Section], Cases]] = {
     **dict.fromkeys(SHAPES, section_shape),
     "peers": section_peers,
     "modes": section_modes,
-    "longest": section_longest,
+    **dict.fromkeys(("longest", "longest-offload"), section_longest),
     "auto": section_auto,
 }
 
@@ -346,7 +348,7 @@ def estimate(folder: Path, work: Work, tokens: int, targets: int) -> int:
         quantization=work.quantization,
         tokens=tokens,
         target_tokens=targets,
-        gradient_checkpointing=train.gradient_checkpointing == "full",
+        gradient_checkpointing={"selective": "none"}.get(mode := train.gradient_checkpointing, mode),
         optimizer_bytes=2 if "8bit" in train.optimizer else 8,
     ).total
 

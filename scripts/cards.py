@@ -49,7 +49,7 @@ def shape(recipe: Recipe) -> ModelShape:
     return shape_of(base, {target.name: target.rank for target in targets}, torch.bfloat16)
 
 
-def needed(recipe: Recipe, of: ModelShape, *, checkpointing: bool | None = None) -> Memory:
+def needed(recipe: Recipe, of: ModelShape, *, checkpointing: str = "full") -> Memory:
     """At most, with every token of a micro-batch a target."""
     train = recipe.train
     tokens = int(train.micro_batch_size) * recipe.data.max_seq_len
@@ -58,7 +58,7 @@ def needed(recipe: Recipe, of: ModelShape, *, checkpointing: bool | None = None)
         quantization=recipe.quantization,
         tokens=tokens,
         target_tokens=tokens,
-        gradient_checkpointing=train.gradient_checkpointing != "none" if checkpointing is None else checkpointing,
+        gradient_checkpointing="none" if train.gradient_checkpointing == "none" else checkpointing,
         optimizer_bytes=2 if "8bit" in train.optimizer else 8,
     )
 
@@ -73,7 +73,7 @@ def main() -> None:
             f"{path.stem:5} {recipe.base_model:28} {of.parameters / 1e9:5.2f} billion  rank {recipe.adapter.rank}: "
             f"{of.adapter / 1e6:.1f} million  {recipe.train.micro_batch_size} × {recipe.data.max_seq_len}  {memory}  "
             f"{memory.total / card:.0%} of the card, without gradient checkpointing "
-            f"{needed(recipe, of, checkpointing=False).total / GIB:.1f} GiB"
+            f"{needed(recipe, of, checkpointing='none').total / GIB:.1f} GiB"
         )
     sys.stdout.write("\n".join(rows) + "\n")
 

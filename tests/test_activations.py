@@ -63,11 +63,19 @@ def test_a_larger_budget_never_recomputes_more(kept: list[int], inputs: int, tok
     assert more.kept_bytes(tokens) >= less.kept_bytes(tokens)
 
 
-@given(kept=BYTES, inputs=INPUT, mode=st.sampled_from(["none", "selective", "full"]), share=SHARE)
+@given(kept=BYTES, inputs=INPUT, mode=st.sampled_from(["none", "selective", "full", "offload"]), share=SHARE)
 def test_bytes_grow_with_the_tokens(kept: list[int], inputs: int, mode: str, share: float):
     chosen = plan(mode, kept, inputs, 1, share * sum(kept))
     assert chosen.kept_bytes(0) == 0
     assert chosen.kept_bytes(7) == 7 * chosen.kept_bytes(1)
+
+
+@given(kept=BYTES, inputs=INPUT, tokens=TOKENS)
+def test_offloaded_inputs_are_on_the_host_but_for_two(kept: list[int], inputs: int, tokens: int):
+    full, chosen = (plan(mode, kept, inputs, tokens) for mode in ("full", "offload"))
+    assert chosen.recomputed == full.recomputed
+    assert (full.host_bytes(tokens), chosen.host_bytes(tokens)) == (0, full.kept_bytes(tokens))
+    assert chosen.kept_bytes(tokens) <= min(full.kept_bytes(tokens), 2 * tokens * inputs)
 
 
 # ── measuring ───────────────────────────────────────────────────────────────────────────────────────────────────
@@ -154,12 +162,13 @@ def forwards(blocks: Sequence[nn.Module]) -> list[int]:
     return counts
 
 
+@pytest.mark.parametrize("offloaded", [False, True], ids=["kept", "offloaded"])
 @pytest.mark.parametrize("recomputed", [(False, False, False), (True, False, True), (True, True, True)], ids=str)
-def test_no_gradient_changes_by_a_bit(recomputed):
+def test_no_gradient_changes_by_a_bit(recomputed, offloaded):
     model = tiny(target_modules="all-linear")
     logits, gradients = run(model)
     blocks = blocks_of(model)
-    ActivationPlan(recomputed, (1.0,) * 3, 1.0).apply(blocks)
+    ActivationPlan(recomputed, (1.0,) * 3, 1.0, offloaded).apply(blocks)
     counts = forwards(blocks)
     after, again = run(model)
     assert torch.equal(after, logits)

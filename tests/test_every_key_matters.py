@@ -623,7 +623,7 @@ def test_gradient_checkpointing(runs: Runs, computed: list[int]):
     settings = {"data.packing": False, "train.seed": 5}
     plain = runs(settings)
     once = len(computed)
-    for mode in (True, "full", "selective"):
+    for mode in (True, "full", "selective", "offload"):
         computed.clear()
         shared = settings | {"train.gradient_checkpointing": mode}
         run = runs(shared | {"train.activation_memory": 1e-9} if mode == "selective" else shared)

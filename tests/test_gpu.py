@@ -74,8 +74,12 @@ def test_variable_length_attention_is_attention_example_by_example(window, kv_he
 
 @pytest.mark.parametrize(
     "train",
-    [{"gradient_checkpointing": "selective", "activation_memory": 1e-6}, {"compile": True}],
-    ids=["selective", "compile"],
+    [
+        {"gradient_checkpointing": "selective", "activation_memory": 1e-6},
+        {"gradient_checkpointing": "offload"},
+        {"compile": True},
+    ],
+    ids=["selective", "offload", "compile"],
 )
 def test_what_saves_memory_changes_nothing(run_recipe, tmp_path, train):
     plain, _ = run_recipe(device="cuda", adapter={"dropout": 0.2}, output=str(tmp_path / "plain"))

@@ -43,7 +43,7 @@ from lora_cli.planning import choices, first_recipe, survey
 from lora_cli.planning.blocks import Block, measure_blocks
 from lora_cli.planning.choices import Device, choose_adapter, choose_learning_rate, choose_sizes, choose_validation
 from lora_cli.planning.first_recipe import write_first_recipe
-from lora_cli.planning.memory import GIB, ModelShape, estimate_memory, parse_size, shape_of
+from lora_cli.planning.memory import GIB, ModelShape, estimate_memory, offloaded_bytes, parse_size, shape_of
 from lora_cli.planning.reading import Reading, _spelled, choose_reading
 from lora_cli.planning.skeleton import BaseModel, look_at_model
 from lora_cli.planning.survey import DataSurvey, look_at_rows
@@ -694,7 +694,7 @@ def test_activations_are_what_torch_keeps(name: str):
     model, ranks = adapted(3, "meta")
     shape = shape_of(without_weights(model), ranks)
     scores = tokens if attention_implementation(model.config) == "eager" else 0
-    memory = {"quantization": "none", "target_tokens": 0, "gradient_checkpointing": False, "scores": scores}
+    memory = {"quantization": "none", "target_tokens": 0, "gradient_checkpointing": "none", "scores": scores}
     assert estimate_memory(shape, tokens=tokens, **memory).activations / 3 == pytest.approx(measured, rel=0.02)
 
 
@@ -751,7 +751,7 @@ def test_weights_are_what_the_loaded_model_holds(name: str, quantization: str, d
     shape = shape_of(look_at_model(str(folder)), {}, quantization=quantization, device="cpu")
     memory = estimate_memory(
         shape, quantization=quantization, double_quantization=double, tokens=0, target_tokens=0,
-        gradient_checkpointing=False,
+        gradient_checkpointing="none",
     )  # fmt: skip
     computing = shape.largest_layer * 2 if quantization != "none" else 0
     assert memory.weights - computing == pytest.approx(held_bytes(model), rel=0.02)
@@ -775,7 +775,7 @@ SHAPE = ModelShape(
     ),
     quantization=st.sampled_from(["nf4", "int8", "int4", "none"]),
     value_bytes=st.sampled_from([2, 4]),
-    checkpointing=st.booleans(),
+    checkpointing=st.sampled_from(["none", "full", "offload"]),
     more=st.sampled_from([
         "quantizable", "other", "largest_layer", "adapter", "vocabulary", "blocks", "tokens", "target_tokens",
         "scores", "optimizer_bytes",
@@ -783,7 +783,7 @@ SHAPE = ModelShape(
 )  # fmt: skip
 def test_the_estimate_grows_with_all_that_there_is(
     shape: dict[str, int], blocks: list[Block], numbers: dict[str, int], quantization: str, value_bytes: int,
-    checkpointing: bool, more: str,
+    checkpointing: str, more: str,
 ):  # fmt: skip
     def total(shape: dict[str, int], blocks: list[Block], numbers: dict[str, int], **changed: Any) -> int:
         settings: dict[str, Any] = {"quantization": quantization, "value_bytes": value_bytes}
@@ -798,9 +798,8 @@ def test_the_estimate_grows_with_all_that_there_is(
     else:
         grown = total(shape, blocks, numbers | {more: 2 * numbers[more] + 1})
         assert grown > base or (more == "target_tokens" and grown == base)  # one chunk of logits is the most there is
-    assert total(shape, blocks, numbers, gradient_checkpointing=True) <= total(
-        shape, blocks, numbers, gradient_checkpointing=False
-    )
+    by_mode = [total(shape, blocks, numbers, gradient_checkpointing=mode) for mode in ("offload", "full", "none")]
+    assert by_mode == sorted(by_mode)
     by_quantization = [total(shape, blocks, numbers, quantization=kind) for kind in ("nf4", "int8")]
     assert by_quantization == sorted(by_quantization)
     assert total(shape, blocks, numbers, double_quantization=False) >= base
@@ -808,16 +807,19 @@ def test_the_estimate_grows_with_all_that_there_is(
 
 def test_the_estimate_by_hand():
     """Against the formula of the docstring, written out in numbers."""
-    memory = estimate_memory(SHAPE, quantization="nf4", tokens=1000, target_tokens=400, gradient_checkpointing=False)
+    memory = estimate_memory(SHAPE, quantization="nf4", tokens=1000, target_tokens=400)
     assert memory.weights == round(1e9 * (4 + 1 / 8 + 1 / 512) / 8) + 2 * 10**8 + 2 * 10**7
     assert memory.adapter == 10**7 * 18
     assert memory.activations == 1000 * 20 * 56_384
     assert memory.logits == 400 * 32_000 * (2 + 4)
     assert memory.overhead == GIB
     assert memory.total == memory.weights + memory.adapter + memory.activations + memory.logits + GIB
-    again = estimate_memory(SHAPE, quantization="none", tokens=1000, target_tokens=400, gradient_checkpointing=True)
+    again = estimate_memory(SHAPE, quantization="none", tokens=1000, target_tokens=400, gradient_checkpointing="full")
     assert again.activations == 1000 * (20 * 2048 * 2 + 56_384)
     assert again.weights == 2 * (10**9 + 10**8)
+    longer = estimate_memory(SHAPE, quantization="nf4", tokens=1000, target_tokens=0, gradient_checkpointing="offload")
+    assert longer.activations == 1000 * (2 * 2048 * 2 + 56_384)  # of any number of blocks
+    assert offloaded_bytes(SHAPE, 1000) == 1000 * 20 * 2048 * 2
 
 
 @pytest.fixture(scope="module")
@@ -882,7 +884,8 @@ def test_a_smaller_gpu_never_gets_more(
     assert small.row.tokens <= large.row.tokens
     if small.quantization == large.quantization:
         assert small.micro_batch_size <= large.micro_batch_size
-        assert small.gradient_checkpointing >= large.gradient_checkpointing
+        modes = ["none", "full", "offload"]
+        assert modes.index(small.gradient_checkpointing) >= modes.index(large.gradient_checkpointing)
     assert not (small.quantization == "none" and large.quantization == "nf4")
     for chosen, size in ((small, min(sizes)), (large, max(sizes))):
         assert chosen.memory.total <= 0.85 * size * GIB

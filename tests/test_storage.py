@@ -120,7 +120,7 @@ def test_a_kind_of_our_own_is_one_class_and_one_line(tiny_llama: Path):
         step = ((blocks.amax(-1) - blocks.amin(-1)) / 15).max().item()
         assert (dense_weight(layer) - weight).abs().max() <= 2 * step  # ends of a range may be clipped
     shape = shape_of(look_at_model(str(tiny_llama)), {}, torch.float32, quantization="int4", device="cpu")
-    nothing = {"tokens": 0, "target_tokens": 0, "gradient_checkpointing": False}
+    nothing = {"tokens": 0, "target_tokens": 0, "gradient_checkpointing": "none"}
     estimated = estimate_memory(shape, quantization="int4", value_bytes=4, **nothing).weights - 4 * shape.largest_layer
     assert estimated == pytest.approx(held_bytes(model), rel=0.01)
     attach(model, find_targets(model, "all-linear", rank=4, alpha=8))

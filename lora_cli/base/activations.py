@@ -2,16 +2,17 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass
-from functools import wraps
+from functools import partial, wraps
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
+from lora_cli.base.offload import HostInputs
 from lora_cli.base.surgery import Forward, replace_forward
 
 
@@ -21,28 +22,41 @@ class ActivationPlan:
 
     recomputed: only the block's input is kept, and the block is computed again in the backward pass (Chen et al. 2016,
     arXiv:1604.06174). bytes_per_token: kept by autograd where it is not recomputed, inputs_per_token where it is.
+    offloaded: those inputs are kept in host memory, and on the device no more than two at a time.
     """
 
     recomputed: tuple[bool, ...]
     bytes_per_token: tuple[float, ...]
     inputs_per_token: float
+    offloaded: bool = False
 
     def kept_bytes(self, tokens: int) -> int:
-        """Bytes that all blocks together keep of a micro-batch at the end of its forward pass."""
+        """Bytes that all blocks together keep of a micro-batch on the device, at the end of its forward pass."""
+        inputs = self._inputs()
+        kept = sum(b for again, b in zip(self.recomputed, self.bytes_per_token, strict=True) if not again)
+        return round(tokens * (kept + sum(sorted(inputs)[-2:] if self.offloaded else inputs)))
+
+    def host_bytes(self, tokens: int) -> int:
+        """Bytes that they keep of it in host memory."""
+        return round(tokens * sum(self._inputs())) if self.offloaded else 0
+
+    def _inputs(self) -> list[float]:
         each = zip(self.recomputed, self.bytes_per_token, strict=True)
-        return round(tokens * sum(min(self.inputs_per_token, b) if again else b for again, b in each))
+        return [min(self.inputs_per_token, b) for again, b in each if again]
 
     def apply(self, blocks: Sequence[nn.Module]) -> None:
         """Make a model's blocks recompute what this plan says; once."""
+        saved = HostInputs().saved if self.offloaded else nullcontext
         for block, recompute in zip(blocks, self.recomputed, strict=True):
             if recompute:
-                replace_forward(block, "checkpointing", _recomputing)
+                replace_forward(block, "checkpointing", partial(_recomputing, saved=saved))
 
 
 def plan_activations(
     mode: str, bytes_per_token: Sequence[float], inputs_per_token: float, *, tokens: int, budget_bytes: float
 ) -> ActivationPlan:
-    """mode: `none`, `full`, or `selective`: as few blocks recomputed as let `tokens` tokens keep `budget_bytes`.
+    """mode: `none`, `full`, `offload` (full, with the blocks' inputs in host memory), or `selective`: as few blocks
+    recomputed as let `tokens` tokens keep `budget_bytes`.
 
     The first blocks are recomputed: when the backward pass reaches them, what the later ones kept is free again, so
     there is room for the block at work. A block that keeps nothing, as no adapter is in or below it, is left alone.
@@ -53,18 +67,22 @@ def plan_activations(
         return plan
     for count in range(len(keeps) + 1):
         recomputed = tuple(kept and at < count for at, kept in enumerate(keeps))
-        plan = ActivationPlan(recomputed, tuple(bytes_per_token), inputs_per_token)
+        plan = ActivationPlan(recomputed, tuple(bytes_per_token), inputs_per_token, offloaded=mode == "offload")
         if mode == "selective" and plan.kept_bytes(tokens) <= budget_bytes:
             break
     return plan
 
 
-def _recomputing(forward: Forward) -> Forward:
+def _recomputing(forward: Forward, saved: Callable[[], AbstractContextManager[None]]) -> Forward:
+    """saved: a context in which autograd saves the input."""
+
     @wraps(forward)
     def call(*args: Any, **kwargs: Any) -> Any:
         if not torch.is_grad_enabled():
             return forward(*args, **kwargs)
-        return checkpoint(forward, *args, use_reentrant=False, **kwargs)
+        hidden, others = args[:1], args[1:]
+        with saved():  # of the block's input alone: what is saved within the block has hooks of its own
+            return checkpoint(lambda *x: forward(*x, *others, **kwargs), *hidden, use_reentrant=False)
 
     return call
 

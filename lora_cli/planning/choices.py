@@ -77,7 +77,7 @@ class Fit:
     row: Row
     micro_batch_size: int
     gradient_accumulation_steps: int
-    gradient_checkpointing: bool
+    gradient_checkpointing: str  # none, full, offload
     memory: Memory
     without_checkpointing: Memory
 
@@ -155,7 +155,7 @@ def choose_sizes(
     densest = cache(partial(survey.densest_row, packed=base.packs))
     keeps_scores = attention_implementation(base.config) == "eager"
 
-    def estimate(quantization: str, row: int, micro_batch: int, checkpointing: bool) -> Memory:
+    def estimate(quantization: str, row: int, micro_batch: int, checkpointing: str) -> Memory:
         on_one_row = row * micro_batch if base.packs else row  # all examples of a micro-batch, unless they are padded
         return estimate_memory(
             shape,
@@ -169,12 +169,12 @@ def choose_sizes(
 
     step_tokens = min(STEP_TOKENS, survey.tokens * epochs / FEWEST_STEPS)
     tried: Fit | None = None
-    for quantization, row, micro_batch, checkpointing in _ways(base, survey, step_tokens, costs):
+    for quantization, row, micro_batch, checkpointing in _ways(base, survey, device, step_tokens, costs):
         memory = estimate(quantization, row.tokens, micro_batch, checkpointing)
         filled = row.tokens if base.packs else min(row.tokens, survey.tokens / survey.rows)
         wanted = step_tokens / filled / micro_batch
         micro_steps = math.ceil(wanted) if step_tokens == STEP_TOKENS else max(1, round(wanted))
-        plain = estimate(quantization, row.tokens, micro_batch, False)
+        plain = estimate(quantization, row.tokens, micro_batch, "none")
         tried = Fit(quantization, row, micro_batch, micro_steps, checkpointing, memory, plain)
         usable = COMFORTABLE if quantization == "none" else USABLE
         if memory.total <= usable * device.memory:
@@ -184,9 +184,12 @@ def choose_sizes(
 
 
 def _ways(
-    base: BaseModel, survey: DataSurvey, step_tokens: float, costs: Costs | None
-) -> Iterator[tuple[str, Row, int, bool]]:
-    """Quantization, row, micro-batch and gradient checkpointing: the least quantized first, of each the fastest."""
+    base: BaseModel, survey: DataSurvey, device: Device, step_tokens: float, costs: Costs | None
+) -> Iterator[tuple[str, Row, int, str]]:
+    """Quantization, row, micro-batch and gradient checkpointing: the least quantized first, of each the fastest.
+
+    Before rows are made shorter, inputs of blocks go to host memory, which a CPU has no other of.
+    """
     row = _row_length(base, survey)
     most = _power_of_two(min(FULL_MICRO_BATCH, step_tokens) / row.tokens)
     least = min(most, _power_of_two(SMALL_MICRO_BATCH / row.tokens))
@@ -196,13 +199,14 @@ def _ways(
     for quantization in (*larger, smallest):
         micro_batch = most
         while micro_batch >= least:
-            yield quantization, row, micro_batch, False
+            yield quantization, row, micro_batch, "none"
             micro_batch //= 2
-        yield quantization, row, least, True
+        yield quantization, row, least, "full"
     while least := least // 2:
-        yield smallest, row, least, True
-    for shorter in _shorter_rows(survey, row):
-        yield smallest, shorter, 1, True
+        yield smallest, row, least, "full"
+    most_spared = "full" if device.on_cpu else "offload"
+    for each in (row, *_shorter_rows(survey, row)):
+        yield smallest, each, 1, most_spared
 
 
 def _is_worth_it(kind: str, costs: Costs | None) -> bool:

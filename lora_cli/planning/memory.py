@@ -66,7 +66,7 @@ def estimate_memory(
     quantization: str,
     tokens: int,
     target_tokens: int,
-    gradient_checkpointing: bool,
+    gradient_checkpointing: str = "none",
     double_quantization: bool = True,
     value_bytes: int = 2,
     optimizer_bytes: int = 8,
@@ -80,7 +80,8 @@ def estimate_memory(
                  computes, its dense weight: largest_layer · b
     adapter      adapter · (4 fp32 + 4 gradient + optimizer_bytes (8: two Adam moments) + b while it is applied)
     activations  tokens · Σ over blocks (token_bytes + scores · pair_bytes), measured by planning/blocks.py; with
-                 gradient checkpointing tokens · (blocks · hidden · b + the same of the largest block alone)
+                 gradient checkpointing `full` tokens · (blocks · hidden · b + the same of the largest block alone);
+                 with `offload` tokens · (2 · hidden · b + the largest block), and `offloaded_bytes` in host memory
     logits       of the target tokens of one chunk: 64 MiB in fp32, and b for each value beside it
     overhead     1 GiB
 
@@ -91,8 +92,9 @@ def estimate_memory(
     dequantized = shape.largest_layer * value_bytes if quantization != "none" else 0
     block_bytes = [block.token_bytes + scores * block.pair_bytes for block in shape.blocks]
     kept = sum(block_bytes)
-    if gradient_checkpointing:
-        kept = min(kept, len(block_bytes) * shape.hidden * value_bytes + max(block_bytes, default=0))
+    if gradient_checkpointing != "none":
+        inputs = len(block_bytes) if gradient_checkpointing == "full" else min(2, len(block_bytes))
+        kept = min(kept, inputs * shape.hidden * value_bytes + max(block_bytes, default=0))
     return Memory(
         weights=round(shape.quantizable * bits / 8) + shape.other * value_bytes + dequantized,
         adapter=shape.adapter * (4 + 4 + optimizer_bytes + value_bytes),
@@ -100,6 +102,11 @@ def estimate_memory(
         logits=min(target_tokens * shape.vocabulary, CHUNK_BYTES // 4) * (value_bytes + 4),
         overhead=OVERHEAD,
     )
+
+
+def offloaded_bytes(shape: ModelShape, tokens: int, value_bytes: int = 2) -> int:
+    """Of host memory, for `gradient_checkpointing: offload`: the inputs of all blocks."""
+    return tokens * len(shape.blocks) * shape.hidden * value_bytes
 
 
 def shape_of(

@@ -13,7 +13,7 @@ from lora_cli.evaluation.quantization_cost import Costs
 from lora_cli.files import human_bytes
 from lora_cli.planning import choices
 from lora_cli.planning.choices import Adapter, Device, Fit
-from lora_cli.planning.memory import GIB, ModelShape, estimate_memory
+from lora_cli.planning.memory import GIB, ModelShape, estimate_memory, offloaded_bytes
 from lora_cli.planning.reading import Reading
 from lora_cli.planning.skeleton import BaseModel
 from lora_cli.planning.survey import DataSurvey
@@ -130,7 +130,7 @@ def _why_quantization(chosen: Chosen, names: Names) -> str:
     width, chose = "fp32" if chosen.device.value_bytes == 4 else "bf16", chosen.fit.quantization
 
     def weights(quantization: str) -> str:
-        nothing = {"tokens": 0, "target_tokens": 0, "gradient_checkpointing": False}
+        nothing = {"tokens": 0, "target_tokens": 0, "gradient_checkpointing": "none"}
         value_bytes = chosen.device.value_bytes
         memory = estimate_memory(chosen.shape, quantization=quantization, value_bytes=value_bytes, **nothing)
         return human_bytes(memory.weights)
@@ -243,9 +243,15 @@ def _train(text: _Yaml, chosen: Chosen, tried: Tried | None) -> None:
     text.set("micro_batch_size", fit.micro_batch_size, why)
     tokens = f"about {tried.step_tokens:,.0f} tokens a step" if tried else ""
     text.set("gradient_accumulation_steps", fit.gradient_accumulation_steps, tokens)
-    if fit.gradient_checkpointing:
+    if fit.gradient_checkpointing != "none":
         without = fit.without_checkpointing.total / GIB
-        mode, which = (True, "") if chosen.device.on_cpu else ("selective", "of as few blocks as the memory asks for; ")
+        mode, which = (
+            ("full", "") if chosen.device.on_cpu else ("selective", "of as few blocks as the memory asks for; ")
+        )
+        if fit.gradient_checkpointing == "offload":
+            tokens = fit.row.tokens * fit.micro_batch_size
+            host = human_bytes(offloaded_bytes(chosen.shape, tokens, chosen.device.value_bytes))
+            mode, which = "offload", f"of all blocks, whose inputs take {host} of host memory; "
         text.set("gradient_checkpointing", mode, f"{which}without it, a step would need about {without:.1f} GiB")
     examples = choices.STEP_TOKENS / min(fit.row.tokens, survey.tokens / survey.rows)
     kind = chosen.base.config.model_type

@@ -284,11 +284,12 @@ class TrainRecipe(Section):
     """Adds this times log² Z of each target token to what is minimized, so that logits do not drift; PaLM used 1e-4
     (Chowdhery et al. 2022, section 5). The loss that is shown is without it."""
     gradient_checkpointing: Annotated[
-        Literal["none", "selective", "full"],
-        BeforeValidator(_as_mode, json_schema_input_type=Literal["none", "selective", "full"] | bool),
+        Literal["none", "selective", "full", "offload"],
+        BeforeValidator(_as_mode, json_schema_input_type=Literal["none", "selective", "full", "offload"] | bool),
     ] = "none"
     """Recompute activations in the backward pass: less memory, up to a third more time, same result. `full` (or true):
-    of all blocks; `selective`: of as few as activation_memory allows."""
+    of all blocks; `selective`: of as few as activation_memory allows; `offload`: full, with the blocks' inputs in host
+    memory, for rows so long that these would fill the GPU."""
     activation_memory: Number | None = Field(None, gt=0)
     """With gradient_checkpointing: selective: GiB that activations may keep. null: 80 % of what model
     and optimizer leave free."""

@@ -166,7 +166,7 @@ def _checkpointing(session: Session) -> Lines:
     model, train = session.model, session.recipe.train
     lengths = [len(example.ids) for example in session.feed.largest()]
     largest = sum(lengths)
-    if train.micro_batch_size == "auto" and train.gradient_checkpointing == "selective":
+    if train.micro_batch_size == "auto" and train.gradient_checkpointing in ("selective", "offload"):
         largest = min(largest, max(_ENOUGH_TOKENS, *lengths))  # no block is recomputed for more than that
     states = _STATE_BYTES * sum(each.numel() for each in trained_parameters(model))
     budget = train.activation_memory and train.activation_memory * 2**30
@@ -177,12 +177,20 @@ def _checkpointing(session: Session) -> Lines:
         tokens=largest,
         budget_bytes=budget or _FREE_SHARE * (free_memory_bytes(session.device) - states),
     )
+    on_host, host_free = plan.host_bytes(largest), free_memory_bytes(torch.device("cpu"))
+    if on_host > host_free:
+        raise LoraError(
+            f"train.gradient_checkpointing: offload would hold {human_bytes(on_host)} of {largest:,} tokens in host "
+            f"memory, where {human_bytes(host_free)} are free",
+            fix="write train.gradient_checkpointing: full, or a smaller train.micro_batch_size or data.max_seq_len",
+        )
     plan.apply(session.blocks)
     session.activations = plan
     again = sum(plan.recomputed)
-    recomputed = f", {again} of {len(plan.recomputed)} blocks recomputed" if again else ""
     kept = human_bytes(plan.kept_bytes(largest))
-    yield "memory", f"activations of up to {largest:,} tokens at once: {kept}{recomputed}"
+    kept += f", {again} of {len(plan.recomputed)} blocks recomputed" if again else ""
+    kept += f" from {human_bytes(on_host)} in host memory" if on_host else ""
+    yield "memory", f"activations of up to {largest:,} tokens at once: {kept}"
 
 
 def _kept_of_a_token(session: Session) -> list[float]:
