@@ -792,7 +792,8 @@ def test_the_estimate_grows_with_all_that_there_is(
 
     base = total(shape, blocks, numbers)
     if more == "blocks":
-        assert total(shape, [*blocks, Block(1, 1)], numbers) > base
+        grown = total(shape, [*blocks, Block(1, 1)], numbers)
+        assert grown > base or (checkpointing == "offload" and grown == base)  # inputs of two blocks, however many
     elif more in shape:
         assert total(shape | {more: 2 * shape[more]}, blocks, numbers) >= base
     else:

@@ -86,7 +86,10 @@ def test_what_no_gradient_reaches_is_left_out_of_all_linear(kind, tmp_path: Path
     assert "layers are left out, because no gradient of text reaches them" in said
     assert UNREACHED[kind] in said
     checked = check(recipe)
-    assert (checked.layers, any(UNREACHED[kind] in text for _, text in _lines(checked))) == (len(session.layers), True)
+    assert (len(checked.targets), any(UNREACHED[kind] in text for _, text in _lines(checked))) == (
+        len(session.layers),
+        True,
+    )
 
 
 def test_a_named_layer_that_no_gradient_reaches_is_refused_and_the_way_out_works(tmp_path: Path, recipe_file: Any):

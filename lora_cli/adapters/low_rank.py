@@ -2,8 +2,26 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
+
 import torch
 from torch import Tensor
+
+_A, _B = "lora_A.weight", "lora_B.weight"
+
+
+def factors(parts: Mapping[str, Tensor]) -> tuple[Tensor, Tensor] | None:
+    """A and B of a module's tensors in an adapter file, if its update is alpha / rank · B A and nothing more."""
+    return (parts[_A], parts[_B]) if parts.keys() == {_A, _B} else None
+
+
+def peft_tensors(pairs: Mapping[str, tuple[Tensor, Tensor]]) -> dict[str, Tensor]:
+    """A and B of modules as PEFT names them in a file, in fp32."""
+    found = {}
+    for name, (A, B) in sorted(pairs.items()):
+        found[f"base_model.model.{name}.{_A}"] = A.float().contiguous()
+        found[f"base_model.model.{name}.{_B}"] = B.float().contiguous()
+    return found
 
 
 def singular_values(A: Tensor, B: Tensor, scaling: float) -> Tensor:

@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from lora_cli.adapters.file import TENSORS, AdapterFile, peft_scaling, read_adapter
+from lora_cli.adapters.low_rank import factors, peft_tensors
 from lora_cli.adapters.named import find_named, recorded_prompting
 from lora_cli.adapters.peft_config import CONFIG
 from lora_cli.base.load import load_tokenizer
@@ -185,19 +186,16 @@ def _adapter_file(converters: Path, adapter: AdapterFile, base: BaseSource, work
     """llama.cpp scales every layer by alpha / rank of its A and reads no other scaling: the rest of it goes into B."""
     import gguf
 
-    odd = [name for name, parts in adapter.tensors.items() if parts.keys() != {"lora_A.weight", "lora_B.weight"}]
-    if odd:
+    pairs = {name: factors(parts) for name, parts in adapter.tensors.items()}
+    if odd := [name for name, pair in pairs.items() if pair is None]:
         what = f"llama.cpp reads A and B alone, and this adapter has more: {odd[0]}"
         raise LoraError(what, where=adapter.folder, fix="merge it on the way: --to gguf")
-    ranks = {name: len(parts["lora_A.weight"]) for name, parts in adapter.tensors.items()}
     alpha = float(max(adapter.alphas.values())) or 1.0
-    plain, tensors = work / "adapter", {}
+    scaled = {name: (pair[0], pair[1] * (adapter.alphas[name] / alpha)) for name, pair in pairs.items() if pair}
+    ranks = {name: len(A) for name, (A, _) in scaled.items()}
+    plain = work / "adapter"
     plain.mkdir()
-    for name, parts in sorted(adapter.tensors.items()):
-        A, B = parts["lora_A.weight"].float(), parts["lora_B.weight"].float()
-        tensors[f"base_model.model.{name}.lora_A.weight"] = A.contiguous()
-        tensors[f"base_model.model.{name}.lora_B.weight"] = (B * (adapter.alphas[name] / alpha)).contiguous()
-    write_tensors(plain / TENSORS, tensors, {"format": "pt"})
+    write_tensors(plain / TENSORS, peft_tensors(scaled), {"format": "pt"})
     config = {"peft_type": "LORA", "task_type": "CAUSAL_LM"} | peft_scaling(ranks, alpha)
     (plain / CONFIG).write_text(json.dumps(config), encoding="utf-8")
     made = work / "adapter.gguf"

@@ -18,8 +18,7 @@ from rich.console import Console
 from rich.table import Table
 
 from lora_cli.adapters.file import read_adapter
-from lora_cli.adapters.layer import LoRALinear
-from lora_cli.adapters.low_rank import singular_values
+from lora_cli.adapters.low_rank import factors, singular_values
 from lora_cli.adapters.opened import adapter_folder
 from lora_cli.adapters.update_size import weight_norm
 from lora_cli.base.source import BaseSource, find_base
@@ -130,8 +129,8 @@ def inspect_adapter(source: str, base: str | None = None) -> Inspected:
     Raises LoraError for tensors that are not numbers, do not fit each other, or do not fit the base.
     """
     adapter = read_adapter(adapter_folder(Path(home_expanded(source))))
-    wrong = [name for name in adapter.tensors if not issubclass(adapter.kind(name), LoRALinear)]
-    if wrong:
+    pairs = {name: factors(parts) for name, parts in adapter.tensors.items()}
+    if wrong := [name for name, pair in pairs.items() if pair is None]:
         what = f"{wrong[0]} holds more than A and B, and its update is not their product"
         raise LoraError(
             what,
@@ -144,8 +143,9 @@ def inspect_adapter(source: str, base: str | None = None) -> Inspected:
         raise LoraError(what, where=at, fix=f"use --base {adapter.base_model}, or leave it out")
     norm_of = partial(_norm_beside, found, stored_tensors(found.folder)) if found is not None else lambda *_: None
     layers = []
-    for name, parts in sorted(adapter.tensors.items(), key=lambda each: _in_order(each[0])):
-        A, B = parts["lora_A.weight"], parts["lora_B.weight"]
+    for name, pair in sorted(pairs.items(), key=lambda each: _in_order(each[0])):
+        assert pair is not None, "others are refused above"
+        A, B = pair
         if len(A) != B.shape[1]:
             what = f"{name}: A {tuple(A.shape)} and B {tuple(B.shape)} do not fit each other"
             raise LoraError(what, where=at, fix="copy the adapter again")

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from lora_cli.adapters.file import CHAT_TEMPLATE, TENSORS, commonest, peft_scaling, read_adapter
-from lora_cli.adapters.low_rank import decomposed
+from lora_cli.adapters.low_rank import decomposed, factors, peft_tensors
 from lora_cli.adapters.opened import adapter_folder, adapter_template
 from lora_cli.adapters.peft_config import CONFIG
 from lora_cli.base.tensor_files import write_tensors
@@ -51,7 +51,9 @@ def resize(source: str, output: Path, *, rank: int | None, energy: float | None)
     made: dict[str, tuple[Tensor, Tensor]] = {}
     layers: list[ResizedLayer] = []
     for name, parts in adapter.tensors.items():
-        A, B = parts["lora_A.weight"], parts["lora_B.weight"]
+        pair = factors(parts)
+        assert pair is not None, "others are refused above"
+        A, B = pair
         if len(A) != B.shape[1]:
             raise LoraError(f"{name}: A and B do not fit each other", where=folder, fix="copy the adapter again")
         U, values, V = decomposed(A, B, adapter.alphas[name] / len(A))
@@ -63,16 +65,11 @@ def resize(source: str, output: Path, *, rank: int | None, energy: float | None)
         layers.append(ResizedLayer(name, len(A), kept, math.sqrt(held[-1]), values[kept:].norm().item()))
     ranks = {each.name: each.rank for each in layers}
     alpha = float(commonest(ranks))
-    tensors = {}
-    for name, (A, B) in made.items():
-        tensors[f"base_model.model.{name}.lora_A.weight"] = A.float()
-        tensors[f"base_model.model.{name}.lora_B.weight"] = (
-            B * (len(A) / alpha)
-        ).float()  # its scaling is alpha / rank
+    tensors = peft_tensors({name: (A, B * (len(A) / alpha)) for name, (A, B) in made.items()})  # scaling: alpha / rank
     config = adapter.config | peft_scaling(ranks, alpha) | {"use_rslora": False, "init_lora_weights": True}
     with written_whole(place) as temporary:
         metadata = adapter.metadata.model_copy(update={"alpha": alpha}).as_texts()
-        write_tensors(temporary / TENSORS, dict(sorted(tensors.items())), metadata)
+        write_tensors(temporary / TENSORS, tensors, metadata)
         (temporary / CONFIG).write_text(json.dumps(config, indent=2) + "\n", encoding="utf-8")
         if (template := adapter_template(folder)) is not None:
             (temporary / CHAT_TEMPLATE).write_text(template, encoding="utf-8")
