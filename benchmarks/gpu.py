@@ -348,7 +348,7 @@ def estimate(folder: Path, work: Work, tokens: int, targets: int) -> int:
         quantization=work.quantization,
         tokens=tokens,
         target_tokens=targets,
-        gradient_checkpointing={"selective": "none"}.get(mode := train.gradient_checkpointing, mode),
+        gradient_checkpointing="none" if (mode := train.gradient_checkpointing) == "selective" else mode,
         optimizer_bytes=2 if "8bit" in train.optimizer else 8,
     ).total
 

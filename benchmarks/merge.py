@@ -39,7 +39,7 @@ def adapter(base: Path, folder: Path) -> None:
 
     model = AutoModelForCausalLM.from_pretrained(base, dtype=torch.bfloat16)
     settings = LoraConfig(r=16, target_modules="all-linear", init_lora_weights=False, task_type="CAUSAL_LM")
-    get_peft_model(model, settings).save_pretrained(folder)
+    get_peft_model(model, settings).save_pretrained(str(folder))
 
 
 def peak_kib() -> int:
