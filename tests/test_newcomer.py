@@ -289,6 +289,7 @@ def test_every_link_leads_somewhere(document: Path):
 
 
 @pytest.mark.slow
+@pytest.mark.timeout(1200)  # an environment is made, and a model trained several times
 def test_the_page_runs_in_a_shell_from_a_fresh_clone(tmp_path: Path, tiny_llama: Path):
     """As people paste it, with the `lora` that its install makes. Other packages are those that are here already."""
     clone = tmp_path / "lora"
