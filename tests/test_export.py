@@ -18,7 +18,7 @@ from hypothesis import strategies as st
 from safetensors.numpy import load_file
 
 from lora_cli.data.chat.template import chat_template
-from lora_cli.errors import LoraError
+from lora_cli.errors import CheckFailed, LoraError
 from lora_cli.exporting import blocks, export, ollama
 from lora_cli.exporting.converter import PINS, without_code
 
@@ -98,6 +98,15 @@ def test_numbers_off_the_grid_are_not_taken_for_numbers_on_it(tmp_path):
     _, on_grid = blocks.in_blocks(source, tmp_path / "out.gguf", "q4_1", on_grid=True)
     assert on_grid == 0
     assert {of for of, _ in values_of(tmp_path / "out.gguf").values()} == {"F16"}
+
+
+def test_a_matrix_that_is_on_the_grid_at_its_start_alone_is_not_rounded_silently(tmp_path):
+    draw = np.random.default_rng(0)
+    values = draw.integers(0, 16, (1000, 64)).astype(np.float32) / 8
+    values[-1] = draw.standard_normal(64)
+    source = write_gguf(tmp_path / "f32.gguf", {"blk.0.attn_q.weight": values})
+    with pytest.raises(CheckFailed, match=r"blk\.0\.attn_q\.weight is partly on the grid"):
+        blocks.in_blocks(source, tmp_path / "out.gguf", "q4_1", on_grid=True)
 
 
 def test_rows_that_are_not_whole_blocks_are_named_before_anything_is_written(tmp_path):

@@ -21,9 +21,9 @@ from lora_cli.base.load import load_model
 from lora_cli.base.source import find_base
 from lora_cli.base.storage.int4 import Int4Linear
 from lora_cli.base.storage.registry import KINDS, part_of, storage_named, storage_of
-from lora_cli.base.stored import dense_tensor
+from lora_cli.base.stored import dense_tensor, parameters_stored
 from lora_cli.base.weight_files import stored_tensors
-from lora_cli.merging.compare import make_dense, parameters_stored
+from lora_cli.merging.compare import make_dense
 from lora_cli.planning.memory import estimate_memory, shape_of
 from lora_cli.planning.skeleton import look_at_model
 from lora_cli.quantization import RULES, Quantization

@@ -98,8 +98,9 @@ def test_the_base_to_merge_onto_is_measured_on_held_out_rows(run_recipe, tmp_pat
         )
         assert measured[name] == pytest.approx(nats / measured["targets"], rel=5e-3)
     assert report.onto == ("original" if measured["low"] > 0 else "trained")
-    gains = [torch.full((len(examples),), each) for each in (2.0, 1.0)]
-    monkeypatch.setattr(onto, "summed_nats", lambda *_: gains.pop(0) * torch.tensor([e.targets for e in examples]))
+    targets = torch.tensor([each.targets for each in examples])
+    losses = [2.0 * targets, 1.0 * targets]
+    monkeypatch.setattr(onto, "example_losses", lambda *_: (losses.pop(0), targets))
     better = merge(run, tmp_path / "better")
     assert better.onto == "original"
     assert any("merged onto the original weights" in each for each in better.notes)

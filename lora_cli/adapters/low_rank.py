@@ -7,12 +7,24 @@ from collections.abc import Mapping
 import torch
 from torch import Tensor
 
+from lora_cli.adapters.file import AdapterFile
+from lora_cli.errors import LoraError
+
 _A, _B = "lora_A.weight", "lora_B.weight"
 
 
-def factors(parts: Mapping[str, Tensor]) -> tuple[Tensor, Tensor] | None:
-    """A and B of a module's tensors in an adapter file, if its update is alpha / rank · B A and nothing more."""
-    return (parts[_A], parts[_B]) if parts.keys() == {_A, _B} else None
+def pairs_of(adapter: AdapterFile, *, fix: str) -> dict[str, tuple[Tensor, Tensor]]:
+    """A and B by module. Raises LoraError for A and B that do not fit, and, with `fix`, for an adapter with more."""
+    found = {}
+    for name, parts in adapter.tensors.items():
+        if parts.keys() != {_A, _B}:
+            raise LoraError(f"{name} holds more than A and B", where=adapter.folder, fix=fix)
+        A, B = parts[_A], parts[_B]
+        if len(A) != B.shape[1]:
+            what = f"{name}: A {tuple(A.shape)} and B {tuple(B.shape)} do not fit each other"
+            raise LoraError(what, where=adapter.folder, fix="copy the adapter again")
+        found[name] = A, B
+    return found
 
 
 def peft_tensors(pairs: Mapping[str, tuple[Tensor, Tensor]]) -> dict[str, Tensor]:

@@ -27,6 +27,7 @@ _OLLAMA = "https://github.com/ollama/ollama/blob/main/convert/convert.go"
 _MLX = "https://github.com/ml-explore/mlx-lm/blob/main/mlx_lm/tuner/utils.py"
 _PEFT = "https://github.com/huggingface/peft/blob/main/src/peft/utils/save_and_load.py"
 _MERGE = "merge it, and use the merged folder there: lora merge SOURCE --output FOLDER"
+_EXPORT = "make its file with lora export SOURCE --to gguf-adapter --output FILE"
 _PLAIN = re.compile(r"base_model\.model\..+\.lora_[AB]\.weight|.+\.base_layer\.weight")
 _OF_PEFT = re.compile(r"base_model\.model\..+")
 
@@ -110,8 +111,8 @@ RULES = (
     Rule(
         ("llama.cpp", "ollama"),
         _more_than_llama_cpp_reads,
-        "llama.cpp scales each layer by lora_alpha / rank and reads nothing else, another model without a word: {}",
-        _MERGE,
+        "llama.cpp's own converter takes lora_alpha / rank for every scale, another model without a word: {}",
+        f"{_EXPORT}, which keeps scales, or {_MERGE}",
         f"{_LLAMA}/src/llama-adapter.h and {_LLAMA}/convert_lora_to_gguf.py",
     ),
     Rule(
@@ -125,14 +126,14 @@ RULES = (
         ("ollama",),
         lambda it: it.model_type if it.model_type not in (None, "llama", "mistral", "gemma2") else "",
         "Ollama itself converts adapters of Llama's and Gemma 2's architectures alone, not of {}",
-        "make a GGUF file of it first, or " + _MERGE,
+        f"{_EXPORT}, or {_MERGE}",
         _OLLAMA,
     ),
     Rule(
         ("ollama",),
         lambda it: "" if float(it.config.get("lora_alpha", 0)).is_integer() else f"{it.config['lora_alpha']}",
         "Ollama reads lora_alpha as a whole number, and refuses {}",
-        "train with such an adapter.alpha, make a GGUF file first, or " + _MERGE,
+        f"{_EXPORT}, or {_MERGE}",
         _OLLAMA,
     ),
     Rule(

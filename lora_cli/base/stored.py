@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 
+import torch
 from torch import Tensor
 
 from lora_cli.base.source import BaseSource
@@ -48,6 +49,14 @@ def require_trainable(source: BaseSource) -> None:
         what = f"the checkpoint is already quantized ({kind}), which cannot be trained on"
         fix = f"use the unquantized model; quantization: {DEFAULT} then quantizes it as it is loaded"
         raise LoraError(what, where=str(source.folder), fix=fix)
+
+
+def parameters_stored(stored: Mapping[str, StoredTensor]) -> int:
+    """Parameters of a checkpoint, however its weights are stored."""
+    parts = {name: part for name in stored if (part := part_of(name)) is not None}
+    several = {part.weight: part.kind.weights_per_number for part in parts.values()}
+    sizes = {name: torch.Size(each.shape).numel() for name, each in stored.items() if name not in parts}
+    return sum(several.get(name, 1) * size for name, size in sizes.items())
 
 
 def dense_tensor(tensors: Mapping[str, StoredTensor], name: str) -> Tensor:

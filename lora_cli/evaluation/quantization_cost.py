@@ -22,7 +22,7 @@ from lora_cli.base.device import free_memory_bytes, pick_device, pick_dtype
 from lora_cli.base.linear import held_bytes
 from lora_cli.base.load import load_model
 from lora_cli.base.source import BaseSource
-from lora_cli.base.stored import stored_quantization
+from lora_cli.base.stored import parameters_stored, stored_quantization
 from lora_cli.base.weight_files import stored_tensors
 from lora_cli.data.batches import collate
 from lora_cli.data.cache import cache_folder
@@ -198,15 +198,17 @@ def cost_lines(costs: Costs, chosen: str, *, other_data: bool = False) -> list[s
     return lines
 
 
+def _known(recipe: Recipe, source: BaseSource, fingerprint: str) -> Costs | None:
+    """Of this base on these data, or else from a run beside this one."""
+    kept = kept_costs(recipe, source, fingerprint)
+    return kept or found_costs(Path(recipe.output).parent, source, recipe.group_size)
+
+
 def known_lines(recipe: Recipe, source: BaseSource, fingerprint: str) -> list[str]:
-    """What is known of the cost of the recipe's quantization, if need be from a run beside this one; else how to
-    measure it.
-    """
+    """What is known of the cost of the recipe's quantization; else how to measure it."""
     if recipe.quantization == "none" or stored_quantization(source) is not None:
         return []
-    costs = kept_costs(recipe, source, fingerprint) or found_costs(
-        Path(recipe.output).parent, source, recipe.group_size
-    )
+    costs = _known(recipe, source, fingerprint)
     if costs is not None:
         return cost_lines(costs, recipe.quantization, other_data=costs.data_fingerprint != fingerprint)
     return [f"what {recipe.quantization} costs this base is not known: lora check --compare-quantization measures it"]
@@ -216,16 +218,13 @@ def measure_unknown(recipe: Recipe, source: BaseSource, feed: Feed, tokenizer: A
     """Measure and keep the cost of the recipe's quantization before training, where nothing is known of it and that
     is quick: the 16-bit base fits into free memory, and at least 8 validation examples take half a minute at most.
     """
-    kind, fingerprint = recipe.quantization, feed.summary.fingerprint
-    if kind == "none" or stored_quantization(source) is not None or recipe.data.streaming:
+    kind, most = recipe.quantization, min(MOST_EXAMPLES, len(feed.validation))
+    if kind == "none" or stored_quantization(source) is not None or recipe.data.streaming or most < _LEAST_EXAMPLES:
         return
-    known = kept_costs(recipe, source, fingerprint) or found_costs(
-        Path(recipe.output).parent, source, recipe.group_size
-    )
+    known = _known(recipe, source, feed.summary.fingerprint)
     if known is not None and known.of(kind) is not None:
         return
-    device = pick_device(recipe.device)
-    most = min(MOST_EXAMPLES, len(feed.validation), _quick_examples(recipe, source, feed, device))
+    most = min(most, _quick_examples(recipe, source, feed, pick_device(recipe.device)))
     if most < _LEAST_EXAMPLES:
         return
     say(f"base     measuring what {kind} costs it, on {most} validation examples")
@@ -238,7 +237,7 @@ def _quick_examples(recipe: Recipe, source: BaseSource, feed: Feed, device: torc
     does not fit. From the speed of a matrix product on this device, of which a small model reaches a fifth.
     """
     dtype, _ = pick_dtype(recipe.dtype, device)
-    parameters = sum(torch.Size(each.shape).numel() for each in stored_tensors(source.folder).values())
+    parameters = parameters_stored(stored_tensors(source.folder))
     if 1.2 * parameters * dtype.itemsize + 2**30 > free_memory_bytes(device):
         return 0
     one = torch.ones(1024, 1024, dtype=dtype, device=device)
@@ -247,5 +246,5 @@ def _quick_examples(recipe: Recipe, source: BaseSource, feed: Feed, device: torc
     (one @ one @ one).sum().item()
     rate = 4 * 1024**3 / (time.perf_counter() - start) / 5
     left = _SECONDS - 2 * parameters * dtype.itemsize / _LOADED
-    tokens = float(np.mean(feed.validation.lengths[:MOST_EXAMPLES])) if len(feed.validation) else 1.0
+    tokens = float(np.mean(feed.validation.lengths[:MOST_EXAMPLES]))
     return int(left * rate / (2 * 2 * parameters * tokens)) if left > 0 else 0

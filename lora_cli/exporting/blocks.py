@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from contextlib import closing
 from pathlib import Path
 from typing import Any
 
@@ -12,7 +13,8 @@ from lora_cli.errors import CheckFailed, LoraError
 
 BLOCK = 32
 _ENDS = ("token_embd.weight", "output.weight")  # embeddings and head: kept in q8_0, as they matter most
-_MOST_SHIFT = 16  # levels of 4 bits
+_LEVELS = 16  # of 4 bits
+_LOOKED_AT = 2**14  # numbers of a matrix that tell whether it is on a grid
 
 
 def in_blocks(source: Path, target: Path, kind: str, *, on_grid: bool = False) -> tuple[float, int]:
@@ -20,48 +22,51 @@ def in_blocks(source: Path, target: Path, kind: str, *, on_grid: bool = False) -
 
     on_grid: matrices that lie on a grid of 4 bits, as those of a merged QA-LoRA adapter do, become the Q4_1 blocks of
     the same numbers, bit for bit, and others f16. Returns the error, ‖W - Q‖ / ‖W‖ over all matrices, and how many
-    matrices lie on that grid. Raises CheckFailed where the file does not read back as it was written.
+    matrices are in blocks of `kind`. Raises CheckFailed where the file does not read back as it was written.
     """
     import gguf
 
     reader = gguf.GGUFReader(source)
-    writer = gguf.GGUFWriter(target, str(_value(reader, "general.architecture")), endianess=reader.endianess)
     types = [_type_of(gguf, each, kind, on_grid) for each in reader.tensors]
-    _copy_fields(gguf, reader, writer, kind)
-    for tensor, of in zip(reader.tensors, types, strict=True):
-        shape, dtype = tensor.data.shape, tensor.data.dtype
-        if of != tensor.tensor_type:
-            shape = gguf.quant_shape_to_byte_shape(shape, of)
-            dtype = np.dtype(np.uint8)
-            if of == gguf.GGMLQuantizationType.F16:
-                shape, dtype = tensor.data.shape, np.dtype(np.float16)
-        writer.add_tensor_info(tensor.name, shape, dtype, int(np.prod(shape)) * dtype.itemsize, of)
-    writer.write_header_to_file()
-    writer.write_kv_data_to_file()
-    writer.write_ti_data_to_file()
-    lost = total = 0.0
-    found = 0
-    digests = []
-    for tensor, of in zip(reader.tensors, types, strict=True):
-        data = tensor.data
-        if of != tensor.tensor_type:
-            values = data.astype(np.float32)
-            if on_grid and of == gguf.GGMLQuantizationType.Q4_1:
-                data = _grid_blocks(values)
-                assert data is not None
-                found += 1
-            else:
-                data = values.astype(np.float16) if of == gguf.GGMLQuantizationType.F16 else gguf.quantize(values, of)
-            lost += float(np.square(gguf.dequantize(data, of).reshape(values.shape) - values).sum(dtype=np.float64))
-            total += float(np.square(values).sum(dtype=np.float64))
-        digests.append(_digest(data))
-        writer.write_tensor_data(np.ascontiguousarray(data), tensor_endianess=reader.endianess)
-    writer.close()
-    again = gguf.GGUFReader(target).tensors
-    for tensor, digest, of in zip(again, digests, types, strict=True):
+    architecture = reader.fields["general.architecture"].contents()
+    with closing(gguf.GGUFWriter(target, architecture, endianess=reader.endianess)) as writer:
+        _copy_fields(gguf, reader, writer, kind)
+        for tensor, of in zip(reader.tensors, types, strict=True):
+            shape, dtype = tensor.data.shape, tensor.data.dtype
+            if of != tensor.tensor_type:
+                is_f16 = of == gguf.GGMLQuantizationType.F16
+                shape = shape if is_f16 else gguf.quant_shape_to_byte_shape(shape, of)
+                dtype = np.dtype(np.float16 if is_f16 else np.uint8)
+            writer.add_tensor_info(tensor.name, shape, dtype, int(np.prod(shape)) * dtype.itemsize, of)
+        writer.write_header_to_file()
+        writer.write_kv_data_to_file()
+        writer.write_ti_data_to_file()
+        lost = total = 0.0
+        digests = []
+        for tensor, of in zip(reader.tensors, types, strict=True):
+            data = tensor.data
+            if of != tensor.tensor_type:
+                values = data.astype(np.float32)
+                data = _as_type(gguf, tensor.name, values, of, on_grid)
+                lost += float(np.square(gguf.dequantize(data, of).reshape(values.shape) - values).sum(dtype=np.float64))
+                total += float(np.square(values).sum(dtype=np.float64))
+            digests.append(_digest(data))
+            writer.write_tensor_data(np.ascontiguousarray(data), tensor_endianess=reader.endianess)
+    for tensor, digest, of in zip(gguf.GGUFReader(target).tensors, digests, types, strict=True):
         if tensor.tensor_type != of or _digest(tensor.data) != digest:
             raise CheckFailed(f"{tensor.name} does not read back as it was written", fix="try again, on another disk")
-    return (lost / total) ** 0.5 if total else 0.0, found
+    return (lost / total) ** 0.5 if total else 0.0, types.count(gguf.GGMLQuantizationType[kind.upper()])
+
+
+def _as_type(gguf: Any, name: str, values: np.ndarray, of: Any, on_grid: bool) -> np.ndarray:
+    if of == gguf.GGMLQuantizationType.F16:
+        return values.astype(np.float16)
+    if not on_grid:
+        return gguf.quantize(values, of)
+    blocks = _grid_blocks(values)
+    if blocks is None:
+        raise CheckFailed(f"{name} is partly on the grid of 4 bits that QA-LoRA trains on", fix="report this")
+    return blocks
 
 
 def require_blocks(source: Path, kind: str) -> None:
@@ -98,8 +103,9 @@ def _type_of(gguf: Any, tensor: Any, kind: str, on_grid: bool) -> Any:
     types = gguf.GGMLQuantizationType
     if len(tensor.shape) < 2 or tensor.name.endswith("_norm.weight"):
         return tensor.tensor_type
-    if on_grid:
-        return types.Q4_1 if _grid_blocks(tensor.data.astype(np.float32)) is not None else types.F16
+    if on_grid:  # some rows tell; all are looked at when they are written
+        some = tensor.data[: max(1, _LOOKED_AT // tensor.data.shape[-1])].astype(np.float32)
+        return types.Q4_1 if _grid_blocks(some) is not None else types.F16
     if tensor.tensor_type != types.F16 or tensor.name.startswith("rope"):  # what the converter keeps in f32: routers
         return tensor.tensor_type
     return types.Q8_0 if tensor.name in _ENDS else types[kind.upper()]
@@ -124,15 +130,15 @@ def _grid_blocks(values: np.ndarray) -> np.ndarray | None:
     for part in (1, 2, 3):
         levels = np.round(span / np.where(least > 0, least / part, 1))
         fine = np.where(levels > 0, span / np.maximum(levels, 1), 0).astype(np.float16)
-        for shift in range(_MOST_SHIFT):
-            todo = np.flatnonzero(~done & (levels + shift < _MOST_SHIFT))
+        for shift in range(_LEVELS):
+            todo = np.flatnonzero(~done & (levels + shift < _LEVELS))
             if not len(todo):
                 continue
             step = fine[todo].astype(np.float32)
             low = (ordered[todo, 0] - shift * step).astype(np.float16)
             level = np.where(step > 0, (x[todo].T - low) / np.where(step > 0, step, 1), 0).T.round()
             same = (level * step[:, None] + low.astype(np.float32)[:, None] == x[todo]).all(1)
-            same &= (level.min(1) >= 0) & (level.max(1) < _MOST_SHIFT)
+            same &= (level.min(1) >= 0) & (level.max(1) < _LEVELS)
             at = todo[same]
             d[at], m[at], q[at], done[at] = fine[at], low[same], level[same].astype(np.uint8), True
     if not done.all():
@@ -156,7 +162,3 @@ def _copy_fields(gguf: Any, reader: Any, writer: Any, kind: str) -> None:
             writer.add_key_value(field.name, field.contents(), of, sub_type=sub)
     writer.add_quantization_version(gguf.GGML_QUANT_VERSION)
     writer.add_file_type(gguf.LlamaFileType[f"MOSTLY_{kind.upper()}"])
-
-
-def _value(reader: Any, name: str) -> Any:
-    return reader.fields[name].contents()

@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from lora_cli.adapters.file import TENSORS, AdapterFile, peft_scaling, read_adapter
-from lora_cli.adapters.low_rank import factors, peft_tensors
+from lora_cli.adapters.low_rank import pairs_of, peft_tensors
 from lora_cli.adapters.named import find_named, recorded_prompting
 from lora_cli.adapters.peft_config import CONFIG
 from lora_cli.base.load import load_tokenizer
@@ -19,7 +19,7 @@ from lora_cli.base.source import BaseSource, find_base
 from lora_cli.base.tensor_files import write_tensors
 from lora_cli.base.weight_files import stored_tensors
 from lora_cli.data.chat.template import chat_template
-from lora_cli.errors import CheckFailed, LoraError, command, home_expanded, refuse_if
+from lora_cli.errors import CheckFailed, command, home_expanded, refuse_if
 from lora_cli.exporting import blocks, ollama
 from lora_cli.exporting.converter import convert_adapter, convert_model, require_converter, without_code
 from lora_cli.files import disk_errors, free_name, human_bytes, replacing, require_space, written_whole
@@ -186,12 +186,9 @@ def _adapter_file(converters: Path, adapter: AdapterFile, base: BaseSource, work
     """llama.cpp scales every layer by alpha / rank of its A and reads no other scaling: the rest of it goes into B."""
     import gguf
 
-    pairs = {name: factors(parts) for name, parts in adapter.tensors.items()}
-    if odd := [name for name, pair in pairs.items() if pair is None]:
-        what = f"llama.cpp reads A and B alone, and this adapter has more: {odd[0]}"
-        raise LoraError(what, where=adapter.folder, fix="merge it on the way: --to gguf")
+    pairs = pairs_of(adapter, fix="merge it on the way: --to gguf")
     alpha = float(max(adapter.alphas.values())) or 1.0
-    scaled = {name: (pair[0], pair[1] * (adapter.alphas[name] / alpha)) for name, pair in pairs.items() if pair}
+    scaled = {name: (A, B * (adapter.alphas[name] / alpha)) for name, (A, B) in pairs.items()}
     ranks = {name: len(A) for name, (A, _) in scaled.items()}
     plain = work / "adapter"
     plain.mkdir()

@@ -16,7 +16,6 @@ from transformers import AutoModelForCausalLM
 from lora_cli.base.device import DTYPES, free_memory_bytes
 from lora_cli.base.linear import is_quantized, plain_layer
 from lora_cli.base.source import BaseSource
-from lora_cli.base.storage.registry import part_of
 from lora_cli.base.text import positions, vocabulary
 from lora_cli.base.weight_files import StoredTensor
 from lora_cli.errors import reading
@@ -24,14 +23,6 @@ from lora_cli.merging.tensors import FLOATS
 
 _MOST_TOKENS = 512
 _KEY = re.compile(r"[0-9a-f]{20}")  # a folder of prepared data
-
-
-def parameters_stored(stored: Mapping[str, StoredTensor]) -> int:
-    """Parameters of a checkpoint, however its weights are stored."""
-    parts = {name: part for name in stored if (part := part_of(name)) is not None}
-    several = {part.weight: part.kind.weights_per_number for part in parts.values()}
-    sizes = {name: torch.Size(each.shape).numel() for name, each in stored.items() if name not in parts}
-    return sum(several.get(name, 1) * size for name, size in sizes.items())
 
 
 def fits_in_fp32(parameters: int, vocabulary: int, *, held_besides: float = 0.0) -> bool:

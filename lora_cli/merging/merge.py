@@ -25,7 +25,7 @@ from lora_cli.base.device import DTYPES
 from lora_cli.base.linear import dense_weight, is_quantized, unquantized_layers
 from lora_cli.base.load import load_tokenizer
 from lora_cli.base.source import BaseSource, find_base
-from lora_cli.base.stored import stored_quantization
+from lora_cli.base.stored import parameters_stored, stored_quantization
 from lora_cli.base.weight_files import stored_tensors
 from lora_cli.data.example import Example
 from lora_cli.errors import CheckFailed, LoraError
@@ -39,7 +39,6 @@ from lora_cli.merging.compare import (
     fits_in_fp32,
     log_probabilities,
     make_dense,
-    parameters_stored,
     reopened,
 )
 from lora_cli.merging.names import Places
@@ -189,7 +188,7 @@ class _Merge:
         if held is not None and self.quantization != held:
             what = f"the adapter was trained on a base held in {self.quantization}, but this one is stored in {held}"
             raise LoraError(what, where=where, fix="name the base model of the training with --base")
-        self.onto = {"auto": "trained"}.get(onto, onto) if self.quantization != "none" else "original"
+        self.onto = "original" if self.quantization == "none" else "trained" if onto == "auto" else onto
         for note in other_base(self.adapter, base):
             self._note(note)
         if in_groups and dtype == "keep":

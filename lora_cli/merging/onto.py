@@ -4,15 +4,17 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import asdict
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import torch
-from torch import Tensor
 
+from lora_cli.data.batches import collate
 from lora_cli.data.example import Example
 from lora_cli.evaluation.gain import paired_gain
-from lora_cli.merging.compare import log_probabilities, prepared_data
+from lora_cli.evaluation.perplexity import example_losses
+from lora_cli.merging.compare import prepared_data
 
 _MOST_HELD_OUT = 4096  # tokens
 
@@ -29,27 +31,18 @@ def held_out(run: Path) -> list[Example]:
     return found
 
 
-def summed_nats(model: Any, examples: Sequence[Example]) -> Tensor:
-    """(examples,): cross-entropy summed over each one's target tokens."""
-    sums = []
-    for example in examples:
-        ids = torch.tensor(example.ids, dtype=torch.long)
-        wanted = torch.tensor(example.trained[1:])
-        said = log_probabilities(model, ids[None])[:-1].gather(-1, ids[1:, None])[:, 0]
-        sums.append(-said[wanted].double().sum())
-    return torch.stack(sums)
-
-
 def compare_bases(
     examples: Sequence[Example], trained: Callable[[], Any], original: Callable[[], Any]
 ) -> tuple[str, str, dict[str, Any]]:
     """(`trained` or `original`, a sentence with the figures, the figures); `original` only where it is surely better.
 
-    trained, original: open base + adapter on these weights, one after the other.
+    trained, original: open base + adapter on these weights on the CPU, one after the other.
     """
-    targets = torch.tensor([int(each.trained[1:].sum()) for each in examples])
-    first = summed_nats(trained(), examples)
-    found = paired_gain(first, summed_nats(original(), examples), targets)
+    lay_out = partial(collate, packed=False, pad_id=0, device=torch.device("cpu"))
+    longest = max(len(each.ids) for each in examples)
+    first, targets = example_losses(trained(), examples, lay_out, longest)
+    second, _ = example_losses(original(), examples, lay_out, longest)
+    found = paired_gain(first, second, targets)
     onto = "original" if found.low is not None and found.low > 0 else "trained"
     interval = "no interval" if found.low is None else f"95 % interval {found.low:+.4f} to {found.high:+.4f}"
     return (

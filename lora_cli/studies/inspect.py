@@ -18,7 +18,7 @@ from rich.console import Console
 from rich.table import Table
 
 from lora_cli.adapters.file import read_adapter
-from lora_cli.adapters.low_rank import factors, singular_values
+from lora_cli.adapters.low_rank import pairs_of, singular_values
 from lora_cli.adapters.opened import adapter_folder
 from lora_cli.adapters.update_size import weight_norm
 from lora_cli.base.source import BaseSource, find_base
@@ -129,26 +129,15 @@ def inspect_adapter(source: str, base: str | None = None) -> Inspected:
     Raises LoraError for tensors that are not numbers, do not fit each other, or do not fit the base.
     """
     adapter = read_adapter(adapter_folder(Path(home_expanded(source))))
-    pairs = {name: factors(parts) for name, parts in adapter.tensors.items()}
-    if wrong := [name for name, pair in pairs.items() if pair is None]:
-        what = f"{wrong[0]} holds more than A and B, and its update is not their product"
-        raise LoraError(
-            what,
-            where=adapter.folder,
-            fix="merge it, which says how large its effect is: lora merge ADAPTER --output FOLDER",
-        )
+    fix = "merge it, which says how large its effect is: lora merge ADAPTER --output FOLDER"
+    pairs = pairs_of(adapter, fix=fix)
     found, at = find_base(base) if base is not None else None, adapter.folder
     if found is not None and adapter.metadata.base_fingerprint not in (None, found.fingerprint):
         what = f"the adapter was trained on another base model: on {adapter.base_model}, not on {found.name}"
         raise LoraError(what, where=at, fix=f"use --base {adapter.base_model}, or leave it out")
     norm_of = partial(_norm_beside, found, stored_tensors(found.folder)) if found is not None else lambda *_: None
     layers = []
-    for name, pair in sorted(pairs.items(), key=lambda each: _in_order(each[0])):
-        assert pair is not None, "others are refused above"
-        A, B = pair
-        if len(A) != B.shape[1]:
-            what = f"{name}: A {tuple(A.shape)} and B {tuple(B.shape)} do not fit each other"
-            raise LoraError(what, where=at, fix="copy the adapter again")
+    for name, (A, B) in sorted(pairs.items(), key=lambda each: _in_order(each[0])):
         rank, shape = len(A), (len(B), A.shape[1])
         scaling = adapter.alphas[name] / rank
         group = adapter.metadata.group_size or 1 if adapter.metadata.method == "qa_lora" else 1

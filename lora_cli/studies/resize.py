@@ -12,11 +12,11 @@ import torch
 from torch import Tensor
 
 from lora_cli.adapters.file import CHAT_TEMPLATE, TENSORS, commonest, peft_scaling, read_adapter
-from lora_cli.adapters.low_rank import decomposed, factors, peft_tensors
+from lora_cli.adapters.low_rank import decomposed, pairs_of, peft_tensors
 from lora_cli.adapters.opened import adapter_folder, adapter_template
 from lora_cli.adapters.peft_config import CONFIG
 from lora_cli.base.tensor_files import write_tensors
-from lora_cli.errors import LoraError, home_expanded, refuse_if
+from lora_cli.errors import home_expanded, refuse_if
 from lora_cli.files import written_whole
 from lora_cli.merging.files import require_place
 
@@ -50,12 +50,7 @@ def resize(source: str, output: Path, *, rank: int | None, energy: float | None)
     )
     made: dict[str, tuple[Tensor, Tensor]] = {}
     layers: list[ResizedLayer] = []
-    for name, parts in adapter.tensors.items():
-        pair = factors(parts)
-        assert pair is not None, "others are refused above"
-        A, B = pair
-        if len(A) != B.shape[1]:
-            raise LoraError(f"{name}: A and B do not fit each other", where=folder, fix="copy the adapter again")
+    for name, (A, B) in pairs_of(adapter, fix=fix).items():
         U, values, V = decomposed(A, B, adapter.alphas[name] / len(A))
         held = values.square().cumsum(0)
         most = len(values) if rank is None else min(rank, len(values))
