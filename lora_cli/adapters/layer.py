@@ -143,10 +143,10 @@ class LoRALinear(Trained):
         Returns (out_features, in_features) in fp32, whatever the base dtype or storage order.
         Source: Hu et al. 2021, arXiv:2106.09685, section 4.1.
         """
-        return self.scaling * (self._masked_B() @ self.spread_A())
+        return (self._masked_B() @ self.spread_A()).mul_(self.scaling)
 
     def merged(self, weight: Tensor) -> Tensor:
-        return weight.float() + self.delta_weight()
+        return self.delta_weight().add_(weight)  # in fp32, without a copy of the weight
 
     @torch.no_grad()
     def update_norm(self, weight: Tensor) -> float:

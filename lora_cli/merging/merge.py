@@ -255,7 +255,9 @@ class _Merge:
             self._note(f"merged onto the trained weights; the original ones were not compared: {why}")
             return None
         tokens = sum(len(each.ids) for each in examples)
-        self.say(f"comparing the trained and the original weights on {tokens} held-out tokens (--onto leaves it out)")
+        self.say(
+            f"comparing the trained and the original weights on {tokens} held-out tokens (--onto trained skips that)"
+        )
         self.onto, sentence, facts = compare_bases(
             examples, lambda: self.open_trained().model, lambda: self.open_original().model
         )

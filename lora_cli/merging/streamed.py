@@ -17,6 +17,7 @@ from lora_cli.base.load import model_config, require_weights_fit, skeleton_of
 from lora_cli.base.source import BaseSource
 from lora_cli.base.storage.registry import is_known, part_of, storage_named
 from lora_cli.base.stored import dense_tensor
+from lora_cli.base.tensor_files import is_finite
 from lora_cli.base.weight_files import StoredTensor
 from lora_cli.errors import CheckFailed, LoraError
 from lora_cli.merging.names import Places
@@ -128,7 +129,7 @@ def _merged_weight(layer: Any, name: str, weight_of: WeightOf) -> Tensor:
     frozen = layer.base_layer if isinstance(layer, Trained) else layer
     weight = weight_of(frozen, name)
     weight = layer.merged(weight) if isinstance(layer, Trained) else weight.float()
-    if not torch.isfinite(weight).all():
+    if not is_finite(weight):
         fix = "copy adapter and base model again, and train again"
         raise CheckFailed(f"the merged weight of {name} holds NaN or infinity", fix=fix)
     return weight.T if stored_transposed(frozen) else weight

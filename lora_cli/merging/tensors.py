@@ -19,7 +19,7 @@ from torch import Tensor
 
 from lora_cli.base.source import BaseSource
 from lora_cli.base.storage.registry import part_of
-from lora_cli.base.tensor_files import NAMES, Entry, put_bytes, read_tensor, write_entries
+from lora_cli.base.tensor_files import NAMES, Entry, is_finite, put_bytes, read_tensor, write_entries
 from lora_cli.base.weight_files import StoredTensor, read_header, weight_files
 from lora_cli.errors import CheckFailed, LoraError
 
@@ -132,7 +132,7 @@ def _copy(own: StoredTensor, out: BinaryIO) -> None:
 def _write_tensor(name: str, make: Callable[[], Tensor], target: torch.dtype, out: BinaryIO) -> None:
     value = make()
     cast = value.to(target).contiguous()
-    if not torch.isfinite(cast).all() and (torch.isfinite(value) & ~torch.isfinite(cast)).any():
+    if not is_finite(cast) and (torch.isfinite(value) & ~torch.isfinite(cast)).any():
         kind, limit = str(target).removeprefix("torch."), torch.finfo(target).max
         raise CheckFailed(
             f"{name} holds numbers up to {value.abs().max().item():.3g}, but the largest of {kind} is {limit:.5g}",
