@@ -76,5 +76,5 @@ def put_bytes(tensor: Tensor, out: BinaryIO) -> None:
 
 
 def is_finite(tensor: Tensor) -> bool:
-    """Whether no number is NaN or infinite. Their sum tells in less time, unless it is too large itself."""
+    """Whether all values are finite. Their sum tells in less time, unless it is too large itself."""
     return bool(torch.isfinite(tensor.sum(dtype=torch.float32))) or bool(torch.isfinite(tensor).all())
