@@ -1,4 +1,4 @@
-"""What an adapter is: `lora inspect`."""
+"""What an adapter is, and a smaller one: `lora inspect`, `lora resize`."""
 
 from __future__ import annotations
 

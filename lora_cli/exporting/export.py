@@ -75,34 +75,30 @@ def export(
     refuse_if(
         place.exists() and to != "ollama", "the output already exists", where=output, fix="choose another --output"
     )
-    if to == "gguf-adapter":
-        assert adapter is not None
-        name, revision = (base, None) if base is not None else adapter.own_base()
-        found = find_base(name, revision, trust_remote_code=trust_remote_code)
-        with _working(place) as work:
-            made = _adapter_file(converters, adapter, found, work)
-            return _placed(made, place, Exported(str(output), to, "f32", made.stat().st_size))
-    notes: list[str] = []
     with _working(place) as work:
+        if adapter is not None and to == "gguf-adapter":
+            name, revision = (base, None) if base is not None else adapter.own_base()
+            found = find_base(name, revision, trust_remote_code=trust_remote_code)
+            made = _adapter_file(converters, adapter, found, work)
+            return _placed(made, place, Exported(str(output), to, kind, made.stat().st_size))
+        notes: list[str] = []
         if named.adapter is None:
-            assert named.model is not None
-            model = find_base(named.model, trust_remote_code=trust_remote_code)
+            model = find_base(str(named.model), trust_remote_code=trust_remote_code)
             require_outside(place, model.folder)
         else:
-            folder = Path(home_expanded(source))
             merged = work / (named.run or named.adapter).resolve().name
+            more: dict[str, Any] = {"onto": onto} if onto else {}
             report = merge(
-                folder,
+                Path(home_expanded(source)),
                 merged,
                 base=base,
                 dtype="fp32" if exact else "keep",
                 trust_remote_code=trust_remote_code,
                 say=say,
-                **({} if onto is None else {"onto": onto}),
+                **more,
             )
-            notes += report.notes
             say(f"merged onto the {report.onto} weights; keeps {report.kept:.2%} of the adapter's effect")
-            model = find_base(str(merged), trust_remote_code=trust_remote_code)
+            model, notes = find_base(str(merged), trust_remote_code=trust_remote_code), report.notes
         _require_room(model, place, kind, exact)
         say(f"converting to {kind}")
         plain = model.folder if trust_remote_code else without_code(model.folder, work / f"{model.folder.name} plain")
