@@ -162,7 +162,8 @@ def test_a_run_is_merged_on_the_way_and_nothing_else_remains(lora, recipe_file, 
     ("words", "what"),
     [
         (["--to", "gguf", "--type", "q4_k_m"], "llama-quantize model-f16.gguf model.gguf Q4_K_M"),
-        (["--to", "gguf", "--onto", "original"], "--onto is for an adapter or a run"),
+        (["--to", "gguf", "--onto", "original"], "--onto is for a merge on the way"),
+        (["--to", "gguf", "--proof", "none"], "--proof is for a merge on the way"),
         (["--to", "gguf-adapter"], "this is a whole model, not an adapter"),
     ],
 )
@@ -281,6 +282,12 @@ def test_an_irregular_template_is_left_out():
     text = "{% for m in messages %}{{ loop.index }}: {{ m.content }}\n{% endfor %}"
     tokenizer.chat_template = text
     assert ollama.around(chat_template(tokenizer, None, "the model"), "") is None
+
+
+def test_how_the_merge_on_the_way_is_proved_can_be_chosen_and_is_said(lora, recipe_file, tmp_path, converter):
+    assert lora("train", recipe_file()).code == 0
+    said = lora("export", tmp_path / "run", "--to", "gguf", "--proof", "replay", "--output", tmp_path / "m.gguf")
+    assert (said.code, "weights; not compared" in said.text) == (0, True)
 
 
 def test_a_folder_for_ollama_prompts_as_trained_and_stops(lora, recipe_file, tmp_path, converter):

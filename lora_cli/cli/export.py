@@ -36,6 +36,10 @@ def export(
         Literal["auto", "trained", "original"] | None,
         typer.Option(help="Of an adapter: the weights to add its update to, as for merge.", show_default=False),
     ] = None,
+    proof: Annotated[
+        Literal["full", "replay", "none"] | None,
+        typer.Option(help="Of an adapter: how its merge is proved, as for merge.", show_default=False),
+    ] = None,
     base: Base = None,
     trust_remote_code: RemoteCode = False,
     as_json: Json = False,
@@ -52,6 +56,7 @@ def export(
         kind=kind.lower() if kind else None,
         base=base,
         onto=onto,
+        proof=proof,
         trust_remote_code=trust_remote_code,
         say=print_note,
     )

@@ -56,20 +56,21 @@ def export(
     kind: str | None = None,
     base: str | None = None,
     onto: str | None = None,
+    proof: str | None = None,
     trust_remote_code: bool = False,
     say: Callable[[str], None] = lambda _: None,
 ) -> Exported:
     """Write a GGUF file of a model (`gguf`), of an adapter alone (`gguf-adapter`), or a folder for Ollama (`ollama`).
 
-    source: as of `find_named`. kind: how weights are held; None for q8_0, and q4_1 of a QA-LoRA adapter. onto: as of
-    `merge`, of an adapter or a run. Everything is made beside `output` and moved into place at the end. Raises
-    LoraError for what cannot be exported, CheckFailed where a file is not what it should be.
+    source: as of `find_named`. kind: how weights are held; None for q8_0, and q4_1 of a QA-LoRA adapter. onto,
+    proof: as of `merge`, of an adapter or a run. Everything is made beside `output` and moved into place at the end.
+    Raises LoraError for what cannot be exported, CheckFailed where a file is not what it should be.
     """
     named = find_named(source, base)
     adapter = read_adapter(named.adapter) if named.adapter is not None else None
     exact = adapter is not None and adapter.metadata.method == "qa_lora"
     kind = kind or ("q4_1" if exact and to != "gguf-adapter" else "f32" if to == "gguf-adapter" else "q8_0")
-    _require_options(to, kind, onto, adapter, source)
+    _require_options(to, kind, {"--onto": onto, "--proof": proof}, adapter, source)
     converters = require_converter()
     place = require_place(output)
     refuse_if(
@@ -87,7 +88,7 @@ def export(
             require_outside(place, model.folder)
         else:
             merged = work / (named.run or named.adapter).resolve().name
-            more: dict[str, Any] = {"onto": onto} if onto else {}
+            more: dict[str, Any] = {key: one for key, one in {"onto": onto, "proof": proof}.items() if one}
             report = merge(
                 Path(home_expanded(source)),
                 merged,
@@ -97,7 +98,8 @@ def export(
                 say=say,
                 **more,
             )
-            say(f"merged onto the {report.onto} weights; keeps {report.kept:.2%} of the adapter's effect")
+            kept = f"keeps {report.kept:.2%} of the adapter's effect" if report.kept is not None else "not compared"
+            say(f"merged onto the {report.onto} weights; {kept}")
             model, notes = find_base(str(merged), trust_remote_code=trust_remote_code), report.notes
         _require_room(model, place, kind, exact)
         say(f"converting to {kind}")
@@ -118,20 +120,21 @@ def result_lines(made: Exported) -> list[str]:
     return lines
 
 
-def _require_options(to: str, kind: str, onto: str | None, adapter: AdapterFile | None, source: str) -> None:
+def _require_options(
+    to: str, kind: str, of_merging: dict[str, str | None], adapter: AdapterFile | None, source: str
+) -> None:
     """Raises LoraError for options that contradict each other, or a type that other programs make."""
     refuse_if(
         kind not in (*BY_CONVERTER, *BY_BLOCKS),
         f"{kind} is not a type that is written here; known are {', '.join((*BY_CONVERTER, *BY_BLOCKS))}",
         fix="export f16, then make it with llama.cpp: llama-quantize model-f16.gguf model.gguf " + kind.upper(),
     )
-    refuse_if(
-        onto is not None and adapter is None, "--onto is for an adapter or a run", where=source, fix="leave out --onto"
-    )
+    for option in (name for name, given in of_merging.items() if given is not None):
+        merges = adapter is not None and to != "gguf-adapter"
+        refuse_if(not merges, f"{option} is for a merge on the way", where=source, fix=f"leave out {option}")
     if to == "gguf-adapter":
         refuse_if(adapter is None, "this is a whole model, not an adapter", where=source, fix="use --to gguf")
         refuse_if(kind != "f32", "an adapter's file is written in f32", fix="leave out --type")
-        refuse_if(onto is not None, "--onto is for a merged file", fix="leave out --onto, or use --to gguf")
     exact = adapter is not None and adapter.metadata.method == "qa_lora" and to != "gguf-adapter"
     refuse_if(
         exact and kind not in ("q4_1", "f32"),
