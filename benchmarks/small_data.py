@@ -24,8 +24,10 @@ sys.path[:0] = [str(ROOT / "scripts"), str(ROOT / "benchmarks")]
 SOURCE = ROOT / "build" / "smollm2-135m-instruct"
 ROWS = 100
 ASKED = 50
-VARIANTS: dict[str, dict[str, float]] = {  # rank, learning rate, epochs; what is left out is as `lora init` writes it
+VARIANTS: dict[str, dict[str, float | str]] = {  # what is left out is as `lora init` writes it
     "init": {},
+    "before": {"layers": "attention", "rank": 16, "rate": 2e-4, "epochs": 3},  # what recipes said before all of this
+    "attention": {"layers": "attention"},
     "2e-4": {"rank": 16, "rate": 2e-4, "epochs": 3},
     "small steps": {"rank": 16, "rate": 1.8e-4, "epochs": 3},
     "rank 8": {"rank": 8, "rate": 2e-4, "epochs": 3},
@@ -34,7 +36,12 @@ VARIANTS: dict[str, dict[str, float]] = {  # rank, learning rate, epochs; what i
     "six epochs": {"rank": 16, "rate": 1.7e-4, "epochs": 6},
     "ten epochs": {"rank": 8, "rate": 2e-4, "epochs": 10},
 }
-KEYS = {"rank": "adapter.rank", "rate": "train.learning_rate", "epochs": "train.epochs"}
+KEYS = {
+    "layers": "adapter.target_modules",
+    "rank": "adapter.rank",
+    "rate": "train.learning_rate",
+    "epochs": "train.epochs",
+}
 
 
 def main() -> None:
@@ -94,6 +101,7 @@ def measure(folder: Path, base: Path, task: str, variant: str, seed: int) -> dic
         "task": task,
         "variant": variant,
         "seed": seed,
+        "layers": recipe.adapter.target_modules,
         "rank": recipe.adapter.rank,
         "rate": recipe.train.learning_rate,
         "epochs": recipe.train.epochs,
