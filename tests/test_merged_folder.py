@@ -260,22 +260,40 @@ def test_names_without_the_prefix_of_the_class_are_kept(prefix, tiny_gpt2, tmp_p
     assert_close(logits(reopened(tmp_path / "merged")), base_and_adapter(adapter), rtol=0, atol=1e-5)
 
 
-@pytest.mark.parametrize("quantization", ["none", "nf4"])
-def test_a_base_in_several_files_keeps_them_and_its_index(quantization, tiny_llama, tmp_path, tokenizer):
-    model = AutoModelForCausalLM.from_pretrained(tiny_llama, dtype=torch.float32)
-    model.save_pretrained(tmp_path / "base", max_shard_size="100KB")
+@pytest.mark.parametrize("kind", ["tiny_llama", "tiny_gpt2"])  # the second has tied embeddings
+def test_weights_are_in_files_of_the_size_that_was_asked_for_as_transformers_writes_them(
+    kind, tmp_path, request, tokenizer
+):
+    model = AutoModelForCausalLM.from_pretrained(request.getfixturevalue(kind), dtype=torch.float32)
+    model.save_pretrained(tmp_path / "base", max_shard_size="150KB")
     tokenizer.save_pretrained(tmp_path / "base")
-    index = json.loads((tmp_path / "base" / "model.safetensors.index.json").read_text())
-    adapter = adapter_for(tmp_path / "base", tmp_path / "adapter", quantization=quantization)
-    merge(adapter, tmp_path / "kept")
-    kept = (tmp_path / "kept" / "model.safetensors.index.json").read_bytes()
-    assert kept == (tmp_path / "base" / "model.safetensors.index.json").read_bytes()
-    merge(adapter, tmp_path / "half", dtype="bf16")
-    half = json.loads((tmp_path / "half" / "model.safetensors.index.json").read_text())
-    assert half["weight_map"] == index["weight_map"]
-    assert half["metadata"]["total_size"] * 2 == index["metadata"]["total_size"]
-    assert_close(logits(reopened(tmp_path / "kept")), base_and_adapter(adapter), rtol=0, atol=1e-5)
-    assert set(dtypes(tmp_path / "half").values()) == {"BF16"}
+    adapter = adapter_for(tmp_path / "base", tmp_path / "adapter", quantization="nf4")
+    merge(adapter, tmp_path / "one")
+    merge(adapter, tmp_path / "many", dtype="bf16", max_shard_size="40kb")
+    assert [each.name for each in (tmp_path / "one").glob("model*")] == ["model.safetensors"]
+    AutoModelForCausalLM.from_pretrained(tmp_path / "many").save_pretrained(tmp_path / "theirs", max_shard_size="40KB")
+    ours, theirs = ({each.name for each in (tmp_path / name).glob("model*")} for name in ("many", "theirs"))
+    assert ours == theirs
+    assert len(ours) > 3
+    index = json.loads((tmp_path / "many" / "model.safetensors.index.json").read_text())
+    sizes = {}
+    for name in set(index["weight_map"].values()):
+        tensors = load_file(tmp_path / "many" / name)
+        assert set(tensors) == {each for each, file in index["weight_map"].items() if file == name}
+        sizes[name] = sum(each.nbytes for each in tensors.values())
+        assert sizes[name] <= 40_000 or len(tensors) == 1
+    assert max(sizes.values()) > 40_000  # the embeddings, in a file of their own
+    assert sum(sizes.values()) == index["metadata"]["total_size"]
+    assert set(dtypes(tmp_path / "many").values()) == {"BF16"}
+    assert_close(logits(reopened(tmp_path / "one")), base_and_adapter(adapter), rtol=0, atol=1e-5)
+    assert_close(logits(reopened(tmp_path / "many")), base_and_adapter(adapter), rtol=0, atol=0.1)
+
+
+@pytest.mark.parametrize("size", ["0GB", "-1GB", "5", "many", "nanGB", "infGB", ""])
+def test_a_size_of_files_that_is_none_is_refused(size, tiny_llama, tmp_path):
+    adapter = adapter_for(tiny_llama, tmp_path / "adapter")
+    with pytest.raises(LoraError, match="is not a size of files"):
+        merge(adapter, tmp_path / "merged", max_shard_size=size)
 
 
 @pytest.mark.parametrize("kind", ["tiny_llama", "tiny_gpt2"])
@@ -448,7 +466,7 @@ def test_a_strong_adapter_is_kept_in_bf16_and_the_share_is_said(tiny_llama, tmp_
     assert 0.99 < report.kept < 1
     assert set(dtypes(tmp_path / "merged").values()) == {"BF16"}
     assert report.dtype == "bf16"
-    (line,) = [line for line in merging.result_lines(report) if "keeps" in line]
+    (line,) = [line for line in report.lines() if "keeps" in line]
     assert line.startswith(f"keeps {report.kept:.2%} of the adapter's effect: compared with base + adapter in fp32")
     stored = json.loads((tmp_path / "merged" / "merge.json").read_text())
     assert (stored["kept"], stored["compared_in"]) == (report.kept, "fp32")
@@ -484,7 +502,7 @@ def test_an_adapter_that_changes_nothing_merges_to_the_base(tiny_llama, tmp_path
     assert (report.kept, report.adapter_effect) == (1.0, 0.0)
     before, after = (load_file(folder / "model.safetensors") for folder in (tiny_llama, tmp_path / "merged"))
     assert all(torch.equal(after[key], before[key]) for key in before)
-    assert "the adapter changes nothing" in merging.result_lines(report)[1]
+    assert "the adapter changes nothing" in report.lines()[1]
 
 
 def test_layers_that_were_quantized_otherwise_in_training_are_said(tiny_llama, tmp_path):

@@ -14,7 +14,7 @@ from lora_cli.adapters.opened import open_model
 from lora_cli.base.source import find_base
 from lora_cli.errors import CheckFailed
 from lora_cli.merging import merge as merging
-from lora_cli.merging.merge import merge, result_lines
+from lora_cli.merging.merge import merge
 
 
 def _adapter(base: Path, folder: Path, quantization: str, dtype: torch.dtype) -> Path:
@@ -71,7 +71,7 @@ def test_a_tensor_that_was_written_wrong_is_found_by_the_replay(tiny_llama, tmp_
 def test_a_merge_that_compared_nothing_says_so(proof, tiny_llama, tmp_path):
     adapter = _adapter(tiny_llama, tmp_path / "adapter", "none", torch.float32)
     report = merge(adapter, tmp_path / "merged", proof=proof)
-    assert f"not compared with base + adapter (--proof {proof})" in result_lines(report)[-1]
+    assert f"not compared with base + adapter (--proof {proof})" in report.lines()[-1]
     stored = json.loads((tmp_path / "merged" / "merge.json").read_text())
     assert (stored["proof"], stored["kl"], stored["kept"]) == (proof, None, None)
     assert bool(stored["replayed"]) == (proof == "replay")

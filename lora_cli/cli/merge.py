@@ -38,6 +38,7 @@ def merge(
             "replay: open no model, for one that does not fit into memory. none: neither."
         ),
     ] = "full",
+    max_shard_size: Annotated[str, typer.Option(help="The most that one weight file may hold.")] = "5GB",
     trust_remote_code: RemoteCode = False,
     as_json: Json = False,
 ) -> None:
@@ -53,12 +54,13 @@ def merge(
         dtype=dtype,
         onto=onto,
         proof=proof,
+        max_shard_size=max_shard_size,
         trust_remote_code=trust_remote_code,
         say=print_note,
     )
     if as_json:
         print_json(report.as_dict())
         return
-    for line in merging.result_lines(report):
+    for line in report.lines():
         print_note(line)
     print_note(f"next: {command('lora', 'chat', output)}     other programs: docs/serving.md")

@@ -69,7 +69,7 @@ def base_files(base: Path, *, code: bool) -> tuple[list[Path], list[str]]:
 
     code: whether Python files are among them. Raises LoraError for a link that leads out of the folder.
     """
-    weights = {file.resolve() for file in weight_files(base)}
+    weights = {file.resolve() for file in (*weight_files(base), base / INDEX)}
     taken: list[Path] = []
     left: dict[str, list[str]] = {}
     for path in _walk(base):
@@ -88,7 +88,7 @@ def _why_left_out(name: Path, code: bool) -> str | None:
     suffix = name.suffix.lower()
     if _PICKLES & {each.lower() for each in name.suffixes}:
         return "pickled files can run code, and hold the base's weights if any"
-    if suffix in _OTHER_WEIGHTS or (name.name.endswith(".index.json") and name.as_posix() != INDEX):
+    if suffix in _OTHER_WEIGHTS or name.name.endswith(".index.json"):
         return "the base's weights in another form, without the adapter"
     return "code of the base is copied only with --trust-remote-code" if suffix in _CODE and not code else None
 
@@ -107,8 +107,6 @@ def copy_files(base: Path, names: Sequence[Path], place: Path) -> None:
         if name.as_posix() in _OWN and (base / _README).exists():  # the base was merged by this program
             continue
         target = place / (_BASE_README if name == Path(_README) else name)
-        if target.exists():  # an index that was written with the weights
-            continue
         target.parent.mkdir(parents=True, exist_ok=True)
         shutil.copyfile(base / name, target)
 

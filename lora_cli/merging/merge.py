@@ -8,9 +8,7 @@ on the run's held-out rows. The difference from base + adapter is measured on re
 
 from __future__ import annotations
 
-import math
 from collections.abc import Callable, Sequence
-from dataclasses import asdict, dataclass, field
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -28,7 +26,7 @@ from lora_cli.base.source import BaseSource, find_base
 from lora_cli.base.stored import parameters_stored, stored_quantization
 from lora_cli.base.weight_files import stored_tensors
 from lora_cli.data.example import Example
-from lora_cli.errors import CheckFailed, LoraError
+from lora_cli.errors import LoraError
 from lora_cli.files import human_bytes, require_space, written_whole
 from lora_cli.merging import files
 from lora_cli.merging.compare import (
@@ -43,53 +41,9 @@ from lora_cli.merging.compare import (
 )
 from lora_cli.merging.names import Places
 from lora_cli.merging.onto import compare_bases, held_out
+from lora_cli.merging.report import NOISE, MergeReport, require_number, require_same
 from lora_cli.merging.streamed import changed, fresh_from_files, require_own_head, why_whole
-from lora_cli.merging.tensors import Fresh, replay_weights, write_weights
-
-_KEPT_AT_LEAST = 0.9  # share of the adapter's effect that a merge onto the trained weights must keep
-# KL that arithmetic alone can explain, nats a token: in fp32 (measured 1e-12 to 1e-11), and in 16 bits
-_NOISE = {"fp32": 1e-10, "16 bits": 2e-3}
-
-
-@dataclass(frozen=True)
-class MergeReport:
-    """How near the merged model is to base + adapter, over the tokens that were compared.
-
-    kl: mean KL divergence in nats a token from base + adapter to the merged model. adapter_effect: the same from
-    base + adapter to the base alone, the yardstick. top1_agreement: share of positions with the same likeliest token.
-    compared_in: fp32, or 16 bits where memory did not allow more. stop_tokens: added to generation_config.json.
-    proof: full; replay or none, where nothing was compared and these figures are None. replayed: tensors made a second
-    time and found in the files, bit for bit. streamed: whether the base was read a tensor at a time.
-    bases_compared: losses on held-out rows, merged onto the trained and onto the original weights, and what the
-    original ones gain, with its interval (`paired_gain`); None where they were not compared.
-    """
-
-    output: str
-    onto: str
-    dtype: str
-    layers: int
-    tokens_compared: int
-    kl: float | None = None
-    adapter_effect: float | None = None
-    top1_agreement: float | None = None
-    compared_in: str | None = None
-    tokens: str = ""
-    stop_tokens: list[str] = field(default_factory=list)
-    notes: list[str] = field(default_factory=list)
-    proof: str = "full"
-    replayed: int = 0
-    streamed: bool = True
-    bases_compared: dict[str, Any] | None = None
-
-    @property
-    def kept(self) -> float | None:
-        """Share of the adapter's effect that the merge keeps; 1 is all of it. None where nothing was compared."""
-        if self.kl is None or self.adapter_effect is None:
-            return None
-        return 1 - self.kl / self.adapter_effect if self.adapter_effect > 0 else 1.0
-
-    def as_dict(self) -> dict[str, Any]:
-        return asdict(self) | {"kept": self.kept}
+from lora_cli.merging.tensors import SHARD_SIZE, Fresh, parse_shard_size, replay_weights, write_weights
 
 
 def merge(
@@ -101,17 +55,18 @@ def merge(
     onto: str = "auto",
     trust_remote_code: bool = False,
     proof: str = "full",
+    max_shard_size: str = SHARD_SIZE,
     say: Callable[[str], None] = lambda _: None,
 ) -> MergeReport:
     """Merge the adapter of a run folder or adapter folder into its base and write the model to `output`.
 
     dtype: of the written weights: bf16, fp16, fp32, or keep for that of each tensor of the base. proof: `full` makes
-    every written tensor again and compares the opened models, `replay` opens none, `none` does neither. say: prints
-    what is slow or left out. Weights are read and written a tensor at a time, where the adapter and the architecture
-    allow it. Works on the CPU. Raises CheckFailed, leaving `output` as it was, if the written model does not compute
-    what base + adapter compute.
+    every written tensor again and compares the opened models, `replay` opens none, `none` does neither.
+    max_shard_size: of a weight file, such as 5GB. say: prints what is slow or left out. Weights are read and written a
+    tensor at a time, where the adapter and the architecture allow it. Works on the CPU. Raises CheckFailed, leaving
+    `output` as it was, if the written model does not compute what base + adapter compute.
     """
-    place = files.require_place(output)
+    place, shard_bytes = files.require_place(output), parse_shard_size(max_shard_size)
     job = _Merge(source, base, dtype, onto, trust_remote_code, proof, say)
     files.require_outside(place, job.source.folder)
     compared = job.choose(source) if onto == "auto" else None
@@ -124,7 +79,7 @@ def merge(
         reference = log_probabilities(opened.model, tokens)
         with adapters_disabled(opened.model):
             effect = divergence(reference, log_probabilities(opened.model, tokens))
-        _require_number(effect, job.adapter)
+        require_number(effect, job.folder)
         measured = {"adapter_effect": effect, "tokens": origin, "compared_in": "fp32" if job.fp32 else "16 bits"}
     if changes is None:
         if job.onto == "original" and job.quantization != "none":
@@ -133,7 +88,7 @@ def merge(
     del opened  # its memory is needed for the merged model
     layers = len(trained_modules(changes[0]))
     with written_whole(place) as temporary:
-        added = job.write(temporary, *changes)
+        added = job.write(temporary, shard_bytes, *changes)
         replayed = 0
         if proof != "none":
             replayed = replay_weights(job.source, temporary, changes[2], dtype=job.dtype, dense=job.dense)
@@ -156,7 +111,7 @@ def merge(
             bases_compared=compared,
             **measured,
         )
-        _require_same(report, job)
+        require_same(report, job.folder, as_trained=report.onto == "trained" or job.quantization == "none")
         job.write_notes(temporary, report)
     return report
 
@@ -224,7 +179,7 @@ class _Merge:
                 "comparison's tokens, some minutes each for a large model"
             )
         if not self.fp32:
-            smallest = f"{_NOISE['16 bits']:g} nats a token"
+            smallest = f"{NOISE['16 bits']:g} nats a token"
             self._note(
                 f"too little memory for fp32: compared in 16 bits, which cannot see differences below {smallest}"
             )
@@ -312,7 +267,7 @@ class _Merge:
             changes = changed(opened.model, self.quantized, lambda layer, _: dense_weight(layer))
             return opened.model, places, places.fresh(changes)
 
-    def write(self, place: Path, _: Any, places: Places, fresh: dict[str, Fresh]) -> list[str]:
+    def write(self, place: Path, shard_bytes: int, _: Any, places: Places, fresh: dict[str, Fresh]) -> list[str]:
         """Everything but merge.json and README.md; returns the stop tokens that were added."""
         require_space(place, self.needed_bytes, "the merged model")
         if unused := places.unused(fresh):
@@ -320,7 +275,7 @@ class _Merge:
                 f"{len(unused)} tensors that the model's class does not use are carried over as they are, the "
                 f"first is {unused[0]}"
             )
-        write_weights(self.source, place, fresh, dtype=self.dtype, dense=self.dense)
+        write_weights(self.source, place, fresh, dtype=self.dtype, dense=self.dense, shard_bytes=shard_bytes)
         files.copy_files(self.source.folder, self.taken, place)
         named = str(self.dtype).removeprefix("torch.") if self.dtype is not None else None
         files.write_config(self.source.folder, place, dtype=named, dequantized=self.held is not None)
@@ -342,56 +297,5 @@ class _Merge:
         facts |= {"base_fingerprint": self.source.fingerprint, "quantization": self.quantization}
         facts |= self.adapter.metadata.model_dump(include={"prompting", "system", "method"})
         del facts["output"]
-        said = [f"Merged by `lora merge`: {_effect(report)} (how: merge.json)."]
+        said = [f"Merged by `lora merge`: {report.effect} (how: merge.json)."]
         files.write_notes(place, {"format": 1, **facts}, self.source, [*measured_of(self.adapter.folder), *said])
-
-
-def result_lines(report: MergeReport) -> list[str]:
-    """What was written, and how near it is to base + adapter."""
-    first = f"merged {report.layers} layers onto the {report.onto} weights, in {report.dtype}: {report.output}"
-    again = f"{report.replayed} tensors made again from base and adapter are in the files, bit for bit"
-    if report.kl is None:
-        return [first, *([again] if report.replayed else []), f"{_effect(report)} (--proof {report.proof})"]
-    return [
-        first,
-        f"{_effect(report)}: compared with base + adapter in {report.compared_in} on {report.tokens_compared} tokens "
-        f"{report.tokens}, KL {report.kl:.2g} nats a token (the adapter itself changes {report.adapter_effect:.2g}), "
-        f"same top token at {report.top1_agreement:.1%}",
-        again,
-    ]
-
-
-def _effect(report: MergeReport) -> str:
-    if report.kept is None:
-        return "the merged model was not compared with base + adapter"
-    return (
-        f"keeps {report.kept:.2%} of the adapter's effect" if report.adapter_effect else "the adapter changes nothing"
-    )
-
-
-def _require_same(report: MergeReport, job: _Merge) -> None:
-    if report.kl is None or report.kept is None or report.compared_in is None:
-        return
-    _require_number(report.kl, job.adapter)
-    if report.onto == "original" and job.quantization != "none":
-        return  # the user asked for another model than the trained one; the report says how different it is
-    if report.kl > _NOISE[report.compared_in] and report.kept < _KEPT_AT_LEAST:
-        written = report.dtype
-        lost = "" if written == "fp32" else f": {written} cannot hold changes as small as this adapter's"
-        raise CheckFailed(
-            f"the merged model keeps {max(0.0, report.kept):.0%} of what the adapter changes{lost}",
-            where=report.output,
-            details=[
-                f"KL from base + adapter: {report.kl:.2g} nats a token; the adapter itself changes "
-                f"{report.adapter_effect:.2g} (compared in {report.compared_in} on {report.tokens_compared} tokens)"
-            ],
-            fix="nothing was written; " + ("report this" if written == "fp32" else "write it with --dtype fp32"),
-        )
-
-
-def _require_number(measured: float, adapter: AdapterFile) -> None:
-    """A comparison with nan is never true, so no limit would be passed."""
-    if not math.isfinite(measured):
-        what = "base + adapter produce NaN or infinity: their weights are damaged, or too large"
-        fix = "nothing was written; copy the adapter and download the base model again"
-        raise CheckFailed(what, where=str(adapter.folder), fix=fix)

@@ -1,4 +1,4 @@
-"""The weights of a merged folder: the base checkpoint's files and names, tensor by tensor, some of them made anew.
+"""The weights of a merged folder: the base checkpoint's tensors under their own names, some of them made anew.
 
 transformers renames tensors on loading and would save them under other names, in one dtype, without those that its
 class does not use. So nothing goes through its saving: every tensor of the base is copied as it is, but for those that
@@ -15,17 +15,32 @@ from pathlib import Path
 from typing import Any, BinaryIO
 
 import torch
+from huggingface_hub import split_state_dict_into_shards_factory
 from torch import Tensor
 
 from lora_cli.base.source import BaseSource
 from lora_cli.base.storage.registry import part_of
 from lora_cli.base.tensor_files import NAMES, Entry, is_finite, put_bytes, read_tensor, write_entries
 from lora_cli.base.weight_files import StoredTensor, read_header, weight_files
-from lora_cli.errors import CheckFailed, LoraError
+from lora_cli.errors import CheckFailed, LoraError, refuse_if
 
 INDEX = "model.safetensors.index.json"
 FLOATS = {name: dtype for dtype, name in NAMES.items() if dtype.is_floating_point}
+SHARD_SIZE = "5GB"  # transformers' own when it saves
 _PIECE = 2**24  # bytes copied at a time
+
+
+def parse_shard_size(text: str) -> int:
+    """Bytes, of a size such as 5GB, 500MB or 2GiB. Raises LoraError for what is none."""
+    from accelerate.utils import convert_file_size_to_int
+
+    try:
+        size = convert_file_size_to_int(text.strip().upper())
+    except (ValueError, OverflowError):
+        size = 0
+    fix = f"write one such as {SHARD_SIZE}, 500MB or 2GiB"
+    refuse_if(size < 1, f"--max-shard-size {text} is not a size of files", fix=fix)
+    return size
 
 
 @dataclass(frozen=True)
@@ -55,9 +70,7 @@ def replay_weights(
     source: BaseSource, place: Path, fresh: Mapping[str, Fresh], *, dtype: torch.dtype | None, dense: torch.dtype
 ) -> int:
     """Make every tensor that `write_weights` wrote again and compare it bit for bit; returns how many there are."""
-    entries = {}
-    for file in weight_files(source.folder):
-        entries |= {each.name: each for each in _plan(read_header(file)[0], fresh, dtype, dense)}
+    entries = {each.name: each for each in _entries(source, fresh, dtype, dense)}
     written = {name: each for file in weight_files(place) for name, each in read_header(file)[0].items()}
     if written.keys() != entries.keys():
         name = min(written.keys() ^ entries.keys())
@@ -70,27 +83,42 @@ def replay_weights(
 
 
 def write_weights(
-    source: BaseSource, place: Path, fresh: Mapping[str, Fresh], *, dtype: torch.dtype | None, dense: torch.dtype
+    source: BaseSource,
+    place: Path,
+    fresh: Mapping[str, Fresh],
+    *,
+    dtype: torch.dtype | None,
+    dense: torch.dtype,
+    shard_bytes: int,
 ) -> None:
-    """Write the base's weight files into `place`, with the fresh tensors in place of its own.
+    """Write the base's tensors into `place`, with the fresh ones in place of its own.
 
     dtype: of every floating-point tensor; nothing keeps each one's own. dense: for a fresh tensor whose own is a
-    quantized form. Raises CheckFailed for a number that its new dtype cannot hold.
+    quantized form. shard_bytes: the most of one file, but for a tensor that is larger, which gets a file of its own;
+    names and index are those of transformers. Raises CheckFailed for a number that its new dtype cannot hold.
     """
-    placed: dict[str, str] = {}
-    total, changed = 0, False
+    entries = {each.name: each for each in _entries(source, fresh, dtype, dense)}
+    split = split_state_dict_into_shards_factory(
+        entries,
+        get_storage_size=lambda each: each.size_bytes,
+        filename_pattern="model{suffix}.safetensors",
+        max_shard_size=shard_bytes,
+    )
+    metadata = {}
     for file in weight_files(source.folder):
-        stored, metadata = read_header(file)
-        plan = list(_plan(stored, fresh, dtype, dense))
-        changed |= [(each.name, each.dtype) for each in plan] != [(name, own.dtype) for name, own in stored.items()]
-        target = place / file.relative_to(source.folder)
-        target.parent.mkdir(parents=True, exist_ok=True)
-        write_entries(target, plan, metadata)
-        placed |= {each.name: target.relative_to(place).as_posix() for each in plan}
-        total += sum(each.size_bytes for each in plan)
-    if changed and (source.folder / INDEX).is_file():
-        index = {"metadata": {"total_size": total}, "weight_map": placed}
+        metadata |= read_header(file)[1]
+    for name, tensors in split.filename_to_tensors.items():
+        write_entries(place / name, [entries[each] for each in tensors], metadata)
+    if split.is_sharded:
+        index = {"metadata": split.metadata, "weight_map": split.tensor_to_filename}
         (place / INDEX).write_text(json.dumps(index, indent=2) + "\n", encoding="utf-8")
+
+
+def _entries(
+    source: BaseSource, fresh: Mapping[str, Fresh], dtype: torch.dtype | None, dense: torch.dtype
+) -> Iterator[Entry]:
+    for file in weight_files(source.folder):
+        yield from _plan(read_header(file)[0], fresh, dtype, dense)
 
 
 def _plan(
