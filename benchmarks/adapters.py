@@ -57,11 +57,14 @@ def main() -> None:
     parser.add_argument("--rank", type=int, default=64)
     options = parser.parse_args()
     with tempfile.TemporaryDirectory() as name:
-        one = Path(name, "one")
+        one, two = Path(name, "one"), Path(name, "two")
         size = write_adapter(one, options.layers, options.rank, seed=0)
+        write_adapter(two, options.layers, options.rank, seed=1)
         print(f"an adapter of {size / 2**20:.0f} MiB", flush=True)
         timed("inspect", one)
         timed("resize", one, "--rank", "16", "--output", Path(name, "small"))
+        timed("combine", f"{one}:0.7", f"{two}:0.3", "--output", Path(name, "sum"))
+        timed("combine", f"{one}:0.7", f"{two}:0.3", "--rank", "64", "--output", Path(name, "both"))
 
 
 if __name__ == "__main__":

@@ -71,6 +71,9 @@ FROZEN = {
     | {"effective_rank", "directions_90", "dead_directions", "inert"},
     "resize": {"output", "error", "norm", "layers"},
     "resize layers": {"name", "was", "rank", "norm", "lost"},
+    "combine": {"output", "method", "parts", "notes", "error", "norm", "layers"},
+    "combine parts": {"name", "weight"},
+    "combine layers": {"name", "was", "rank", "norm", "lost"},
     "push": {"repository", "private", "files", "left_out", "card", "url"},
     "export": {"output", "to", "type", "bytes", "error", "template", "notes"},
 }
@@ -108,6 +111,7 @@ def test_keys_of_documents_and_files_only_grow(recipe_file, tiny_llama, sums, tm
         "init": lora(capsys, "init", tiny_llama, sums, "--output", tmp_path / "new.yaml"),
         "inspect": lora(capsys, "inspect", run, "--base", tiny_llama),
         "resize": lora(capsys, "resize", run, "--rank", "2", "--output", tmp_path / "small"),
+        "combine": lora(capsys, "combine", run, f"{run}:-0.5", "--output", tmp_path / "sum"),
         "push": lora(capsys, "push", run, "--to", "me/it", "--base", "me/llama", "--dry-run"),
         "export": Exported("a.gguf", "gguf", "q8_0", 1).as_dict(),  # the converter is no part of this environment
         "report.json": json.loads((run / "report.json").read_text()),

@@ -15,6 +15,12 @@ from lora_cli.foreign import read_text
 
 CARD = "README.md"
 MEASURED = "## What was measured"
+USE = """from peft import PeftModel
+from transformers import AutoModelForCausalLM, AutoTokenizer
+
+tokenizer = AutoTokenizer.from_pretrained("{base}")
+model = PeftModel.from_pretrained(AutoModelForCausalLM.from_pretrained("{base}", dtype="auto"), "this-folder")
+"""  # of an adapter folder
 _MOST = 2**16  # bytes of a card that is read back
 
 
@@ -24,18 +30,25 @@ def public_name(base: BaseSource) -> str:
 
 
 def model_card(
-    base: BaseSource, *, library: str, relation: str, said: Sequence[str], settings: Mapping[str, object], use: str
+    base: BaseSource,
+    *,
+    library: str,
+    relation: str,
+    said: Sequence[str],
+    settings: Mapping[str, object],
+    use: str,
+    made: str = "trained",
 ) -> str:
     """The page. relation: `adapter` or `merge`, in the hub's words. said: what was measured, a point each.
 
-    settings: of the training, a row each. use: Python that opens the folder.
+    settings: of the training, a row each. use: Python that opens the folder. made: what `lora` did.
     """
     on_hub = [f"base_model: {base.name}", f"base_model_relation: {relation}"] if base.revision is not None else []
     head = ["---", *on_hub, f"library_name: {library}", "pipeline_tag: text-generation", "tags: [lora]", "---"]
     kind = "A LoRA adapter for" if relation == "adapter" else "A LoRA adapter, merged into the weights of"
     revision = f" (revision {base.revision})" if base.revision else ""
     licence = "The licence of the base model holds for what is made of it; say here which it is."
-    lines = [*head, "", f"{kind} {public_name(base)}{revision}, trained by `lora`. {licence}", "", MEASURED, ""]
+    lines = [*head, "", f"{kind} {public_name(base)}{revision}, {made} by `lora`. {licence}", "", MEASURED, ""]
     lines += [f"- {point}" for point in said]
     if settings:
         rows = [f"| {name} | {value} |" for name, value in settings.items()]

@@ -37,7 +37,8 @@ class AdapterMetadata(BaseModel):
 
     base_fingerprint: see `weight_files.fingerprint`. compute_dtype: of the base's layers in training.
     unquantized_modules: linear layers that a quantized base held as they are. prompting: through a chat template, or
-    raw. system: the system prompt that training put before conversations. alpha: the one of all layers.
+    raw. system: the system prompt that training put before conversations. alpha: the one of all layers. made_of: of
+    which adapters, or which model, it was computed, in words without a path.
     """
 
     model_config = ConfigDict(frozen=True, extra="ignore")
@@ -55,6 +56,7 @@ class AdapterMetadata(BaseModel):
     prompting: Literal["template", "raw"] | None = None
     system: str | None = None
     alpha: Annotated[float | None, BeforeValidator(_from_json)] = None
+    made_of: str | None = None
 
     def as_texts(self) -> dict[str, str]:
         """For the file; what is None is left out."""

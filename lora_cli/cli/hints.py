@@ -31,6 +31,10 @@ EXAMPLES = {
     "runs": ("lora runs", "lora runs runs/my-run", "lora runs --per-hour 0.40"),
     "inspect": ("lora inspect runs/my-run", "lora inspect runs/my-run --base Qwen/Qwen3-4B --picture adapter.png"),
     "resize": ("lora resize runs/my-run --rank 8 --output small", "lora resize adapter --energy 0.95 --output small"),
+    "combine": (
+        "lora combine runs/faq:0.7 runs/sql:0.3 --output both",
+        "lora combine runs/faq runs/sql --method ties --rank 16 --output both",
+    ),
     "export": (
         "lora export runs/my-run --to gguf --output my-run.gguf",
         "lora export runs/my-run --to ollama --type q4_1 --output my-model",

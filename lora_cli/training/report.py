@@ -8,7 +8,7 @@ from typing import Any
 
 from accelerate import Accelerator
 
-from lora_cli.adapters.card import CARD, model_card, public_name
+from lora_cli.adapters.card import CARD, USE, model_card, public_name
 from lora_cli.adapters.file import CHAT_TEMPLATE, TENSORS, put_saved
 from lora_cli.adapters.trained import is_neutral, trained_parameters
 from lora_cli.adapters.update_size import update_sizes
@@ -39,12 +39,6 @@ _OF_THE_STATE = {
     *("first_loss", "last_loss", "base_validation_loss", "best_validation_loss", "best_step", "last_validation_loss"),
     *("tokens", "target_tokens", "peak_memory_bytes"),
 }
-_USE = """from peft import PeftModel
-from transformers import AutoModelForCausalLM, AutoTokenizer
-
-tokenizer = AutoTokenizer.from_pretrained("{base}")
-model = PeftModel.from_pretrained(AutoModelForCausalLM.from_pretrained("{base}", dtype="auto"), "this-folder")
-"""
 
 
 def make_report(session: Session, state: State, folder: RunFolder, accelerator: Accelerator) -> dict[str, Any]:
@@ -117,7 +111,7 @@ def write_card(session: Session, report: dict[str, Any], folder: RunFolder) -> N
     }
     if system := session.feed.summary.system:
         settings["system prompt"] = json.dumps(system, ensure_ascii=False).replace("|", "\\|")
-    use = _USE.format(base=public_name(session.source))
+    use = USE.format(base=public_name(session.source))
     if (folder.adapter / CHAT_TEMPLATE).exists():
         use += f"# training went through the {CHAT_TEMPLATE} of this folder: set tokenizer.chat_template to its text\n"
     card = model_card(

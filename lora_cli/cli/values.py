@@ -1,0 +1,44 @@
+"""Adapters of adapters: `lora combine`."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Annotated, Literal
+
+import typer
+
+from lora_cli.cli.common import Json, heavy, home
+from lora_cli.cli.study import say_made
+from lora_cli.errors import refuse_if
+
+Output = Annotated[
+    Path, typer.Option("--output", callback=home, help="Folder to write the adapter to.", show_default=False)
+]
+
+
+def combine(
+    adapters: Annotated[
+        list[str], typer.Argument(help="Runs or adapters of one base, each as ADAPTER:WEIGHT.", show_default=False)
+    ],
+    output: Output,
+    rank: Annotated[
+        int | None, typer.Option(min=1, help="Largest rank of a layer. Default: the sum, exact.", show_default=False)
+    ] = None,
+    method: Annotated[
+        Literal["linear", "ties", "dare"], typer.Option(help="How to add: all, by elected signs, or a random share.")
+    ] = "linear",
+    density: Annotated[
+        float | None, typer.Option(help="Share of each update that ties (0.2) or dare (0.5) keeps.", show_default=False)
+    ] = None,
+    seed: Annotated[int | None, typer.Option(help="Of what dare drops. Default: 0.", show_default=False)] = None,
+    as_json: Json = False,
+) -> None:
+    """Write one adapter that adds the weighted sum of several, and say how exactly."""
+    idle = "--density" if method == "linear" and density is not None else "--seed" if seed is not None else ""
+    refuse_if(bool(idle) and method != "dare", f"{idle} does nothing with --method {method}", fix=f"remove {idle}")
+    wrong = density is not None and not 0 < density <= 1
+    refuse_if(wrong, f"--density is {density}, but must be above 0 and at most 1", fix="for example --density 0.2")
+    combining = heavy("lora_cli.studies.combine", output)
+    made = combining.combine(adapters, output, rank=rank, method=method, density=density, seed=seed or 0)
+    parts = [{"name": name, "weight": weight} for name, weight in made.parts]
+    say_made(made.layers, output, as_json=as_json, notes=made.notes, method=method, parts=parts)
