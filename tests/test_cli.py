@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import io
 import json
 import os
 import shutil
@@ -19,18 +20,10 @@ from lora_cli.cli import app
 LORA = [sys.executable, "-m", "lora_cli"]
 
 
-def lora(*arguments: str | Path, cwd: Path = ROOT, stdin: str | None = None) -> subprocess.CompletedProcess[str]:
+def process(*arguments: str | Path, cwd: Path = ROOT) -> subprocess.CompletedProcess[str]:
     environment = os.environ | {"OMP_NUM_THREADS": "1", "COLUMNS": "120"}
-    return subprocess.run(
-        [*LORA, *map(str, arguments)],
-        capture_output=True,
-        text=True,
-        cwd=cwd,
-        input=stdin,
-        env=environment,
-        timeout=200,
-        check=False,
-    )
+    command = [*LORA, *map(str, arguments)]
+    return subprocess.run(command, capture_output=True, text=True, cwd=cwd, env=environment, timeout=200, check=False)
 
 
 @pytest.mark.parametrize("command", ["", *get_command(app).commands])  # type: ignore[attr-defined]
@@ -64,7 +57,7 @@ def smoke_run(tmp_path_factory) -> Path:
     place = tmp_path_factory.mktemp("clone")
     shutil.copytree(ROOT / "configs", place / "configs")
     shutil.copytree(ROOT / "tests" / "data", place / "tests" / "data")
-    done = lora("train", "configs/smoke-tiny-gpt2.yaml", "--json", cwd=place)
+    done = process("train", "configs/smoke-tiny-gpt2.yaml", "--json", cwd=place)
     assert done.returncode == 0, done.stderr
     report = json.loads(done.stdout)  # one document and nothing else
     assert report["learned"]
@@ -91,40 +84,41 @@ def test_smoke_run_is_the_golden_one(smoke_run):
     assert curve == pytest.approx(golden["losses"], abs=0.03)
 
 
-def test_second_run_into_the_same_folder_is_refused(smoke_run):
-    done = lora("train", "configs/smoke-tiny-gpt2.yaml", cwd=smoke_run.parents[1])
-    assert done.returncode == 2
-    assert "already holds a finished run" in done.stderr
-    assert "--resume" in done.stderr
-    assert "Traceback" not in done.stderr
+def test_second_run_into_the_same_folder_is_refused(lora, smoke_run, monkeypatch):
+    monkeypatch.chdir(smoke_run.parents[1])
+    done = lora("train", "configs/smoke-tiny-gpt2.yaml")
+    assert done.code == 2
+    assert "already holds a finished run" in done.text
+    assert "--resume" in done.text
 
 
-def test_merge_then_eval_and_generate_with_the_merged_model(smoke_run, tmp_path):
+def test_merge_then_eval_and_generate_with_the_merged_model(lora, smoke_run, tmp_path):
     done = lora("merge", smoke_run, "--output", tmp_path / "merged", "--json")
-    assert done.returncode == 0, done.stderr
-    assert json.loads(done.stdout)["kept"] > 0.9
+    assert done.code == 0, done.text
+    assert json.loads(done.out)["kept"] > 0.9
     data = ROOT / "tests" / "data" / "smoke.jsonl"
-    merged = json.loads(lora("eval", tmp_path / "merged", "--data", data, "--json").stdout)
-    adapted = json.loads(lora("eval", smoke_run / "adapter", "--data", data, "--json").stdout)
+    merged = json.loads(lora("eval", tmp_path / "merged", "--data", data, "--json").out)
+    adapted = json.loads(lora("eval", smoke_run / "adapter", "--data", data, "--json").out)
     assert merged["base"]["loss"] == pytest.approx(adapted["adapter"]["loss"], abs=0.01)
     assert adapted["adapter"]["loss"] < adapted["base"]["loss"]
     shown = lora("eval", smoke_run, "--data", data)
-    assert f"next: lora chat {smoke_run}\n      lora merge {smoke_run} --output " in shown.stderr
+    assert f"next: lora chat {smoke_run}\n      lora merge {smoke_run} --output " in shown.text
 
 
-def test_generate_from_argument_and_stdin(smoke_run):
+def test_generate_from_argument_and_stdin(lora, smoke_run, monkeypatch):
     by_argument = lora("generate", smoke_run, "ann has", "--max-new-tokens", "8", "--json")
-    by_stdin = lora("generate", smoke_run, "--max-new-tokens", "8", "--json", stdin="ann has")
-    assert by_argument.returncode == 0, by_argument.stderr
-    assert json.loads(by_argument.stdout) == json.loads(by_stdin.stdout)
+    monkeypatch.setattr(sys, "stdin", io.StringIO("ann has"))
+    by_stdin = lora("generate", smoke_run, "--max-new-tokens", "8", "--json")
+    assert by_argument.code == 0, by_argument.text
+    assert json.loads(by_argument.out) == json.loads(by_stdin.out)
     streamed = lora("generate", smoke_run, "ann has", "--max-new-tokens", "8")
-    assert streamed.stdout.strip() == json.loads(by_argument.stdout)["completion"].strip()
+    assert streamed.out.strip() == json.loads(by_argument.out)["completion"].strip()
 
 
-def test_sampling_is_seeded(smoke_run):
+def test_sampling_is_seeded(lora, smoke_run):
     def sample(seed: int) -> str:
         options = ["--temperature", "1.5", "--max-new-tokens", "12", "--seed", str(seed), "--json"]
-        return json.loads(lora("generate", smoke_run, "ann", *options).stdout)["completion"]
+        return json.loads(lora("generate", smoke_run, "ann", *options).out)["completion"]
 
     assert sample(1) == sample(1)
     assert sample(1) != sample(2)
@@ -151,18 +145,18 @@ def test_sampling_is_seeded(smoke_run):
         (["init"], "--schema"),
     ],
 )
-def test_mistakes_exit_2_with_a_fix_and_no_traceback(arguments, message):
+def test_mistakes_exit_2_with_a_fix_and_no_traceback(lora, monkeypatch, arguments, message):
+    monkeypatch.chdir(ROOT)
     done = lora(*arguments)
-    assert done.returncode == 2
-    assert message in done.stderr
-    assert "fix:" in done.stderr
-    assert "Traceback" not in done.stderr
-    assert done.stdout == ""
+    assert done.code == 2
+    assert message in done.text
+    assert "fix:" in done.text
+    assert done.out == ""
 
 
-def test_schema_is_json():
+def test_schema_is_json(lora):
     done = lora("init", "--schema")
-    assert json.loads(done.stdout)["properties"]["base_model"]["description"]
+    assert json.loads(done.out)["properties"]["base_model"]["description"]
 
 
 def test_ctrl_c_while_the_interpreter_ends_is_quiet():

@@ -169,6 +169,7 @@ def test_a_base_in_shares_is_the_base(write, train_all, tmp_path, kinds):
         assert_same_run(in_shares, train_here(write(f"{kind}-alone", kind)))
 
 
+@pytest.mark.slow
 def test_accelerate_launch_is_the_same_and_checkpoints_go_from_any_number_to_any(
     write, train_all, tmp_path, monkeypatch
 ):
@@ -370,9 +371,8 @@ main()
 """
 
 
-@pytest.mark.parametrize(
-    "shared", [pytest.param(False, id="whole", marks=pytest.mark.slow), pytest.param(True, id="shares")]
-)
+@pytest.mark.slow
+@pytest.mark.parametrize("shared", [False, True], ids=["whole", "shares"])
 def test_a_killed_worker_ends_the_run_with_a_clear_error_and_resume_completes_it(write, tmp_path, shared):
     recipe = write("killed", "llama-nf4", checkpoint_every=1, shard_base=shared)
     (tmp_path / "killed.py").write_text(KILLED)

@@ -15,7 +15,7 @@ from conftest import ROOT
 @pytest.mark.parametrize(
     ("sections", "count"),
     [
-        (["recipes", "damage", "strangers"], 20),  # in one process, which imports everything and warms up once
+        (["recipes", "damage", "strangers"], 8),  # in one process, which imports everything and warms up once
         pytest.param(["recipes"], 300, marks=pytest.mark.slow),
         pytest.param(["damage"], 100, marks=pytest.mark.slow),
         pytest.param(["strangers"], 150, marks=pytest.mark.slow),
