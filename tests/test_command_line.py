@@ -140,6 +140,7 @@ WITH = {
     "runs": ["{}"],
     "inspect": ["{}"],
     "resize": ["{}", "--rank", "2", "--output", "out"],
+    "diff": ["{model}", "{}", "--rank", "2", "--output", "out"],
     "combine": ["{}", "{}:0.5", "--output", "out"],
     "push": ["{}", "--to", "me/it"],
     "export": ["{}", "--to", "gguf", "--output", "out.gguf"],

@@ -93,10 +93,12 @@ def save_adapter(
     chat_template: str | None = None,
     prompting: str | None = None,
     system: str | None = None,
+    made_of: str | None = None,
 ) -> None:
     """Write the model's adapter into the existing `folder`. chat_template: where it is not the base model's own.
 
     prompting: whether training went through a chat template, `template` or `raw`. system: its system prompt.
+    made_of: see AdapterMetadata.
     """
     layers = trained_modules(model)
     lora = {name: layer for name, layer in layers.items() if isinstance(layer, LoRALinear)}
@@ -121,6 +123,7 @@ def save_adapter(
         prompting=prompting,  # type: ignore[arg-type]
         system=system,
         alpha=alpha,
+        made_of=made_of,
     )
     write_tensors(folder / TENSORS, dict(sorted(tensors.items())), metadata.as_texts())
     if chat_template is not None:

@@ -83,3 +83,9 @@ def product_norm(A: Tensor, B: Tensor) -> float:
     """‖B A‖, of the sums BᵀB and A Aᵀ alone; below 1e-8 of ‖B‖ ‖A‖ it cannot be told from 0."""
     A, B = A.double(), B.double()
     return math.sqrt(max(0.0, torch.sum((B.T @ B) * (A @ A.T)).item()))
+
+
+def nearest(update: Tensor, rank: int) -> tuple[Factors, float, float]:
+    """A and B of the `largest` directions of a dense (out, in) matrix, its norm, and that of what they lack."""
+    A, B = factors_of(*largest(update, rank), rank)
+    return (A, B), torch.linalg.vector_norm(update).item(), torch.linalg.vector_norm(update - B @ A).item()

@@ -35,6 +35,7 @@ EXAMPLES = {
         "lora combine runs/faq:0.7 runs/sql:0.3 --output both",
         "lora combine runs/faq runs/sql --method ties --rank 16 --output both",
     ),
+    "diff": ("lora diff Qwen/Qwen3-4B my-full-finetune --rank 32 --output adapter",),
     "export": (
         "lora export runs/my-run --to gguf --output my-run.gguf",
         "lora export runs/my-run --to ollama --type q4_1 --output my-model",
@@ -60,6 +61,7 @@ _COMMANDS = {  # of other programs, and of people's expectation: what to use her
         ("serve", "api", "webui", "deploy"),
         "there is no server here; lora merge RUN --output FOLDER writes a folder that vLLM and others serve",
     ),
+    "extract": "lora diff BASE TUNED --rank 32 --output FOLDER",
     **dict.fromkeys(("upload", "publish", "push-to-hub"), "lora push RUN --to OWNER/NAME"),
     **dict.fromkeys(("download", "pull"), "hf download OWNER/NAME, of huggingface_hub; lora train loads models itself"),
     **dict.fromkeys(("dpo", "grpo", "ppo", "orpo", "kto", "rm", "reward", "pretrain"), f"not offered; {_TRAIN}"),

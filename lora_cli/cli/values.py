@@ -1,4 +1,4 @@
-"""Adapters of adapters: `lora combine`."""
+"""Adapters of adapters, and of whole models: `lora combine`, `lora diff`."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ from typing import Annotated, Literal
 
 import typer
 
-from lora_cli.cli.common import Json, heavy, home
+from lora_cli.cli.common import Json, RemoteCode, heavy, home
 from lora_cli.cli.study import say_made
 from lora_cli.errors import refuse_if
 
@@ -42,3 +42,20 @@ def combine(
     made = combining.combine(adapters, output, rank=rank, method=method, density=density, seed=seed or 0)
     parts = [{"name": name, "weight": weight} for name, weight in made.parts]
     say_made(made.layers, output, as_json=as_json, notes=made.notes, method=method, parts=parts)
+
+
+def diff(
+    base: Annotated[str, typer.Argument(help="The base model: a folder or a hub id.", show_default=False)],
+    tuned: Annotated[str, typer.Argument(help="What a full fine-tune made of it.", show_default=False)],
+    output: Output,
+    rank: Annotated[int, typer.Option(min=1, help="Largest rank of a layer.", show_default=False)],
+    trust_remote_code: RemoteCode = False,
+    as_json: Json = False,
+) -> None:
+    """Write what a full fine-tune changed as an adapter, and say what an adapter cannot hold of it.
+
+    Reads a tensor of each model at a time.
+    """
+    differing = heavy("lora_cli.studies.diff", output)
+    made = differing.diff(base, tuned, output, rank=rank, trust_remote_code=trust_remote_code)
+    say_made(made.layers, output, as_json=as_json, notes=made.notes, not_held=made.not_held)

@@ -15,7 +15,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from lora_cli.adapters.low_rank import Factors, decomposed, factors_of, largest, product_norm
+from lora_cli.adapters.low_rank import Factors, decomposed, factors_of, nearest, product_norm
 from lora_cli.errors import LoraError, home_expanded, refuse_if
 from lora_cli.studies.made import Layer, Part, common_group, open_part, result_lines, write_made
 
@@ -76,7 +76,7 @@ def combine(
     def make(name: str) -> Factors:
         own = [each.factors(name, group) for each in parts if name in each.pairs]
         apart.extend(product_norm(*each) for each in own)
-        made, norm, lost = _low_rank(own, ranks[name]) if dense is None else _nearest(dense(name), ranks[name])
+        made, norm, lost = _low_rank(own, ranks[name]) if dense is None else nearest(dense(name), ranks[name])
         layers.append(Layer(name, sums[name], ranks[name], norm, lost))
         return made
 
@@ -131,12 +131,6 @@ def _low_rank(own: Sequence[Factors], rank: int) -> tuple[Factors, float, float]
         return (A, B), product_norm(A, B), 0.0
     U, values, V = decomposed(A, B, 1.0)
     return factors_of(U, values, V, rank), values.norm().item(), values[rank:].norm().item()
-
-
-def _nearest(update: Tensor, rank: int) -> tuple[Factors, float, float]:
-    """The same of a dense (out, in) matrix."""
-    A, B = factors_of(*largest(update, rank), rank)
-    return (A, B), update.norm().item(), (update - B @ A).norm().item()
 
 
 def _dense(parts: Sequence[Part], group: int, merged: Any, density: float, name: str) -> Tensor:

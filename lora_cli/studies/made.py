@@ -26,6 +26,7 @@ from lora_cli.merging.files import require_place
 
 _MERGE = "merge it as it is: lora merge ADAPTER --output FOLDER"
 _SAID = ("quantization", "prompting", "system")  # of the metadata: a person hears where they differ
+_ROUNDING = 1e-5  # of ‖ΔW‖
 _NARROWED = dict.fromkeys(("layers_to_transform", "layers_pattern", "exclude_modules"))
 
 
@@ -141,10 +142,15 @@ def write_made(
             (temporary / CHAT_TEMPLATE).write_text(template, encoding="utf-8")
         named = config.get("base_model_name_or_path") or "an unnamed base"
         base = BaseSource(named, Path(named), config.get("revision"))
-        said, use = [f"It is {made_of}.", *measured(), *notes], USE.format(base=public_name(base))
-        card = model_card(base, library="peft", relation="adapter", said=said, settings={}, use=use, made="computed")
-        (temporary / CARD).write_text(card, encoding="utf-8")
+        write_card(temporary, base, [f"It is {made_of}.", *measured(), *notes])
     return notes
+
+
+def write_card(folder: Path, base: BaseSource, said: Sequence[str]) -> None:
+    """README.md of an adapter that was computed. said: of what, and what was measured."""
+    use = USE.format(base=public_name(base))
+    card = model_card(base, library="peft", relation="adapter", said=said, settings={}, use=use, made="computed")
+    (folder / CARD).write_text(card, encoding="utf-8")
 
 
 def _settings(
@@ -193,7 +199,8 @@ def result_lines(layers: Sequence[Layer]) -> list[str]:
     before, after = (sorted({getattr(each, name) for each in layers}) for name in ("was", "rank"))
     said = [" to ".join(map(str, dict.fromkeys((each[0], each[-1])))) for each in (before, after)]
     most = f"{error_of(layers)[0]:.2%} in all, at most {worst.error:.2%}, in {worst.name}"
+    exact = worst.error < _ROUNDING
     return [
         f"{len(layers)} layers from rank {said[0]} to rank {said[1]}",
-        f"‖ΔW - ΔW'‖ / ‖ΔW‖: {most if worst.lost else 'none but the rounding of fp32'}",
+        f"‖ΔW - ΔW'‖ / ‖ΔW‖: {'none but the rounding of fp32' if exact else most}",
     ]

@@ -1,0 +1,151 @@
+"""`lora diff`: what a full fine-tune changed, as an adapter of its base, and what an adapter cannot hold of it."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from lora_cli.adapters.attach import attach
+from lora_cli.adapters.card import public_name
+from lora_cli.adapters.file import save_adapter
+from lora_cli.adapters.layer import Target
+from lora_cli.adapters.low_rank import nearest
+from lora_cli.adapters.targets import linear_layers
+from lora_cli.base.linear import stored_transposed
+from lora_cli.base.load import load_tokenizer, model_config, require_weights_fit, skeleton_of
+from lora_cli.base.source import BaseSource, find_base
+from lora_cli.base.stored import stored_quantization
+from lora_cli.base.tensor_files import is_finite, read_tensor
+from lora_cli.base.weight_files import StoredTensor, stored_tensors
+from lora_cli.errors import LoraError, escaped, refuse_if
+from lora_cli.files import written_whole
+from lora_cli.merging.files import require_outside, require_place
+from lora_cli.merging.names import Places
+from lora_cli.studies.made import Layer, result_lines, write_card
+
+
+@dataclass(frozen=True)
+class Differed:
+    """layers: those that the adapter is on. not_held: ‖Δ‖ of every other tensor that changed, by name."""
+
+    layers: list[Layer]
+    not_held: dict[str, float]
+
+    @property
+    def notes(self) -> list[str]:
+        if not self.not_held:
+            return []
+        norm = math.hypot(*self.not_held.values())
+        share = norm**2 / (norm**2 + sum(each.norm**2 for each in self.layers))
+        first = sorted(self.not_held, key=lambda name: -self.not_held[name])
+        named = f"{', '.join(first[:3])}{' …' if len(first) > 3 else ''}"
+        return [
+            f"not in the adapter, as only linear layers can be: {len(first)} other tensors that changed ({named}), "
+            f"{share:.2%} of ‖Δ‖² of all: base + adapter lacks what they do"
+        ]
+
+
+def diff(base: str, tuned: str, output: Path, *, rank: int, trust_remote_code: bool = False) -> Differed:
+    """Write the adapter of `rank` that is nearest to tuned - base in every linear layer; a tensor pair at a time.
+
+    Raises LoraError for models whose tensors differ in name or shape, for quantized ones, and where nothing changed.
+    """
+    place = require_place(output)
+    sources = [find_base(name, trust_remote_code=trust_remote_code) for name in (base, tuned)]
+    for each in sources:
+        require_outside(place, each.folder)
+        quantized = stored_quantization(each)
+        what = f"the weights are stored in {quantized}, so that their difference is mostly rounding"
+        refuse_if(quantized is not None, what, where=each.folder, fix="name the unquantized model")
+    one = sources[0]
+    config = model_config(one, trust_remote_code)
+    model = skeleton_of(one, config, trust_remote_code)
+    require_weights_fit(one, config, model)
+    pairs = _pairs(model, sources)
+    linear = {f"{name}.weight": (name, layer) for name, layer in linear_layers(model).items()}
+    layers: list[Layer] = []
+    not_held: dict[str, float] = {}
+    states: dict[str, dict[str, Tensor]] = {}
+    for parameter, (was, now) in pairs.items():
+        update = _change(parameter, was, now)
+        if update is None:
+            continue
+        if parameter not in linear:
+            not_held[parameter] = torch.linalg.vector_norm(update).item()
+            continue
+        name, layer = linear[parameter]
+        update = update.T.contiguous() if stored_transposed(layer) else update
+        kept = min(rank, *update.shape)
+        (A, B), norm, lost = nearest(update, kept)
+        states[name] = {"lora_A": A, "lora_B": B}
+        layers.append(Layer(name, min(update.shape), kept, norm, lost))
+    refuse_if(not layers, f"no linear layer differs between {base} and {tuned}", fix="compare a model with its base")
+    targets = [Target(each.name, each.rank, float(each.rank)) for each in layers]
+    for name, module in attach(model, targets).items():
+        module.leave_meta()
+        module.load(states[name])
+    _write(place, model, sources, rank, made := Differed(layers, not_held), trust_remote_code)
+    return made
+
+
+def _write(place: Path, model: Any, sources: list[BaseSource], rank: int, made: Differed, code: bool) -> None:
+    one, other = sources
+    made_of = f"the change from {public_name(one)} to {escaped(public_name(other))}, at rank {rank}"
+    own, template = (load_tokenizer(each, trust_remote_code=code).chat_template for each in sources)
+    with written_whole(place) as temporary:
+        save_adapter(
+            model,
+            temporary,
+            one,
+            quantization="none",
+            double_quantization=True,
+            chat_template=template if isinstance(template, str) and template != own else None,
+            made_of=made_of,
+        )
+        write_card(temporary, one, [f"It is {made_of}.", *result_lines(made.layers), *made.notes])
+
+
+def _pairs(model: Any, sources: list[BaseSource]) -> dict[str, tuple[StoredTensor, StoredTensor]]:
+    """Both tensors of every parameter, by its name in the model; of what is stored otherwise, by its stored name.
+
+    Raises LoraError where a name is in one alone, or a shape differs.
+    """
+    found: list[dict[str, StoredTensor]] = []
+    for each in sources:
+        stored = stored_tensors(each.folder)
+        places = Places.of(model, stored)
+        own = {place: stored[name] for name, place in places.direct.items() if place in places.parameters}
+        found.append(own | {name: stored[name] for names, _ in places.converted for name in names})
+    one, other = found
+    head, embeddings = model.get_output_embeddings(), model.get_input_embeddings()
+    if head is not None and head.weight is embeddings.weight:  # one tensor, though some programs store it twice
+        name_of = {id(each): name for name, each in model.named_modules()}
+        twice, once = (f"{name_of[id(each)]}.weight" for each in (head, embeddings))
+        one.pop(twice, None)
+        if twice in other and sources[1].stated("tie_word_embeddings") is False:
+            one[twice] = one[once]
+        else:
+            other.pop(twice, None)
+    odd = sorted(one.keys() ^ other.keys()) or [name for name in one if one[name].shape != other[name].shape]
+    if odd:
+        shapes = [str(each[odd[0]].shape) if odd[0] in each else "not there" for each in found]
+        what = f"{sources[1].name} is not a fine-tune of {sources[0].name}: {len(odd)} tensors differ in name or shape"
+        details = [f"{odd[0]}: {shapes[0]} in {sources[0].name}, {shapes[1]} in {sources[1].name}"]
+        raise LoraError(what, details=details, fix="name the base model that was fine-tuned first, then the result")
+    return {name: (one[name], other[name]) for name in one}
+
+
+def _change(name: str, was: StoredTensor, now: StoredTensor) -> Tensor | None:
+    """now - was in fp32; None where nothing changed. Raises LoraError for numbers that are not finite."""
+    before, after = read_tensor(was), read_tensor(now)
+    if not after.is_floating_point() or torch.equal(before.to(after.dtype), after):
+        return None
+    update = after.float().sub_(before)
+    if not is_finite(update):
+        raise LoraError(f"{name} holds NaN or infinity", where=now.file, fix="copy the model again")
+    return update
