@@ -27,6 +27,7 @@ from lora_cli.adapters.trained import trained_modules
 from lora_cli.base.load import load_model
 from lora_cli.base.source import find_base
 from lora_cli.errors import CheckFailed, LoraError
+from lora_cli.exporting import export
 from lora_cli.merging import merge as merging
 from lora_cli.merging.merge import merge
 
@@ -688,3 +689,25 @@ def test_settings_of_the_base_that_transformers_refuses_are_an_error_in_words(ti
     assert not (tmp_path / "merged").exists()
     (base / file).write_text(own)  # the fix
     merge(adapter, tmp_path / "merged")
+
+
+@pytest.mark.parametrize(
+    "words",
+    [["merge"], ["resize", "--rank", "2"], ["combine"], ["export", "--to", "gguf-adapter"]],
+    ids=lambda words: words[0],
+)
+def test_an_output_inside_the_run_or_the_adapter_is_refused(tiny_llama, tmp_path, lora, monkeypatch, words):
+    monkeypatch.setattr(export, "require_converter", lambda: None)  # of an extra
+    run = tmp_path / "run"
+    run.mkdir()
+    adapter_for(tiny_llama, run / "adapter")
+    (run / "recipe.yaml").write_text("base_model: x\n", encoding="utf-8")
+    (run / "environment.json").write_text("{}", encoding="utf-8")
+    for source in (run, run / "adapter"):
+        for place in (run / "new", run / "adapter" / "new"):
+            said = lora(*words[:1], source, *words[1:], "--output", place)
+            assert (said.code, "the output is inside the run's folder" in said.error) == (2, True), said.text
+            assert not place.exists()
+    (run / "environment.json").unlink()  # a folder of a person's own, with a recipe in it
+    said = lora(*words[:1], run / "adapter", *words[1:], "--output", run / "adapter" / "new")
+    assert "the output is inside the adapter's folder" in said.error

@@ -23,7 +23,7 @@ from lora_cli.errors import CheckFailed, command, home_expanded, refuse_if
 from lora_cli.exporting import blocks, ollama
 from lora_cli.exporting.converter import convert_adapter, convert_model, require_converter, without_code
 from lora_cli.files import disk_errors, free_name, human_bytes, replacing, require_space, written_whole
-from lora_cli.merging.files import require_outside, require_place, trained_stops
+from lora_cli.merging.files import require_outside, require_outside_adapter, require_place, trained_stops
 from lora_cli.merging.merge import merge
 
 BY_CONVERTER = ("f32", "f16", "bf16", "q8_0")
@@ -76,6 +76,8 @@ def export(
     refuse_if(
         place.exists() and to != "ollama", "the output already exists", where=output, fix="choose another --output"
     )
+    if named.adapter is not None:
+        require_outside_adapter(place, named.adapter)
     with _working(place) as work:
         if adapter is not None and to == "gguf-adapter":
             name, revision = (base, None) if base is not None else adapter.own_base()

@@ -57,11 +57,19 @@ def require_place(output: Path) -> Path:
     return place
 
 
-def require_outside(place: Path, base: Path) -> None:
-    """Raises LoraError for an output inside the base's folder, which would be part of the base from then on."""
-    if place.resolve().is_relative_to(base.resolve()):
-        what = "the output is inside the base model's folder"
+def require_outside(place: Path, folder: Path, whose: str = "base model") -> None:
+    """Raises LoraError for an output inside this folder, which would be part of it from then on."""
+    if place.resolve().is_relative_to(folder.resolve()):
+        what = f"the output is inside the {whose}'s folder"
         raise LoraError(what, where=str(place), fix="choose another --output beside it")
+
+
+def require_outside_adapter(place: Path, adapter: Path) -> None:
+    """The same of an adapter's folder, and of the run's that it lies in."""
+    run = adapter.resolve().parent
+    if all((run / name).is_file() for name in ("recipe.yaml", "environment.json")):
+        require_outside(place, run, "run")
+    require_outside(place, adapter, "adapter")
 
 
 def base_files(base: Path, *, code: bool) -> tuple[list[Path], list[str]]:

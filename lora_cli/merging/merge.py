@@ -69,6 +69,7 @@ def merge(
     place, shard_bytes = files.require_place(output), parse_shard_size(max_shard_size)
     job = _Merge(source, base, dtype, onto, trust_remote_code, proof, say)
     files.require_outside(place, job.source.folder)
+    files.require_outside_adapter(place, job.folder)
     compared = job.choose(source) if onto == "auto" else None
     changes = job.streamed()
     streamed, measured, tokens, reference = changes is not None, {}, None, None

@@ -22,7 +22,7 @@ from lora_cli.base.source import BaseSource
 from lora_cli.base.tensor_files import Entry, put_bytes, write_entries
 from lora_cli.errors import escaped, home_expanded, refuse_if
 from lora_cli.files import written_whole
-from lora_cli.merging.files import require_place
+from lora_cli.merging.files import require_outside_adapter, require_place
 
 _MERGE = "merge it as it is: lora merge ADAPTER --output FOLDER"
 _SAID = ("quantization", "prompting", "system")  # of the metadata: a person hears where they differ
@@ -74,8 +74,7 @@ def open_part(source: str, output: Path, weight: float = 1.0) -> Part:
     """Raises LoraError for an adapter that is more than A and B of linear layers, and for an output inside of it."""
     require_place(output)
     folder = adapter_folder(Path(home_expanded(source)))
-    inside = output.resolve().is_relative_to(folder.resolve())
-    refuse_if(inside, "the output is inside the adapter's folder", where=output, fix="choose another --output")
+    require_outside_adapter(output, folder)
     adapter = read_adapter(folder)
     brings = "it brings weights of its own, such as embeddings, and is more than A and B of linear layers"
     refuse_if(bool(adapter.base_weights), brings, where=folder, fix=_MERGE)
