@@ -141,6 +141,7 @@ WITH = {
     "inspect": ["{}"],
     "resize": ["{}", "--rank", "2", "--output", "out"],
     "diff": ["{model}", "{}", "--rank", "2", "--output", "out"],
+    "convert": ["{}", "--to", "mlx", "--output", "out"],
     "combine": ["{}", "{}:0.5", "--output", "out"],
     "push": ["{}", "--to", "me/it"],
     "export": ["{}", "--to", "gguf", "--output", "out.gguf"],

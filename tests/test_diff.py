@@ -70,7 +70,7 @@ def test_what_is_lost_and_what_cannot_be_held_is_said(tiny_llama: Path, tmp_path
     )
     shown = lora(*words, tmp_path / "again").out
     share = 1 - layer["norm"] ** 2 / (layer["norm"] ** 2 + sum(each**2 for each in said["not_held"].values()))
-    assert f"{share:.2%} of ‖Δ‖² of all" in shown
+    assert f"{share:.2%} of ‖Δ‖² of all that changed" in shown
     assert "model.embed_tokens.weight, model.norm.weight" in shown
 
 

@@ -74,6 +74,7 @@ FROZEN = {
     "combine": {"output", "method", "parts", "notes", "error", "norm", "layers"},
     "combine parts": {"name", "weight"},
     "combine layers": {"name", "was", "rank", "norm", "lost"},
+    "convert": {"output", "to", "notes"},
     "diff": {"output", "notes", "not_held", "error", "norm", "layers"},
     "diff layers": {"name", "was", "rank", "norm", "lost"},
     "push": {"repository", "private", "files", "left_out", "card", "url"},
@@ -115,6 +116,7 @@ def test_keys_of_documents_and_files_only_grow(recipe_file, tiny_llama, sums, tm
         "resize": lora(capsys, "resize", run, "--rank", "2", "--output", tmp_path / "small"),
         "combine": lora(capsys, "combine", run, f"{run}:-0.5", "--output", tmp_path / "sum"),
         "diff": lora(capsys, "diff", tiny_llama, tmp_path / "merged", "--rank", 1, "--output", tmp_path / "diff"),
+        "convert": lora(capsys, "convert", run, "--to", "mlx", "--output", tmp_path / "mlx"),
         "push": lora(capsys, "push", run, "--to", "me/it", "--base", "me/llama", "--dry-run"),
         "export": Exported("a.gguf", "gguf", "q8_0", 1).as_dict(),  # the converter is no part of this environment
         "report.json": json.loads((run / "report.json").read_text()),

@@ -83,6 +83,8 @@ def read_config(folder: Path) -> dict[str, Any]:
 def elsewhere(folder: Path, config: Mapping[str, Any]) -> str:
     """What to do with an adapter that only PEFT understands: a command that makes it a model, where one can."""
     kind, base = config.get("peft_type"), config.get("base_model_name_or_path")
+    if "lora_parameters" in config:
+        return f"this is mlx-lm's: {command('lora', 'convert', folder, '--to', 'peft', '--output', 'FOLDER')}"
     if not isinstance(kind, str):
         return "name an adapter that PEFT or lora made"
     if kind in _NOT_WEIGHTS:

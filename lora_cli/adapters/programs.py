@@ -140,7 +140,7 @@ RULES = (
         ("mlx",),
         lambda it: "" if it.config.get("lora_parameters") else "PEFT's",
         "mlx-lm opens adapters.safetensors with num_layers and lora_parameters, not {} layout",
-        _MERGE,
+        "convert it: lora convert SOURCE --to mlx --output FOLDER, or " + _MERGE,
         _MLX,
     ),
     Rule(

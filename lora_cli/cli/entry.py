@@ -43,7 +43,7 @@ for name, run in (
     *(("init", plan.init), ("train", train.train), ("check", plan.check), ("eval", evaluate.evaluate)),
     *(("merge", merge.merge), ("generate", speak.generate), ("chat", speak.chat), ("runs", train.runs)),
     *(("inspect", study.inspect), ("resize", study.resize), ("combine", values.combine)),
-    ("diff", values.diff),
+    *(("diff", values.diff), ("convert", values.convert)),
     *(("export", export.export), ("push", share.push)),
 ):
     app.command(name, epilog=hints.help_of(name))(run)

@@ -35,6 +35,10 @@ EXAMPLES = {
         "lora combine runs/faq:0.7 runs/sql:0.3 --output both",
         "lora combine runs/faq runs/sql --method ties --rank 16 --output both",
     ),
+    "convert": (
+        "lora convert runs/my-run --to mlx --output for-mlx",
+        "lora convert adapters --to peft --output for-peft",
+    ),
     "diff": ("lora diff Qwen/Qwen3-4B my-full-finetune --rank 32 --output adapter",),
     "export": (
         "lora export runs/my-run --to gguf --output my-run.gguf",
@@ -56,7 +60,7 @@ _COMMANDS = {  # of other programs, and of people's expectation: what to use her
     **dict.fromkeys(("list", "ls", "ps", "status", "history", "compare"), "lora runs"),
     "schema": "lora init --schema",
     "version": "lora --version",
-    **dict.fromkeys(("convert", "gguf", "quantize", "ollama"), "lora export RUN --to gguf --output FILE"),
+    **dict.fromkeys(("gguf", "quantize", "ollama"), "lora export RUN --to gguf --output FILE"),
     **dict.fromkeys(
         ("serve", "api", "webui", "deploy"),
         "there is no server here; lora merge RUN --output FOLDER writes a folder that vLLM and others serve",

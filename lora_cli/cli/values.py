@@ -1,4 +1,4 @@
-"""Adapters of adapters, and of whole models: `lora combine`, `lora diff`."""
+"""Adapters of adapters, and of whole models: `lora combine`, `lora diff`, `lora convert`."""
 
 from __future__ import annotations
 
@@ -8,8 +8,9 @@ from typing import Annotated, Literal
 import typer
 
 from lora_cli.cli.common import Json, RemoteCode, heavy, home
-from lora_cli.cli.study import say_made
+from lora_cli.cli.study import Source, say_made
 from lora_cli.errors import refuse_if
+from lora_cli.streams import print_json, print_result
 
 Output = Annotated[
     Path, typer.Option("--output", callback=home, help="Folder to write the adapter to.", show_default=False)
@@ -59,3 +60,21 @@ def diff(
     differing = heavy("lora_cli.studies.diff", output)
     made = differing.diff(base, tuned, output, rank=rank, trust_remote_code=trust_remote_code)
     say_made(made.layers, output, as_json=as_json, notes=made.notes, not_held=made.not_held)
+
+
+def convert(
+    source: Source,
+    to: Annotated[Literal["peft", "mlx"], typer.Option("--to", help="The layout to write.", show_default=False)],
+    output: Output,
+    as_json: Json = False,
+) -> None:
+    """Write an adapter in the layout of PEFT or of mlx-lm, with the same numbers.
+
+    Reads both, and what older PEFT and saved checkpoints leave in names.
+    """
+    notes = heavy("lora_cli.studies.convert", output).convert(source, output, to=to)
+    if as_json:
+        print_json({"output": str(output), "to": to, "notes": notes})
+        return
+    for line in (*notes, f"written to {output}, in the layout of {to}"):
+        print_result(line)

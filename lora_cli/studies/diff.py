@@ -43,10 +43,10 @@ class Differed:
         norm = math.hypot(*self.not_held.values())
         share = norm**2 / (norm**2 + sum(each.norm**2 for each in self.layers))
         first = sorted(self.not_held, key=lambda name: -self.not_held[name])
-        named = f"{', '.join(first[:3])}{' …' if len(first) > 3 else ''}"
+        named = f"{', '.join(first[:3])}{f' and {len(first) - 3} more tensors' if len(first) > 3 else ''}"
         return [
-            f"not in the adapter, as only linear layers can be: {len(first)} other tensors that changed ({named}), "
-            f"{share:.2%} of ‖Δ‖² of all: base + adapter lacks what they do"
+            f"not in the adapter, as only linear layers can be: {named}, {share:.2%} of ‖Δ‖² of all that changed; "
+            "base + adapter lacks what they do"
         ]
 
 

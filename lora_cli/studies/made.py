@@ -196,7 +196,7 @@ def as_dict(layers: Sequence[Layer]) -> dict[str, Any]:
 def result_lines(layers: Sequence[Layer]) -> list[str]:
     worst = max(layers, key=lambda each: each.error)
     before, after = (sorted({getattr(each, name) for each in layers}) for name in ("was", "rank"))
-    said = [" to ".join(map(str, dict.fromkeys((each[0], each[-1])))) for each in (before, after)]
+    said = ["–".join(map(str, dict.fromkeys((each[0], each[-1])))) for each in (before, after)]
     most = f"{error_of(layers)[0]:.2%} in all, at most {worst.error:.2%}, in {worst.name}"
     exact = worst.error < _ROUNDING
     return [

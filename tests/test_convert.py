@@ -1,0 +1,161 @@
+"""`lora convert`: other layouts hold the same numbers, and the way back brings every bit."""
+
+from __future__ import annotations
+
+import json
+import math
+import os
+import subprocess
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from conftest import open_base, with_adapter
+from environments import environment
+from safetensors.torch import load_file, save_file
+from test_combine import assert_same, theirs, updates
+from torch.testing import assert_close
+
+from lora_cli.adapters.file import read_adapter, save_adapter
+from lora_cli.base.source import find_base
+
+
+@pytest.fixture
+def adapter(tiny_llama: Path, tmp_path: Path) -> Path:
+    (tmp_path / "adapter").mkdir()
+    model = with_adapter(open_base(tiny_llama), "all-linear", rank=3, alpha=7.0)
+    options = {"prompting": "template", "chat_template": "{{ messages }}"}
+    base = find_base(str(tiny_llama))
+    save_adapter(model, tmp_path / "adapter", base, quantization="none", double_quantization=True, **options)
+    return tmp_path / "adapter"
+
+
+def content(folder: Path) -> tuple[dict[str, torch.Tensor], Any, str]:
+    found = read_adapter(folder)
+    config = {key: value for key, value in found.config.items() if value not in (None, [], {}, "none", False)}
+    return load_file(folder / "adapter_model.safetensors"), config, found.metadata.model_dump_json()
+
+
+def test_there_and_back_every_bit_is_the_same(adapter: Path, tmp_path: Path, lora: Any):
+    assert lora("convert", adapter, "--to", "mlx", "--output", tmp_path / "mlx").code == 0
+    config = json.loads((tmp_path / "mlx" / "adapter_config.json").read_text())
+    assert config["lora_parameters"]["rank"] == 3
+    assert config["lora_parameters"]["scale"] == pytest.approx(7 / 3)
+    assert config["num_layers"] == -1
+    stored, right = load_file(tmp_path / "mlx" / "adapters.safetensors"), updates(adapter)
+    assert len(stored) == 2 * len(right)
+    for name, update in right.items():  # as mlx-lm computes it: x @ a @ b
+        product = (
+            config["lora_parameters"]["scale"] * stored[f"{name}.lora_a"].double() @ stored[f"{name}.lora_b"].double()
+        )
+        assert_close(product.T, update, rtol=1e-6, atol=1e-7)
+        assert name.removeprefix("model.layers.")[2:] in config["lora_parameters"]["keys"]
+    assert lora("convert", tmp_path / "mlx", "--to", "peft", "--output", tmp_path / "back").code == 0
+    (one, settings, metadata), (other, *same) = content(adapter), content(tmp_path / "back")
+    assert [settings, metadata] == same
+    assert one.keys() == other.keys()
+    assert all(torch.equal(other[name], tensor) for name, tensor in one.items())
+    assert (tmp_path / "back" / "chat_template.jinja").read_text() == "{{ messages }}"
+    assert lora("merge", tmp_path / "back", "--output", tmp_path / "merged", "--proof", "none").code == 0
+
+
+def test_several_ranks_and_scales_are_one_in_mlx(tiny_llama: Path, tmp_path: Path, lora: Any):
+    patterns = {"rank_pattern": {"q_proj": 2}, "alpha_pattern": {"v_proj": 9}, "layers_to_transform": [1]}
+    one = theirs(
+        tiny_llama, tmp_path / "one", target_modules=["q_proj", "v_proj", "up_proj"], use_rslora=True, **patterns
+    )
+    said = lora("convert", one, "--to", "mlx", "--output", tmp_path / "mlx").out
+    assert "one rank for all layers" in said
+    assert "one scale for all layers" in said
+    assert lora("convert", tmp_path / "mlx", "--to", "peft", "--output", tmp_path / "back").code == 0
+    assert_same(updates(tmp_path / "back"), updates(one))
+
+
+def test_what_others_leave_in_names_is_read(tiny_llama: Path, tmp_path: Path, lora: Any):
+    one = theirs(tiny_llama, tmp_path / "one", target_modules=["q_proj"], use_rslora=True)
+    right, path = load_file(one / "adapter_model.safetensors"), one / "adapter_model.safetensors"
+    for number, rename in enumerate(
+        (
+            lambda name: name.replace(".weight", ".default.weight"),  # a state dict saved whole
+            lambda name: name.removeprefix("base_model.model."),
+            lambda name: f"module.{name}".replace("model.layers", "model._orig_mod.layers"),
+        )
+    ):
+        save_file({rename(name): tensor for name, tensor in right.items()}, path)
+        assert lora("convert", one, "--to", "peft", "--output", tmp_path / f"{number}").code == 0
+        made = load_file(tmp_path / f"{number}" / "adapter_model.safetensors")
+        assert made.keys() == right.keys()
+        assert all(torch.equal(made[name], tensor) for name, tensor in right.items())
+        assert json.loads((tmp_path / f"{number}" / "adapter_config.json").read_text())["use_rslora"] is True
+
+
+def test_mistakes(adapter: Path, tiny_gpt2: Path, tmp_path: Path, lora: Any):
+    out = ["--output", tmp_path / "x"]
+    gpt2 = tmp_path / "gpt2"
+    gpt2.mkdir()
+    model = with_adapter(open_base(tiny_gpt2))
+    save_adapter(model, gpt2, find_base(str(tiny_gpt2)), quantization="none", double_quantization=True)
+    assert "mlx-lm has another name for transformer.h.0" in lora("convert", gpt2, "--to", "mlx", *out).error
+    assert lora("convert", adapter, "--to", "mlx", "--output", tmp_path / "mlx").code == 0
+    assert "lora convert" in lora("merge", tmp_path / "mlx", *out).error
+    path, tensors = tmp_path / "mlx" / "adapters.safetensors", load_file(tmp_path / "mlx" / "adapters.safetensors")
+    settings = json.loads((tmp_path / "mlx" / "adapter_config.json").read_text())
+    name = next(iter(tensors))
+    for change, said in (
+        ({"fine_tune_type": "dora"}, "mlx-lm's dora"),
+        ({"lora_parameters": {"rank": 3}}, "scale is None"),
+        ({"lora_parameters": {"scale": math.inf}}, "scale is inf"),
+        ({"peft": settings["peft"] | {"modules_to_save": ["x"]}}, "modules_to_save"),
+    ):
+        (tmp_path / "mlx" / "adapter_config.json").write_text(json.dumps(settings | change))
+        assert said in lora("convert", tmp_path / "mlx", "--to", "peft", *out).error
+    (tmp_path / "mlx" / "adapter_config.json").write_text(json.dumps(settings))
+    for wrong, said in (
+        ({name: torch.full_like(tensors[name], math.nan)}, "holds NaN"),
+        ({"model.embed_tokens.lora_a": torch.ones(3, 3)}, "is not the A or B"),
+        ({"model.layers.0.x.lora_a": torch.ones(2, 3, 3)}, "is not the A or B"),
+        ({"model.layers.0.x.lora_a": torch.ones(3, 3)}, "has only one of lora_A and lora_B"),
+        ({"model.layers.0.x.lora_a": torch.ones(8, 2), "model.layers.0.x.lora_b": torch.ones(2, 8)}, "several ranks"),
+    ):
+        save_file(tensors | wrong, path)
+        assert said in lora("convert", tmp_path / "mlx", "--to", "peft", *out).error
+    assert not (tmp_path / "x").exists()
+
+
+READ = """
+import json, sys
+import mlx.core as mx
+from pathlib import Path
+from mlx_lm.utils import load_model
+from mlx_lm.tuner.utils import load_adapters
+base, adapter = map(Path, sys.argv[1:])
+model, _ = load_model(base)
+ids = mx.array([list(range(3, 19))])
+before = model(ids)
+after = load_adapters(model, str(adapter))(ids)
+print(json.dumps({"base": before.tolist(), "adapter": after.tolist()}))
+"""
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(900)  # the first time an environment is made
+@pytest.mark.parametrize(
+    "patterns", [{}, {"rank_pattern": {"k_proj": 2}, "alpha_pattern": {"v_proj": 3.0}, "layers": [1]}]
+)
+def test_mlx_lm_computes_the_same(patterns: Any, tiny_llama: Path, tmp_path: Path, lora: Any):
+    (tmp_path / "adapter").mkdir()
+    model = with_adapter(open_base(tiny_llama), scale=0.3, **patterns)
+    base = find_base(str(tiny_llama))
+    save_adapter(model, tmp_path / "adapter", base, quantization="none", double_quantization=True)
+    assert lora("convert", tmp_path / "adapter", "--to", "mlx", "--output", tmp_path / "mlx").code == 0
+    python = environment("mlx", "mlx[cpu]==0.32.4", "mlx-lm==0.32.2")
+    own = {key: value for key, value in os.environ.items() if key != "PYTHONPATH"}
+    words = [python, "-c", READ, tiny_llama, tmp_path / "mlx"]
+    done = subprocess.run(words, capture_output=True, text=True, check=False, env=own | {"HF_HUB_OFFLINE": "1"})
+    assert done.returncode == 0, done.stderr[-3000:]
+    said = {name: torch.tensor(each) for name, each in json.loads(done.stdout.splitlines()[-1]).items()}
+    with torch.no_grad():
+        right = model(input_ids=torch.arange(3, 19)[None]).logits
+    assert (said["base"] - right).abs().max() > 0.05
+    assert_close(said["adapter"], right, rtol=0, atol=1e-3)
