@@ -7,7 +7,8 @@ from pathlib import Path
 
 import pytest
 import torch
-from conftest import open_base, with_adapter
+from conftest import open_base, save_tiny, with_adapter
+from transformers import FalconConfig
 
 from lora_cli.adapters.file import save_adapter
 from lora_cli.adapters.opened import open_model
@@ -101,12 +102,85 @@ def test_the_base_to_merge_onto_is_measured_on_held_out_rows(run_recipe, tmp_pat
     targets = torch.tensor([each.targets for each in examples])
     losses = [2.0 * targets, 1.0 * targets]
     monkeypatch.setattr(onto, "example_losses", lambda *_: (losses.pop(0), targets))
+    opened = []
+    load = merging.open_model
+    monkeypatch.setattr(merging, "open_model", lambda *each, **how: opened.append(how) or load(*each, **how))
     better = merge(run, tmp_path / "better")
     assert better.onto == "original"
+    assert [each["quantization"] for each in opened] == ["nf4", "none"]  # for losses and proof together
     assert any("merged onto the original weights" in each for each in better.notes)
+
+
+def test_block_by_block_both_bases_are_measured_too(run_recipe, tmp_path, monkeypatch):
+    run, _ = run_recipe(quantization="nf4", data={"validation": 0.25}, train={"max_steps": 2})
+    whole = merge(run, tmp_path / "whole")
+    monkeypatch.setattr(merging, "fits_in_fp32", lambda *_, **__: False)
+    blocks = merge(run, tmp_path / "blocks")
+    assert blocks.block_by_block
+    for name in ("before", "after", "gain", "examples", "targets"):
+        assert blocks.bases_compared[name] == pytest.approx(whole.bases_compared[name], rel=1e-4, abs=1e-6), name
+
+
+def test_a_layer_that_loading_leaves_as_it_is_is_not_rounded(tmp_path):
+    """transformers quantizes torch's own Linear alone; Falcon's is a subclass."""
+    config = FalconConfig(vocab_size=512, hidden_size=64, num_attention_heads=4, num_hidden_layers=2, bos_token_id=0)
+    base = save_tiny(config, tmp_path / "base")
+    adapter = _adapter(base, tmp_path / "adapter", "nf4", torch.bfloat16)
+    assert merge(adapter, tmp_path / "merged", dtype="fp32").kl < 1e-4
 
 
 def test_without_held_out_rows_nothing_is_compared_and_it_says_so(tiny_llama, tmp_path):
     report = merge(_adapter(tiny_llama, tmp_path / "adapter", "nf4", torch.float32), tmp_path / "merged")
     assert (report.onto, report.bases_compared) == ("trained", None)
     assert any("not compared: there are no prepared validation rows" in each for each in report.notes)
+
+
+@pytest.mark.parametrize("kind", ["tiny_llama", "tiny_gpt2"])  # the second has tied embeddings and transposed layers
+@pytest.mark.parametrize("quantization", ["none", "nf4", "int8"])
+def test_block_by_block_the_proof_gives_the_figures_of_the_opened_models(
+    kind, quantization, tmp_path, request, monkeypatch
+):
+    adapter = _adapter(request.getfixturevalue(kind), tmp_path / "adapter", quantization, torch.bfloat16)
+    whole = merge(adapter, tmp_path / "whole", dtype="bf16")
+    monkeypatch.setattr(merging, "fits_in_fp32", lambda *_, **__: False)
+    monkeypatch.setattr(merging, "open_model", _refused)
+    monkeypatch.setattr(merging, "reopened", _refused)
+    blocks = merge(adapter, tmp_path / "blocks", dtype="bf16")
+    assert (whole.block_by_block, blocks.block_by_block) == (False, True)
+    assert (whole.compared_in, blocks.compared_in) == ("fp32", "fp32")
+    for name in ("kl", "adapter_effect", "top1_agreement", "largest_difference"):
+        assert getattr(blocks, name) == pytest.approx(getattr(whole, name), rel=1e-3), name
+    assert "in fp32, block by block, on" in blocks.lines()[1]
+    assert _bytes(tmp_path / "blocks") == _bytes(tmp_path / "whole")
+
+
+def test_block_by_block_at_most_one_block_is_in_memory(tiny_llama, tmp_path, monkeypatch):
+    from lora_cli.merging import in_place
+
+    adapter = _adapter(tiny_llama, tmp_path / "adapter", "nf4", torch.float32)
+    held, most = [0], [0]
+    fill, empty = in_place._fill, in_place._empty
+
+    def numbers(places):
+        values = [getattr(module, key) for module, key, _ in places]
+        return sum(each.untyped_storage().nbytes() // 4 for each in values if not each.is_meta and each.ndim == 2)
+
+    def filled(found, dtype, places):
+        fill(found, dtype, places)
+        held[0] += numbers(places)
+        most[0] = max(most[0], held[0])
+
+    def emptied(places):
+        held[0] -= numbers(places)
+        empty(places)
+        held[0] += numbers(places)
+
+    monkeypatch.setattr(in_place, "_fill", filled)
+    monkeypatch.setattr(in_place, "_empty", emptied)
+    monkeypatch.setattr(merging, "fits_in_fp32", lambda *_, **__: False)
+    merge(adapter, tmp_path / "merged", dtype="fp32")
+    model = open_base(tiny_llama, "none", torch.float32)
+    matrices = [each for each in model.model.layers[0].parameters() if each.ndim == 2]
+    block = sum(each.numel() for each in matrices)
+    assert most[0] < max(block, model.lm_head.weight.numel()) + 100  # and a number in the place of each other matrix
+    assert 0 < held[0] < 100

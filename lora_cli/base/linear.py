@@ -101,11 +101,8 @@ def rounded_lines(model: nn.Module, dtype: torch.dtype) -> Iterator[str]:
 def unquantized_layers(model: Any) -> list[str]:
     """Linear layers that hold other values than quantized ones, but for the output head, which never is quantized."""
     head = model.get_output_embeddings()
-    return [
-        name
-        for name, module in model.named_modules()
-        if type(module) in (nn.Linear, Conv1D) and module is not head and rounded_to(module) is None
-    ]
+    kinds = ((name, module, storage_of(module)) for name, module in model.named_modules() if module is not head)
+    return [name for name, module, kind in kinds if kind and kind.name == "none" and rounded_to(module) is None]
 
 
 def held_bytes(model: nn.Module, *, frozen_alone: bool = False) -> int:

@@ -72,13 +72,19 @@ def load_model(
     return model.eval()
 
 
-def skeleton_of(source: BaseSource, config: Any, trust_remote_code: bool) -> Any:
-    """The model's modules on the device meta, without weights. Raises LoraError if none can be made of `config`."""
-    with (
-        reading("no model can be built from this configuration", source.folder / "config.json", _CHECK_CONFIG),
-        torch.device("meta"),
-    ):
-        return build(config, trust_remote_code)
+def skeleton_of(source: BaseSource, config: Any, trust_remote_code: bool, *, buffers: bool = False) -> Any:
+    """The model's modules on the device meta, without weights. Raises LoraError if none can be made of `config`.
+
+    buffers: whether to make them on the CPU, with the values that the model's code gives them.
+    """
+    from accelerate import init_empty_weights
+
+    with reading("no model can be built from this configuration", source.folder / "config.json", _CHECK_CONFIG):
+        with init_empty_weights() if buffers else torch.device("meta"):
+            model = build(config, trust_remote_code)
+        if buffers:
+            model.tie_weights()  # init_empty_weights made a parameter of each of those that are one
+        return model
 
 
 def build(config: Any, trust_remote_code: bool) -> Any:

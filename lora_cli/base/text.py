@@ -37,7 +37,7 @@ def vocabulary(config: Any) -> int:
 
 def positions(config: Any) -> int | None:
     """The longest example that the language model can see, in tokens; None where its configuration does not say."""
-    seen = largest(config, "max_position_embeddings")
+    seen = largest(config, "max_position_embeddings") or largest(config, "max_seq_len")  # the second is MPT's
     return seen if isinstance(seen, int) and seen > 0 else None  # XLNet says -1: any number
 
 

@@ -34,8 +34,8 @@ def merge(
     proof: Annotated[
         Literal["full", "replay", "none"],
         typer.Option(
-            help="full: make every written tensor again, and compare the opened model with base + adapter. "
-            "replay: open no model, for one that does not fit into memory. none: neither."
+            help="full: make every written tensor again, and compare the model's outputs with those of base + "
+            "adapter. replay: compare no outputs. none: neither."
         ),
     ] = "full",
     max_shard_size: Annotated[str, typer.Option(help="The most that one weight file may hold.")] = "5GB",

@@ -90,16 +90,17 @@ def prepared_data(run: Path) -> Any:
 
 
 @torch.inference_mode()
-def log_probabilities(model: Any, tokens: Tensor) -> Tensor:
-    """(tokens, vocabulary), fp32."""
-    return model(input_ids=tokens.to(model.device), use_cache=False).logits[0].float().log_softmax(-1)
+def logits_of(model: Any, tokens: Tensor) -> Tensor:
+    """(tokens, vocabulary), fp32. The model is on the CPU."""
+    return model(input_ids=tokens, use_cache=False).logits[0].float()
 
 
 def divergence(reference: Tensor, other: Tensor) -> float:
-    """Mean KL(reference ‖ other) in nats a token; NaN where either holds NaN."""
+    """Mean KL(reference ‖ other) of logits, in nats a token; NaN where either holds NaN."""
     total = 0.0
-    for one, two in zip(reference, other, strict=True):  # a row at a time: double takes much memory
-        total += float((one.double().exp() * (one.double() - two.double())).sum())
+    for pair in zip(reference, other, strict=True):  # a row at a time: double takes much memory
+        one, two = (each.double().log_softmax(-1) for each in pair)
+        total += float((one.exp() * (one - two)).sum())
     return 0.0 if total < 0 else total / len(reference)
 
 

@@ -14,10 +14,11 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from torch import Tensor
 
 from lora_cli.adapters.card import measured_of, public_name
 from lora_cli.adapters.file import CHAT_TEMPLATE, AdapterFile, read_adapter
-from lora_cli.adapters.opened import Opened, adapter_folder, adapter_template, open_model, other_base
+from lora_cli.adapters.opened import adapter_folder, adapter_template, open_model, other_base
 from lora_cli.adapters.trained import adapters_disabled, trained_modules
 from lora_cli.base.device import DTYPES
 from lora_cli.base.linear import dense_weight, is_quantized, unquantized_layers
@@ -35,14 +36,22 @@ from lora_cli.merging.compare import (
     divergence,
     dtype_of,
     fits_in_fp32,
-    log_probabilities,
+    logits_of,
     make_dense,
     reopened,
 )
+from lora_cli.merging.in_place import compute_in_place
 from lora_cli.merging.names import Places
-from lora_cli.merging.onto import compare_bases, held_out
+from lora_cli.merging.onto import better_base, held_out, losses_of
 from lora_cli.merging.report import NOISE, MergeReport, require_number, require_same
-from lora_cli.merging.streamed import changed, fresh_from_files, require_own_head, why_whole
+from lora_cli.merging.streamed import (
+    Skeleton,
+    changed,
+    fresh_from_files,
+    require_own_head,
+    skeleton_from_files,
+    why_whole,
+)
 from lora_cli.merging.tensors import SHARD_SIZE, Fresh, parse_shard_size, replay_weights, write_weights
 
 
@@ -70,22 +79,26 @@ def merge(
     job = _Merge(source, base, dtype, onto, trust_remote_code, proof, say)
     files.require_outside(place, job.source.folder)
     files.require_outside_adapter(place, job.folder)
-    compared = job.choose(source) if onto == "auto" else None
+    examples = job.to_compare(source) if onto == "auto" else []
     changes = job.streamed()
-    streamed, measured, tokens, reference = changes is not None, {}, None, None
-    opened = None
+    measured: dict[str, Any] = {}
+    tokens = reference = opened = None
     if proof == "full":
-        opened = job.open_trained()
-        tokens, origin = comparison_tokens(source, opened.model)
-        reference = log_probabilities(opened.model, tokens)
-        with adapters_disabled(opened.model):
-            effect = divergence(reference, log_probabilities(opened.model, tokens))
+        opened = job.open("trained")
+        tokens, origin = comparison_tokens(source, opened)
+        reference = logits_of(opened, tokens)
+        with adapters_disabled(opened):
+            effect = divergence(reference, logits_of(opened, tokens))
         require_number(effect, job.folder)
-        measured = {"adapter_effect": effect, "tokens": origin, "compared_in": "fp32" if job.fp32 else "16 bits"}
+        measured = {"adapter_effect": effect, "tokens": origin, "compared_in": job.compared_in}
+        if examples:
+            before = losses_of(opened, examples, in_place=job.block_by_block)
+            del opened  # its memory is needed for the original one
+            opened, measured["bases_compared"] = None, job.choose(examples, *before)
+            changes = changes if job.onto == "trained" else job.streamed()
+    streamed = changes is not None
     if changes is None:
-        if job.onto == "original" and job.quantization != "none":
-            opened = job.open_original()
-        changes = job.changes_of(opened or job.open_trained())
+        changes = job.changes_of(opened if opened is not None and job.as_trained else job.open_whole(job.onto))
     del opened  # its memory is needed for the merged model
     layers = len(trained_modules(changes[0]))
     with written_whole(place) as temporary:
@@ -95,9 +108,10 @@ def merge(
             replayed = replay_weights(job.source, temporary, changes[2], dtype=job.dtype, dense=job.dense)
         del changes
         if tokens is not None and reference is not None:
-            merged = log_probabilities(reopened(temporary, fp32=job.fp32, trust_remote_code=trust_remote_code), tokens)
+            merged = logits_of(job.reopened(temporary), tokens)
             same = (reference.argmax(-1) == merged.argmax(-1)).float().mean().item()
             measured |= {"kl": divergence(reference, merged), "top1_agreement": same}
+            measured["largest_difference"] = (reference - merged).abs().max().item()
         report = MergeReport(
             output=str(output),
             onto=job.onto,
@@ -109,10 +123,10 @@ def merge(
             proof=proof,
             replayed=replayed,
             streamed=streamed,
-            bases_compared=compared,
+            block_by_block=job.block_by_block,
             **measured,
         )
-        require_same(report, job.folder, as_trained=report.onto == "trained" or job.quantization == "none")
+        require_same(report, job.folder, as_trained=job.as_trained)
         job.write_notes(temporary, report)
     return report
 
@@ -122,7 +136,7 @@ class _Merge:
 
     def __init__(self, path: Path, base: str | None, dtype: str, onto: str, code: bool, proof: str, say: Any):
         self.folder, self.say, self.code, self.proof = adapter_folder(path), say, code, proof
-        self.open = partial(open_model, base, path, device="cpu", trust_remote_code=code)
+        self.load = partial(open_model, base, path, device="cpu", trust_remote_code=code)
         self.adapter: AdapterFile = read_adapter(self.folder)
         self.notes: list[str] = []
         self.quantized: set[str] = set()  # names of the layers held in 4 or 8 bits, without adapters
@@ -160,7 +174,17 @@ class _Merge:
         self.fp32 = fits_in_fp32(parameters, widest, held_besides=0 if self.quantization == "none" else 1.2)
         kept = self.dense if self.held is not None else commonest_dtype(self.stored)
         self.written_dtype = next((name for name, each in DTYPES.items() if each == (self.dtype or kept)), "fp64")
+        self.block_by_block = proof == "full" and not self.fp32  # until it turns out that it cannot be
         self._require_room(parameters)
+
+    @property
+    def as_trained(self) -> bool:
+        """Whether the model is merged onto the weights of training."""
+        return self.onto == "trained" or self.quantization == "none"
+
+    @property
+    def compared_in(self) -> str:
+        return "fp32" if self.fp32 or self.block_by_block else "16 bits"
 
     def _note(self, text: str) -> None:
         self.notes.append(text)
@@ -174,49 +198,73 @@ class _Merge:
         if self.proof != "full":
             return
         if parameters > 1e9:
-            held = 4 if self.fp32 else 2
-            self.say(
-                f"merging on the CPU: about {human_bytes(held * parameters)} of memory, and three passes over the "
-                "comparison's tokens, some minutes each for a large model"
+            held = (
+                f"about {human_bytes(4 * parameters)} of memory" if self.fp32 else "a block of it in memory at a time"
             )
-        if not self.fp32:
+            self.say(
+                f"comparing on the CPU: {held}, and three passes over the comparison's tokens, some minutes each for a "
+                "large model"
+            )
+
+    def open(self, onto: str) -> Any:
+        """Base + adapter on these weights: whole, or block by block from its files where it does not fit in fp32."""
+        if self.block_by_block:
+            quantization = self.quantization if onto == "trained" else "none"
+            why = why_whole(self.adapter, quantization, self.held)
+            if why is None and (model := self._in_place(quantization)) is not None:
+                return model
+            self.block_by_block = False
             smallest = f"{NOISE['16 bits']:g} nats a token"
             self._note(
-                f"too little memory for fp32: compared in 16 bits, which cannot see differences below {smallest}"
+                "too little memory for fp32, and not every weight can be read from the files by itself: compared in "
+                f"16 bits, which cannot see differences below {smallest}"
             )
+        return self.open_whole(onto)
 
-    def open_trained(self) -> Opened:
-        """Base + adapter as trained; in fp32 arithmetic on the weights of training where memory allows it."""
+    def _in_place(self, quantization: str) -> Any | None:
+        found = self._skeleton(quantization)
+        compute = self.adapter.metadata.compute_dtype
+        return compute_in_place(found, DTYPES[compute] if compute is not None and quantization != "none" else None)
+
+    def open_whole(self, onto: str) -> Any:
+        """Base + adapter in memory, in fp32 arithmetic on these weights where memory allows it."""
+        self.quantized = set()
+        if onto == "original" or self.quantization == "none":
+            return self.load(quantization="none", dtype="fp32" if self.fp32 else "auto").model
+        model = self.load(quantization=self.quantization, dtype=self.adapter.metadata.compute_dtype or "auto").model
+        layers = model.named_modules(remove_duplicate=False)
+        self.quantized = {name.removesuffix(".base_layer") for name, layer in layers if is_quantized(layer)}
+        self._say_of_other_layers(model)
+        if self.fp32:
+            make_dense(model)
+        return model
+
+    def reopened(self, place: Path) -> Any:
+        """The written model, without its adapter."""
+        if not self.block_by_block:
+            return reopened(place, fp32=self.fp32, trust_remote_code=self.code)
+        written = BaseSource(str(place), place)
+        how: Any = {"quantization": "none", "held": None, "trust_remote_code": self.code}
+        return compute_in_place(skeleton_from_files(written, None, stored_tensors(place), **how), None)
+
+    def to_compare(self, run: Path) -> Sequence[Example]:
+        """Held-out examples to compare the trained and the original weights on; none, and said, where it cannot be."""
         if self.quantization == "none":
-            opened = self.open_original()
-        else:
-            compute = self.adapter.metadata.compute_dtype or "auto"
-            opened = self.open(quantization=self.quantization, dtype=compute)
-            layers = opened.model.named_modules(remove_duplicate=False)
-            self.quantized = {name.removesuffix(".base_layer") for name, layer in layers if is_quantized(layer)}
-            self._say_of_other_layers(opened.model)
-            if self.fp32:
-                make_dense(opened.model)
-        return opened
-
-    def choose(self, run: Path) -> dict[str, Any] | None:
-        """Merge onto the original weights if they are surely better on the run's held-out rows; says what it measured.
-
-        Nothing, and `trained`, where there is nothing to compare or to compare it on.
-        """
-        if self.quantization == "none":
-            return None
+            return ()
         examples = held_out(run)
         if why := self._why_not_compared(examples):
             self._note(f"merged onto the trained weights; the original ones were not compared: {why}")
-            return None
+            return ()
         tokens = sum(len(each.ids) for each in examples)
         self.say(
             f"comparing the trained and the original weights on {tokens} held-out tokens (--onto trained skips that)"
         )
-        self.onto, sentence, facts = compare_bases(
-            examples, lambda: self.open_trained().model, lambda: self.open_original().model
-        )
+        return examples
+
+    def choose(self, examples: Sequence[Example], trained: Tensor, targets: Tensor) -> dict[str, Any]:
+        """Merge onto the original weights if they are surely better than the trained ones; what was measured."""
+        original, _ = losses_of(self.open("original"), examples, in_place=self.block_by_block)
+        self.onto, sentence, facts = better_base(trained, original, targets)
         self._note(sentence)
         return facts
 
@@ -228,10 +276,6 @@ class _Merge:
         if self.proof != "full":
             return f"--proof {self.proof} opens no model"
         return None if examples else "there are no prepared validation rows of its run"
-
-    def open_original(self) -> Opened:
-        self.quantized = set()
-        return self.open(quantization="none", dtype="fp32" if self.fp32 else "auto")
 
     def _say_of_other_layers(self, model: Any) -> None:
         """Some layers cannot be held in 4 bits on a CPU; if they were in training, this is not quite that model."""
@@ -250,9 +294,7 @@ class _Merge:
         onto = "none" if self.onto == "original" else self.quantization
         why, found = why_whole(self.adapter, onto, self.held), None
         if why is None:
-            found = fresh_from_files(
-                self.source, self.adapter, self.stored, quantization=onto, held=self.held, trust_remote_code=self.code
-            )
+            found = fresh_from_files(self._skeleton(onto))
             why = "its weight files hold changed layers in another form than the model" if found is None else None
         if found is None:
             self._note(f"the base model is opened whole, and not read a tensor at a time: {why}")
@@ -260,13 +302,17 @@ class _Merge:
             require_own_head(found[0])
         return found
 
-    def changes_of(self, opened: Opened) -> tuple[Any, Places, dict[str, Fresh]]:
+    def _skeleton(self, quantization: str) -> Skeleton:
+        how: Any = {"quantization": quantization, "held": self.held, "trust_remote_code": self.code}
+        return skeleton_from_files(self.source, self.adapter, self.stored, **how)
+
+    def changes_of(self, model: Any) -> tuple[Any, Places, dict[str, Fresh]]:
         """What changes, of an opened model."""
-        require_own_head(opened.model)
-        places = Places.of(opened.model, self.stored)
+        require_own_head(model)
+        places = Places.of(model, self.stored)
         with torch.no_grad():
-            changes = changed(opened.model, self.quantized, lambda layer, _: dense_weight(layer))
-            return opened.model, places, places.fresh(changes)
+            changes = changed(model, self.quantized, lambda layer, _: dense_weight(layer))
+            return model, places, places.fresh(changes)
 
     def write(self, place: Path, shard_bytes: int, _: Any, places: Places, fresh: dict[str, Fresh]) -> list[str]:
         """Everything but merge.json and README.md; returns the stop tokens that were added."""

@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import asdict
 from functools import partial
 from pathlib import Path
 from typing import Any
 
 import torch
+from torch import Tensor
 
 from lora_cli.data.batches import collate
 from lora_cli.data.example import Example
@@ -31,18 +32,19 @@ def held_out(run: Path) -> list[Example]:
     return found
 
 
-def compare_bases(
-    examples: Sequence[Example], trained: Callable[[], Any], original: Callable[[], Any]
-) -> tuple[str, str, dict[str, Any]]:
-    """(`trained` or `original`, a sentence with the figures, the figures); `original` only where it is surely better.
-
-    trained, original: open base + adapter on these weights on the CPU, one after the other.
-    """
+def losses_of(model: Any, examples: Sequence[Example], *, in_place: bool = False) -> tuple[Tensor, Tensor]:
+    """As `example_losses`. in_place: whether weights are read at each pass; there is one pass for all then."""
     lay_out = partial(collate, packed=False, pad_id=0, device=torch.device("cpu"))
     longest = max(len(each.ids) for each in examples)
-    first, targets = example_losses(trained(), examples, lay_out, longest)
-    second, _ = example_losses(original(), examples, lay_out, longest)
-    found = paired_gain(first, second, targets)
+    return example_losses(model, examples, lay_out, longest * len(examples) if in_place else longest)
+
+
+def better_base(trained: Tensor, original: Tensor, targets: Tensor) -> tuple[str, str, dict[str, Any]]:
+    """(`trained` or `original`, a sentence with the figures, the figures); `original` only where it is surely better.
+
+    trained, original: losses of the held-out examples on these weights.
+    """
+    found = paired_gain(trained, original, targets)
     onto = "original" if found.low is not None and found.low > 0 else "trained"
     interval = "no interval" if found.low is None else f"95 % interval {found.low:+.4f} to {found.high:+.4f}"
     return (

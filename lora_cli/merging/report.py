@@ -20,7 +20,9 @@ class MergeReport:
 
     kl: mean KL divergence in nats a token from base + adapter to the merged model. adapter_effect: the same from
     base + adapter to the base alone, the yardstick. top1_agreement: share of positions with the same likeliest token.
-    compared_in: fp32, or 16 bits where memory did not allow more. stop_tokens: added to generation_config.json.
+    largest_difference: of two logits. compared_in: fp32, or 16 bits where memory did not allow more. block_by_block:
+    whether weights were read from the files a block at a time, because all of them do not fit into memory in fp32.
+    stop_tokens: added to generation_config.json.
     proof: full; replay or none, where nothing was compared and these figures are None. replayed: tensors made a second
     time and found in the files, bit for bit. streamed: whether the base was read a tensor at a time.
     bases_compared: losses on held-out rows, merged onto the trained and onto the original weights, and what the
@@ -43,6 +45,8 @@ class MergeReport:
     replayed: int = 0
     streamed: bool = True
     bases_compared: dict[str, Any] | None = None
+    largest_difference: float | None = None
+    block_by_block: bool = False
 
     @property
     def kept(self) -> float | None:
@@ -69,11 +73,12 @@ class MergeReport:
         again = f"{self.replayed} tensors made again from base and adapter are in the files, bit for bit"
         if self.kl is None:
             return [first, *([again] if self.replayed else []), f"{self.effect} (--proof {self.proof})"]
+        how = f"{self.compared_in}, block by block," if self.block_by_block else self.compared_in
         return [
             first,
-            f"{self.effect}: compared with base + adapter in {self.compared_in} on {self.tokens_compared} tokens "
+            f"{self.effect}: compared with base + adapter in {how} on {self.tokens_compared} tokens "
             f"{self.tokens}, KL {self.kl:.2g} nats a token (the adapter itself changes {self.adapter_effect:.2g}), "
-            f"same top token at {self.top1_agreement:.1%}",
+            f"same top token at {self.top1_agreement:.1%}, logits at most {self.largest_difference:.2g} apart",
             again,
         ]
 

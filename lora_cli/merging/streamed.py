@@ -3,16 +3,19 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Collection, Mapping
+from dataclasses import dataclass
 from functools import partial
 from typing import Any
 
 import torch
 from torch import Tensor, nn
+from transformers.pytorch_utils import Conv1D
 
 from lora_cli.adapters.file import AdapterFile, attach_adapter
+from lora_cli.adapters.metadata import AdapterMetadata
 from lora_cli.adapters.trained import Trained
 from lora_cli.base.device import DTYPES
-from lora_cli.base.linear import features, is_linear, stored_transposed
+from lora_cli.base.linear import features, stored_transposed
 from lora_cli.base.load import model_config, require_weights_fit, skeleton_of
 from lora_cli.base.source import BaseSource
 from lora_cli.base.storage.registry import is_known, part_of, storage_named
@@ -39,57 +42,82 @@ def why_whole(adapter: AdapterFile, quantization: str, held: str | None) -> str 
     return None
 
 
-def fresh_from_files(
+@dataclass(frozen=True)
+class Skeleton:
+    """A model on the device meta, with its adapter if any, and what reads its weights.
+
+    rounded: layers whose weights are quantized ones. own: stored tensors by parameter, where one holds it alone.
+    """
+
+    model: Any
+    places: Places
+    stored: Mapping[str, StoredTensor]
+    rounded: Collection[str]
+    own: Mapping[str, str]
+    weight_of: WeightOf
+
+
+def skeleton_from_files(
     source: BaseSource,
-    adapter: AdapterFile,
+    adapter: AdapterFile | None,
     stored: Mapping[str, StoredTensor],
     *,
     quantization: str,
     held: str | None,
     trust_remote_code: bool,
-) -> tuple[Any, Places, dict[str, Fresh]] | None:
-    """The model on the device meta with the adapter attached, its names, and the stored tensors that the merge changes.
+) -> Skeleton:
+    """quantization: of the weights that the model computes with. held: as the checkpoint stores them.
 
-    quantization: of the weights merged onto. Nothing where a changed weight is not stored as one tensor of its own.
     Raises LoraError if base, adapter and weight files do not belong together.
     """
     config = model_config(source, trust_remote_code)
-    model = skeleton_of(source, config, trust_remote_code)
+    model = skeleton_of(source, config, trust_remote_code, buffers=True)
     require_weights_fit(source, config, model)
-    attach_adapter(model, adapter, source)
+    if adapter is not None:
+        attach_adapter(model, adapter, source)
     places = Places.of(model, stored)
     if held is not None:
         weights = {part.weight for name in stored if (part := part_of(name)) is not None}
         rounded = {places.direct[name].removesuffix(".weight") for name in weights if name in places.direct}
-    elif quantization == "none":
+    elif quantization == "none" or adapter is None:
         rounded = set()
     else:
         rounded = _rounded_layers(model, adapter)
     own = {parameter: name for name, parameter in places.direct.items()}
-    changes = changed(model, rounded, _reader(adapter, stored, own, quantization if held is None else "none", rounded))
-    one_of = {id(each) for name, each in changes.items() if name in own}
+    rounding = quantization if held is None else "none"
+    return Skeleton(model, places, stored, rounded, own, _reader(adapter, stored, own, rounding, rounded))
+
+
+def fresh_from_files(found: Skeleton) -> tuple[Any, Places, dict[str, Fresh]] | None:
+    """The model, its names, and the stored tensors that the merge changes.
+
+    Nothing where a changed weight is not stored as one tensor of its own.
+    """
+    changes = changed(found.model, found.rounded, found.weight_of)
+    one_of = {id(each) for name, each in changes.items() if name in found.own}
     if any(id(each) not in one_of for each in changes.values()):
         return None
-    return model, places, places.fresh(changes)
+    return found.model, found.places, found.places.fresh(changes)
 
 
 def _rounded_layers(model: Any, adapter: AdapterFile) -> set[str]:
     kept, head = set(adapter.metadata.unquantized_modules or ()), model.get_output_embeddings()
     head = head.base_layer if isinstance(head, Trained) else head
-    layers = {name: each for name, each in model.named_modules(remove_duplicate=False) if is_linear(each)}
+    modules = model.named_modules(remove_duplicate=False)  # of other classes, as Falcon's, none is quantized
+    layers = {name: each for name, each in modules if isinstance(each, Conv1D) or type(each) is nn.Linear}
     names = {name.removesuffix(".base_layer") for name, each in layers.items() if each is not head}
     return names - kept
 
 
 def _reader(
-    adapter: AdapterFile,
+    adapter: AdapterFile | None,
     stored: Mapping[str, StoredTensor],
     own: Mapping[str, str],
     quantization: str,
     rounded: Collection[str],
 ) -> WeightOf:
     """What gives a layer's weight as the loaded layer computes with it: (out_features, in_features)."""
-    metadata = adapter.metadata
+    metadata = adapter.metadata if adapter is not None else AdapterMetadata()
 
     def weight_of(layer: nn.Module, name: str) -> Tensor:
         tensor = own[f"{name}.weight"]
