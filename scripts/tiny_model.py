@@ -11,50 +11,9 @@ import sys
 from pathlib import Path
 from typing import Any
 
-CHAT_TEMPLATE = (
-    "{% for message in messages %}<|im_start|>{{ message['role'] }}\n{{ message['content'] }}<|im_end|>\n{% endfor %}"
-    "{% if add_generation_prompt %}<|im_start|>assistant\n{% endif %}"
-)
-END, TURN_START, TURN_END = "<|endoftext|>", "<|im_start|>", "<|im_end|>"
+from lora_cli.studies.tiny import make_tokenizer, save_tiny
 
-
-def make_tokenizer(vocabulary: int = 512) -> Any:
-    """A byte-level BPE tokenizer with a ChatML template, trained on a few docstrings.
-
-    They are those of the running Python, so another version may give another vocabulary.
-    """
-    from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
-    from transformers import PreTrainedTokenizerFast
-
-    texts = [str(module.__doc__) for module in (sys, Path, str, int, list, dict, Exception)] + [
-        "select count from table where name is order by limit group by the of and to in a is that for it as with",
-        "question answer user assistant system how many which what are there list show give me all",
-    ]
-    tokenizer = Tokenizer(models.BPE())
-    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)  # type: ignore[assignment]
-    tokenizer.decoder = decoders.ByteLevel()  # type: ignore[assignment]
-    trainer = trainers.BpeTrainer(
-        vocab_size=vocabulary,
-        special_tokens=[END, TURN_START, TURN_END],
-        initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),
-        show_progress=False,
-    )
-    tokenizer.train_from_iterator(texts, trainer)
-    fast = PreTrainedTokenizerFast(tokenizer_object=tokenizer, eos_token=END, pad_token=END)
-    fast.chat_template = CHAT_TEMPLATE
-    return fast
-
-
-def save_tiny(config: Any, folder: Path, *, seed: int = 0, dtype: Any = None, tokenizer: Any = None) -> Path:
-    """A random causal LM of this config with a tokenizer, saved as an ordinary model folder."""
-    import torch
-    from transformers import AutoModelForCausalLM
-
-    torch.manual_seed(seed)
-    model = AutoModelForCausalLM.from_config(config, dtype=dtype or torch.float32)
-    model.save_pretrained(folder)
-    (tokenizer or make_tokenizer()).save_pretrained(folder)
-    return folder
+__all__ = ["make_tokenizer", "save_tiny"]
 
 
 def tiny_gpt2_config() -> Any:

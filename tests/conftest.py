@@ -19,8 +19,6 @@ from safetensors.torch import load_file
 ROOT = Path(__file__).parents[1]
 sys.path.insert(0, str(ROOT / "scripts"))
 
-from tiny_model import make_tokenizer, save_tiny  # noqa: E402
-
 from lora_cli.base.load import quiet_libraries  # noqa: E402
 from lora_cli.cli import main  # noqa: E402
 from lora_cli.data.files.folders import find_files  # noqa: E402
@@ -29,6 +27,7 @@ from lora_cli.data.order import Groups  # noqa: E402
 from lora_cli.errors import LoraError  # noqa: E402
 from lora_cli.recipe import load_recipe  # noqa: E402
 from lora_cli.screen import Screen  # noqa: E402
+from lora_cli.studies.tiny import make_tokenizer, save_tiny, tiny_llama_config  # noqa: E402
 from lora_cli.training.train import train  # noqa: E402
 
 quiet_libraries()
@@ -43,21 +42,7 @@ def tokenizer() -> Any:
 @pytest.fixture(scope="session")
 def tiny_llama(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A random Llama in fp32: 2 layers, 64 wide, grouped-query attention."""
-    from transformers import LlamaConfig
-
-    config = LlamaConfig(
-        vocab_size=512,
-        hidden_size=64,
-        intermediate_size=128,
-        num_hidden_layers=2,
-        num_attention_heads=4,
-        num_key_value_heads=2,
-        max_position_embeddings=256,
-        bos_token_id=0,
-        eos_token_id=0,
-        pad_token_id=0,
-    )
-    return save_tiny(config, tmp_path_factory.mktemp("models") / "tiny-llama")
+    return save_tiny(tiny_llama_config(), tmp_path_factory.mktemp("models") / "tiny-llama")
 
 
 @pytest.fixture(scope="session")

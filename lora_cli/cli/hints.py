@@ -40,6 +40,7 @@ EXAMPLES = {
         "lora convert adapters --to peft --output for-peft",
     ),
     "diff": ("lora diff Qwen/Qwen3-4B my-full-finetune --rank 32 --output adapter",),
+    "selftest": ("lora selftest", "lora selftest --model Qwen/Qwen3-0.6B --json"),
     "export": (
         "lora export runs/my-run --to gguf --output my-run.gguf",
         "lora export runs/my-run --to ollama --type q4_1 --output my-model",
@@ -58,6 +59,7 @@ _COMMANDS = {  # of other programs, and of people's expectation: what to use her
     **dict.fromkeys(("repl", "talk", "console"), "lora chat RUN"),
     **dict.fromkeys(("inference", "predict", "infer", "complete", "ask"), "lora generate RUN PROMPT"),
     **dict.fromkeys(("list", "ls", "ps", "status", "history", "compare"), "lora runs"),
+    **dict.fromkeys(("self-test", "doctor", "verify", "env", "info", "collect-env"), "lora selftest"),
     "schema": "lora init --schema",
     "version": "lora --version",
     **dict.fromkeys(("gguf", "quantize", "ollama"), "lora export RUN --to gguf --output FILE"),

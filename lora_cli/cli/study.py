@@ -8,7 +8,7 @@ from typing import Annotated, Any
 
 import typer
 
-from lora_cli.cli.common import Json, Program, console, heavy, home
+from lora_cli.cli.common import Json, Program, console, heavy, home, status
 from lora_cli.errors import command, home_expanded, refuse_if
 from lora_cli.streams import print_json, print_result
 
@@ -85,3 +85,22 @@ def say_made(layers: list[Any], output: Path, *, as_json: bool, notes: Sequence[
     for line in (*notes, *made.result_lines(layers)):
         print_result(line)
     print_result(f"written to {output}; what it costs in loss: {command('lora', 'eval', output, '--data', 'FILE')}")
+
+
+def selftest(
+    model: Annotated[
+        str | None, typer.Option("--model", help="Base model to measure on. Default: a tiny one.", show_default=False)
+    ] = None,
+    as_json: Json = False,
+) -> None:
+    """Measure on this machine what lora promises: E1 to E15 of docs/design.md. Takes about a minute.
+
+    Exit code 3 if one does not hold. The lines hold no paths and no data, so a bug report can show them.
+    """
+    testing = heavy("lora_cli.studies.selftest")
+    document = testing.selftest(model, status)
+    if as_json:
+        print_json(document)
+        return
+    for line in testing.lines(document):
+        print_result(line)

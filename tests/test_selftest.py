@@ -1,0 +1,100 @@
+"""`lora selftest`: every equality on a tiny model, and what is said when one does not hold."""
+
+from __future__ import annotations
+
+import importlib.util
+import json
+import re
+import shutil
+from typing import Any
+
+import pytest
+import torch
+from conftest import ROOT
+
+from lora_cli.adapters.layer import LoRALinear
+from lora_cli.base import attention
+from lora_cli.data import batches
+from lora_cli.studies import equalities, selftest
+
+
+def test_every_equality_holds_here(lora: Any):
+    """In the design's order and with none left out but what llama.cpp is needed for."""
+    said = json.loads(lora("selftest", "--json").out)
+    assert [each["name"] for each in said["equalities"] if each["holds"] is not True] == []
+    assert all(0 <= each["difference"] <= each["bound"] for each in said["equalities"])
+    named = re.findall(r"\| (E\d+) \|", (ROOT / "docs" / "design.md").read_text())
+    left_out = {"E14"}
+    assert list(dict.fromkeys(each["name"] for each in said["equalities"])) == [e for e in named if e not in left_out]
+    assert said["ok"]
+
+
+def reverse_update(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(LoRALinear, "delta_weight", lambda self: -self.scaling * (self.lora_B @ self.lora_A))
+
+
+def scale_twice(monkeypatch: pytest.MonkeyPatch) -> None:
+    real = LoRALinear.__init__
+
+    def wrong(self: Any, *given: Any, **named: Any) -> None:
+        real(self, *given, **named)
+        self.scaling *= 2
+
+    monkeypatch.setattr(LoRALinear, "__init__", wrong)
+
+
+def let_examples_see_each_other(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(batches, "packed_inputs", lambda each, device: attention.packed_inputs([sum(each)], device))
+
+
+@pytest.mark.parametrize(
+    ("spoil", "names", "suspects"),
+    [
+        (scale_twice, {"E2"}, "torch, peft"),
+        (let_examples_see_each_other, {"E3", "E6"}, "transformers, torch"),
+        (reverse_update, {"E8"}, "transformers, safetensors, bitsandbytes"),
+    ],
+)
+def test_a_broken_equality_is_named_with_the_versions_to_suspect(spoil, names, suspects, lora, monkeypatch):
+    kept = [each for each in selftest.EQUALITIES if each.name in {"E1", *names} and "no run" not in each.says]
+    monkeypatch.setattr(selftest, "EQUALITIES", kept)
+    spoil(monkeypatch)
+    said = lora("selftest")
+    assert said.code == 3
+    assert {line.split()[0] for line in said.error.splitlines() if "BROKEN" in line} == names
+    assert re.sub(r" [\d.]+(\+\w+)?(?=[,:])", "", said.error.split("fix: suspect ")[1]).split(":")[0] == suspects
+    assert f"torch {torch.__version__}" in said.error
+    assert re.search(r"(?<!\w)/\w+/", said.error) is None, "no paths"
+
+
+def test_without_a_library_an_equality_is_not_run_and_nothing_is_wrong(lora: Any, monkeypatch: pytest.MonkeyPatch):
+    real = importlib.util.find_spec
+    monkeypatch.setattr(importlib.util, "find_spec", lambda name, *more: None if name == "peft" else real(name, *more))
+    kept = [each for each in selftest.EQUALITIES if each.name in ("E2", "E12")]
+    monkeypatch.setattr(selftest, "EQUALITIES", kept)
+    said = lora("selftest")
+    assert said.code == 0
+    lines = [line for line in said.out.splitlines() if line.startswith("E2 ")]
+    assert [line.endswith("not run: needs peft") for line in lines] == [False, True]
+    assert "peft" not in said.out.splitlines()[1]
+
+
+def test_a_model_that_does_not_fit_is_no_broken_equality(tiny_gpt2, lora, monkeypatch, tmp_path):
+    """GPT-2's layers are transposed, its weights in bf16; without a chat template E15 has nothing to look at."""
+    shutil.copytree(tiny_gpt2, tmp_path / "gpt2")
+    (tmp_path / "gpt2" / "chat_template.jinja").unlink()
+    kept = [each for each in selftest.EQUALITIES if each.name in ("E1", "E3", "E9", "E15")]
+    monkeypatch.setattr(selftest, "EQUALITIES", kept)
+    said = lora("selftest", "--model", tmp_path / "gpt2")
+    assert said.code == 0, said.text
+    assert said.out.splitlines()[-1].endswith("not run: the model has no chat template")
+    assert "model: gpt2" in said.out
+
+
+def test_apart_sees_what_is_no_number_or_has_another_shape():
+    one = torch.tensor([1.0, -4.0])
+    assert equalities.apart([one], [one]) == 0
+    assert equalities.apart([one], [torch.tensor([1.0, -4.1])]) == pytest.approx(0.1 / 4.1, rel=1e-5)
+    assert equalities.apart([one * torch.nan], [one]) == float("inf")
+    assert equalities.apart([one[:1]], [one]) == float("inf")
+    assert equalities.apart([one], [one * 0]) == 4
