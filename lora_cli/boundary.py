@@ -112,8 +112,14 @@ def _unexpected(error: BaseException) -> LoraError:
         kept = [f"the traceback is in {place}"] if place else []
         return Unexpected("there is not enough memory", details=kept, fix=fix)
     if place is None:
-        return Unexpected(f"a bug in lora: {what}", details=text.splitlines(), fix="please report this")
-    return Unexpected(f"a bug in lora: {what}", where=place, fix="please report it, with this file")
+        return Unexpected(
+            f"a bug in lora: {what}",
+            details=text.splitlines(),
+            fix="please report this, with what lora selftest prints",
+        )
+    return Unexpected(
+        f"a bug in lora: {what}", where=place, fix="please report it, with this file and what lora selftest prints"
+    )
 
 
 def _traceback(error: BaseException) -> str:

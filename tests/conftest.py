@@ -27,10 +27,12 @@ from lora_cli.data.order import Groups  # noqa: E402
 from lora_cli.errors import LoraError  # noqa: E402
 from lora_cli.recipe import load_recipe  # noqa: E402
 from lora_cli.screen import Screen  # noqa: E402
+from lora_cli.studies import equalities  # noqa: E402
 from lora_cli.studies.tiny import make_tokenizer, save_tiny, tiny_llama_config  # noqa: E402
 from lora_cli.training.train import train  # noqa: E402
 
 quiet_libraries()
+with_adapter, randomize_adapter, losses = equalities.adapted, equalities.randomize, equalities.losses
 torch.set_num_threads(1)  # tiny matrices: a second thread costs more than it brings, and results stay bitwise equal
 
 
@@ -178,22 +180,18 @@ def adapted(tiny_llama: Path) -> Any:
     return with_adapter(open_base(tiny_llama))
 
 
+@pytest.fixture
+def bench(tiny_llama: Path, tmp_path: Path) -> equalities.Bench:
+    """What equalities of runs are measured on."""
+    return equalities.Bench(str(tiny_llama), tmp_path)
+
+
 def open_base(folder: Path, quantization: Any = "none", dtype: torch.dtype = torch.float32) -> Any:
     """A base model on the CPU, as training opens it."""
     from lora_cli.base.load import load_model
     from lora_cli.base.source import find_base
 
     return load_model(find_base(str(folder)), quantization=quantization, dtype=dtype, device=torch.device("cpu"))
-
-
-def with_adapter(model: Any, target_modules: Any = "attention", *, scale: float = 0.1, **settings: Any) -> Any:
-    """The model with a random adapter, of rank 4 and alpha 8 unless `settings` of find_targets say otherwise."""
-    from lora_cli.adapters.attach import attach
-    from lora_cli.adapters.targets import find_targets
-
-    attach(model, find_targets(model, target_modules, **({"rank": 4, "alpha": 8.0} | settings)))
-    randomize_adapter(model, scale=scale)
-    return model
 
 
 def refusal(call: Callable[[], Any]) -> LoraError:
@@ -220,23 +218,8 @@ def quiet_console() -> Screen:
     return Screen(stderr=True, quiet=True)
 
 
-def losses(run: Path) -> list[float]:
-    return [json.loads(line)["loss"] for line in (run / "metrics.jsonl").read_text().splitlines()]
-
-
 def adapter_tensors(run: Path) -> dict[str, torch.Tensor]:
     return load_file(run / "adapter" / "adapter_model.safetensors")
-
-
-def randomize_adapter(model: Any, seed: int = 0, scale: float = 0.1) -> None:
-    """Give every A and B random values: with B at zero no test of an adapter proves anything."""
-    from lora_cli.adapters.trained import trained_modules
-
-    generator = torch.Generator().manual_seed(seed)
-    with torch.no_grad():
-        for layer in trained_modules(model).values():
-            for parameter in (layer.lora_A, layer.lora_B):
-                parameter.copy_(torch.randn(parameter.shape, generator=generator) * scale)
 
 
 @pytest.fixture(autouse=True)

@@ -23,7 +23,6 @@ from lora_cli.adapters.layer import LoRALinear
 from lora_cli.adapters.projections import output_parts
 from lora_cli.adapters.targets import block_lists, find_targets
 from lora_cli.adapters.trained import trained_modules, trained_parameters
-from lora_cli.base.activations import ActivationPlan
 from lora_cli.base.load import load_model
 from lora_cli.base.source import find_base
 from lora_cli.base.trials import packing_difference, require_no_leak
@@ -31,6 +30,7 @@ from lora_cli.data.batches import MicroBatch, collate
 from lora_cli.data.example import Example
 from lora_cli.errors import LoraError
 from lora_cli.evaluation.loss import logit_rule, summed_loss, target_logits
+from lora_cli.studies.equalities import examples, fresh, recomputed, side_by_side
 
 CPU = torch.device("cpu")
 WINDOW = 8  # tokens; some examples below are longer
@@ -305,16 +305,6 @@ def adapted(model: Any, target_modules: Any = "attention", **settings: Any) -> A
     return with_adapter(model, target_modules, rank=2, alpha=4.0, **settings)
 
 
-def examples(*lengths: int) -> list[Example]:
-    """Random tokens; the first third of each is a prompt, as are some tokens in the middle."""
-    generator = torch.Generator().manual_seed(len(lengths))
-    return [
-        Example(torch.randint(3, 512, (length,), generator=generator).tolist(), spans)
-        for length in lengths
-        for spans in [[(at, at + 1, 1.0) for at in range(length // 3, length) if at % 5 != 4]]
-    ]
-
-
 def batch_of(rows: list[Example], *, packed: bool) -> MicroBatch:
     return collate(rows, packed=packed, pad_id=0, device=CPU)
 
@@ -329,17 +319,6 @@ def gradients(model: Any) -> dict[str, Tensor]:
     found = {name: p.grad for name, p in model.named_parameters() if p.grad is not None}
     model.zero_grad()
     return found
-
-
-def assert_same_gradients(actual: dict[str, Tensor], expected: dict[str, Tensor]) -> None:
-    """Equal to 1e-5 of the largest: small ones are sums of large terms, and rounding is as large as those."""
-    assert actual.keys() == expected.keys()
-    largest = max(gradient.abs().max().item() for gradient in expected.values())
-    assert largest > 0
-    for name, gradient in expected.items():
-        torch.testing.assert_close(
-            actual[name], gradient, rtol=0, atol=1e-5 * largest, msg=lambda m, n=name: f"{n}: {m}"
-        )
 
 
 def names_of(architecture: Architecture, parts: Any) -> list[str]:
@@ -371,10 +350,8 @@ def test_attention_and_all_linear_are_the_layers_of_the_architecture(name, load)
 )
 def test_fresh_adapter_changes_nothing_and_a_random_one_trains_everywhere(name, quantization, load):
     model = load(name, quantization)
-    before = logits(model)
-    targets = find_targets(model, "all-linear", rank=1, alpha=4.0)
-    attach(model, targets)
-    assert torch.equal(logits(model), before)
+    before, targets = logits(model), find_targets(model, "all-linear", rank=1, alpha=4.0)
+    assert fresh(model) == 0
     randomize_adapter(model)
     # Ten times what rounding gives. All of these adapters together move logits by a good part of their deviation.
     assert (logits(model) - before).abs().max() > 1e-2 * before.std()
@@ -448,17 +425,7 @@ def test_packed_equals_one_at_a_time(name, load):
     assert packing_difference(model, CPU)[0] < 1e-4  # rounding gives 1e-6 here, a leak 1
     require_no_leak(model, CPU)
     adapted(model).train(not ARCHITECTURES[name].samples)
-    rows = examples(20, 5, 13, 2)
-    together = summed_loss(model, batch_of(rows, packed=True))
-    together.backward()
-    packed = gradients(model)
-    alone = torch.zeros(())
-    for row in rows:
-        loss = summed_loss(model, batch_of([row], packed=False))
-        loss.backward()
-        alone = alone + loss.detach()
-    torch.testing.assert_close(together.detach(), alone, rtol=1e-5, atol=0)  # measured 3e-7
-    assert_same_gradients(packed, gradients(model))
+    assert side_by_side(model, examples(20, 5, 13, 2)) <= 1e-5  # measured 3e-7
 
 
 @pytest.mark.parametrize("name", [name for name in ARCHITECTURES if name not in PACKING])
@@ -540,17 +507,11 @@ def test_gradient_checkpointing_changes_no_gradient(name, quantization, packed, 
     model = adapted(load(name, quantization)).train()
     batch = batch_of(examples(20, 5, 13), packed=packed)
     logit_rule(model)  # tries the model once
-    calls = count_calls(model)
-    plain = summed_loss(model, batch)
-    plain.backward()
-    expected, forwards = gradients(model), calls["count"]
-    blocks = [block for outer in block_lists(model) for block in model.get_submodule(outer)]
-    ActivationPlan((True,) * len(blocks), (1.0,) * len(blocks), 1.0).apply(blocks)
-    checkpointed = summed_loss(model, batch)
-    checkpointed.backward()
-    torch.testing.assert_close(checkpointed, plain, rtol=1e-5, atol=0)
-    assert_same_gradients(gradients(model), expected)
-    again = calls["count"] - 2 * forwards  # it stops when all that is needed is there, so not after the last layer
+    calls, blocks = count_calls(model), [each for outer in block_lists(model) for each in model.get_submodule(outer)]
+    summed_loss(model, batch)
+    forwards = calls["count"]
+    assert recomputed(model, batch) <= 1e-5
+    again = calls["count"] - 3 * forwards  # it stops when all that is needed is there, so not after the last layer
     assert forwards - len(blocks) <= again <= forwards, "every block was computed twice: checkpointing was on"
     assert again > 0
 

@@ -7,7 +7,6 @@ import json
 import re
 from dataclasses import replace
 from html.parser import HTMLParser
-from itertools import pairwise
 from pathlib import Path
 
 import pytest
@@ -24,6 +23,7 @@ from lora_cli.data.preview import as_text, tokens_of
 from lora_cli.errors import CheckFailed, LoraError
 from lora_cli.planning.check import check, print_checked, write_page
 from lora_cli.recipe import load_recipe
+from lora_cli.studies import equalities
 from lora_cli.training import micro_batches
 from lora_cli.training.train import train
 
@@ -44,16 +44,12 @@ def checked_json(recipe: Path, *options: str) -> dict:
 @pytest.fixture
 def seen_in_training(monkeypatch):
     """(ids, targets) of every example of every micro-batch that a run trains on, taken from the model's own tensors."""
-    seen: list[tuple[list[int], list[int]]] = []
+    seen: equalities.Trained = []
     real = micro_batches.training_loss
 
     def spy(model, batch, **options):
         if model.training:
-            ids = batch.inputs["input_ids"].flatten().tolist()
-            aimed = dict(zip(batch.positions.tolist(), batch.targets.tolist(), strict=True))
-            ends = batch.inputs["cu_seq_lens_q"].tolist()
-            for start, end in pairwise(ends):
-                seen.append((ids[start:end], [aimed.get(at, -1) for at in range(start, end)]))
+            seen.extend(equalities.trained_rows([batch]))
         return real(model, batch, **options)
 
     monkeypatch.setattr(micro_batches, "training_loss", spy)
@@ -70,11 +66,7 @@ def test_what_check_shows_is_what_is_trained_on_token_for_token(
     settings = {"data": {"train": str(sums), "packing": packing, "max_seq_len": 200}, "train": {"epochs": 1}}
     shown = checked_json(recipe_file(**settings), "--show", "99")
     train(load_recipe(recipe_file(**settings | {"train": {"epochs": 1, "max_steps": 99}})), quiet_console())
-    expected = sorted(
-        ([token["id"] for token in row["tokens"]], [t["id"] if t["trained"] else -1 for t in row["tokens"][1:]] + [-1])
-        for row in shown["rows"]
-    )
-    assert sorted(seen_in_training) == expected
+    assert sorted(seen_in_training) == sorted(equalities.shown_rows(shown))
     assert shown["tokens"] == sum(len(ids) for ids, _ in seen_in_training)
     assert shown["target_tokens"] == sum(target >= 0 for _, targets in seen_in_training for target in targets)
     assert shown["target_tokens"] == sum(token["trained"] for row in shown["rows"] for token in row["tokens"])

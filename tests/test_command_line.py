@@ -144,6 +144,7 @@ WITH = {
     "convert": ["{}", "--to", "mlx", "--output", "out"],
     "combine": ["{}", "{}:0.5", "--output", "out"],
     "push": ["{}", "--to", "me/it"],
+    "selftest": ["--model", "{}"],
     "export": ["{}", "--to", "gguf", "--output", "out.gguf"],
 }
 USAGE = [

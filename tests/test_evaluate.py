@@ -28,6 +28,7 @@ from lora_cli.evaluation.evaluate import evaluate_model, evaluate_run
 from lora_cli.evaluation.perplexity import EvaluationStopped, example_losses
 from lora_cli.merging.merge import merge
 from lora_cli.recipe import load_recipe
+from lora_cli.studies import equalities
 
 CPU = torch.device("cpu")
 
@@ -38,49 +39,18 @@ def mean_loss(model: Any, examples: Any, lay_out: Any, max_tokens: int) -> tuple
     return losses.sum().item() / int(targets.sum()), int(targets.sum())
 
 
-def test_loss_does_not_depend_on_batch_size_order_or_packing(adapted, tokenizer, recipe_file):
-    examples = prepare(load_recipe(recipe_file()), tokenizer, keep=True).train
-    reference, count = mean_loss(adapted, examples, partial(collate, packed=False, pad_id=0, device=CPU), 1)
-    assert count == sum(example.targets for example in examples)
-    for packed, budget, order in [(False, 10_000, 1), (False, 100, -1), (True, 64, 1), (True, 10_000, -1)]:
-        lay_out = partial(collate, packed=packed, pad_id=0, device=CPU)
-        loss, same = mean_loss(adapted, examples[::order], lay_out, budget)
-        assert loss == pytest.approx(reference, abs=1e-6)
-        assert same == count
-
-
-def test_loss_is_what_transformers_computes_with_labels(adapted, tokenizer, recipe_file):
-    examples = prepare(load_recipe(recipe_file()), tokenizer, keep=True).train
+def test_the_loss_of_each_example_is_the_one_it_has_alone_and_transformers_computes(
+    adapted, tokenizer, recipe_file, tiny_llama
+):
+    """However batches are made. Against transformers' own loss with labels."""
+    examples = list(prepare(load_recipe(recipe_file()), tokenizer, keep=True).train)
     assert len(examples) == 24
-    total = 0.0
-    for example in examples:
-        ids, on = torch.tensor(example.ids.tolist()), torch.tensor(example.trained)
-        labels = torch.where(on, ids, -100)
-        with torch.no_grad():
-            total += adapted(ids[None], labels=labels[None]).loss.item() * example.targets
-    expected = total / sum(example.targets for example in examples)
-    loss, _ = mean_loss(adapted, examples, partial(collate, packed=False, pad_id=0, device=CPU), 4096)
-    assert loss == pytest.approx(expected, abs=1e-6)
-
-
-def test_every_example_has_the_loss_that_it_has_alone(adapted, tokenizer, recipe_file):
-    """Against transformers' own loss of each; in the order of the examples whatever the batches are."""
-    examples = prepare(load_recipe(recipe_file()), tokenizer, keep=True).train
-    targets = torch.tensor([example.targets for example in examples])
-    expected = torch.empty(len(examples), dtype=torch.float64)
-    for at, example in enumerate(examples):
-        ids, on = torch.tensor(example.ids.tolist()), torch.tensor(example.trained)
-        with torch.no_grad():
-            loss = adapted(ids[None], labels=torch.where(on, ids, -100)[None]).loss
-        expected[at] = loss.double() * example.targets
-    assert expected.std() > 1  # or a mistaken order would not be seen
-    for packed, budget in [(False, 1), (False, 100), (True, 64), (True, 10_000)]:
-        losses, counts = example_losses(
-            adapted, examples, partial(collate, packed=packed, pad_id=0, device=CPU), budget
-        )
-        assert losses.dtype == torch.float64
-        torch.testing.assert_close(losses, expected, rtol=1e-5, atol=0)
-        assert torch.equal(counts, targets)
+    assert equalities.laid_out(adapted, examples) <= 1e-6
+    assert equalities.loss(adapted, adapted, examples) <= 1e-6
+    losses, counts = example_losses(adapted, examples, partial(collate, packed=True, pad_id=0, device=CPU), 100)
+    assert losses.dtype == torch.float64
+    assert losses.std() > 1  # or a mistaken order would not be seen
+    assert counts.tolist() == [example.targets for example in examples]
 
 
 def test_a_weight_in_training_is_no_weight_in_evaluation(adapted):

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import copy
 import gc
 import math
 import weakref
@@ -10,7 +9,6 @@ from typing import Any
 
 import bitsandbytes as bnb
 import numpy as np
-import peft
 import pytest
 import torch
 from conftest import open_base, randomize_adapter, with_adapter
@@ -38,6 +36,7 @@ from lora_cli.base.linear import dense_weight, features, is_linear, settle_layer
 from lora_cli.base.load import load_model
 from lora_cli.base.source import find_base
 from lora_cli.errors import LoraError
+from lora_cli.studies import equalities
 
 # 64 inputs are one NF4 block: where a row is no whole number of blocks, bitsandbytes 0.50.2 on CPUs takes other
 # blocks' scales (measured), and so computes with other weights than the format defines.
@@ -91,13 +90,6 @@ def weight_and_bias(base: Any) -> tuple[Tensor, Tensor]:
     return weight.detach(), bias.detach().to(weight.dtype)
 
 
-def forward_and_gradients(layer: Any, x: Tensor, *parameters: Tensor) -> list[Tensor]:
-    """Output, and the gradients of x and the parameters for a random gradient of the output."""
-    y = layer(x)
-    upstream = torch.randn(y.shape, generator=torch.Generator().manual_seed(2)).to(y)
-    return [y.detach(), *torch.autograd.grad(y, (x, *parameters), upstream)]
-
-
 # E1
 
 
@@ -125,33 +117,15 @@ def test_fresh_adapter_is_the_base_layer_bitwise(kind, dtype, training):
 @pytest.mark.parametrize("shape", [(5,), (2, 3), (1, 2, 2)])
 def test_forward_and_gradients_are_the_formula(kind, shape):
     layer = make_layer(kind).double()
-    x = make_input(*shape, dtype=torch.float64)
-    weight, bias = weight_and_bias(layer.base_layer)
-    A, B = layer.lora_A, layer.lora_B
-
-    def formula(x: Tensor) -> Tensor:
-        return x @ (weight + ALPHA / RANK * B @ A).T + bias
-
-    actual = forward_and_gradients(layer, x, A, B)
-    for one, other in zip(actual, forward_and_gradients(formula, x, A, B), strict=True):
-        assert_close(one, other, rtol=0, atol=1e-12)  # measured 5e-15
-    assert_close(layer.delta_weight(), ALPHA / RANK * B @ A, rtol=0, atol=1e-12)
+    assert equalities.formula(layer, make_input(*shape, dtype=torch.float64)) <= 1e-12  # measured 5e-15
+    assert_close(layer.delta_weight(), ALPHA / RANK * layer.lora_B @ layer.lora_A, rtol=0, atol=1e-12)
 
 
 @pytest.mark.parametrize("kind", NF4 + INT8)
 def test_forward_and_gradients_over_a_quantized_base_are_the_formula(kind):
     layer = make_layer(kind).train()
-    x = make_input()
-    layer(x)  # an 8-bit layer takes its weight over into its state at the first forward
-    weight, bias = weight_and_bias(layer.base_layer)
-    A, B = layer.lora_A, layer.lora_B
-
-    def formula(x: Tensor) -> Tensor:
-        return x @ (weight + ALPHA / RANK * B @ A).T + bias
-
-    actual = forward_and_gradients(layer, x, A, B)
-    for one, other in zip(actual, forward_and_gradients(formula, x, A, B), strict=True):
-        assert_close(one, other, rtol=1e-5, atol=1e-5)  # fp32 sums of 48 terms up to 10; measured 4e-6
+    layer(make_input())  # an 8-bit layer takes its weight over into its state at the first forward
+    assert equalities.formula(layer, make_input()) <= 2e-6  # fp32 sums of 64 terms
 
 
 @pytest.mark.parametrize("kind", KINDS)
@@ -159,21 +133,10 @@ def test_forward_and_gradients_over_a_quantized_base_are_the_formula(kind):
 @pytest.mark.filterwarnings("ignore:fan_in_fan_out is set to False")
 def test_layer_is_the_layer_of_peft(kind, training):
     ours = make_layer(kind).train(training)
-    model = nn.Module()
-    model.layer = make_base(kind)
-    model.is_loaded_in_4bit, model.is_loaded_in_8bit = kind in NF4, kind in INT8
-    config = peft.LoraConfig(r=RANK, lora_alpha=ALPHA, target_modules=["layer"], lora_dropout=0.0)  # type: ignore[arg-type]
-    theirs: Any = peft.inject_adapter_in_model(config, model).layer.train(training)
+    theirs = equalities.peft_layer(ours, make_base(kind))
     module = {"nf4": "bnb", "int8": "bnb"}.get(kind.split()[0], "layer")
     assert type(theirs).__module__ == f"peft.tuners.lora.{module}"
-    A, B = theirs.lora_A["default"].weight, theirs.lora_B["default"].weight
-    with torch.no_grad():
-        A.copy_(ours.lora_A)
-        B.copy_(ours.lora_B)
-    x = make_input()
-    actual = forward_and_gradients(ours, x, ours.lora_A, ours.lora_B)
-    for one, other in zip(actual, forward_and_gradients(theirs, x, A, B), strict=True):
-        assert_close(one, other, rtol=1e-6, atol=1e-6 * other.abs().max().item())
+    assert equalities.like_peft(ours, theirs, make_input()) <= 1e-6
     delta = theirs.get_delta_weight("default")
     assert_close(ours.delta_weight(), delta.T if kind == "conv1d" else delta, rtol=1e-6, atol=1e-6)
 
@@ -332,9 +295,9 @@ def test_casting_once_gives_the_same_and_does_not_outlive_its_block():
     layer = make_layer("linear").bfloat16()
     layer.lora_A.data, layer.lora_B.data = layer.lora_A.data.float(), layer.lora_B.data.float()
     x = make_input(dtype=torch.bfloat16)
-    expected = forward_and_gradients(layer, x, layer.lora_A, layer.lora_B)
+    expected = equalities.outputs(layer, x, layer.lora_A, layer.lora_B)
     with cast_once({"layer": layer}, torch.bfloat16):
-        inside = forward_and_gradients(layer, x, layer.lora_A, layer.lora_B)
+        inside = equalities.outputs(layer, x, layer.lora_A, layer.lora_B)
     assert all(torch.equal(one, other) for one, other in zip(inside, expected, strict=True))
     assert [each.dtype for each in inside[2:]] == [torch.float32] * 2
     randomize_adapter(layer, scale=2.0)
@@ -507,8 +470,8 @@ def test_gradients_with_dropout_are_those_of_the_formula(masked):
         return x @ weight.T + bias + ALPHA / RANK * (x * keep / 0.6) @ (allowed @ A).T
 
     with draw_dropout(layer, 6):
-        actual = forward_and_gradients(layer, x, A, B)
-    for one, other in zip(actual, forward_and_gradients(formula, x, A, B), strict=True):
+        actual = equalities.outputs(layer, x, A, B)
+    for one, other in zip(actual, equalities.outputs(formula, x, A, B), strict=True):
         assert_close(one, other, rtol=0, atol=1e-12)
 
 
@@ -705,47 +668,18 @@ def test_nf4_rounds_to_the_nearest_code_with_the_mean_error_of_the_format(double
         assert_close(error, nearest, rtol=0, atol=1e-5)  # fp32 rounding at the borders between codes
 
 
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize(
+    ("kind", "dtype"),
+    [(kind, dtype) for kind in NF4 + INT8 for dtype in (torch.float32, torch.bfloat16)]
+    + [(kind, torch.float16) for kind in INT8],
+)
 @pytest.mark.parametrize("training", [True, False])
-@pytest.mark.parametrize("kind", NF4)
-def test_nf4_layer_is_the_dense_layer_of_its_dequantized_weight(kind, training, dtype):
-    layer = make_layer(kind).train(training)
-    dense = copy.deepcopy(layer)
-    plain = nn.Linear(IN, OUT, layer.base_layer.bias is not None).requires_grad_(False)
-    plain.weight.data = codebook_weight(layer.base_layer)[0]
-    if layer.base_layer.bias is not None:
-        plain.bias.data = layer.base_layer.bias.data.clone()
-    dense.base_layer = plain.to(dtype)
-    x = make_input(dtype=dtype)
-    actual = forward_and_gradients(layer, x, layer.lora_A, layer.lora_B)
-    expected = forward_and_gradients(dense, x, dense.lora_A, dense.lora_B)
-    for one, other in zip(actual, expected, strict=True):
-        # fp32: order of 48 sums. bf16: one rounding (2^-8) of the largest, where the sums end on different sides of it.
-        limit = (2e-6 if dtype == torch.float32 else 2**-7) * other.abs().max().item()
-        assert_close(one, other, rtol=0, atol=limit)
-
-
-@pytest.mark.parametrize("kind", INT8)
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
-def test_int8_layer_is_the_dense_layer_of_its_dequantized_weight(kind, dtype):
-    """Output and all gradients, in training and in evaluation alike: nothing is rounded but the weight."""
+def test_a_quantized_layer_is_the_dense_layer_of_its_dequantized_weight(kind, training, dtype):
+    """Output and all gradients: nothing is rounded but the weight."""
     layer = make_layer(kind)
     before = dense_weight(layer.base_layer)
-    bias = layer.base_layer.bias
-    plain = nn.Linear(IN, OUT, bias is not None, dtype=dtype)
-    plain.weight.data = before.to(dtype)
-    if bias is not None:
-        plain.bias.data = bias.data.to(dtype)
-    dense = LoRALinear(plain.requires_grad_(False), RANK, ALPHA)
-    dense.lora_A.data, dense.lora_B.data = layer.lora_A.data, layer.lora_B.data
-    x = make_input(dtype=dtype)
-    for mode in (True, False):
-        actual = forward_and_gradients(layer.train(mode), x, layer.lora_A, layer.lora_B)
-        expected = forward_and_gradients(dense.train(mode), x, dense.lora_A, dense.lora_B)
-        for one, other in zip(actual, expected, strict=True):
-            # one rounding of the largest, where the bias is added on another side of it
-            limit = 4 * torch.finfo(dtype).eps * other.abs().max().item()
-            assert_close(one, other, rtol=0, atol=limit)
+    # one rounding of the largest, where the sums end on different sides of it
+    assert equalities.like_dense(layer.train(training), make_input(dtype=dtype)) <= 4 * torch.finfo(dtype).eps
     assert torch.equal(dense_weight(layer.base_layer), before)
 
 

@@ -14,10 +14,10 @@ import pytest
 import torch
 import yaml
 from conftest import groups_of, losses, quiet_console, write_rows
-from safetensors.torch import load_file
 
 from lora_cli.data.order import Order
 from lora_cli.recipe import TrainRecipe, load_recipe
+from lora_cli.studies.equalities import evaluated, runs_apart, split
 from lora_cli.training.optimizer import learning_rate
 from lora_cli.training.train import train
 
@@ -57,25 +57,11 @@ def test_loss_falls_and_the_run_folder_is_complete(run_recipe, sums):
     assert environment["data_files"].keys() == {str(sums)}
 
 
-@pytest.mark.parametrize(
-    ("packing", "quantization"), [(False, "none"), (True, "none"), (False, "int8"), (True, "int8")]
-)
-def test_any_split_of_a_step_is_the_same_step(run_recipe, tmp_path, packing, quantization):
-    adapters, curves = [], []
-    for micro, accumulated in [(8, 1), (4, 2), (1, 8)]:
-        run, _ = run_recipe(
-            data={"packing": packing},
-            quantization=quantization,
-            train={"micro_batch_size": micro, "gradient_accumulation_steps": accumulated},
-            output=str(tmp_path / f"run-{micro}"),
-        )
-        curves.append(torch.tensor(losses(run)))
-        adapters.append(load_file(run / "adapter" / "adapter_model.safetensors"))
-    for curve, adapter in zip(curves[1:], adapters[1:], strict=True):
-        torch.testing.assert_close(curve, curves[0], rtol=0, atol=1e-5)  # E4, fp32 sums in another order
-        for name, tensor in adapter.items():
-            # Adam divides by √v: where a gradient is nearly zero its rounding error is enlarged to a part of the rate
-            torch.testing.assert_close(tensor, adapters[0][name], rtol=0, atol=1e-3)
+@pytest.mark.parametrize("quantization", ["none", "int8"])
+@pytest.mark.parametrize("packing", [False, True])
+def test_any_split_of_a_step_is_the_same_step(bench, packing, quantization):
+    """E4, with dropout."""
+    assert split(bench, data={"packing": packing}, quantization=quantization) <= 1e-5
 
 
 def test_a_step_of_weighted_rows_is_a_weighted_mean_however_it_is_split(run_recipe, sums, tmp_path):
@@ -131,27 +117,18 @@ def test_two_processes_are_one_big_batch(recipe_file, tmp_path):
     assert len(curves[1]) == 3  # one process writes
 
 
-def test_gradient_checkpointing_changes_nothing(run_recipe, tmp_path):
-    plain, _ = run_recipe(output=str(tmp_path / "plain"))
-    saved, _ = run_recipe(output=str(tmp_path / "saved"), train={"gradient_checkpointing": True})
-    assert losses(saved) == pytest.approx(losses(plain), abs=1e-5)  # E5
+def test_gradient_checkpointing_changes_nothing(bench):
+    plain, saved = (bench.run(train={"gradient_checkpointing": each}) for each in (False, True))
+    assert runs_apart(saved, plain) <= 1e-5  # E5
 
 
 @pytest.mark.parametrize("optimizer", ["adamw", "schedule_free_adamw"])
-def test_evaluating_in_between_changes_nothing_in_training_in_nf4(run_recipe, tmp_path, sums, optimizer):
+def test_evaluating_in_between_changes_nothing_in_training_in_nf4(bench, optimizer):
     """E6, bitwise, on a 4-bit base and with dropout: neither weights nor random states may move.
 
     Schedule-free AdamW has to come back from the weights that are evaluated to those in training.
     """
-    held_out = write_rows(tmp_path / "held.jsonl", [{"prompt": "What is 2 plus 2?\n", "completion": "4"}])
-    settings = {"quantization": "nf4", "dtype": "auto", "adapter": {"dropout": 0.1}}
-    own = {"optimizer": optimizer}
-    without, _ = run_recipe(**settings, output=str(tmp_path / "without"), train=own)
-    often, _ = run_recipe(
-        **settings, output=str(tmp_path / "often"), data={"validation": str(held_out)}, train=own | {"eval_every": 1}
-    )
-    assert losses(often) == losses(without)
-    assert (often / "adapter_last" / "adapter_model.safetensors").read_bytes() == adapter_bytes(without)
+    assert evaluated(bench, quantization="nf4", dtype="auto", train={"optimizer": optimizer}) == 0
 
 
 def test_same_recipe_same_bytes_and_the_resolved_recipe_repeats_the_run(run_recipe, tmp_path):
@@ -220,6 +197,7 @@ def wait_for_steps(run: Path, steps: int, process: subprocess.Popen[str]) -> Non
     raise AssertionError(f"the run did not reach step {steps}: {process.communicate()}")
 
 
+@pytest.mark.slow
 def test_killed_with_sigkill_then_resumed_is_the_uninterrupted_run(recipe_file, tmp_path):
     """E7 across processes. The straight run comes first, so that kill and resume have something to be compared with."""
     settings = HARD | {"data": {"validation": 0.25}}

@@ -16,6 +16,7 @@ from lora_cli.adapters.opened import open_model
 from lora_cli.base.source import find_base
 from lora_cli.errors import CheckFailed, LoraError
 from lora_cli.merging.merge import merge
+from lora_cli.studies import equalities
 
 TOKENS = torch.tensor([[5, 9, 2, 77, 301, 40, 8, 8, 19, 250]])
 
@@ -55,10 +56,7 @@ def test_merged_model_is_base_plus_adapter(kind, quantization, tmp_path, request
     base = request.getfixturevalue(kind)
     adapter = saved_adapter(base, tmp_path / "adapter", quantization)
     report = merge(adapter, tmp_path / "merged", dtype="fp32")
-    merged = AutoModelForCausalLM.from_pretrained(tmp_path / "merged", dtype=torch.float32).eval()
-    opened = open_model(None, adapter, dtype="fp32")
-    expected = logits(opened.model)
-    torch.testing.assert_close(logits(merged), expected, rtol=0, atol=1e-5)
+    assert equalities.merged(tmp_path / "merged", adapter) <= 1e-5
     assert report.kept > 0.99
     assert report.adapter_effect > 1e-3  # the adapter is not inert, or nothing is proved
 

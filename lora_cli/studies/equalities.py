@@ -35,6 +35,7 @@ from lora_cli.base.linear import dense_weight, plain_layer
 from lora_cli.base.load import load_model, load_tokenizer
 from lora_cli.base.source import BaseSource, find_base
 from lora_cli.base.storage.int4 import dequantize, q4_1_blocks
+from lora_cli.base.storage.registry import storage_of
 from lora_cli.base.trials import ordinary_tokens
 from lora_cli.data.batches import MicroBatch, collate
 from lora_cli.data.example import Example
@@ -43,7 +44,6 @@ from lora_cli.data.prepare import prepare
 from lora_cli.errors import Interrupted, LoraError
 from lora_cli.evaluation.loss import logit_rule, summed_loss
 from lora_cli.evaluation.perplexity import example_losses
-from lora_cli.merging.merge import merge
 from lora_cli.planning.check import check
 from lora_cli.recipe import Recipe
 from lora_cli.screen import Screen
@@ -125,7 +125,8 @@ def peft_layer(layer: LoRALinear, base: nn.Module) -> Any:
 
     model: Any = nn.Module()
     model.layer = base
-    model.is_loaded_in_4bit, model.is_loaded_in_8bit = ("4bit" in type(base).__name__, "8bit" in type(base).__name__)
+    held = getattr(storage_of(base), "name", None)
+    model.is_loaded_in_4bit, model.is_loaded_in_8bit = held == "nf4", held == "int8"
     config = peft.LoraConfig(r=layer.rank, lora_alpha=layer.alpha, target_modules=["layer"], lora_dropout=0.0)  # type: ignore[arg-type]
     theirs: Any = peft.inject_adapter_in_model(config, model).layer.train(layer.training)
     with torch.no_grad():
@@ -211,7 +212,7 @@ def loss(model: Any, reference: Any, rows: Sequence[Example]) -> float:
     """E5: the loss from chunks of the targets' logits = transformers' own, from all logits."""
     own, theirs = [], []
     for row in rows:
-        ids = torch.tensor([list(row.ids)], device=model.device)
+        ids = torch.tensor([list(row.ids)], dtype=torch.int64, device=model.device)
         labels = torch.where(torch.from_numpy(row.trained).to(ids.device), ids, -100)
         with torch.no_grad():
             theirs.append(reference(input_ids=ids, labels=labels).loss * row.targets)
@@ -238,18 +239,15 @@ def by_transformers(folder: Path, device: torch.device | None = None) -> Any:
     return AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32).eval().to(device or "cpu")
 
 
-def merged(adapter: Path, output: Path) -> float:
-    """E8: the merged folder, opened by transformers alone = base + adapter."""
-    merge(adapter, output, dtype="fp32")
+def merged(output: Path, adapter: Path) -> float:
+    """E8: a folder that an adapter was merged into, opened by transformers alone = base + adapter."""
     opened = open_model(None, adapter, dtype="fp32")
     return apart([logits(by_transformers(output, opened.device))], [logits(opened.model)])
 
 
-def opened_by_peft(model: Any, adapter: Path, plain: Any) -> float:
-    """E9: the adapter of `model`, saved and opened by PEFT on a plain base = the model."""
-    import peft
-
-    return apart([logits(peft.PeftModel.from_pretrained(plain, adapter))], [logits(model)])
+def opened_by_peft(model: Any, theirs: Any) -> float:
+    """E9: what PEFT makes of the saved adapter of `model` = the model."""
+    return apart([logits(theirs)], [logits(model)])
 
 
 def opened_by_us(theirs: Any, folder: Path, model: Any, base: BaseSource) -> float:

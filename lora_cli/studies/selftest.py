@@ -25,6 +25,7 @@ from lora_cli.base.linear import features, is_quantized
 from lora_cli.base.storage.int4 import quantize
 from lora_cli.data.batches import collate
 from lora_cli.errors import CheckFailed, LoraError, reason_of
+from lora_cli.merging.merge import merge
 from lora_cli.studies import equalities
 from lora_cli.studies.equalities import Bench, adapted, by_transformers, examples, randomize
 from lora_cli.studies.tiny import save_tiny, tiny_llama_config
@@ -119,13 +120,16 @@ def _loss(bench: Bench) -> float:
 
 def _merged(bench: Bench, quantization: str = "none") -> float:
     adapter = bench.adapter(adapted(bench.open(quantization), "all-linear"), quantization)
-    return equalities.merged(adapter, bench.place / f"merged-{quantization}")
+    merge(adapter, output := bench.place / f"merged-{quantization}", dtype="fp32")
+    return equalities.merged(output, adapter)
 
 
 def _opened_by_peft(bench: Bench) -> float:
+    import peft
+
     model = adapted(bench.open(), "all-linear")
     plain = by_transformers(bench.source.folder, bench.device)
-    return equalities.opened_by_peft(model, bench.adapter(model), plain)
+    return equalities.opened_by_peft(model, peft.PeftModel.from_pretrained(plain, bench.adapter(model)))
 
 
 def _opened_by_us(bench: Bench) -> float:
@@ -179,11 +183,11 @@ def selftest(model: str | None, doing: Callable[[str], AbstractContextManager[No
     with tempfile.TemporaryDirectory(prefix="lora-selftest-") as folder:
         place = Path(folder)
         bench = Bench(model or str(save_tiny(tiny_llama_config(), place / "model")), place)
+        about = _about(bench, own=model is None)
         measured = []
         for each in EQUALITIES:
             with doing(f"{each.name} {each.says}"):
                 measured.append(_measured(each, bench, refusals_hold=model is not None))
-        about = _about(bench, own=model is None)
     broken = [each for each in measured if each.holds is False]
     document = about | {"ok": not broken, "equalities": [asdict(each) for each in measured]}
     if broken:
