@@ -128,7 +128,8 @@ def peft_layer(layer: LoRALinear, base: nn.Module) -> Any:
     held = getattr(storage_of(base), "name", None)
     model.is_loaded_in_4bit, model.is_loaded_in_8bit = held == "nf4", held == "int8"
     config = peft.LoraConfig(r=layer.rank, lora_alpha=layer.alpha, target_modules=["layer"], lora_dropout=0.0)  # type: ignore[arg-type]
-    theirs: Any = peft.inject_adapter_in_model(config, model).layer.train(layer.training)
+    injected: Any = peft.inject_adapter_in_model(config, model)
+    theirs = injected.layer.train(layer.training)
     with torch.no_grad():
         theirs.lora_A["default"].weight.copy_(layer.lora_A)
         theirs.lora_B["default"].weight.copy_(layer.lora_B)
@@ -236,7 +237,8 @@ def laid_out(model: Any, rows: Sequence[Example]) -> float:
 
 def by_transformers(folder: Path, device: torch.device | None = None) -> Any:
     """A model as transformers alone opens it, in fp32."""
-    return AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32).eval().to(device or "cpu")
+    model: Any = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32)
+    return model.eval().to(device or "cpu")
 
 
 def merged(output: Path, adapter: Path) -> float:
