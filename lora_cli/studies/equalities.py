@@ -10,7 +10,7 @@ from __future__ import annotations
 import copy
 import json
 import math
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Iterable, Sequence
 from contextlib import suppress
 from dataclasses import dataclass, field
 from functools import partial
@@ -97,9 +97,6 @@ def logits(model: Any) -> Tensor:
     return model(input_ids=ids, use_cache=False).logits
 
 
-# ── one layer ──────────────────────────────────────────────────────────────────────────────────────────────────────
-
-
 def outputs(layer: Any, x: Tensor, *parameters: Tensor) -> list[Tensor]:
     """Of a layer, with the gradients of x and the parameters for a random gradient of the output."""
     y = layer(x)
@@ -155,9 +152,6 @@ def like_gguf(q: Tensor, d: Tensor, m: Tensor) -> float:
 
     read = gguf.quants.dequantize(q4_1_blocks(q, d, m).numpy(), gguf.GGMLQuantizationType.Q4_1)
     return apart([torch.from_numpy(read)], [dequantize(q, d, m)])
-
-
-# ── one model ──────────────────────────────────────────────────────────────────────────────────────────────────────
 
 
 def fresh(model: Any) -> float:
@@ -232,9 +226,6 @@ def laid_out(model: Any, rows: Sequence[Example]) -> float:
     return max(apart([each], found[:1]) for each in found)
 
 
-# ── files ──────────────────────────────────────────────────────────────────────────────────────────────────────────
-
-
 def by_transformers(folder: Path, device: torch.device | None = None) -> Any:
     """A model as transformers alone opens it, in fp32."""
     model: Any = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32)
@@ -257,9 +248,6 @@ def opened_by_us(theirs: Any, folder: Path, model: Any, base: BaseSource) -> flo
     theirs.save_pretrained(folder, save_embedding_layers=False)  # with the head it would add base weights
     attach_adapter(model, read_adapter(folder), base)
     return apart([logits(model)], [logits(theirs.eval())])
-
-
-# ── runs ───────────────────────────────────────────────────────────────────────────────────────────────────────────
 
 
 @dataclass
@@ -356,8 +344,6 @@ def resumed(bench: Bench, **settings: Any) -> float:
     return runs_apart(bench.run(stops=2, **settings), bench.run(**settings), adapter="adapter")
 
 
-# ── data ───────────────────────────────────────────────────────────────────────────────────────────────────────────
-
 Trained = list[tuple[list[int], list[int]]]
 
 
@@ -401,12 +387,11 @@ def prompted(bench: Bench) -> float:
         raise LoraError("the model has no chat template", fix="measure a model that talks")
     tokenizer = load_tokenizer(bench.source)
     (example,) = open_feed(recipe, prepare(recipe, tokenizer, keep=False), tokenizer).first(10)
-    ways: list[Callable[[], list[int]]] = [
-        lambda at=at: theirs(
-            theirs.apply_chat_template(TURNS[:at], tokenize=False, add_generation_prompt=True), add_special_tokens=False
-        )["input_ids"]
+    made = [
+        theirs.apply_chat_template(TURNS[:at], tokenize=False, add_generation_prompt=True)
         for at in range(1, len(TURNS), 2)
     ]
     starts = [start for start, _, _ in example.spans]
-    wrong = sum(list(example.ids[:start]) != way() for start, way in zip(starts, ways, strict=False))
-    return float(wrong + abs(len(starts) - len(ways)))
+    prompts = [theirs(text, add_special_tokens=False)["input_ids"] for text in made]
+    wrong = sum(list(example.ids[:start]) != prompt for start, prompt in zip(starts, prompts, strict=False))
+    return float(wrong + abs(len(starts) - len(prompts)))
