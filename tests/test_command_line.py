@@ -143,6 +143,7 @@ WITH = {
     "diff": ["{model}", "{}", "--rank", "2", "--output", "out"],
     "convert": ["{}", "--to", "mlx", "--output", "out"],
     "combine": ["{}", "{}:0.5", "--output", "out"],
+    "sweep": ["{}", "--vary", "adapter.rank=1,2", "--output", "out"],
     "push": ["{}", "--to", "me/it"],
     "selftest": ["--model", "{}"],
     "export": ["{}", "--to", "gguf", "--output", "out.gguf"],

@@ -77,6 +77,10 @@ FROZEN = {
     "convert": {"output", "to", "notes"},
     "diff": {"output", "notes", "not_held", "error", "norm", "layers"},
     "diff layers": {"name", "was", "rank", "norm", "lost"},
+    "sweep": {"recipe", "output", "seeds", "same_parameters", "points", "best", "recommended", "recommendation"},
+    "sweep points": {"name", "settings", "state", "why", "folders", "trained_parameters", "seconds", "seed_losses"}
+    | {"loss", "gain", "behind"},
+    "sweep points gain": {"before", "after", "gain", "low", "high", "examples", "targets"},
     "push": {"repository", "private", "files", "left_out", "card", "url"},
     "export": {"output", "to", "type", "bytes", "error", "template", "notes"},
 }
@@ -117,6 +121,7 @@ def test_keys_of_documents_and_files_only_grow(recipe_file, tiny_llama, sums, tm
         "combine": lora(capsys, "combine", run, f"{run}:-0.5", "--output", tmp_path / "sum"),
         "diff": lora(capsys, "diff", tiny_llama, tmp_path / "merged", "--rank", 1, "--output", tmp_path / "diff"),
         "convert": lora(capsys, "convert", run, "--to", "mlx", "--output", tmp_path / "mlx"),
+        "sweep": lora(capsys, "sweep", recipe, "--vary", "adapter.rank=1", "--output", tmp_path / "swept"),
         "push": lora(capsys, "push", run, "--to", "me/it", "--base", "me/llama", "--dry-run"),
         "export": Exported("a.gguf", "gguf", "q8_0", 1).as_dict(),  # the converter is no part of this environment
         "report.json": json.loads((run / "report.json").read_text()),

@@ -11,7 +11,7 @@ from typing import Annotated
 import typer
 
 from lora_cli import __version__, boundary
-from lora_cli.cli import evaluate, export, hints, merge, plan, share, speak, study, train, values
+from lora_cli.cli import evaluate, export, hints, merge, plan, share, speak, study, sweep, train, values
 from lora_cli.ending import end_as_by_ctrl_c, let_go
 from lora_cli.streams import finish_results, guard_streams, print_result
 
@@ -46,6 +46,7 @@ for name, run in (
     *(("diff", values.diff), ("convert", values.convert)),
     *(("export", export.export), ("push", share.push)),
     ("selftest", study.selftest),
+    ("sweep", sweep.sweep),
 ):
     app.command(name, epilog=hints.help_of(name))(run)
 

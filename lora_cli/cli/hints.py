@@ -41,6 +41,11 @@ EXAMPLES = {
     ),
     "diff": ("lora diff Qwen/Qwen3-4B my-full-finetune --rank 32 --output adapter",),
     "selftest": ("lora selftest", "lora selftest --model Qwen/Qwen3-0.6B --json"),
+    "sweep": (
+        "lora sweep recipe.yaml --vary adapter.rank=1,4,16,64 --output runs/ranks",
+        "lora sweep recipe.yaml --vary 'adapter.projections=[q],[v],[q,v]' --same-parameters --output runs/matrices",
+        "lora sweep recipe.yaml --vary train.learning_rate=1e-4,3e-4,1e-3 --seeds 3 --output runs/rates",
+    ),
     "export": (
         "lora export runs/my-run --to gguf --output my-run.gguf",
         "lora export runs/my-run --to ollama --type q4_1 --output my-model",
@@ -60,6 +65,7 @@ _COMMANDS = {  # of other programs, and of people's expectation: what to use her
     **dict.fromkeys(("inference", "predict", "infer", "complete", "ask"), "lora generate RUN PROMPT"),
     **dict.fromkeys(("list", "ls", "ps", "status", "history", "compare"), "lora runs"),
     **dict.fromkeys(("self-test", "doctor", "verify", "env", "info", "collect-env"), "lora selftest"),
+    **dict.fromkeys(("tune", "search", "grid", "hpo", "ablate"), "lora sweep RECIPE --vary KEY=VALUES --output FOLDER"),
     "schema": "lora init --schema",
     "version": "lora --version",
     **dict.fromkeys(("gguf", "quantize", "ollama"), "lora export RUN --to gguf --output FILE"),

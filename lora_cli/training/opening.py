@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import torch
 from accelerate import PartialState
@@ -32,8 +33,11 @@ from lora_cli.training.session import Session
 _METRICS_BYTES, _SAMPLE_BYTES = 300, 1500  # of one line
 
 
-def open_session(recipe: Recipe, console: Console) -> Session:
-    """Data first (seconds), then the model (minutes). Says what was derived from the recipe as it goes."""
+def open_session(recipe: Recipe, console: Console, load: Callable[..., Any] = load_model) -> Session:
+    """Data first (seconds), then the model (minutes). Says what was derived from the recipe as it goes.
+
+    load: see `open_model`.
+    """
     say = say_on(console)
     open_device(recipe)  # one that is missing is refused before data are prepared
     source = find_base(recipe.base_model, recipe.revision, trust_remote_code=recipe.trust_remote_code)
@@ -52,7 +56,7 @@ def open_session(recipe: Recipe, console: Console) -> Session:
         measure_unknown(recipe, source, feed, tokenizer, say)
     for number, line in enumerate(known_lines(recipe, source, feed.summary.fingerprint)):
         say(f"{'' if number else 'base':9}{line}")
-    session = open_model(recipe, source, tokenizer, feed, say)
+    session = open_model(recipe, source, tokenizer, feed, say, load)
     session.general_text, session.prompts = text, prompts
     trained = sum(parameter.numel() for parameter in trained_parameters(session.model))
     needed = disk_needed(recipe, trained, session.total_steps)
@@ -62,10 +66,16 @@ def open_session(recipe: Recipe, console: Console) -> Session:
 
 
 def open_model(
-    recipe: Recipe, source: BaseSource, tokenizer: PreTrainedTokenizerBase, feed: Feed, say: Callable[[str], None]
+    recipe: Recipe,
+    source: BaseSource,
+    tokenizer: PreTrainedTokenizerBase,
+    feed: Feed,
+    say: Callable[[str], None],
+    load: Callable[..., Any] = load_model,
 ) -> Session:
     """The model as it trains: loaded, then tried and changed by all passes, which say what they found.
 
+    load: gives the base as `load_model` does, such as `KeptBase.load`, one that is in memory already.
     Raises LoraError where it cannot be trained as the recipe asks.
     """
     device = open_device(recipe)
@@ -74,18 +84,17 @@ def open_model(
     held = "not quantized" if recipe.quantization == "none" else recipe.quantization
     say(f"model    {recipe.base_model}, {held}, on {describe_device(device)}{several}")
     dtype, why = pick_dtype(recipe.dtype, device)
-    model = load_model(
-        source,
-        quantization=recipe.quantization,
-        dtype=dtype,
-        device=torch.device("cpu") if recipe.train.shard_base else device,  # where all of it fits
-        double_quantization=recipe.double_quantization,
-        group_size=recipe.group_size,
-        trust_remote_code=recipe.trust_remote_code,
-    )
+    at = torch.device("cpu") if recipe.train.shard_base else device  # where all of it fits
+    model = load(source, **loading(recipe, dtype, at))
     session = Session(recipe, source, tokenizer, feed, model, device, why, say)
     run_passes(PASSES, session)
     return session
+
+
+def loading(recipe: Recipe, dtype: torch.dtype, device: torch.device) -> dict[str, Any]:
+    """What `load_model` is asked for by a recipe."""
+    names = ("quantization", "double_quantization", "group_size", "trust_remote_code")
+    return {name: getattr(recipe, name) for name in names} | {"dtype": dtype, "device": device}
 
 
 def try_model(recipe: Recipe, checked: Checked, console: Console | None) -> list[str]:

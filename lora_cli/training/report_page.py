@@ -26,7 +26,7 @@ def write_report_page(
 
     shown: recipe, environment and warnings, as `report_page` takes them.
     """
-    with _no_traces(folder):
+    with no_traces(folder):
         light, dark = (loss_picture(metrics, report, ink) for ink in (LIGHT, DARK))
     page = report_page(report, title=folder.resolve().name, light=light, dark=dark, **shown)
     files = {"loss.png": light, "report.html": page.encode()}
@@ -36,7 +36,7 @@ def write_report_page(
 
 
 @contextmanager
-def _no_traces(folder: Path) -> Iterator[None]:
+def no_traces(folder: Path) -> Iterator[None]:
     """Within, matplotlib keeps its list of fonts in a temporary folder of the run and not in the user's home."""
     if "matplotlib" in sys.modules or "MPLCONFIGDIR" in os.environ:
         yield

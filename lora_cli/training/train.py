@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from contextlib import ExitStack
 from pathlib import Path
 from typing import Any
@@ -10,6 +10,7 @@ from typing import Any
 from accelerate import Accelerator
 from rich.console import Console
 
+from lora_cli.base.load import load_model
 from lora_cli.errors import Interrupted
 from lora_cli.recipe import Recipe
 from lora_cli.screen import say_on
@@ -31,11 +32,18 @@ from lora_cli.training.trackers import require_trackers
 
 
 def train(
-    recipe: Recipe, console: Console, *, resume: bool = False, allow: Sequence[str] = (), max_hours: float | None = None
+    recipe: Recipe,
+    console: Console,
+    *,
+    resume: bool = False,
+    allow: Sequence[str] = (),
+    max_hours: float | None = None,
+    load: Callable[..., Any] = load_model,
 ) -> dict[str, Any]:
     """Run a recipe to its end; returns the report that is also written to report.json.
 
     allow: settings, sections, `data` or `versions` that may have changed since a resumed run began.
+    load: where the base comes from, see `open_model`.
     Raises Interrupted after Ctrl+C, SIGTERM, SIGHUP or max_hours, with a checkpoint written; CheckFailed when the loss
     is not finite or nothing was learned; DiskError when a checkpoint, metrics or the adapter cannot be written.
     """
@@ -59,7 +67,7 @@ def train(
                 folder.refuse_if_taken(resume)  # by a run that ended in between
                 folder.clear_after_a_kill()
             accelerator.wait_for_everyone()
-            run = _open(recipe, folder, accelerator, console, stop, resume, allow)
+            run = _open(recipe, folder, accelerator, console, stop, resume, allow, load)
             return run.to_the_end()
         except KeyboardInterrupt:
             if not stop.requested:
@@ -77,6 +85,7 @@ def _open(
     stop: Stop,
     resume: bool,
     allow: Sequence[str],
+    load: Callable[..., Any],
 ) -> Run:
     """A run that is ready for its next step. Raises LoraError if a resumed run would not be the same run."""
     stored = folder.stored_recipe() if resume else recipe
@@ -85,7 +94,7 @@ def _open(
     moved = stored.output != recipe.output
     if recipe.revision is None and recipe.base_model == stored.base_model:
         recipe = recipe.model_copy(update={"revision": stored.revision})
-    session = open_session(recipe, console)
+    session = open_session(recipe, console, load)
     environment = environment_of(session, accelerator.num_processes)
     began = folder.stored_environment() if resume else environment
     other = changes_of_environment(began, environment)
