@@ -45,10 +45,13 @@ def write_adapter(folder: Path, layers: int, rank: int, seed: int) -> int:
 
 
 def timed(*words: str | Path) -> None:
-    began = time.monotonic()
+    began, before = time.monotonic(), resource.getrusage(resource.RUSAGE_CHILDREN)
     subprocess.run([sys.executable, "-m", "lora_cli", *map(str, words)], check=True, stdout=subprocess.DEVNULL)
-    largest = resource.getrusage(resource.RUSAGE_CHILDREN).ru_maxrss / 2**20  # GiB, of all processes so far
-    print(f"lora {words[0]}: {time.monotonic() - began:.1f} s, peak memory so far {largest:.2f} GiB", flush=True)
+    took, after = time.monotonic() - began, resource.getrusage(resource.RUSAGE_CHILDREN)
+    busy = after.ru_utime + after.ru_stime - before.ru_utime - before.ru_stime
+    shown = " ".join(str(each) for each in words if "/" not in str(each) and each != "--output")
+    largest = after.ru_maxrss / 2**20  # GiB, of all processes so far
+    print(f"lora {shown}: {took:.1f} s, {busy:.1f} s of a core; peak memory so far {largest:.2f} GiB", flush=True)
 
 
 def main() -> None:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -72,17 +71,15 @@ def resize(
     wrong = energy is not None and not 0 < energy <= 1
     refuse_if(wrong, f"--energy is {energy}, but must be above 0 and at most 1", fix="for example --energy 0.95")
     resizing = heavy("lora_cli.studies.resize", output)
-    layers = resizing.resize(source, output, rank=rank, energy=energy)
-    say_made(layers, output, as_json=as_json)
+    say_made(resizing.resize(source, output, rank=rank, energy=energy), output, as_json=as_json)
 
 
-def say_made(layers: list[Any], output: Path, *, as_json: bool, notes: Sequence[str] = (), **facts: Any) -> None:
-    """What was written, and how near it is. facts: for --json, beside that."""
-    made = heavy("lora_cli.studies.made")
+def say_made(made: Any, output: Path, *, as_json: bool) -> None:
+    """What was written, and how near it is."""
     if as_json:
-        print_json({"output": str(output), "notes": list(notes)} | facts | made.as_dict(layers))
+        print_json({"output": str(output)} | made.as_dict())
         return
-    for line in (*notes, *made.result_lines(layers)):
+    for line in (*made.notes, *made.lines()):
         print_result(line)
     print_result(f"written to {output}; what it costs in loss: {command('lora', 'eval', output, '--data', 'FILE')}")
 

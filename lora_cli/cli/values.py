@@ -31,7 +31,9 @@ def combine(
     density: Annotated[
         float | None, typer.Option(help="Share of each update that ties (0.2) or dare (0.5) keeps.", show_default=False)
     ] = None,
-    seed: Annotated[int | None, typer.Option(help="Of what dare drops. Default: 0.", show_default=False)] = None,
+    seed: Annotated[
+        int | None, typer.Option(min=0, max=2**32 - 1, help="Of what dare drops. Default: 0.", show_default=False)
+    ] = None,
     as_json: Json = False,
 ) -> None:
     """Write one adapter that adds the weighted sum of several, and say how exactly."""
@@ -41,8 +43,7 @@ def combine(
     refuse_if(wrong, f"--density is {density}, but must be above 0 and at most 1", fix="for example --density 0.2")
     combining = heavy("lora_cli.studies.combine", output)
     made = combining.combine(adapters, output, rank=rank, method=method, density=density, seed=seed or 0)
-    parts = [{"name": name, "weight": weight} for name, weight in made.parts]
-    say_made(made.layers, output, as_json=as_json, notes=made.notes, method=method, parts=parts)
+    say_made(made, output, as_json=as_json)
 
 
 def diff(
@@ -59,7 +60,7 @@ def diff(
     """
     differing = heavy("lora_cli.studies.diff", output)
     made = differing.diff(base, tuned, output, rank=rank, trust_remote_code=trust_remote_code)
-    say_made(made.layers, output, as_json=as_json, notes=made.notes, not_held=made.not_held)
+    say_made(made, output, as_json=as_json)
 
 
 def convert(

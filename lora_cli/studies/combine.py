@@ -5,7 +5,6 @@ from __future__ import annotations
 import math
 import zlib
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
 from functools import partial
 from itertools import combinations
 from pathlib import Path
@@ -17,20 +16,11 @@ from torch import Tensor
 
 from lora_cli.adapters.low_rank import Factors, decomposed, factors_of, nearest, product_norm
 from lora_cli.errors import LoraError, home_expanded, refuse_if
-from lora_cli.studies.made import Layer, Part, common_group, open_part, result_lines, write_made
+from lora_cli.studies.made import Layer, Made, Part, common_group, open_part, write_made
 
 Method = Literal["linear", "ties", "dare"]
 DENSITIES = {"ties": 0.2, "dare": 0.5}  # that of TIES is its paper's
 _NOTHING = 1e-6  # of what went in: no more than fp32 leaves of numbers that cancel each other
-
-
-@dataclass(frozen=True)
-class Combined:
-    """parts: name of the folder and weight. notes: what a person should hear."""
-
-    parts: list[tuple[str, float]]
-    layers: list[Layer]
-    notes: list[str]
 
 
 def weighted(word: str) -> tuple[str, float]:
@@ -54,7 +44,7 @@ def weighted(word: str) -> tuple[str, float]:
 
 def combine(
     words: Sequence[str], output: Path, *, rank: int | None, method: Method, density: float | None, seed: int
-) -> Combined:
+) -> Made:
     """Write one adapter with the update Σ weight · ΔW in every layer, whatever ranks, alphas and layers they have.
 
     linear: exact, by concatenating A and B; with `rank`, the nearest matrix of that rank. ties, dare: on the dense
@@ -71,27 +61,27 @@ def combine(
         dense = partial(_dense, parts, group, merged, kept)
     layers: list[Layer] = []
     apart: list[float] = []  # ‖ΔW‖ of every layer that went in
-    ranks, sums = _ranks(parts, group, rank, exact=dense is None)
+    ranks = _ranks(parts, group, rank, exact=dense is None)
 
     def make(name: str) -> Factors:
         own = [each.factors(name, group) for each in parts if name in each.pairs]
         apart.extend(product_norm(*each) for each in own)
         made, norm, lost = _low_rank(own, ranks[name]) if dense is None else nearest(dense(name), ranks[name])
-        layers.append(Layer(name, sums[name], ranks[name], norm, lost))
+        layers.append(Layer(name, sum(len(A) for A, _ in own), ranks[name], norm, lost))
         return made
 
     def measured() -> list[str]:
-        left = math.hypot(*(each.norm for each in layers))
         what = "nothing is left of these adapters: they cancel each other, or none of them changes anything"
         fix = "choose other weights" + (", or a higher --density" if dense is not None else "")
-        refuse_if(left <= _NOTHING * math.hypot(*apart), what, fix=fix)
-        return result_lines(layers)
+        refuse_if(Made(layers).norm("norm") <= _NOTHING * math.hypot(*apart), what, fix=fix)
+        return Made(layers).lines()
 
     made_of = " + ".join(f"{each.weight:g} × {each.name}" for each in parts).replace("+ -", "- ")
     if method != "linear":
         made_of += f", by {method} with density {kept:g}"
     notes = write_made(output, parts, ranks, make, made_of=made_of, measured=measured)
-    return Combined([(each.name, each.weight) for each in parts], layers, notes)
+    facts = {"method": method, "parts": [{"name": each.name, "weight": each.weight} for each in parts]}
+    return Made(layers, notes, facts)
 
 
 def _require_one_base(parts: Sequence[Part]) -> None:
@@ -111,17 +101,14 @@ def _require_one_base(parts: Sequence[Part]) -> None:
                 raise LoraError(what, where=other.adapter.folder, fix=fix)
 
 
-def _ranks(
-    parts: Sequence[Part], group: int, rank: int | None, *, exact: bool
-) -> tuple[dict[str, int], dict[str, int]]:
-    """By layer, the rank that is written, and the sum of the ranks."""
-    ranks, sums = {}, {}
+def _ranks(parts: Sequence[Part], group: int, rank: int | None, *, exact: bool) -> dict[str, int]:
+    """By layer, the rank that is written."""
+    ranks = {}
     for name in dict.fromkeys(name for each in parts for name in each.pairs):
         shapes = [each.shape(name) for each in parts if name in each.pairs]
-        most = min(shapes[0][1] // group, shapes[0][2])
-        sums[name] = sum(each[0] for each in shapes)
-        ranks[name] = min(most, *([sums[name]] if exact else []), *([] if rank is None else [rank]))
-    return ranks, sums
+        bounds = [shapes[0][1] // group, shapes[0][2]] + [sum(each[0] for each in shapes)] * exact
+        ranks[name] = min([*bounds, rank or bounds[0]])
+    return ranks
 
 
 def _low_rank(own: Sequence[Factors], rank: int) -> tuple[Factors, float, float]:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -26,31 +25,10 @@ from lora_cli.errors import LoraError, escaped, refuse_if
 from lora_cli.files import written_whole
 from lora_cli.merging.files import require_outside, require_place
 from lora_cli.merging.names import Places
-from lora_cli.studies.made import Layer, result_lines, write_card
+from lora_cli.studies.made import Layer, Made, write_card
 
 
-@dataclass(frozen=True)
-class Differed:
-    """layers: those that the adapter is on. not_held: ‖Δ‖ of every other tensor that changed, by name."""
-
-    layers: list[Layer]
-    not_held: dict[str, float]
-
-    @property
-    def notes(self) -> list[str]:
-        if not self.not_held:
-            return []
-        norm = math.hypot(*self.not_held.values())
-        share = norm**2 / (norm**2 + sum(each.norm**2 for each in self.layers))
-        first = sorted(self.not_held, key=lambda name: -self.not_held[name])
-        named = f"{', '.join(first[:3])}{f' and {len(first) - 3} more tensors' if len(first) > 3 else ''}"
-        return [
-            f"not in the adapter, as only linear layers can be: {named}, {share:.2%} of ‖Δ‖² of all that changed; "
-            "base + adapter lacks what they do"
-        ]
-
-
-def diff(base: str, tuned: str, output: Path, *, rank: int, trust_remote_code: bool = False) -> Differed:
+def diff(base: str, tuned: str, output: Path, *, rank: int, trust_remote_code: bool = False) -> Made:
     """Write the adapter of `rank` that is nearest to tuned - base in every linear layer; a tensor pair at a time.
 
     Raises LoraError for models whose tensors differ in name or shape, for quantized ones, and where nothing changed.
@@ -89,11 +67,24 @@ def diff(base: str, tuned: str, output: Path, *, rank: int, trust_remote_code: b
     for name, module in attach(model, targets).items():
         module.leave_meta()
         module.load(states[name])
-    _write(place, model, sources, rank, made := Differed(layers, not_held), trust_remote_code)
+    made = Made(layers, _not_held(not_held, layers), {"not_held": not_held})
+    _write(place, model, sources, rank, made, trust_remote_code)
     return made
 
 
-def _write(place: Path, model: Any, sources: list[BaseSource], rank: int, made: Differed, code: bool) -> None:
+def _not_held(norms: dict[str, float], layers: list[Layer]) -> list[str]:
+    """What an adapter cannot hold, in words. norms: ‖Δ‖ of every such tensor."""
+    if not norms:
+        return []
+    outside, inside = (math.hypot(*each) for each in (norms.values(), [each.norm for each in layers]))
+    first = sorted(norms, key=lambda name: -norms[name])
+    named = f"{', '.join(first[:3])}{f' and {len(first) - 3} more tensors' if len(first) > 3 else ''}"
+    share = outside**2 / (outside**2 + inside**2)
+    what = f"not in the adapter, as only linear layers can be: {named}, {share:.2%} of ‖Δ‖² of all that changed"
+    return [f"{what}; base + adapter lacks what they do"]
+
+
+def _write(place: Path, model: Any, sources: list[BaseSource], rank: int, made: Made, code: bool) -> None:
     one, other = sources
     made_of = f"the change from {public_name(one)} to {escaped(public_name(other))}, at rank {rank}"
     own, template = (load_tokenizer(each, trust_remote_code=code).chat_template for each in sources)
@@ -107,7 +98,7 @@ def _write(place: Path, model: Any, sources: list[BaseSource], rank: int, made: 
             chat_template=template if isinstance(template, str) and template != own else None,
             made_of=made_of,
         )
-        write_card(temporary, one, [f"It is {made_of}.", *result_lines(made.layers), *made.notes])
+        write_card(temporary, one, [f"It is {made_of}.", *made.lines(), *made.notes])
 
 
 def _pairs(model: Any, sources: list[BaseSource]) -> dict[str, tuple[StoredTensor, StoredTensor]]:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import math
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, field
 from functools import partial
 from pathlib import Path
 from typing import Any, BinaryIO
@@ -43,6 +43,39 @@ class Layer:
     @property
     def error(self) -> float:
         return self.lost / self.norm if self.norm else 0.0
+
+
+@dataclass(frozen=True)
+class Made:
+    """What was written. notes: what a person should hear of it first. facts: for --json, beside the rest."""
+
+    layers: Sequence[Layer]
+    notes: list[str] = field(default_factory=list)
+    facts: dict[str, Any] = field(default_factory=dict)
+
+    def norm(self, name: str) -> float:
+        """`norm` or `lost` of the whole adapter."""
+        return math.hypot(*(getattr(each, name) for each in self.layers))
+
+    @property
+    def error(self) -> float:
+        """‖ΔW - ΔW'‖ / ‖ΔW‖ of the whole adapter."""
+        return self.norm("lost") / self.norm("norm") if self.norm("norm") else 0.0
+
+    def as_dict(self) -> dict[str, Any]:
+        """For --json."""
+        layers = [asdict(each) for each in self.layers]
+        return {"error": self.error, "norm": self.norm("norm"), "layers": layers, "notes": self.notes} | self.facts
+
+    def lines(self) -> list[str]:
+        worst = max(self.layers, key=lambda each: each.error)
+        before, after = (sorted({getattr(each, name) for each in self.layers}) for name in ("was", "rank"))
+        said = ["–".join(map(str, dict.fromkeys((each[0], each[-1])))) for each in (before, after)]
+        most = f"{self.error:.2%} in all, at most {worst.error:.2%}, in {worst.name}"
+        return [
+            f"{len(self.layers)} layers from rank {said[0]} to rank {said[1]}",
+            f"‖ΔW - ΔW'‖ / ‖ΔW‖: {most if worst.error > _ROUNDING else 'none but the rounding of fp32'}",
+        ]
 
 
 @dataclass(frozen=True)
@@ -179,27 +212,3 @@ def _settings(
     for key, ours in named.items():
         config[key] = next((value for each in adapters if (value := getattr(each, ours)) is not None), None)
     return config, metadata.as_texts(), templates.pop() if len(templates) == 1 else None, notes
-
-
-def error_of(layers: Sequence[Layer]) -> tuple[float, float]:
-    """‖ΔW - ΔW'‖ / ‖ΔW‖ and ‖ΔW‖ of the whole adapter."""
-    norm, lost = (math.hypot(*(getattr(each, name) for each in layers)) for name in ("norm", "lost"))
-    return lost / norm if norm else 0.0, norm
-
-
-def as_dict(layers: Sequence[Layer]) -> dict[str, Any]:
-    """For --json."""
-    error, norm = error_of(layers)
-    return {"error": error, "norm": norm, "layers": [asdict(each) for each in layers]}
-
-
-def result_lines(layers: Sequence[Layer]) -> list[str]:
-    worst = max(layers, key=lambda each: each.error)
-    before, after = (sorted({getattr(each, name) for each in layers}) for name in ("was", "rank"))
-    said = ["–".join(map(str, dict.fromkeys((each[0], each[-1])))) for each in (before, after)]
-    most = f"{error_of(layers)[0]:.2%} in all, at most {worst.error:.2%}, in {worst.name}"
-    exact = worst.error < _ROUNDING
-    return [
-        f"{len(layers)} layers from rank {said[0]} to rank {said[1]}",
-        f"‖ΔW - ΔW'‖ / ‖ΔW‖: {'none but the rounding of fp32' if exact else most}",
-    ]

@@ -8,10 +8,10 @@ from pathlib import Path
 import torch
 
 from lora_cli.adapters.low_rank import Factors, decomposed, factors_of
-from lora_cli.studies.made import Layer, open_part, result_lines, write_made
+from lora_cli.studies.made import Layer, Made, open_part, write_made
 
 
-def resize(source: str, output: Path, *, rank: int | None, energy: float | None) -> list[Layer]:
+def resize(source: str, output: Path, *, rank: int | None, energy: float | None) -> Made:
     """Write an adapter with the largest directions of each layer: `rank` of them, or as many as hold `energy`.
 
     energy: share of ‖ΔW‖², in each layer. No matrix of a lower rank is nearer (Eckart & Young 1936). Raises LoraError
@@ -30,5 +30,5 @@ def resize(source: str, output: Path, *, rank: int | None, energy: float | None)
         layers.append(Layer(name, len(A), kept, math.sqrt(held[-1]), values[kept:].norm().item()))
     ranks = {each.name: each.rank for each in layers}
     made_of = f"{part.name}, at a smaller rank"
-    write_made(output, [part], ranks, made.__getitem__, made_of=made_of, measured=lambda: result_lines(layers))
-    return layers
+    write_made(output, [part], ranks, made.__getitem__, made_of=made_of, measured=Made(layers).lines)
+    return Made(layers)
