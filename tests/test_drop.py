@@ -68,7 +68,7 @@ def test_dropped_rows_are_gone_as_if_they_were_removed_by_hand(run, kind):
     assert examples(data) == examples(by_hand)
     assert data.findings.counts.pop(kind) == len(case.bad)
     assert data.findings.counts == by_hand.findings.counts
-    assert [row for _, row in data.findings.places[kind]] == case.bad
+    assert [row for _, row, _ in data.findings.places[kind]] == case.bad
 
 
 @pytest.mark.parametrize("kind", [kind for kind in DROPPABLE if KINDS[kind].stops])
@@ -143,7 +143,7 @@ def test_overlap_drops_the_validation_rows_also_across_groups(run, tokenizer):
     settings = {"validation": 0.2, "group_by": "group"}
     whole = prepare(run.recipe(rows, allow=["overlap"], **settings), tokenizer)
     data = prepare(run.recipe(rows, drop=["overlap"], **settings), tokenizer)
-    leaked = {row for _, row in whole.findings.places["overlap"]}
+    leaked = {row for _, row, _ in whole.findings.places["overlap"]}
     assert leaked
     assert [each.row for each in data.train] == [each.row for each in whole.train]
     assert [each.row for each in data.validation] == [e.row for e in whole.validation if e.row not in leaked]

@@ -208,7 +208,7 @@ def test_a_finding_is_counted_and_its_rows_are_named(run, kind):
     case, findings = CASES[kind], run.findings(kind, has=True)
     assert findings.counts[kind] == max(len(case.bad), 1)
     file = run.folder / ("held.jsonl" if case.held else "rows.parquet" if case.table else "rows.jsonl")
-    assert findings.places[kind] == [(str(file), row) for row in case.bad]
+    assert [place[:2] for place in findings.places[kind]] == [(str(file), row) for row in case.bad]
     (listed,) = [each for each in findings.as_list() if each["kind"] == kind]
     assert listed["rows"] == case.bad
     assert listed["count"] == findings.counts[kind]
@@ -237,7 +237,7 @@ def test_what_exports_leave_in_pairs_is_noted_and_what_is_context_is_not_an_answ
     rows = [{"prompt": " ", "completion": "Thanks!"}, {"prompt": "N/A", "completion": "?"}]
     rows += [{"prompt": "R&amp;D?", "completion": "Yes."}, {"prompt": "-", "completion": "A dash."}]
     findings = prepare(run.recipe(rows), tokenizer, inspect=True).findings
-    assert {kind: [row for _, row in places] for kind, places in findings.places.items()} == {
+    assert {kind: [row for _, row, _ in places] for kind, places in findings.places.items()} == {
         "empty_question": [1],
         "placeholder": [2],
         "entities": [3],
@@ -311,7 +311,7 @@ def test_many_findings_are_all_counted_and_the_first_shown(run, tokenizer):
     rows = [{"text": ""} if number % 3 else {"text": f"row {number}"} for number in range(3000)]
     findings = prepare(run.recipe(rows), tokenizer, inspect=True).findings
     assert findings.counts == {"empty": 2000}
-    assert [row for _, row in findings.places["empty"]] == [row for row in range(1, 3001) if row % 3 != 1][:1000]
+    assert [row for _, row, _ in findings.places["empty"]] == [row for row in range(1, 3001) if row % 3 != 1][:1000]
     assert findings.rows("empty") == f"{run.folder / 'rows.jsonl'}: row 2, 3, 5, 6, 8 and 1,995 more"
 
 
@@ -334,7 +334,7 @@ def test_counts_and_rows_are_those_that_were_put_in(tmp_path_factory, tokenizer,
     findings = prepare(run.recipe(rows), tokenizer, inspect=True).findings
     assert findings.counts == {kind: len(numbers) for kind, numbers in expected.items()}
     for kind, numbers in expected.items():
-        assert [row for _, row in findings.places[kind]] == numbers
+        assert [row for _, row, _ in findings.places[kind]] == numbers
 
 
 # ── length ──────────────────────────────────────────────────────────────────────────────────────────────────────
@@ -363,7 +363,7 @@ def test_the_share_is_exact_for_any_number_of_rows():
 def test_exactly_as_long_as_allowed_is_not_too_long(run):
     rows = [{"text": " ".join(["two"] * count)} for count in (31, 32)]  # the end token comes behind
     findings = prepare(run.recipe(rows, max_seq_len=32), words_only(), inspect=True).findings
-    assert findings.places["too_long"] == [(str(run.folder / "rows.jsonl"), 2)]
+    assert [place[:2] for place in findings.places["too_long"]] == [(str(run.folder / "rows.jsonl"), 2)]
     (error,) = findings.errors["too_long"]
     assert error.what == "33 tokens, but max_seq_len is 32"
 
@@ -452,7 +452,7 @@ def test_rows_are_equal_by_what_is_trained_on_and_not_by_how_it_is_written(run, 
     recipe = run.recipe([CHAT, {"messages": [ASKED, ANSWERED | {"content": "4."}]}])
     values = recipe.model_dump(mode="json") | {"data": {"train": [recipe.data.train[0].path, str(more)]}}
     findings = prepare(Recipe.model_validate(values), tokenizer, inspect=True).findings
-    assert findings.places["duplicate"] == [(str(more), 1), (str(more), 2)]
+    assert [place[:2] for place in findings.places["duplicate"]] == [(str(more), 1), (str(more), 2)]
 
 
 @pytest.mark.parametrize("weight", [0.5, 3])
@@ -462,8 +462,8 @@ def test_a_weight_hides_no_overlap_and_no_duplicate(run, tokenizer, weight):
     findings = prepare(
         run.recipe(rows, [GOOD[1] | {"weight": weight}, {"text": "new"}]), tokenizer, inspect=True
     ).findings
-    assert findings.places["overlap"] == [(str(run.folder / "held.jsonl"), 1)]
-    assert findings.places["duplicate"] == [(str(run.folder / "rows.jsonl"), 4)]
+    assert [place[:2] for place in findings.places["overlap"]] == [(str(run.folder / "held.jsonl"), 1)]
+    assert [place[:2] for place in findings.places["duplicate"]] == [(str(run.folder / "rows.jsonl"), 4)]
 
 
 def test_an_overlap_of_long_rows_that_are_left_out_is_none(run):

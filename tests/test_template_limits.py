@@ -209,7 +209,7 @@ SLOW_AT_BANG += "{% if add_generation_prompt %}{{ '<|im_start|>assistant\n' }}{%
 def test_a_row_at_which_the_template_reaches_a_limit_is_a_finding_of_that_row() -> None:
     made, findings = encoded(SLOW_AT_BANG, ["a", "b!", "c", "d!", "e"])
     assert [each.example is not None for each in made] == [True, False, True, False, True]
-    assert findings.places == {"malformed": [("chat.jsonl", 2), ("chat.jsonl", 4)]}
+    assert findings.places == {"malformed": [("chat.jsonl", 2, None), ("chat.jsonl", 4, None)]}
     assert re.search(r"takes more than 2\d\d,\d{3} steps", findings.errors["malformed"][0].what)
     assert "malformed" in findings.stopping()
 

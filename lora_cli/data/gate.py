@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Annotated, Any, get_args
 
 import numpy as np
@@ -22,6 +23,7 @@ _KEPT_ROWS = 1000  # of one kind that are named; all are counted
 _SHOWN_ROWS = 5
 
 
+RowPlace = tuple[str, int, int | None]  # file, row, and the line where it begins, if lines are known
 _Error = Annotated[
     LoraError,
     PlainValidator(lambda stored: LoraError(**stored)),
@@ -33,23 +35,19 @@ _Error = Annotated[
 class Findings:
     """What the checks found so far, by kind: how often, where, and the first errors in full."""
 
-    counts: dict[str, int] = field(default_factory=dict)
-    places: dict[str, list[tuple[str, int]]] = field(default_factory=dict)  # (file, row)
-    lines: dict[str, list[int | None]] = field(default_factory=dict)  # of the file, where each of the places begins
+    counts: Counter[str] = field(default_factory=Counter)
+    places: dict[str, list[RowPlace]] = field(default_factory=dict)
     errors: dict[str, list[_Error]] = field(default_factory=dict)
     waived: set[str] = field(default_factory=set)  # kinds that do not stop this run, by its recipe
     drop: list[str] | None = None  # kinds whose rows the recipe leaves out; None: there is no recipe to say so
     by_option: bool = False  # whether these are named on the command line, where the recipe is only being made
 
-    def add(
-        self, kind: str, place: tuple[str, int] | None, error: LoraError | None = None, line: int | None = None
-    ) -> None:
-        """place: file and row; None for a problem that no single row has. line: of the file, where it is known."""
-        self.counts[kind] = self.counts.get(kind, 0) + 1
+    def add(self, kind: str, place: RowPlace | None, error: LoraError | None = None) -> None:
+        """place: None for a problem that no single row has."""
+        self.counts[kind] += 1
         places, errors = self.places.setdefault(kind, []), self.errors.setdefault(kind, [])
         if place is not None and len(places) < _KEPT_ROWS and place not in places[-1:]:
             places.append(place)
-            self.lines.setdefault(kind, []).append(line)
         if error is not None and len(errors) < _SHOWN_ROWS:
             errors.append(error)
 
@@ -57,7 +55,7 @@ class Findings:
         """What was found of a row. Returns whether the recipe leaves it out; then this is all that counts of it."""
         reason = next((each for kind in KINDS for each in found if each.kind == kind and self.drops(kind)), None)
         for each in found if reason is None else [reason]:
-            self.add(each.kind, (row.file, row.number), each.error, row.line)
+            self.add(each.kind, (row.file, row.number, row.line), each.error)
         return reason is not None
 
     def drops(self, kind: str) -> bool:
@@ -68,20 +66,16 @@ class Findings:
 
         rows: as many as there were, with those that the recipe leaves out.
         """
-        kept = rows - sum(self.counts.get(kind, 0) for kind in self.drop or ())
-        if policy != "error" or self.counts.get("too_long", 0) <= TOO_LONG_SHARE * kept:
+        kept = rows - sum(self.counts[kind] for kind in self.drop or ())
+        if policy != "error" or self.counts["too_long"] <= TOO_LONG_SHARE * kept:
             self.waived.add("too_long")
 
     def merged(self, other: Findings) -> Findings:
         """What both found, in this order."""
-        both = Findings(waived=self.waived | other.waived, drop=self.drop, by_option=self.by_option)
-        for each in (self, other):
-            for kind, count in each.counts.items():
-                both.counts[kind] = both.counts.get(kind, 0) + count
-                both.places[kind] = (both.places.get(kind, []) + each.places.get(kind, []))[:_KEPT_ROWS]
-                both.lines[kind] = (both.lines.get(kind, []) + each.lines.get(kind, []))[:_KEPT_ROWS]
-                both.errors[kind] = (both.errors.get(kind, []) + each.errors.get(kind, []))[:_SHOWN_ROWS]
-        return both
+        counts = self.counts + other.counts
+        places = {kind: (self.places.get(kind, []) + other.places.get(kind, []))[:_KEPT_ROWS] for kind in counts}
+        errors = {kind: (self.errors.get(kind, []) + other.errors.get(kind, []))[:_SHOWN_ROWS] for kind in counts}
+        return replace(self, counts=counts, places=places, errors=errors, waived=self.waived | other.waived)
 
     def stopping(self, allowed: Sequence[str] = ()) -> list[str]:
         waived = self.waived | set(allowed) | set(self.drop or ())
@@ -106,9 +100,9 @@ class Findings:
             {
                 "kind": kind,
                 "count": self.counts[kind],
-                "rows": [row for _, row in self.places[kind]],
-                "sources": [file for file, _ in self.places[kind]],
-                "lines": self.lines.get(kind, []),
+                "rows": [row for _, row, _ in self.places[kind]],
+                "sources": [file for file, _, _ in self.places[kind]],
+                "lines": [line for _, _, line in self.places[kind]],
                 "stops": kind in stopping,
                 "dropped": self.drops(kind),
                 "message": self.errors[kind][0].what if self.errors[kind] else KINDS[kind].title,
@@ -121,12 +115,15 @@ class Findings:
     def dropped(self) -> list[dict[str, Any]]:
         """Of each kind whose rows were left out: kind, title, count, where (for a person), the first rows."""
         return [
-            {"kind": kind, "title": KINDS[kind].title, "count": self.counts[kind], "where": self.rows(kind)}
-            | {"rows": [row for _, row in self.places[kind][:_SHOWN_ROWS]]}
-            | {"sources": [file for file, _ in self.places[kind][:_SHOWN_ROWS]]}
-            | {"lines": self.lines.get(kind, [])[:_SHOWN_ROWS]}
-            for kind in KINDS
-            if kind in self.counts and self.drops(kind)
+            {
+                "kind": (kind := each["kind"]),
+                "title": KINDS[kind].title,
+                "count": each["count"],
+                "where": self.rows(kind),
+            }
+            | {name: each[name][:_SHOWN_ROWS] for name in ("rows", "sources", "lines")}
+            for each in self.as_list()
+            if each["dropped"]
         ]
 
     def fix(self, kind: str) -> str:
@@ -145,10 +142,8 @@ class Findings:
         found = [kind for kind in kinds if kind in get_args(Droppable)]
         if self.drop is None or not found:
             return None
-        all_kinds = dict.fromkeys([*self.drop, *found])
-        written = (
-            f"add --drop {','.join(all_kinds)}" if self.by_option else f"write data.drop: [{', '.join(all_kinds)}]"
-        )
+        kinds = dict.fromkeys([*self.drop, *found])
+        written = f"add --drop {','.join(kinds)}" if self.by_option else f"write data.drop: [{', '.join(kinds)}]"
         return f"{written} to leave such rows out"
 
     @property
@@ -160,7 +155,7 @@ class Findings:
         if not self.places[kind]:
             return "; ".join(f"{error.where}: {error.what}" for error in self.errors[kind] if error.where)
         shown: dict[str, list[str]] = {}
-        for (file, row), line in zip(self.places[kind][:_SHOWN_ROWS], self.lines[kind], strict=False):
+        for file, row, line in self.places[kind][:_SHOWN_ROWS]:
             shown.setdefault(file, []).append(numbered(row, line))
         more = self.counts[kind] - sum(map(len, shown.values()))
         text = "; ".join(f"{file}: row {', '.join(rows)}" for file, rows in shown.items())
@@ -250,13 +245,9 @@ class Weights:
 
 def facts_of(examples: Sequence[Example]) -> np.ndarray:
     """What statistics need of each example: tokens, target tokens, smallest and largest weight of the loss."""
-    facts = [(len(each.ids), each.targets, *_weight_range(each)) for each in examples]
+    weights = [[weight for _, _, weight in each.spans] or [1.0] for each in examples]
+    facts = [(len(each.ids), each.targets, min(of), max(of)) for each, of in zip(examples, weights, strict=True)]
     return np.array(facts, [("tokens", "i4"), ("targets", "i4"), ("smallest", "f4"), ("largest", "f4")])
-
-
-def _weight_range(example: Example) -> tuple[float, float]:
-    weights = [weight for _, _, weight in example.spans]
-    return min(weights, default=1.0), max(weights, default=1.0)
 
 
 def duplicates(hashes: np.ndarray) -> np.ndarray:

@@ -292,7 +292,7 @@ class Preparation:
             trained = [(first, last) for first, last, _ in example.spans]
             content = xxhash.xxh3_64_intdigest(ids.tobytes() + repr(trained).encode())
             if repeats in data.drop and content in self._known:
-                self._findings.add(repeats, (row.file, row.number), None, row.line)
+                self._findings.add(repeats, (row.file, row.number, row.line))
                 continue
             pieces = fit_length(example, data.max_seq_len, data.too_long, reader.format.name, self._findings)
             if not pieces and data.too_long == "truncate":  # nothing of it can be trained
@@ -319,7 +319,7 @@ class Preparation:
         """The same finding for several rows, by their indices."""
         names = list(self._files)
         for at in rows.tolist():
-            self._findings.add(kind, (names[seen.file[at]], seen.row[at]), None, seen.line[at] or None)
+            self._findings.add(kind, (names[seen.file[at]], seen.row[at], seen.line[at] or None))
 
     def _close_gate(self, seen: _Seen, held: _Seen) -> None:
         content = np.asarray(seen.content)

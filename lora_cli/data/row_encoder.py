@@ -144,11 +144,11 @@ def fit_length(
         first = max(example.spans[0][0], 1) + 1
         fix = f"raise data.max_seq_len to {first} or more, or choose data.too_long: drop"
         error = LoraError("no target tokens are left after truncation", where=example.source, fix=fix)
-        findings.add("no_target", (example.file, example.row), error, example.line)
+        findings.add("no_target", (example.file, example.row, example.line), error)
         return []
     where, fix = example.source, "raise data.max_seq_len, or choose data.too_long: drop, truncate or split"
     error = LoraError(f"{len(example.ids)} tokens, but max_seq_len is {max_seq_len}", where=where, fix=fix)
-    findings.add("too_long", (example.file, example.row), error, example.line)
+    findings.add("too_long", (example.file, example.row, example.line), error)
     if too_long == "split":
         if data_format != "text":
             what = "too_long: split is for text; a conversation cannot be cut"

@@ -10,7 +10,7 @@ from __future__ import annotations
 import hashlib
 import json
 import os
-from collections import deque
+from collections import Counter, deque
 from collections.abc import Iterator
 from dataclasses import replace
 from heapq import merge
@@ -82,7 +82,7 @@ class StreamFeed:
         listing = {each.name: {"files": dict.fromkeys(map(str, each.paths)), "left": each.left} for each in several}
         template, facts = self._template, facts_of(self._examples)
         dropped = {name.removeprefix(_DROPPED): count for name, count in self._dropped.items()}
-        found = replace(self._found, counts=self._found.counts | dropped)
+        found = replace(self._found, counts=Counter(self._found.counts | dropped))
         system = trained_system(recipe, [encoder.format.system for _, encoder in encoders])
         return replace(
             data,

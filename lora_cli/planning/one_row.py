@@ -56,9 +56,10 @@ def look_at_row(recipe: Recipe, tokenizer: PreTrainedTokenizerBase, known: Findi
     (encoded,) = encoder.encode(iter([row]), findings)
     if encoded.example is not None:
         fit_length(encoded.example, data.max_seq_len, data.too_long, encoder.format.name, findings)
+    place = (row.file, row.number, row.line)
     for kind in KINDS:  # repeated rows are found by comparing them
-        if kind not in findings.counts and (row.file, row.number) in known.places.get(kind, ()):
-            findings.add(kind, (row.file, row.number), line=row.line)
+        if kind not in findings.counts and place in known.places.get(kind, ()):
+            findings.add(kind, place)
     stops = known.stopping(data.allow)
     found = [each | {"stops": each["kind"] in stops} for each in findings.as_list(data.allow)]
     return OneRow(row, encoded.example, found)

@@ -169,9 +169,7 @@ def survey_data(
         targets=np.array([example.targets for example in data.train[::stride]], np.int64),
         stride=stride,
         target_share=summary.target_tokens / summary.tokens,
-        distinct=rows
-        if sample
-        else len(data.train) - ("duplicate" not in drop) * data.findings.counts.get("duplicate", 0),
+        distinct=rows if sample else len(data.train) - ("duplicate" not in drop) * data.findings.counts["duplicate"],
         percentiles=summary.percentiles,
         train_on=train_on,
     )

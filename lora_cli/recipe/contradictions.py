@@ -16,18 +16,18 @@ from lora_cli.recipe.schema import FIELDS, OTHER_FIELDS, OWN, TEMPLATES, Recipe
 
 
 class Rule(NamedTuple):
-    """broken: whether a recipe breaks it, or the names that do, for an error each. idle_by: the setting that makes
+    """broken: whether a recipe breaks it, or the name or list of names that do, for an error each. idle_by: the setting that makes
     `key` idle; None: the two contradict each other. what, fix: formatted with r, the recipe, and name.
     """
 
     key: str
-    broken: Callable[[Recipe], bool | list[str]]
+    broken: Callable[[Recipe], object]
     idle_by: str | None = None
     what: str = ""
     fix: str = ""
 
-    def says(self, what: str, *, fix: str) -> Rule:
-        return self._replace(what=what, fix=fix)
+    def says(self, what: str, *, fix: str, idle_by: str | None = None) -> Rule:
+        return self._replace(what=what, fix=fix, idle_by=idle_by)
 
     @property
     def path(self) -> tuple[str, ...]:
@@ -39,7 +39,7 @@ def contradictions(recipe: Recipe, values: dict[str, Any]) -> Iterator[tuple[Rul
     for rule in TABLE:
         broken = rule.broken(recipe)
         if broken and (rule.idle_by is None or rule.path[-1] in holder_of(rule.path, values)):
-            for name in broken if isinstance(broken, list) else [""]:
+            for name in broken if isinstance(broken, list) else [broken]:
                 yield rule, rule.what.format(r=recipe, name=name), rule.fix.format(r=recipe, name=name)
 
 
@@ -50,7 +50,9 @@ def idle_keys(recipe: Recipe) -> Iterator[tuple[str, ...]]:
 
 _SOURCES = {"data.train": lambda r: r.data.train, "data.validation": lambda r: r.data.held_out}
 _WITH_COLUMNS = {"data.columns": lambda r: [r.data], **_SOURCES}
+_NAME = re.compile("[A-Za-z_][A-Za-z0-9_]*")  # as Jinja has them
 _OF_THE_HUB = {"config", "split", "revision"}
+_OF_ALL_ROWS = ("duplicate", "overlap")  # findings
 _DOUBLE = named(lambda rules: rules.double)
 _GROUPS = named(lambda rules: rules.groups)
 
@@ -68,23 +70,20 @@ def _is_schedule_free(r: Recipe) -> bool:
 
 
 TABLE = [
-    Rule(
-        "adapter.projections", lambda r: r.adapter.target_modules != "attention", idle_by="adapter.target_modules"
-    ).says(
+    Rule("adapter.projections", lambda r: r.adapter.target_modules != "attention").says(
         "projections belong to target_modules: attention, but target_modules names other layers",
         fix="remove projections, or write target_modules: attention",
+        idle_by="adapter.target_modules",
     ),
-    Rule(
-        "double_quantization",
-        lambda r: r.double_quantization and not RULES[r.quantization].double,
-        idle_by="quantization",
-    ).says(
+    Rule("double_quantization", lambda r: r.double_quantization and not RULES[r.quantization].double).says(
         f"double_quantization is for {_DOUBLE}, but quantization is {{r.quantization}}",
         fix=f"remove double_quantization, or write quantization: {_DOUBLE}",
+        idle_by="quantization",
     ),
-    Rule("group_size", lambda r: r.group_size != 32 and not RULES[r.quantization].groups, idle_by="quantization").says(
+    Rule("group_size", lambda r: r.group_size != 32 and not RULES[r.quantization].groups).says(
         f"group_size is for {_GROUPS}, but quantization is {{r.quantization}}",
         fix=f"remove group_size, or write quantization: {_GROUPS}",
+        idle_by="quantization",
     ),
     Rule("adapter.method", lambda r: r.adapter.method == "qa_lora" and not RULES[r.quantization].groups).says(
         f"qa_lora changes the offsets of groups, which only quantization: {_GROUPS} has",
@@ -100,9 +99,7 @@ TABLE = [
         for key, of in _SOURCES.items()
     ),
     *(
-        Rule(
-            key, lambda r, of=of: any(not source.hub and source.model_fields_set & _OF_THE_HUB for source in of(r))
-        ).says(
+        Rule(key, lambda r, of=of: any(not each.hub and each.model_fields_set & _OF_THE_HUB for each in of(r))).says(
             "config, split and revision are for hub data sets",
             fix="remove them, or name the data set with hub: owner/name",
         )
@@ -117,13 +114,10 @@ TABLE = [
     Rule("data.validation", lambda r: r.data.streaming and isinstance(r.data.validation, float)).says(
         "no fraction of a stream can be held out", fix="name a validation file or split"
     ),
-    Rule(
-        "data.group_by",
-        lambda r: r.data.group_by is not None and not isinstance(r.data.validation, float),
-        idle_by="data.validation",
-    ).says(
+    Rule("data.group_by", lambda r: r.data.group_by and not isinstance(r.data.validation, float)).says(
         "group_by is for holding out a fraction",
         fix="set data.validation to a fraction such as 0.05, or remove group_by",
+        idle_by="data.validation",
     ),
     Rule("data.streaming", lambda r: r.data.streaming and r.train.max_steps is None).says(
         "a stream has no known length, so the run would have no end", fix="set train.max_steps"
@@ -131,25 +125,19 @@ TABLE = [
     Rule("data.drop", lambda r: [kind for kind in r.data.drop if kind in r.data.allow]).says(
         "{name} is in data.allow too, which keeps its rows", fix="remove it from one of them"
     ),
-    Rule(
-        "data.drop", lambda r: [kind for kind in r.data.drop if r.data.streaming and kind in ("duplicate", "overlap")]
-    ).says(
+    Rule("data.drop", lambda r: [kind for kind in r.data.drop if r.data.streaming and kind in _OF_ALL_ROWS]).says(
         "{name} takes all rows to be found, and a stream keeps none",
         fix="remove it from data.drop, or write streaming: false",
     ),
-    Rule("data.cache", lambda r: r.data.streaming and r.data.cache is not None, idle_by="data.streaming").says(
-        "a stream keeps no prepared tokens", fix="remove cache, or write streaming: false"
+    Rule("data.cache", lambda r: r.data.streaming and r.data.cache).says(
+        "a stream keeps no prepared tokens", fix="remove cache, or write streaming: false", idle_by="data.streaming"
     ),
-    Rule(
-        "data.template",
-        lambda r: r.data.template is not None and "/" not in r.data.template and r.data.template not in TEMPLATES,
-    ).says(
+    Rule("data.template", lambda r: r.data.template not in (None, *TEMPLATES) and "/" not in r.data.template).says(
         "{r.data.template} is neither a built-in template nor a .jinja file",
         fix=f"choose one of {', '.join(TEMPLATES)}, or write the path of a file",
     ),
     Rule(
-        "data.template_arguments",
-        lambda r: [name for name in r.data.template_arguments if not re.fullmatch("[A-Za-z_][A-Za-z0-9_]*", name)],
+        "data.template_arguments", lambda r: [name for name in r.data.template_arguments if not _NAME.fullmatch(name)]
     ).says(
         "{name!r} is not a name that a template can read",
         fix="write a name of letters, digits and _, such as enable_thinking",
@@ -168,72 +156,62 @@ TABLE = [
         for key, of in _WITH_COLUMNS.items()
     ),
     *(
-        Rule(
-            f"data.{key}",
-            lambda r, key=key: all(key in source.own for source in (*r.data.train, *r.data.held_out)),
-            idle_by="data.train",
-        ).says(f"every source has {key} of its own", fix=f"remove {key} here, or that of a source")
+        Rule(f"data.{key}", lambda r, key=key: all(key in each.own for each in (*r.data.train, *r.data.held_out))).says(
+            f"every source has {key} of its own", fix=f"remove {key} here, or that of a source", idle_by="data.train"
+        )
         for key in OWN
     ),
-    Rule("train.epochs", lambda r: r.data.streaming and r.train.max_steps is not None, idle_by="data.streaming").says(
+    Rule("train.epochs", lambda r: r.data.streaming and r.train.max_steps).says(
         "a stream has no known length, so it is not counted in epochs",
         fix="remove epochs; max_steps says when the run ends",
+        idle_by="data.streaming",
     ),
-    Rule(
-        "train.eval_every",
-        lambda r: r.train.eval_every is not None and r.data.validation is None,
-        idle_by="data.validation",
-    ).says(
+    Rule("train.eval_every", lambda r: r.train.eval_every and r.data.validation is None).says(
         "eval_every is set, but there is no validation data to evaluate on",
         fix="set data.validation to a file or a fraction such as 0.05, or remove eval_every",
+        idle_by="data.validation",
     ),
-    Rule(
-        "train.patience",
-        lambda r: r.train.patience is not None and r.train.eval_every is None,
-        idle_by="train.eval_every",
-    ).says(
+    Rule("train.patience", lambda r: r.train.patience and r.train.eval_every is None).says(
         "patience counts the evaluations of eval_every, which is not set",
         fix="set train.eval_every to the steps between evaluations, or remove patience",
+        idle_by="train.eval_every",
     ),
-    Rule(
-        "train.samples", lambda r: r.train.sample_every is None and r.train.samples != 3, idle_by="train.sample_every"
-    ).says(
+    Rule("train.samples", lambda r: r.train.sample_every is None and r.train.samples != 3).says(
         "samples are made every sample_every steps, which is not set",
         fix="set train.sample_every to the steps between samples, or remove samples",
+        idle_by="train.sample_every",
     ),
     Rule(
         "train.sample_every",
-        lambda r: r.train.sample_every is not None and isinstance(r.train.samples, int) and r.data.validation is None,
-        idle_by="data.validation",
+        lambda r: r.train.sample_every and isinstance(r.train.samples, int) and r.data.validation is None,
     ).says(
         "samples are of validation rows, but there is no validation data",
         fix="name a file of prompts in train.samples, set data.validation to a fraction such as 0.05, or remove "
         "sample_every",
+        idle_by="data.validation",
     ),
-    Rule("train.sample_every", lambda r: r.train.sample_every is not None and r.train.shard_base).says(
+    Rule("train.sample_every", lambda r: r.train.sample_every and r.train.shard_base).says(
         "one process writes the samples, and a base that is spread over processes computes with all of them",
         fix="remove sample_every, or shard_base",
     ),
-    Rule(
-        "train.micro_batch_size",
-        lambda r: r.train.tokens_per_micro_batch is not None,
+    Rule("train.micro_batch_size", lambda r: r.train.tokens_per_micro_batch).says(
+        "micro_batch_size and tokens_per_micro_batch both say how large a micro-batch is",
+        fix="remove one of them",
         idle_by="train.tokens_per_micro_batch",
-    ).says("micro_batch_size and tokens_per_micro_batch both say how large a micro-batch is", fix="remove one of them"),
+    ),
     Rule("train.micro_batch_size", lambda r: _is_auto(r) and r.train.batch_size is None).says(
         "auto decides how a step is split, but not how large it is",
         fix="set train.batch_size to the rows of a step, such as 16",
     ),
-    Rule(
-        "train.batch_size",
-        lambda r: r.train.batch_size is not None and not _is_auto(r),
-        idle_by="train.micro_batch_size",
-    ).says(
+    Rule("train.batch_size", lambda r: r.train.batch_size and not _is_auto(r)).says(
         "the rows of a step already follow from micro_batch_size and gradient_accumulation_steps",
         fix="remove batch_size, or write micro_batch_size: auto",
+        idle_by="train.micro_batch_size",
     ),
-    Rule("train.gradient_accumulation_steps", _is_auto, idle_by="train.micro_batch_size").says(
+    Rule("train.gradient_accumulation_steps", _is_auto).says(
         "with micro_batch_size: auto the number of micro-batches follows from what fits",
         fix="remove gradient_accumulation_steps; batch_size says how large a step is",
+        idle_by="train.micro_batch_size",
     ),
     Rule(
         "train.tokens_per_micro_batch",
@@ -243,41 +221,38 @@ TABLE = [
         fix="write {r.data.max_seq_len} or more, or lower data.max_seq_len",
     ),
     Rule(
-        "train.activation_memory",
-        lambda r: r.train.activation_memory is not None and r.train.gradient_checkpointing != "selective",
-        idle_by="train.gradient_checkpointing",
+        "train.activation_memory", lambda r: r.train.activation_memory and r.train.gradient_checkpointing != "selective"
     ).says(
         "activation_memory is for gradient_checkpointing: selective, but it is {r.train.gradient_checkpointing}",
         fix="write gradient_checkpointing: selective, or remove activation_memory",
+        idle_by="train.gradient_checkpointing",
     ),
     Rule(
-        "train.min_learning_rate_ratio",
-        lambda r: r.train.min_learning_rate_ratio > 0 and r.train.schedule == "constant",
-        idle_by="train.schedule",
+        "train.min_learning_rate_ratio", lambda r: r.train.min_learning_rate_ratio and r.train.schedule == "constant"
     ).says(
         "a constant schedule has no lower end",
         fix="remove min_learning_rate_ratio, or choose schedule: cosine or linear",
+        idle_by="train.schedule",
     ),
     Rule(
         "train.min_learning_rate_ratio",
-        lambda r: _is_schedule_free(r) and r.train.min_learning_rate_ratio > 0 and r.train.schedule != "constant",
-        idle_by="train.optimizer",
+        lambda r: _is_schedule_free(r) and r.train.min_learning_rate_ratio and r.train.schedule != "constant",
     ).says(
         "schedule_free_adamw keeps the learning rate constant, so it has no lower end",
         fix="remove min_learning_rate_ratio, or choose optimizer: adamw",
+        idle_by="train.optimizer",
     ),
-    Rule(
-        "train.schedule", lambda r: _is_schedule_free(r) and r.train.schedule != "constant", idle_by="train.optimizer"
-    ).says(
+    Rule("train.schedule", lambda r: _is_schedule_free(r) and r.train.schedule != "constant").says(
         "schedule_free_adamw takes the place of a schedule, but schedule is {r.train.schedule}",
         fix="remove schedule, or write schedule: constant",
+        idle_by="train.optimizer",
     ),
     Rule("train.beta1", lambda r: _is_schedule_free(r) and r.train.beta1 == 0).says(
         "schedule_free_adamw mixes its average by beta1 and divides by it", fix="write a beta1 above 0, such as 0.9"
     ),
-    Rule(
-        "train.shard_base", lambda r: [why] if r.train.shard_base and (why := RULES[r.quantization].not_sharded) else []
-    ).says("{name}", fix=f"write quantization: {named(lambda rules: rules.not_sharded is None)}, or remove shard_base"),
+    Rule("train.shard_base", lambda r: r.train.shard_base and RULES[r.quantization].not_sharded).says(
+        "{name}", fix=f"write quantization: {named(lambda rules: rules.not_sharded is None)}, or remove shard_base"
+    ),
     Rule("train.shard_base", lambda r: r.train.shard_base and _is_auto(r)).says(
         "auto learns by running out of memory what fits, and a process that does so leaves the others waiting",
         fix="write a number for micro_batch_size",
