@@ -29,13 +29,9 @@ from lora_cli.foreign import is_real_file, read_bytes, read_text
 from lora_cli.training.runs import list_runs
 
 # Of a merged folder: what lora writes there, and what a base brings along.
-_MERGED = "config.json generation_config.json merge.json README.md README.base.md model*.safetensors merges.txt "
-_MERGED += (
-    "model.safetensors.index.json tokenizer*.json special_tokens_map.json added_tokens.json vocab.json vocab.txt "
-)
-_MERGED += (
-    "*.model *.tiktoken chat_template.* preprocessor_config.json processor_config.json LICENSE* NOTICE* USE_POLICY*"
-)
+_MERGED = """config.json generation_config.json merge.json README.md README.base.md model*.safetensors merges.txt
+model.safetensors.index.json tokenizer*.json special_tokens_map.json added_tokens.json vocab.json vocab.txt *.model
+*.tiktoken chat_template.* preprocessor_config.json processor_config.json LICENSE* NOTICE* USE_POLICY*"""
 _NAMES = ("base_model_name_or_path", "_name_or_path", "name_or_path")  # keys of a config.json that may hold a folder
 _LOGIN = "run `hf auth login`, or set HF_TOKEN to a token that may write"
 
@@ -111,11 +107,9 @@ def _whole(folder: Path, is_adapter: bool, base: str | None) -> str | None:
         stored_tensors(folder)
         return None
     adapter = read_adapter(folder)
-    was, on_hub = adapter.base_model, adapter.base_revision is not None
-    on_hub = on_hub or (
-        was and adapter.metadata.adapter_format is None and not _no_name(was) and not Path(was).exists()
-    )
-    if not on_hub and base is None:
+    was, peft = adapter.base_model, adapter.metadata.adapter_format is None
+    named = was and peft and not _no_name(was) and not Path(was).exists()
+    if adapter.base_revision is None and not named and base is None:
         what = f"the adapter's base is a folder of this machine: {was}" if was else "the adapter names no base"
         fix = "add --base owner/name, the base's name on the hub; if it is not there, push a merged model instead"
         raise LoraError(what, where=folder, fix=fix)

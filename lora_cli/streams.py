@@ -38,9 +38,8 @@ _STAND_INS |= {chr(0x2800 + at): "*" for at in range(256)}  # the spinner is mad
 def _stand_in(error: UnicodeError) -> tuple[str | bytes, int]:
     assert isinstance(error, UnicodeEncodeError)
     lost = error.object[error.start : error.end]
-    return "".join(
-        _STAND_INS.get(each) or each.encode("ascii", "backslashreplace").decode() for each in lost
-    ), error.end
+    plain = [_STAND_INS.get(each) or each.encode("ascii", "backslashreplace").decode() for each in lost]
+    return "".join(plain), error.end
 
 
 codecs.register_error("lora.stand_in", _stand_in)

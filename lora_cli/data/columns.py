@@ -77,14 +77,13 @@ def turn_keys(rows: Sequence[Row]) -> set[str]:
 def applicable(columns: Columns, rows: Sequence[Row]) -> dict[str, str | None]:
     """Those of the recipe's columns that these rows have."""
     present = {name for row in rows for name in row.values}
-    inside = turn_keys(rows) if {*OF_TURNS, *EVERYWHERE} & columns.keys() else set()
-    return {
-        meaning: column
-        for meaning, column in columns.items()
-        if column is None
-        or (meaning not in OF_TURNS and column in present)
-        or (meaning in (*OF_TURNS, *EVERYWHERE) and column in inside)
-    }
+    said_of_turns = {*OF_TURNS, *EVERYWHERE}
+    inside = turn_keys(rows) if said_of_turns & columns.keys() else set()
+
+    def is_there(meaning: str, column: str) -> bool:
+        return (meaning not in OF_TURNS and column in present) or (meaning in said_of_turns and column in inside)
+
+    return {meaning: column for meaning, column in columns.items() if column is None or is_there(meaning, column)}
 
 
 # ── columns of other programs ───────────────────────────────────────────────────────────────────────────────────

@@ -77,7 +77,8 @@ class Encoder:
         """The second stage: all texts at once, in the tokenizers library, which needs no lock of the interpreter."""
         good = [each for each in prepared if isinstance(each, Prepared)]
         tokens = self._masks.tokens([each.text for each in good])
-        alone = self._masks.tokens_alone([prompt for each in good for prompt in each.prompts])
+        prompts = list(dict.fromkeys(prompt for each in good for prompt in each.prompts))  # many are equal
+        alone = dict(zip(prompts, self._masks.tokens(prompts), strict=True))
         for each, ids in zip(good, tokens, strict=True):
             each.ids, each.alone = ids, [alone[prompt] for prompt in each.prompts]
         return prepared

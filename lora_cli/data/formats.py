@@ -5,7 +5,6 @@ from __future__ import annotations
 import difflib
 from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
-from itertools import chain
 from typing import Any
 
 from lora_cli.data.columns import (
@@ -178,18 +177,16 @@ def suggestion(rows: Sequence[Row]) -> Format | None:
 def _fitting(rows: Sequence[Row], wanted: str, columns: Columns) -> Format | list[str]:
     """The format, or the names of all that fit."""
     present = {name for row in rows for name in row.values}
-    meanings = chain.from_iterable(chain.from_iterable(NEEDED.values()))
-    has = {meaning for meaning in meanings if column_of(columns, meaning) in present}
-    fitting = {
-        name: needed
-        for name, alternatives in NEEDED.items()
-        for needed in reversed(alternatives)  # the first that fits is taken
-        if has.issuperset(needed)
-    }
+
+    def has(*meanings: str) -> bool:
+        return all(column_of(columns, each) in present for each in meanings)
+
+    # Of several alternatives the first that fits is taken.
+    fitting = {name: needed for name, ways in NEEDED.items() for needed in reversed(ways) if has(*needed)}
     name = wanted if wanted != "auto" else next(iter(fitting)) if len(fitting) == 1 else None
     if name is None:
         return list(fitting)
-    pair = name in ("completion", "chat") and "chat" not in fitting and has >= {"prompt", "completion"}
+    pair = name in ("completion", "chat") and "chat" not in fitting and has("prompt", "completion")
     pair = pair and all(is_turns(first_value(rows, column_of(columns, each))) for each in ("prompt", "completion"))
     taken = NEEDED["completion"][0] if pair else fitting.get(name, NEEDED[name][0])
     name = "chat" if pair else name

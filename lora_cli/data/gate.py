@@ -115,15 +115,9 @@ class Findings:
     def dropped(self) -> list[dict[str, Any]]:
         """Of each kind whose rows were left out: kind, title, count, where (for a person), the first rows."""
         return [
-            {
-                "kind": (kind := each["kind"]),
-                "title": KINDS[kind].title,
-                "count": each["count"],
-                "where": self.rows(kind),
-            }
+            {"kind": kind, "title": KINDS[kind].title, "count": each["count"], "where": self.rows(kind)}
             | {name: each[name][:_SHOWN_ROWS] for name in ("rows", "sources", "lines")}
-            for each in self.as_list()
-            if each["dropped"]
+            for kind, each in ((each["kind"], each) for each in self.as_list() if each["dropped"])
         ]
 
     def fix(self, kind: str) -> str:
@@ -142,8 +136,8 @@ class Findings:
         found = [kind for kind in kinds if kind in get_args(Droppable)]
         if self.drop is None or not found:
             return None
-        kinds = dict.fromkeys([*self.drop, *found])
-        written = f"add --drop {','.join(kinds)}" if self.by_option else f"write data.drop: [{', '.join(kinds)}]"
+        named = dict.fromkeys([*self.drop, *found])
+        written = f"add --drop {','.join(named)}" if self.by_option else f"write data.drop: [{', '.join(named)}]"
         return f"{written} to leave such rows out"
 
     @property

@@ -182,9 +182,7 @@ class Preparation:
     def key(self) -> str:
         """Of everything that the result depends on: data, tokenizer, template, settings, code."""
         data = self.data
-        settings = data.model_dump(
-            mode="json", exclude={"train", "validation", "cache", "allow", "template", "general_text"}
-        )
+        apart = {"train", "validation", "cache", "allow", "template", "general_text"}
         template: Any = self.tokenizer.chat_template
         if data.template is not None:
             template = chat_template(self.tokenizer, data.template).text  # arguments are among the settings
@@ -194,7 +192,7 @@ class Preparation:
             "fraction": data.validation if isinstance(data.validation, float) else None,
             "tokenizer": cache.tokenizer_hash(self.tokenizer),
             "template": template,
-            "settings": settings,
+            "settings": data.model_dump(mode="json", exclude=apart),
             "row_tokens": None if data.packing else self.row_tokens,
             "seed": self.seed,
             "ends": sorted(generation_ends(self.tokenizer)),

@@ -7,6 +7,8 @@ from dataclasses import dataclass
 from itertools import pairwise
 from typing import Any
 
+from rich.console import Console
+from rich.padding import Padding
 from rich.style import Style
 from rich.text import Text
 from tokenizers import decoders
@@ -60,11 +62,9 @@ def _texts_of(ids: Sequence[int], tokenizer: PreTrainedTokenizerBase) -> list[st
     if isinstance(backend.decoder, decoders.ByteLevel):
         return alone
     both = backend.decode_batch([list(pair) for pair in pairwise(ids)], skip_special_tokens=False)
-    behind = [
-        text.removeprefix(before) if text.startswith(before) else own
-        for text, before, own in zip(both, alone, alone[1:], strict=False)
-    ]
-    return [*alone[:1], *behind]
+    behind = zip(both, alone, alone[1:], strict=False)
+    added = (text.removeprefix(before) if text.startswith(before) else own for text, before, own in behind)
+    return [*alone[:1], *added]
 
 
 def pieces(tokens: Sequence[Token], tokenizer: PreTrainedTokenizerBase) -> Iterator[tuple[str, Token, int]]:
@@ -103,6 +103,11 @@ def as_text(example: Example, tokenizer: PreTrainedTokenizerBase, *, colour: boo
     return shown
 
 
+def print_tokens(console: Console, example: Example, tokenizer: PreTrainedTokenizerBase) -> None:
+    shown = as_text(example, tokenizer, colour=console.is_terminal and not console.no_color)
+    console.print(Padding(shown, (0, 0, 0, 2), expand=False))
+
+
 def _visible(text: str) -> str:
     """Line ends and tabs that can be seen; control characters that do nothing to a terminal."""
     return UNSEEN.sub(lambda found: escaped(found[0]), text.translate(_SYMBOLS))
@@ -117,10 +122,8 @@ def as_page(
     tokenizer: PreTrainedTokenizerBase,
 ) -> str:
     """One HTML file that needs no other: what is known of the data, what the checks found, the tokens of examples."""
-    found = [
-        each | {"title": KINDS[each["kind"]].title, "where": findings.rows(each["kind"])}
-        for each in findings.as_list(allowed)
-    ]
+    found = findings.as_list(allowed)
+    found = [each | {"title": KINDS[each["kind"]].title, "where": findings.rows(each["kind"])} for each in found]
     shown = [
         (
             f"{example.source}: {len(example.ids):,} tokens, {example.targets:,} trained",

@@ -77,10 +77,10 @@ def _first(lines: list[str], what: str) -> list[str]:
 def finding_lines(findings: Findings) -> list[str]:
     """What the checks found that does not stop this run."""
     return [
-        f"{KINDS[kind].counted(count)}{', left out' if findings.drops(kind) else ''}"
+        f"{KINDS[kind].counted(findings.counts[kind])}{', left out' if findings.drops(kind) else ''}"
         f"{f': {rows}' if (rows := findings.rows(kind)) else ''}"
-        for kind, count in ((each, findings.counts.get(each, 0)) for each in KINDS if each != "too_long")
-        if count
+        for kind in KINDS
+        if kind != "too_long" and findings.counts[kind]
     ]
 
 
@@ -147,10 +147,8 @@ def _source_lines(summary: Summary) -> list[str]:
     for source, form in summary.formats.items():
         lines += [f"{source}: {form}", *listing_lines(source, summary.listing.get(source, {}))]
         if gives := shares.get(source):
-            counts = (
-                f"{counted(gives.examples, 'example')}, {gives.tokens:,} tokens, {gives.target_tokens:,} target tokens"
-            )
-            lines.append(f"  {counts}: {gives.share:.0%} of the run")
+            tokens = f"{gives.tokens:,} tokens, {gives.target_tokens:,} target tokens"
+            lines.append(f"  {counted(gives.examples, 'example')}, {tokens}: {gives.share:.0%} of the run")
     return lines
 
 

@@ -9,7 +9,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import lru_cache
 from pathlib import Path
-from typing import Any, overload
+from typing import Any
 
 import numpy as np
 import pyarrow as pa
@@ -25,15 +25,8 @@ from lora_cli.foreign import kind, parse_json, read_bytes
 from lora_cli.recipe import Recipe
 
 _EXAMPLES_A_BATCH = 1024
-_SCHEMA = pa.schema(
-    {
-        "ids": pa.list_(pa.int32()),
-        "spans": pa.list_(pa.int32()),  # first, last of each
-        "weights": pa.list_(pa.float32()),
-        "file": pa.int32(),
-        "row": pa.int64(),
-    }
-)
+_INTS, _FLOATS = pa.list_(pa.int32()), pa.list_(pa.float32())  # spans: first, last of each
+_SCHEMA = pa.schema({"ids": _INTS, "spans": _INTS, "weights": _FLOATS, "file": pa.int32(), "row": pa.int64()})
 
 
 class ExampleWriter:
@@ -129,11 +122,7 @@ class Examples(Sequence[Example]):
     def __len__(self) -> int:
         return len(self.indices)
 
-    @overload
-    def __getitem__(self, at: int) -> Example: ...
-    @overload
-    def __getitem__(self, at: slice) -> Examples: ...
-    def __getitem__(self, at: int | slice) -> Example | Examples:
+    def __getitem__(self, at: int | slice) -> Any:
         if isinstance(at, slice):
             return Examples(self.store, self.indices[at])
         return self.store[self.indices[at]]
@@ -238,13 +227,13 @@ class PreparedData:
 def write_summary(folder: Path, summary: Summary) -> None:
     """Written last: with it, and with the checksums of all else, prepared data are whole."""
     values = SUMMARY.dump_python(summary, mode="json")
-    checksums = {name: checksum(folder / name) for name in PARTS} | {"summary": _digest(values)}
-    stored = {"summary": values, "checksums": checksums, "stamps": stamps(folder)}
+    stored = {"summary": values, "checksums": _checksums(folder, values), "stamps": stamps(folder)}
     (folder / "summary.json").write_text(json.dumps(stored), encoding="utf-8")
 
 
-def _digest(summary: Any) -> str:
-    return hashlib.sha256(json.dumps(summary).encode()).hexdigest()
+def _checksums(folder: Path, summary: Any) -> dict[str, str]:
+    own = hashlib.sha256(json.dumps(summary).encode()).hexdigest()
+    return {name: checksum(folder / name) for name in PARTS} | {"summary": own}
 
 
 def stamps(folder: Path) -> dict[str, str]:
@@ -262,16 +251,14 @@ def open_prepared(folder: Path) -> PreparedData | None:
         if any(kind(folder / name) != "file" for name in (*PARTS, "summary.json")):
             return None
         stored = parse_json(read_bytes(folder / "summary.json"))
-        if any(checksum(folder / name) != stored["checksums"].get(name) for name in PARTS):
-            return None
-        if _digest(stored["summary"]) != stored["checksums"]["summary"]:
+        if _checksums(folder, stored["summary"]) != stored["checksums"]:
             return None
         summary = SUMMARY.validate_python(stored["summary"])
         examples = ExampleStore(folder / "examples.arrow", summary.names)
-        train, validation = (
-            Examples(examples, read_arrays(folder / f"{name}.arrow")["indices"]) for name in ("train", "validation")
-        )
-        return PreparedData(folder, summary, train, validation, Groups(**read_arrays(folder / "rows.arrow")))
+        held, rows = (read_arrays(folder / f"{name}.arrow") for name in ("validation", "rows"))
+        train = read_arrays(folder / "train.arrow")["indices"]
+        validation = Examples(examples, held["indices"])
+        return PreparedData(folder, summary, Examples(examples, train), validation, Groups(**rows))
     except (OSError, ValueError, KeyError, TypeError, AttributeError, LoraError):  # whatever damage makes of it
         return None
 

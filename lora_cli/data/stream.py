@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import hashlib
 import json
-import os
 from collections import Counter, deque
 from collections.abc import Iterator
 from dataclasses import replace
@@ -75,7 +74,7 @@ class StreamFeed:
         data, encoders, recipe = self.data.summary, sorted(self._encoders.items()), self._recipe.data
         identity: dict[str, str] = {}  # what tells versions apart without reading all of them
         for _, source in self._sources:
-            identity |= _file_identity(source) if isinstance(source, FileSource) else source.identity
+            identity |= source.sizes if isinstance(source, FileSource) else source.identity
         read = [recipe.of(own).model_dump(include={*OWN}) for own, _ in self._sources]
         digest = hashlib.sha256(json.dumps([identity, read], sort_keys=True).encode()).hexdigest()
         several = [each for _, each in self._sources if isinstance(each, FileSource) and not each.one]
@@ -167,7 +166,9 @@ class StreamFeed:
         data, train = self._recipe.data, self._recipe.train
         packed = data.max_seq_len if data.packing else None
         for number in count(passed):
-            at, given, rows = skipped, skipped > 0, self._mixed()
+            at, given = skipped, skipped > 0
+            placed = merge(*starmap(_placed, enumerate(self._sources)), key=itemgetter(0))
+            rows = ((source, row) for (_, source), row in placed)  # once each: always of the source that lags behind
             skipped = 0
             deque(islice(rows, at), maxlen=0)
             self._require_unchanged()
@@ -221,19 +222,9 @@ class StreamFeed:
                 what, fix = "the tokenizer has a token that the model does not", "use the model's own tokenizer"
                 raise LoraError(what, where=example.source, fix=fix)
 
-    def _mixed(self) -> Iterator[tuple[int, Row]]:
-        """Rows of all sources with the number of their source, once each: always of the source that lags behind."""
-        for (_, at), row in merge(*starmap(_placed, enumerate(self._sources)), key=itemgetter(0)):
-            yield at, row
-
 
 def _placed(at: int, weighted: tuple[SourceRecipe, Source]) -> Iterator[tuple[tuple[float, int], Row]]:
     """The rows of the source `at`, each with where it comes among those of all: by its number over the weight."""
     own, source = weighted
     for number, row in enumerate(source.rows(), 1):
         yield (number / own.weight, at), row
-
-
-def _file_identity(source: FileSource) -> dict[str, str]:
-    stats = {path: os.stat(path) for path in source.paths}
-    return {str(path): f"{stat.st_size} bytes, {stat.st_mtime_ns}" for path, stat in stats.items()}

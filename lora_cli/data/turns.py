@@ -252,12 +252,11 @@ def require_no_other_meaning(given: Mapping[str, Any], called: str, where: str) 
         meaning = "train" if flag else "weight"
         by_hand = f"write train: false on the turns that are not to be trained, and remove {key}"
         mapped = f"write data.columns: {{{meaning}: {key}}} if it says which turns are trained; else {by_hand}"
-        inverted = isinstance(value, list | dict) or "mask" in key.lower()
-        raise LoraError(
-            f"{called} has the key {key}, which other programs read as whether a turn is trained; it would be ignored",
-            where=where,
-            fix=by_hand if inverted else mapped,
+        fix = by_hand if isinstance(value, list | dict) or "mask" in key.lower() else mapped  # a mask is inverted
+        what = (
+            f"{called} has the key {key}, which other programs read as whether a turn is trained; it would be ignored"
         )
+        raise LoraError(what, where=where, fix=fix)
 
 
 class TurnKeys:

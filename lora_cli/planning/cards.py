@@ -6,7 +6,7 @@ import re
 from pathlib import Path
 
 from lora_cli.errors import LoraError, command
-from lora_cli.files import replacing
+from lora_cli.files import write_bytes
 
 _FOLDER = Path(__file__).with_name("by_card")
 
@@ -33,5 +33,4 @@ def copy_recipe(card: str, output: Path) -> None:
         raise LoraError("this file exists", where=str(output), fix=fix)
     if not output.parent.is_dir():
         raise LoraError("no such folder", where=str(output.parent), fix="make it first, or name another --output")
-    with replacing(output) as temporary:
-        temporary.write_bytes((_FOLDER / f"{name}.yaml").read_bytes())
+    write_bytes(output, (_FOLDER / f"{name}.yaml").read_bytes())

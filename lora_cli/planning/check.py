@@ -8,7 +8,6 @@ from pathlib import Path
 from typing import Any
 
 from rich.console import Console
-from rich.padding import Padding
 from rich.table import Table
 from rich.text import Text
 from transformers import PreTrainedTokenizerBase
@@ -25,7 +24,7 @@ from lora_cli.data.feed import Feed, open_feed
 from lora_cli.data.files.readers import numbered
 from lora_cli.data.finding_kinds import KINDS
 from lora_cli.data.prepare import prepare, require_trainable
-from lora_cli.data.preview import PAGE_MARK, as_page, as_text, tokens_as_dicts
+from lora_cli.data.preview import PAGE_MARK, as_page, print_tokens, tokens_as_dicts
 from lora_cli.data.report import counted
 from lora_cli.errors import LoraError, from_here
 from lora_cli.evaluation.quantization_cost import Costs, compare_quantizations, keep_costs, known_lines
@@ -159,30 +158,23 @@ def print_checked(checked: Checked, console: Console, show: int, *, known: bool 
         console.print(table)
     for example in checked.shown(show):
         console.print()
-        console.print(
-            styled(from_here(f"{example.source}: {len(example.ids):,} tokens, {example.targets:,} trained"), "bold")
-        )
-        colour = console.is_terminal and not console.no_color
-        console.print(Padding(as_text(example, checked.tokenizer, colour=colour), (0, 0, 0, 2), expand=False))
+        title = f"{example.source}: {len(example.ids):,} tokens, {example.targets:,} trained"
+        console.print(styled(from_here(title), "bold"))
+        print_tokens(console, example, checked.tokenizer)
 
 
 def _where(finding: dict[str, Any]) -> str:
     """Rows by number; the file where there are several."""
     files = dict.fromkeys(finding["sources"])
     shown = list(map(numbered, finding["rows"][:5], finding["lines"]))
-    if len(files) <= 1:
-        text = ", ".join(shown)
-    else:
-        named = zip(finding["sources"][:5], shown, strict=True)
-        text = ", ".join(f"{Path(file).name}:{row}" for file, row in named)
-    return text + (" …" if finding["count"] > len(shown) and shown else "")
+    if len(files) > 1:
+        shown = [f"{Path(file).name}:{row}" for file, row in zip(finding["sources"], shown, strict=False)]
+    return ", ".join(shown) + (" …" if finding["count"] > len(shown) and shown else "")
 
 
 def _lines(checked: Checked, *, known: bool = True) -> list[tuple[str, str]]:
-    adapter, notes = (
-        f"{len(checked.targets)} layers, {checked.parameters:,} trained parameters",
-        unusual(checked.recipe),
-    )
+    notes = unusual(checked.recipe)
+    adapter = f"{len(checked.targets)} layers, {checked.parameters:,} trained parameters"
     some = checked.recipe.adapter.projections
     if checked.recipe.adapter.target_modules == "attention" and len(set(some)) < 4:
         adapter = f"{', '.join(some)} of {len(checked.targets)} attention layers"

@@ -10,7 +10,6 @@ from pathlib import Path
 from typing import Any
 
 from rich.console import Console
-from rich.padding import Padding
 from transformers import PreTrainedTokenizerBase
 
 from lora_cli.data.cache import cache_folder
@@ -19,7 +18,7 @@ from lora_cli.data.files.readers import Row
 from lora_cli.data.files.sources import Source, open_source
 from lora_cli.data.finding_kinds import KINDS
 from lora_cli.data.gate import Findings
-from lora_cli.data.preview import as_text, tokens_as_dicts
+from lora_cli.data.preview import print_tokens, tokens_as_dicts
 from lora_cli.data.row_encoder import ROWS_TO_DETECT, RowEncoder, fit_length
 from lora_cli.errors import LoraError, from_here, shortened
 from lora_cli.recipe import Recipe, SourceRecipe
@@ -79,8 +78,7 @@ def print_row(one: OneRow, tokenizer: PreTrainedTokenizerBase, console: Console)
         say("no example is made of it")
         return
     say(f"{len(one.example.ids):,} tokens, {one.example.targets:,} trained")
-    colour = console.is_terminal and not console.no_color
-    console.print(Padding(as_text(one.example, tokenizer, colour=colour), (0, 0, 0, 2), expand=False))
+    print_tokens(console, one.example, tokenizer)
 
 
 def _plain(values: Any) -> dict[str, Any]:

@@ -20,12 +20,7 @@ from lora_cli.planning.survey import DataSurvey
 from lora_cli.quantization import DEFAULT
 
 _WIDTH = 100  # columns
-_TRAINED = {
-    "completion": "the completions",
-    "instruction": "the answers",
-    "chat": "the assistant's turns",
-    "text": "all",
-}
+_TRAINED = dict(completion="the completions", instruction="the answers", chat="the assistant's turns", text="all")
 
 
 @dataclass(frozen=True)
@@ -245,9 +240,9 @@ def _train(text: _Yaml, chosen: Chosen, tried: Tried | None) -> None:
     text.set("gradient_accumulation_steps", fit.gradient_accumulation_steps, tokens)
     if fit.gradient_checkpointing != "none":
         without = fit.without_checkpointing.total / GIB
-        mode, which = (
-            ("full", "") if chosen.device.on_cpu else ("selective", "of as few blocks as the memory asks for; ")
-        )
+        mode, which = "selective", "of as few blocks as the memory asks for; "
+        if chosen.device.on_cpu:
+            mode, which = "full", ""
         if fit.gradient_checkpointing == "offload":
             tokens = fit.row.tokens * fit.micro_batch_size
             host = human_bytes(offloaded_bytes(chosen.shape, tokens, chosen.device.value_bytes))

@@ -149,16 +149,13 @@ def survey_data(
     except LoraError as refused:
         if not {"chat", "instruction"}.issuperset(reading.names):
             raise
-        train_on = (
-            "last_assistant",
-            "the chat template renders earlier answers in another way than they are generated",
-        )
+        train_on = "last_assistant", "the chat template renders earlier answers in another way than they are generated"
         try:
             data = prepared(train_on[0])
         except LoraError:
             raise refused from None
-    stride = -(-len(data.train) // _SHARE_ROWS)
-    summary = data.summary.train
+    stride, summary = -(-len(data.train) // _SHARE_ROWS), data.summary.train
+    repeated = 0 if "duplicate" in drop else data.findings.counts["duplicate"]
     return DataSurvey(
         source=together,
         reading=reading,
@@ -169,7 +166,7 @@ def survey_data(
         targets=np.array([example.targets for example in data.train[::stride]], np.int64),
         stride=stride,
         target_share=summary.target_tokens / summary.tokens,
-        distinct=rows if sample else len(data.train) - ("duplicate" not in drop) * data.findings.counts["duplicate"],
+        distinct=rows if sample else len(data.train) - repeated,
         percentiles=summary.percentiles,
         train_on=train_on,
     )

@@ -16,8 +16,9 @@ from lora_cli.recipe.schema import FIELDS, OTHER_FIELDS, OWN, TEMPLATES, Recipe
 
 
 class Rule(NamedTuple):
-    """broken: whether a recipe breaks it, or the name or list of names that do, for an error each. idle_by: the setting that makes
-    `key` idle; None: the two contradict each other. what, fix: formatted with r, the recipe, and name.
+    """broken: whether a recipe breaks it, or what does: a name, or a list of names for an error each. idle_by: the
+    setting that makes `key` idle; None: the two contradict each other. what, fix: formatted with r, the recipe, and
+    name.
     """
 
     key: str

@@ -9,14 +9,13 @@ from pydantic.fields import FieldInfo
 
 from lora_cli.recipe.schema import NUMBER, Recipe, Section
 
-_PATHS = (
+_PATHS: list[tuple[str, ...]] = [
     ("data", "template"),
     ("data", "general_text"),
     ("data", "cache"),
     ("train", "samples"),
-    ("output",),
-    ("base_model",),
-)
+]
+_PATHS += [("output",), ("base_model",)]
 
 
 def section_of(annotation: Any) -> type[Section] | None:

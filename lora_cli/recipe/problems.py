@@ -139,21 +139,15 @@ def _example(key: KeyPath, found: str = "") -> str:
     if key in _EXAMPLES:
         return f"write, for example, {name}: {_EXAMPLES[key]}"
     if section is not None:
-        return f"write it with keys of its own, for example {name}: {{{_first_setting(section)}}}"
+        settings = [(each, one.default) for each, one in section.model_fields.items() if not one.is_required()]
+        first, value = next(each for each in settings if each[1] is not None)
+        return f"write it with keys of its own, for example {name}: {{{first}: {json.dumps(value)}}}"
     default = field.get_default(call_default_factory=True)
     if field.is_required() or default is None:
         return f"remove {name}, which may be left out"
     options = [each for each in get_args(field.annotation) if isinstance(each, str)]
     near = difflib.get_close_matches(found[:50], options, n=1)
     return f"write, for example, {name}: {near[0] if near else _shown(default).strip(chr(34))}"
-
-
-def _first_setting(section: type[BaseModel]) -> str:
-    return next(
-        f"{name}: {json.dumps(field.default)}"
-        for name, field in section.model_fields.items()
-        if not field.is_required() and field.default is not None
-    )
 
 
 def _suggest(key: KeyPath) -> str:
@@ -164,11 +158,8 @@ def _suggest(key: KeyPath) -> str:
     if tuple(key[-1].split(".")) in all_keys():
         section, _, leaf = key[-1].partition(".")
         return f"write {leaf} in the section {section}:, indented"
-    key = (*key[:-1], key[-1][:80])  # looking for what is similar takes the square of the length
-    near_here = difflib.get_close_matches(key[-1], here, n=1, cutoff=0.6)
-    if near_here:
-        return f"did you mean {'.'.join((*key[:-1], near_here[0]))}?"
-    near = difflib.get_close_matches(key[-1], list(everywhere), n=1, cutoff=0.75)
-    if near:
-        return f"did you mean {'.'.join(everywhere[near[0]])}?"
+    wanted = key[-1][:80]  # looking for what is similar takes the square of the length
+    for names, cutoff in ({name: (*key[:-1], name) for name in here}, 0.6), (everywhere, 0.75):
+        if near := difflib.get_close_matches(wanted, list(names), n=1, cutoff=cutoff):
+            return f"did you mean {'.'.join(names[near[0]])}?"
     return f"known keys here: {', '.join(here)}"

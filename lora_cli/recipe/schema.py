@@ -71,6 +71,7 @@ OTHER_FIELDS = {  # other names of fields: as a completion has them, and as an i
     **dict.fromkeys(("question", "user"), ("prompt", "instruction")),
     **dict.fromkeys(("answer", "assistant"), ("completion", "output")),
 }
+OF_INSTRUCTIONS = ("instruction", "input", "output", "system", "history")  # fields
 Columns = dict[str, str | None]
 Format = Literal["auto", "text", "completion", "instruction", "chat"]
 TrainOn = Literal["assistant", "last_assistant", "completion", "all"]
@@ -82,9 +83,7 @@ def _canonical(columns: Columns, form: str) -> Columns:
 
     Whether input and output are those of an instruction is only known with the rows: data/columns.py.
     """
-    instruction = form == "instruction" or not columns.keys().isdisjoint(
-        ("instruction", "input", "output", "system", "history")
-    )
+    instruction = form == "instruction" or not columns.keys().isdisjoint(OF_INSTRUCTIONS)
     names = {name: OTHER_FIELDS[name][instruction] for name in columns if name in OTHER_FIELDS}
     taken = [names.get(name, name) for name in columns]
     return {name if taken.count(own := names.get(name, name)) > 1 else own: column for name, column in columns.items()}
@@ -137,10 +136,11 @@ def _as_written(sources: list[SourceRecipe]) -> Any:
     return written[0] if len(written) == 1 else written
 
 
+AnySources = str | SourceRecipe | list[str | SourceRecipe]
 Sources = Annotated[
     list[SourceRecipe],
     Field(min_length=1),
-    BeforeValidator(_as_sources, json_schema_input_type=str | SourceRecipe | list[str | SourceRecipe]),
+    BeforeValidator(_as_sources, json_schema_input_type=AnySources),
     PlainSerializer(_as_written),
 ]
 Fraction = Annotated[Number, Field(gt=0, lt=1)]
@@ -170,9 +170,7 @@ class DataRecipe(Section):
     `weight`, `format`, `columns`, `train_on` or `system` of its own if wanted."""
     validation: Annotated[
         Fraction | Sources | None,
-        BeforeValidator(
-            _fraction_or_sources, json_schema_input_type=float | str | SourceRecipe | list[str | SourceRecipe] | None
-        ),
+        BeforeValidator(_fraction_or_sources, json_schema_input_type=float | AnySources | None),
     ] = None
     """Validation data: a fraction of the training rows to hold out (chosen by the seed; equal rows stay together), or
     sources as in `train`."""
@@ -240,6 +238,9 @@ class DataRecipe(Section):
         return self
 
 
+Mode = Literal["none", "selective", "full", "offload"]
+
+
 def _as_mode(value: Any) -> Any:
     """`gradient_checkpointing: true`, as most tools call it, is `full`."""
     return {True: "full", False: "none"}[value] if isinstance(value, bool) else value
@@ -283,10 +284,7 @@ class TrainRecipe(Section):
     z_loss: Number = Field(0.0, ge=0)
     """Adds this times log² Z of each target token to what is minimized, so that logits do not drift; PaLM used 1e-4
     (Chowdhery et al. 2022, section 5). The loss that is shown is without it."""
-    gradient_checkpointing: Annotated[
-        Literal["none", "selective", "full", "offload"],
-        BeforeValidator(_as_mode, json_schema_input_type=Literal["none", "selective", "full", "offload"] | bool),
-    ] = "none"
+    gradient_checkpointing: Annotated[Mode, BeforeValidator(_as_mode, json_schema_input_type=Mode | bool)] = "none"
     """Recompute activations in the backward pass: less memory, up to a third more time, same result. `full` (or true):
     of all blocks; `selective`: of as few as activation_memory allows; `offload`: full, with the blocks' inputs in host
     memory, for rows so long that these would fill the GPU."""

@@ -144,11 +144,9 @@ def _nearby_file(path: Path) -> str:
     folder = path.parent if path.parent.is_dir() else Path(".")
     names = [p.name for p in folder.iterdir() if p.suffix in (".yaml", ".yml")]
     near = difflib.get_close_matches(path.name, names, n=1)
-    return (
-        f"did you mean {folder / near[0]}?"
-        if near
-        else "check the path; lora init --list shows recipes that come with lora"
-    )
+    if near:
+        return f"did you mean {folder / near[0]}?"
+    return "check the path; lora init --list shows recipes that come with lora"
 
 
 def _locate(node: yaml.MappingNode, at: KeyPath, places: Places) -> list[LoraError]:

@@ -46,12 +46,11 @@ class BoundedTemplate:
         except LoraError:
             raise
         except Exception as error:
-            deep, line = isinstance(error, RecursionError | MemoryError), getattr(error, "lineno", None) or 1
-            raise LoraError(
-                f"the chat template is not valid Jinja: {reason_of(error)}",
-                where=name if deep else f"{name}:{line}",
-                fix="write it with fewer levels" if deep else "correct this line",
-            ) from None
+            where, fix = f"{name}:{getattr(error, 'lineno', None) or 1}", "correct this line"
+            if isinstance(error, RecursionError | MemoryError):
+                where, fix = name, "write it with fewer levels"
+            what = f"the chat template is not valid Jinja: {reason_of(error)}"
+            raise LoraError(what, where=where, fix=fix) from None
 
     @functools.cached_property
     def reads(self) -> set[str]:
@@ -179,21 +178,16 @@ class _Environment(CountedEnvironment):
         return (value if type(value) is str else str(value)).strip(chars)
 
     def _as_json(
-        self,
-        value: Any,
-        ensure_ascii: bool = False,
-        indent: Any = None,
-        separators: Any = None,
-        sort_keys: bool = False,
+        self, item: Any, ensure_ascii: bool = False, indent: Any = None, separators: Any = None, sort_keys: bool = False
     ) -> str:
-        weight, depth = self._size(value)
+        weight, depth = self._size(item)
         width = len(indent) if isinstance(indent, str) else abs(indent or 0)
         self._require_few(width, limits.TEMPLATE_WIDTH, "for tojson")
         self.spend(weight * (5 + width * depth))
         if separators is not None:
             separators = tuple(str(each)[:64] for each in separators)
         options: Any = {"ensure_ascii": ensure_ascii, "indent": indent, "separators": separators}
-        return self.made(json.dumps(value, sort_keys=sort_keys, **options))
+        return self.made(json.dumps(item, sort_keys=sort_keys, **options))
 
     def _compared(self, function: Callable[..., Any]) -> Callable[..., Any]:
         return lambda *values: function(*map(self.seen, values))

@@ -66,11 +66,6 @@ class Masks:
         found = self._backend.encode_batch_fast(texts, add_special_tokens=self._adds_special)
         return [encoding.ids for encoding in found]
 
-    def tokens_alone(self, texts: Sequence[str]) -> dict[str, list[int]]:
-        """The tokens of each of these prompts, or of their ends, many of which are equal."""
-        different = list(dict.fromkeys(texts))
-        return dict(zip(different, self.tokens(different), strict=True))
-
     # ── answers ─────────────────────────────────────────────────────────────────────────────────────────────────
 
     def place(

@@ -22,6 +22,7 @@ _EMPTY_THOUGHTS = re.compile(r"<think>\s*</think>")
 _PRIVATE = [(0xE000, 0xF8FF), (0xF0000, 0xFFFFD), (0x100000, 0x10FFFD)]
 _MOST_RENDERED = 100_000  # turns, over all prompts of one conversation: some hundred turns; of longer ones a sample is
 _MOST_ADVISED = 100  # rows for which all other templates are tried, to say which works; then only the last that did
+_OWN_ROWS = "give each assistant turn a row of its own, with the turns before it"
 
 
 class NotPrompted(LoraError):
@@ -247,10 +248,8 @@ class _Conversation:
         if all(_says(text, part) for part in (said["content"], *(said.get(key) or "" for key in THOUGHTS))):
             return
         part = "its thinking" if (thoughts := _thoughts(said)) and not _says(text, thoughts) else "of what it says"
-        raise self._error(
-            f"drops a part of turn {turn + 1}, {part}, so it cannot be trained",
-            "remove that part, or use another template",
-        )
+        what = f"drops a part of turn {turn + 1}, {part}, so it cannot be trained"
+        raise self._error(what, "remove that part, or use another template")
 
     def _other_prompt(self, turn: int, prompt: str, alone: str) -> LoraError:
         self._require_said(alone[_same(alone, prompt) :], turn)
@@ -258,22 +257,17 @@ class _Conversation:
         if not turn or _same(self.whole, prompt) < begins:
             return self._apart(turn, "what comes before it")
         here = self.whole[begins : len(prompt) + 20]
-        what = (
-            f"prompts a generation with {_short(prompt[begins:])}, but turn {turn + 1} begins with {_short(here)}: "
-            "generation would begin in another place than training"
-        )
+        what = f"prompts a generation with {_short(prompt[begins:])}, but turn {turn + 1} begins with {_short(here)}"
+        what += ": generation would begin in another place than training"
         return self._error(what, "use a template whose generation prompt is the beginning of the turn", NotPrompted)
 
     def _apart(self, turn: int, what: str = "it") -> LoraError:
-        return LoraError(
-            f"turn {turn + 1} cannot be told apart: the template renders {what} differently in a longer conversation",
-            where=self.where,
-            fix="give each assistant turn a row of its own, with the turns before it; or use another template",
-        )
+        what = f"turn {turn + 1} cannot be told apart: the template renders {what} differently in a longer conversation"
+        return LoraError(what, where=self.where, fix=f"{_OWN_ROWS}; or use another template")
 
     def _another_form(self, turn: int, alone: str, here: str) -> LoraError:
         what = f"renders turn {turn + 1} as {_short(here)}, but as the last one, as it is when it is generated, as "
-        return self._error(what + _short(alone), "give each assistant turn a row of its own, with the turns before it")
+        return self._error(what + _short(alone), _OWN_ROWS)
 
     def _error(self, what: str, fix: str, kind: type[LoraError] = LoraError) -> LoraError:
         return kind(f"the chat template ({self.template.name}) {what}", where=self.where, fix=fix)

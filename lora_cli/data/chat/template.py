@@ -10,7 +10,7 @@ from __future__ import annotations
 import json
 import re
 import traceback
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping
 from functools import cached_property
 from importlib import resources
 from pathlib import Path
@@ -71,19 +71,20 @@ class ChatTemplate:
         except LimitReached as error:
             raise LimitReached(error.what, where=where, fix=error.fix) from None
         except Refused as error:
-            raise CannotRender(
-                f"the chat template ({self.name}) refuses this conversation: {error}",
-                where=where,
-                fix="change the row so that the template takes it, or name another template in data.template",
-            ) from None
+            what, fix = f"refuses this conversation: {error}", "change the row so that the template takes it"
         except Exception as error:  # jinja2 errors, and whatever a template's own code runs into
-            raise CannotRender(
-                f"the chat template ({self.name}) fails on this conversation: {type(error).__name__}: {error}"
-                f"{self._line_of(error)}",
-                where=where,
-                fix="the template's own code fails on what this row holds: change the row, or name another template in "
-                "data.template",
-            ) from None
+            what = f"fails on this conversation: {type(error).__name__}: {error}{self._line_of(error)}"
+            fix = "the template's own code fails on what this row holds: change the row"
+        fix += ", or name another template in data.template"
+        raise CannotRender(f"the chat template ({self.name}) {what}", where=where, fix=fix)
+
+    def tried(self, *roles: str, generation_prompt: bool = False) -> str | None:
+        """A conversation of short turns by these as text; None where the template refuses it."""
+        turns: Turns = [{"role": role, "content": "Yes." if role == "assistant" else "Hello."} for role in roles]
+        try:
+            return self.render(turns, self.name, generation_prompt=generation_prompt)
+        except LoraError:
+            return None
 
     def require_system(self, system: str) -> None:
         """Raises LoraError if it does not say a system prompt where a conversation begins with one."""
@@ -121,21 +122,15 @@ class ChatTemplate:
     @cached_property
     def stop_token(self) -> str | None:
         """What the template ends the last assistant turn with; None if that is not a special token."""
-        turns: Turns = [{"role": "user", "content": "Hello."}, {"role": "assistant", "content": "Yes."}]
-        try:
-            text = self.render(turns, self.name)
-        except LoraError:
-            return None
+        text = self.tried("user", "assistant") or ""
         stop = self.stop.match(text, text.rfind("Yes.") + len("Yes."))
         return None if stop is None else self.stop_run(text, stop.end() - len(stop[0].lstrip()))[1]
 
     @cached_property
     def generation_prompt(self) -> str:
         """What the template adds to prompt a generation; empty if it adds nothing."""
-        probe: Turns = [{"role": "user", "content": "Hello."}]
-        try:
-            without, prompted = (self.render(probe, self.name, generation_prompt=on) for on in (False, True))
-        except LoraError:
+        without, prompted = self.tried("user"), self.tried("user", generation_prompt=True)
+        if without is None or prompted is None:
             return ""
         return prompted[len(without) :] if prompted.startswith(without) else ""
 
@@ -198,26 +193,20 @@ def _found(tokenizer: PreTrainedTokenizerBase, wanted: str | None, where: str) -
         with reading("the chat template cannot be read", wanted, f"built-in ones are {', '.join(TEMPLATES)}"):
             return Path(wanted).read_text(encoding="utf-8"), tokenizer, wanted
     if not tokenizer.chat_template:
-        raise LoraError(
-            "the model has no chat template, so messages cannot be rendered",
-            where=where,
-            fix=f"write data.template: one of {', '.join(TEMPLATES)}, or a .jinja file; or use the model's instruct "
-            "version",
+        fix = (
+            f"write data.template: one of {', '.join(TEMPLATES)}, or a .jinja file; or use the model's instruct version"
         )
+        raise LoraError("the model has no chat template, so messages cannot be rendered", where=where, fix=fix)
     text: Any = tokenizer.chat_template
     return text if isinstance(text, str) else tokenizer.get_chat_template(), tokenizer, "the model's own"
 
 
 def _require_read(template: ChatTemplate, arguments: Mapping[str, Any]) -> None:
     reads = template.compiled.reads - set(_OURS)
-    for name in arguments:
-        if name not in reads:
-            known = ", ".join(sorted(reads)) or "none"
-            raise LoraError(
-                f"the chat template ({template.name}) does not read {name}",
-                where="data.template_arguments",
-                fix=f"remove it, or write one of those that it reads: {known}",
-            )
+    if unread := [name for name in arguments if name not in reads]:
+        what = f"the chat template ({template.name}) does not read {unread[0]}"
+        fix = f"remove it, or write one of those that it reads: {', '.join(sorted(reads)) or 'none'}"
+        raise LoraError(what, where="data.template_arguments", fix=fix)
 
 
 def _with_arguments(template: ChatTemplate, arguments: Mapping[str, Any]) -> ChatTemplate:
@@ -232,25 +221,17 @@ def _with_bos(template: ChatTemplate) -> ChatTemplate:
     tokenizer = template.tokenizer
     if not wants_bos(tokenizer):
         return template
-    bos, opening = str(tokenizer.bos_token), next(_openings(template), None)
+    tried = (template.tried(*roles) for roles in (["user"], ["system", "user"], ["user", "assistant"]))
+    bos, opening = str(tokenizer.bos_token), next((text for text in tried if text is not None), None)
     if opening is None or opening.startswith(bos):
         return template
     backend: Any = tokenizer.backend_tokenizer
     ids = [tokenizer.bos_token_id, *backend.encode(opening, add_special_tokens=False).ids]
     # A tokenizer may begin a text with a blank, yet not where it is behind a special token: then it is written.
-    tried = {blank: backend.encode(bos + blank + opening, add_special_tokens=False).ids for blank in ("", " ")}
-    written = "{{- bos_token + ' ' }}" if tried[""] != ids == tried[" "] else "{{- bos_token }}"
+    plain, apart = (backend.encode(bos + blank + opening, add_special_tokens=False).ids for blank in ("", " "))
+    written = "{{- bos_token + ' ' }}" if plain != ids == apart else "{{- bos_token }}"
     text = re.sub(r"\A[ \t]+(?={[%#])", "", template.text)  # as at a line's start
     return ChatTemplate(written + text, tokenizer, template.name)
-
-
-def _openings(template: ChatTemplate) -> Iterator[str]:
-    user, system = {"role": "user", "content": "Hello."}, {"role": "system", "content": "Hello."}
-    for turns in ([user], [system, user], [user, {"role": "assistant", "content": "Yes."}]):
-        try:
-            yield template.render(turns, template.name)
-        except LoraError:
-            continue
 
 
 def generation_ends(tokenizer: PreTrainedTokenizerBase) -> set[int]:
@@ -275,8 +256,7 @@ def _with_text_arguments(turns: Turns) -> Turns:
         return call | {"function": function | {"arguments": json.dumps(function["arguments"], ensure_ascii=False)}}
 
     return [
-        turn | {"tool_calls": [written(call) for call in turn["tool_calls"]]} if "tool_calls" in turn else turn
-        for turn in turns
+        turn | {"tool_calls": [*map(written, turn["tool_calls"])]} if "tool_calls" in turn else turn for turn in turns
     ]
 
 

@@ -61,6 +61,11 @@ class FileSource:
     def _stamps(self) -> dict[Path, tuple[int, int]]:
         return {path: _stamp(path) for path in self.paths}
 
+    @property
+    def sizes(self) -> dict[str, str]:
+        """path → its size and time, which tell versions apart without reading them."""
+        return {str(path): f"{size} bytes, {written}" for path, (size, written) in self._stamps.items()}
+
     def require_unchanged(self) -> None:
         """Raises LoraError if a file was written to since its identity was taken: some of it may be new, some old."""
         for path, before in self._stamps.items():

@@ -162,12 +162,9 @@ def encoding_said(file: str) -> LoraError | None:
     why = "it begins with the mark of that encoding"
     if encoding == "cp1252":
         with _opened(path) as stream:
-            words = re.compile(r"\w*[^\W\x00-\x7f]\w*|[^\x00-\x7f]").search(
-                stream.read(1 << 20).decode(errors="ignore")
-            )
-        why = (
-            f"it is not UTF-8 and can be this, such as in {words[0]!r}" if words else "it is not UTF-8 and can be this"
-        )
+            text = stream.read(1 << 20).decode(errors="ignore")
+        word = re.search(r"\w*[^\W\x00-\x7f]\w*|[^\x00-\x7f]", text)
+        why = "it is not UTF-8 and can be this" + (f", such as in {word[0]!r}" if word else "")
     return LoraError(f"the text is read as {NAMES[encoding]}: {why}", where=file)
 
 
@@ -380,13 +377,7 @@ def _text(path: Path) -> Iterator[Placed]:
     yield None, {"text": _text_of(path)}
 
 
-_TEXT_KINDS: dict[str, Callable[[Path], Iterator[Placed]]] = {
-    ".jsonl": _json_lines,
-    ".json": _json,
-    ".csv": _separated,
-    ".tsv": _separated,
-    ".txt": _text,
-    ".md": _text,
-}
-_SAVED_BY_PROGRAMS = (".csv", ".tsv", ".txt", ".md")  # in the encoding of their system; JSON is UTF-8 by its standard
+# What programs save in the encoding of their system; JSON is UTF-8 by its standard.
+_SAVED_BY_PROGRAMS = dict.fromkeys((".csv", ".tsv"), _separated) | dict.fromkeys((".txt", ".md"), _text)
+_TEXT_KINDS = {".jsonl": _json_lines, ".json": _json} | _SAVED_BY_PROGRAMS
 _KINDS = (*_TEXT_KINDS, *TABLE_KINDS)

@@ -17,11 +17,14 @@ from lora_cli.errors import LoraError, reading
 from lora_cli.recipe import SourceRecipe
 
 _ROWS_AT_ONCE = 1000
-_UNREAD = "the data set cannot be read from the hub"
-_FIX = (
-    "check name, config and split; for a private or gated one run `hf auth login` or set HF_TOKEN; "
-    "without network, name local files"
+# What `datasets` reads files of this machine with, when it is given as the name of a data set
+_BUILDERS = (
+    *("arrow", "audiofolder", "cache", "csv", "eval", "hdf5", "imagefolder", "json", "lance", "nifti", "pandas"),
+    *("parquet", "pdffolder", "sql", "text", "tsfile", "videofolder", "webdataset", "xml"),
 )
+_UNREAD = "the data set cannot be read from the hub"
+_FIX = "check name, config and split; for a private or gated one run `hf auth login` or set HF_TOKEN; without network, "
+_FIX += "name local files"
 
 
 @dataclass(frozen=True)
@@ -85,24 +88,13 @@ def open_source(
     Raises LoraError if nothing is there, or not of a kind that can be read.
     """
     if recipe.hub is not None:
-        _require_hub_id(recipe.hub)
-        return HubSource(recipe.hub, recipe.config, recipe.split, recipe.revision, streaming)
+        name = recipe.hub  # `datasets` takes all of these for files of this machine
+        if name in _BUILDERS or name.startswith((".", "/", "~")) or name.count("/") > 1 or Path(name).exists():
+            fix = "write {hub: owner/name}, or name local files"
+            raise LoraError(f"{name} is not a data set of the hub", where="data", fix=fix)
+        return HubSource(name, recipe.config, recipe.split, recipe.revision, streaming)
     assert recipe.path is not None
     found = find_files(recipe.path, held_out=held_out, written=written)
     for path in found.paths:
         require_kind(path)  # before its bytes are hashed
     return found
-
-
-# What `datasets` reads files of this machine with, when it is given as the name of a data set
-_BUILDERS = (
-    *("arrow", "audiofolder", "cache", "csv", "eval", "hdf5", "imagefolder", "json", "lance", "nifti", "pandas"),
-    *("parquet", "pdffolder", "sql", "text", "tsfile", "videofolder", "webdataset", "xml"),
-)
-
-
-def _require_hub_id(name: str) -> None:
-    """Raises LoraError for what `datasets` takes for files of this machine."""
-    if name in _BUILDERS or name.startswith((".", "/", "~")) or name.count("/") > 1 or Path(name).exists():
-        fix = "write {hub: owner/name}, or name local files"
-        raise LoraError(f"{name} is not a data set of the hub", where="data", fix=fix)
