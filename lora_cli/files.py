@@ -15,7 +15,7 @@ from itertools import count
 from pathlib import Path
 from typing import Any
 
-from lora_cli.errors import DiskError, LoraError
+from lora_cli.errors import DiskError, LoraError, refuse_if
 from lora_cli.foreign import Shape, is_real_folder, kind, remove_ours
 
 _FULL = ("no space left on the disk", "free some space; what was written before is intact")
@@ -205,9 +205,8 @@ def require_space(folder: Path, needed_bytes: int, purpose: str) -> None:
     """Raises LoraError if the disk of `folder` has less than `needed_bytes` free."""
     existing = next(parent for parent in (folder, *folder.parents) if parent.exists())
     free = shutil.disk_usage(existing).free
-    if free < needed_bytes:
-        what = f"no disk space: {purpose} needs about {human_bytes(needed_bytes)}, {human_bytes(free)} are free"
-        raise LoraError(what, where=folder, fix="free some space, or write to another disk")
+    what = f"no disk space: {purpose} needs about {human_bytes(needed_bytes)}, {human_bytes(free)} are free"
+    refuse_if(free < needed_bytes, what, where=folder, fix="free some space, or write to another disk")
 
 
 def human_bytes(count: float) -> str:

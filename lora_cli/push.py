@@ -84,9 +84,8 @@ def prepare_upload(
     names = sorted(each for each in os.listdir(folder) if not each.startswith("."))
     files = {each: folder / each for each in names if any(fnmatchcase(each, one) for one in wanted)}
     files = {each: path for each, path in files.items() if is_real_file(path)}
-    if CARD not in files:
-        fix = f"write {CARD}: what it is, how it was trained; the adapter/ of a finished run has one"
-        raise LoraError(f"this folder has no {CARD}, the page that the hub shows", where=folder, fix=fix)
+    fix = f"write {CARD}: what it is, how it was trained; the adapter/ of a finished run has one"
+    refuse_if(CARD not in files, f"this folder has no {CARD}, the page that the hub shows", where=folder, fix=fix)
     was = _whole(folder, named.adapter is not None, base)
     changed = dict(_changed(files, was, base))
     return Upload(to, not public, {**files, **changed}, [each for each in names if each not in files])
@@ -109,10 +108,9 @@ def _whole(folder: Path, is_adapter: bool, base: str | None) -> str | None:
     adapter = read_adapter(folder)
     was, peft = adapter.base_model, adapter.metadata.adapter_format is None
     named = was and peft and not _no_name(was) and not Path(was).exists()
-    if adapter.base_revision is None and not named and base is None:
-        what = f"the adapter's base is a folder of this machine: {was}" if was else "the adapter names no base"
-        fix = "add --base owner/name, the base's name on the hub; if it is not there, push a merged model instead"
-        raise LoraError(what, where=folder, fix=fix)
+    what = f"the adapter's base is a folder of this machine: {was}" if was else "the adapter names no base"
+    fix = "add --base owner/name, the base's name on the hub; if it is not there, push a merged model instead"
+    refuse_if(adapter.base_revision is None and not named and base is None, what, where=folder, fix=fix)
     return was
 
 

@@ -31,7 +31,7 @@ from lora_cli.data.order import permutation, rows_to_shuffle, split_by_length
 from lora_cli.data.report import stream_lines
 from lora_cli.data.row_encoder import RowEncoder, fit_length, require_columns, require_template_used, trained_system
 from lora_cli.data.store import PreparedData, Summary, by_length, micro_batches_per_step, rows_per_micro_batch
-from lora_cli.errors import LoraError
+from lora_cli.errors import LoraError, refuse_if
 from lora_cli.recipe import Recipe, SourceRecipe
 from lora_cli.recipe.schema import OWN
 
@@ -146,9 +146,8 @@ class StreamFeed:
 
     def seek(self, position: dict[str, int]) -> None:
         """Go on where a checkpoint stopped. Raises LoraError if it is not of a stream."""
-        if not position:
-            fix = "start a new run with another output"
-            raise LoraError("the checkpoint does not say where in the stream it stopped", fix=fix)
+        what = "the checkpoint does not say where in the stream it stopped"
+        refuse_if(not position, what, fix="start a new run with another output")
         self._dropped = {name: value for name, value in position.items() if name.startswith(_DROPPED)}
         self._windows = self._windows_from(position["pass"], position["rows"])
         self._units = next(self._windows)

@@ -26,7 +26,7 @@ from lora_cli.data.finding_kinds import KINDS
 from lora_cli.data.prepare import prepare, require_trainable
 from lora_cli.data.preview import PAGE_MARK, as_page, print_tokens, tokens_as_dicts
 from lora_cli.data.report import counted
-from lora_cli.errors import LoraError, from_here
+from lora_cli.errors import LoraError, from_here, refuse_if
 from lora_cli.evaluation.quantization_cost import Costs, compare_quantizations, keep_costs, known_lines
 from lora_cli.evaluation.samples import sample_prompts
 from lora_cli.files import write_bytes
@@ -131,9 +131,8 @@ def compare(checked: Checked, say: Callable[[str], None]) -> Costs:
 
 def write_page(checked: Checked, path: Path, show: int) -> None:
     """The preview as an HTML file. Raises LoraError if the path holds something else."""
-    if path.exists() and (path.is_dir() or PAGE_MARK not in path.read_bytes()[:200]):
-        what = "refusing to overwrite a file that lora did not write"
-        raise LoraError(what, where=path, fix="choose another --html")
+    others = path.exists() and (path.is_dir() or PAGE_MARK not in path.read_bytes()[:200])
+    refuse_if(others, "refusing to overwrite a file that lora did not write", where=path, fix="choose another --html")
     title, lines = f"lora check: {checked.recipe.base_model}", [f"{name}  {text}" for name, text in _lines(checked)]
     findings, allow = checked.feed.summary.findings, checked.recipe.data.allow
     write_bytes(path, as_page(title, lines, findings, allow, checked.shown(show), checked.tokenizer).encode())

@@ -12,7 +12,7 @@ from lora_cli.base.cross_entropy import CHUNK_BYTES
 from lora_cli.base.linear import features
 from lora_cli.base.storage.registry import storage_named
 from lora_cli.base.text import hidden_size, vocabulary
-from lora_cli.errors import LoraError
+from lora_cli.errors import refuse_if
 from lora_cli.planning.blocks import Block, measure_blocks
 from lora_cli.planning.skeleton import BaseModel
 from lora_cli.quantization import DEFAULT
@@ -144,7 +144,6 @@ def parse_size(text: str) -> int:
     found = re.fullmatch(r"\s*(\d{1,9}(?:\.\d{1,9})?)\s*([A-Za-z]*)\s*", text)
     unit = _UNITS.get(found[2].lower()) if found else None
     size = round(float(found[1]) * unit) if found and unit else 0
-    if not 0 < size <= _MOST:
-        fix = "write what the GPU has, such as 12GB, 24GB or 24564MiB"
-        raise LoraError(f"--gpu {text} is not an amount of memory", fix=fix)
+    fix = "write what the GPU has, such as 12GB, 24GB or 24564MiB"
+    refuse_if(not 0 < size <= _MOST, f"--gpu {text} is not an amount of memory", fix=fix)
     return size

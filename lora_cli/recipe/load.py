@@ -13,7 +13,7 @@ from typing import Any
 import yaml
 
 from lora_cli import limits
-from lora_cli.errors import LoraError, RecipeErrors, home_expanded, reason_of
+from lora_cli.errors import LoraError, RecipeErrors, home_expanded, reason_of, refuse_if
 from lora_cli.recipe.contradictions import contradictions
 from lora_cli.recipe.keys import holder_of, path_places
 from lora_cli.recipe.problems import validate
@@ -90,9 +90,8 @@ def _apply_override(values: dict[str, Any], override: str) -> KeyPath:
         if at.get(part) is None:
             at[part] = {}
         at = at[part]
-        if not isinstance(at, dict):
-            what = f"--set {override}: {part} is not a section"
-            raise LoraError(what, fix="name a key inside a section, such as train.seed")
+        what = f"--set {override}: {part} is not a section"
+        refuse_if(not isinstance(at, dict), what, fix="name a key inside a section, such as train.seed")
     at[key[-1]] = value
     return key
 
@@ -113,12 +112,10 @@ def _resolved(value: str, base: Path, *, is_model: bool) -> str:
     """The path that `value` means, seen from `base`; of a model's name the name. Raises LoraError without a place."""
     names = [found[1] or found[2] for found in _VARIABLE.finditer(value) if found[0] != "$$"]
     for each in names:
-        if _SECRET.search(each):
-            what = f"the environment variable {each} may hold a secret, and paths are written into files"
-            raise LoraError(what, fix="use another variable, or write $$ for a dollar sign")
-        if each not in os.environ:
-            what = f"the environment variable {each} is not set"
-            raise LoraError(what, fix=f"export {each}=…, or write $$ for a dollar sign")
+        what, secret = f"the environment variable {each}", bool(_SECRET.search(each))
+        fix = "use another variable, or write $$ for a dollar sign"
+        refuse_if(secret, f"{what} may hold a secret, and paths are written into files", fix=fix)
+        refuse_if(each not in os.environ, f"{what} is not set", fix=f"export {each}=…, or write $$ for a dollar sign")
     expanded = home_expanded(_VARIABLE.sub(lambda found: os.environ.get(found[1] or found[2] or "", "$"), value))
     path = base / expanded
     try:

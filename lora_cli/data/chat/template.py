@@ -193,9 +193,8 @@ def _found(tokenizer: PreTrainedTokenizerBase, wanted: str | None, where: str) -
         with reading("the chat template cannot be read", wanted, f"built-in ones are {', '.join(TEMPLATES)}"):
             return Path(wanted).read_text(encoding="utf-8"), tokenizer, wanted
     if not tokenizer.chat_template:
-        fix = (
-            f"write data.template: one of {', '.join(TEMPLATES)}, or a .jinja file; or use the model's instruct version"
-        )
+        fix = f"write data.template: one of {', '.join(TEMPLATES)}, or a .jinja file"
+        fix += "; or use the model's instruct version"
         raise LoraError("the model has no chat template, so messages cannot be rendered", where=where, fix=fix)
     text: Any = tokenizer.chat_template
     return text if isinstance(text, str) else tokenizer.get_chat_template(), tokenizer, "the model's own"
