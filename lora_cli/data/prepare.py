@@ -44,6 +44,8 @@ from lora_cli.files import disk_errors, free_name, written_whole
 from lora_cli.foreign import kind, remove_ours
 from lora_cli.recipe import DataRecipe, Recipe, SourceRecipe
 
+Opened = tuple[SourceRecipe, Source]  # what a recipe says of a source, and the source
+
 
 def prepare(
     recipe: Recipe, tokenizer: PreTrainedTokenizerBase, *, keep: bool = False, inspect: bool = False
@@ -139,6 +141,13 @@ def require_trainable(made: Summary, data: DataRecipe) -> None:
     raise LoraError(f"no row is left to {purpose} on", where=source, details=details, fix=fix)
 
 
+def sources_of(recipe: Recipe) -> tuple[list[Opened], list[Opened]]:
+    """The sources of the training data, and of the validation data. Raises LoraError for one that is not there."""
+    data, written = recipe.data, (Path(recipe.output), cache.cache_folder(recipe))
+    training = [(each, open_source(each, streaming=data.streaming, written=written)) for each in data.train]
+    return training, [(each, open_source(each, held_out=True, written=written)) for each in data.held_out]
+
+
 class _Seen:
     """What is kept of every row while rows go by: 28 bytes each, and 8 more where groups are held out."""
 
@@ -158,8 +167,8 @@ class Preparation:
     without packing, tokens of the groups of similar length that the order shuffles; None: it shuffles single examples.
     """
 
-    training: list[tuple[SourceRecipe, Source]]
-    held_out: list[tuple[SourceRecipe, Source]]
+    training: list[Opened]
+    held_out: list[Opened]
     data: DataRecipe
     tokenizer: PreTrainedTokenizerBase
     seed: int = 0
@@ -167,14 +176,12 @@ class Preparation:
 
     @classmethod
     def of(cls, recipe: Recipe, tokenizer: PreTrainedTokenizerBase) -> Preparation:
-        data, train, written = recipe.data, recipe.train, (Path(recipe.output), cache.cache_folder(recipe))
-        trained = [] if data.streaming else data.train
-        training = [(each, open_source(each, written=written)) for each in trained]
-        held_out = [(each, open_source(each, held_out=True, written=written)) for each in data.held_out]
-        return cls(training, held_out, data, tokenizer, train.seed, train.tokens_per_micro_batch)
+        (training, held_out), train = sources_of(recipe), recipe.train
+        training = [] if recipe.data.streaming else training
+        return cls(training, held_out, recipe.data, tokenizer, train.seed, train.tokens_per_micro_batch)
 
     @property
-    def sources(self) -> list[tuple[SourceRecipe, Source]]:
+    def sources(self) -> list[Opened]:
         """Of the training data, then of the validation data."""
         return [*self.training, *self.held_out]
 
@@ -251,8 +258,7 @@ class Preparation:
         """Indices of the examples to train on, and of those held out. What was kept of rows is forgotten then."""
         seen, held = _Seen(), _Seen()
         self._ends: list[int] = []  # one behind the last example of each source
-        if len(self.sources) > 1:
-            require_columns(self.data.columns, self.sources)
+        require_columns(self.data.columns, self.sources)
         for at, (own, source) in enumerate(self.sources):
             source.identity  # taken before the rows are read  # noqa: B018
             repeats = "overlap" if at >= len(self.training) else "duplicate"

@@ -158,13 +158,14 @@ def fit_length(
 
 
 def require_columns(columns: Columns, sources: Sequence[tuple[SourceRecipe, Source]]) -> None:
-    """Raises LoraError for one of the recipe's columns that no source has, by its first rows.
+    """Raises LoraError for one of the recipe's columns that none of several sources has, by its first rows.
 
-    Sources with columns of their own are not looked at.
+    Sources with columns of their own are not looked at. Of a single source its encoder says the same.
     """
     missing = dict(columns)
     rows: list[Row] = []
-    for source in [each for own, each in sources if own.columns is None] if any(missing.values()) else ():
+    shared = [each for own, each in sources if own.columns is None] if len(sources) > 1 else []
+    for source in shared if any(missing.values()) else ():
         head = list(islice(source.rows(), ROWS_TO_DETECT))
         missing = {name: column for name, column in missing.items() if name not in applicable(columns, head)}
         if not missing:

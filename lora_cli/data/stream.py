@@ -15,7 +15,6 @@ from dataclasses import replace
 from heapq import merge
 from itertools import count, islice, starmap
 from operator import itemgetter
-from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -25,9 +24,10 @@ from lora_cli.base.text import positions, vocabulary
 from lora_cli.data.chat.template import ChatTemplate
 from lora_cli.data.example import Example
 from lora_cli.data.files.readers import Row
-from lora_cli.data.files.sources import FileSource, Source, open_source
+from lora_cli.data.files.sources import FileSource, Source
 from lora_cli.data.gate import Findings, Lengths, Weights, facts_of, shares_of
 from lora_cli.data.order import permutation, rows_to_shuffle, split_by_length
+from lora_cli.data.prepare import sources_of
 from lora_cli.data.report import stream_lines
 from lora_cli.data.row_encoder import RowEncoder, fit_length, require_columns, require_template_used, trained_system
 from lora_cli.data.store import PreparedData, Summary, by_length, micro_batches_per_step, rows_per_micro_batch
@@ -48,11 +48,8 @@ class StreamFeed:
     def __init__(self, recipe: Recipe, data: PreparedData, tokenizer: PreTrainedTokenizerBase):
         self._recipe, self.data, self._tokenizer = recipe, data, tokenizer
         self.validation = data.validation
-        train, written = recipe.data.train, [Path(recipe.output)]
-        self._sources = [(each, open_source(each, streaming=True, written=written)) for each in train]
-        self._several = len(self._sources) > 1
-        if self._several:
-            require_columns(recipe.data.columns, self._sources)
+        self._sources, _ = sources_of(recipe)
+        require_columns(recipe.data.columns, self._sources)
         self._encoders: dict[int, RowEncoder] = {}
         self._owners: list[int] = []  # the source of each example in hand
         self._template: ChatTemplate | None = None
@@ -199,7 +196,7 @@ class StreamFeed:
             own = [row for owner, row in rows if owner == at]
             if at not in self._encoders:  # the first window shows a source's format, for all of them
                 source, _ = self._sources[at]
-                self._encoders[at] = RowEncoder(data, self._tokenizer, own, source, several=self._several)
+                self._encoders[at] = RowEncoder(data, self._tokenizer, own, source, several=len(self._sources) > 1)
                 self._template = self._template or self._encoders[at].template
             encoder = self._encoders[at]
             for each in encoder.encode(iter(own), findings):

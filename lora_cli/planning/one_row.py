@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Iterator
 from dataclasses import dataclass
 from itertools import islice
 from pathlib import Path
@@ -12,12 +11,12 @@ from typing import Any
 from rich.console import Console
 from transformers import PreTrainedTokenizerBase
 
-from lora_cli.data.cache import cache_folder
 from lora_cli.data.example import Example
 from lora_cli.data.files.readers import Row
-from lora_cli.data.files.sources import Source, open_source
+from lora_cli.data.files.sources import Source
 from lora_cli.data.finding_kinds import KINDS
 from lora_cli.data.gate import Findings
+from lora_cli.data.prepare import Opened, sources_of
 from lora_cli.data.preview import print_tokens, tokens_as_dicts
 from lora_cli.data.row_encoder import ROWS_TO_DETECT, RowEncoder, fit_length
 from lora_cli.errors import LoraError, from_here, shortened
@@ -48,7 +47,7 @@ def look_at_row(recipe: Recipe, tokenizer: PreTrainedTokenizerBase, known: Findi
 
     Raises LoraError if there is no such row, or if there are several.
     """
-    data, sources = recipe.data, list(_sources(recipe))
+    data, sources = recipe.data, [each for several in sources_of(recipe) for each in several]
     own, source, row = _found(sources, *_parsed(wanted))
     encoder = RowEncoder(data, tokenizer, list(islice(source.rows(), ROWS_TO_DETECT)), own, several=len(sources) > 1)
     findings = Findings(drop=list(data.drop))
@@ -86,14 +85,6 @@ def _plain(values: Any) -> dict[str, Any]:
     return json.loads(json.dumps(values, default=str, ensure_ascii=False))
 
 
-def _sources(recipe: Recipe) -> Iterator[tuple[SourceRecipe, Source]]:
-    data, written = recipe.data, (Path(recipe.output), cache_folder(recipe))
-    for each in data.train:
-        yield each, open_source(each, streaming=data.streaming, written=written)
-    for each in data.held_out:
-        yield each, open_source(each, held_out=True, written=written)
-
-
 def _parsed(wanted: str) -> tuple[str, int]:
     """(file, "" for any; number)."""
     file, _, number = wanted.rpartition(":")
@@ -103,7 +94,7 @@ def _parsed(wanted: str) -> tuple[str, int]:
     return file, int(number)
 
 
-def _found(sources: list[tuple[SourceRecipe, Source]], file: str, number: int) -> tuple[SourceRecipe, Source, Row]:
+def _found(sources: list[Opened], file: str, number: int) -> tuple[SourceRecipe, Source, Row]:
     found: dict[str, tuple[SourceRecipe, Source, Row]] = {}
     rows: dict[str, int] = {}  # of each file
     for own, source in sources:
