@@ -51,10 +51,8 @@ class StreamFeed:
         self._sources, _ = sources_of(recipe)
         require_columns(recipe.data.columns, self._sources)
         self._encoders: dict[int, RowEncoder] = {}
-        self._owners: list[int] = []  # the source of each example in hand
         self._template: ChatTemplate | None = None
         self._largest_id = 2**31
-        self._findings = Findings(drop=list(recipe.data.drop))  # of the window in hand
         self.seek({"pass": 0, "rows": 0, "unit": 0, "step": 1})
         require_template_used(recipe.data, self._template)
         self._first, self._found = self._examples, self._findings  # of the first window
@@ -191,7 +189,7 @@ class StreamFeed:
         data = self._recipe.data
         self._findings = findings = Findings(drop=list(data.drop))
         examples: list[Example] = []
-        self._owners = []
+        self._owners: list[int] = []  # the source of each example in hand
         for at in sorted({at for at, _ in rows}):
             own = [row for owner, row in rows if owner == at]
             if at not in self._encoders:  # the first window shows a source's format, for all of them
