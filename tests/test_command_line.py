@@ -145,6 +145,7 @@ WITH = {
     "combine": ["{}", "{}:0.5", "--output", "out"],
     "sweep": ["{}", "--vary", "adapter.rank=1,2", "--output", "out"],
     "push": ["{}", "--to", "me/it"],
+    "analyze": ["{}", "{}"],
     "selftest": ["--model", "{}"],
     "export": ["{}", "--to", "gguf", "--output", "out.gguf"],
 }

@@ -45,7 +45,7 @@ for name, run in (
     *(("inspect", study.inspect), ("resize", study.resize), ("combine", values.combine)),
     *(("diff", values.diff), ("convert", values.convert)),
     *(("export", export.export), ("push", share.push)),
-    ("selftest", study.selftest),
+    *(("analyze", study.analyze), ("selftest", study.selftest)),
     ("sweep", sweep.sweep),
 ):
     app.command(name, epilog=hints.help_of(name))(run)

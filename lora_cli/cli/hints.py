@@ -40,6 +40,7 @@ EXAMPLES = {
         "lora convert adapters --to peft --output for-peft",
     ),
     "diff": ("lora diff Qwen/Qwen3-4B my-full-finetune --rank 32 --output adapter",),
+    "analyze": ("lora analyze runs/my-run", "lora analyze runs/rank-8 runs/rank-64 --output analysis"),
     "selftest": ("lora selftest", "lora selftest --model Qwen/Qwen3-0.6B --json"),
     "sweep": (
         "lora sweep recipe.yaml --vary adapter.rank=1,4,16,64 --output runs/ranks",

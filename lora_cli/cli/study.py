@@ -7,7 +7,7 @@ from typing import Annotated, Any
 
 import typer
 
-from lora_cli.cli.common import Json, Program, console, heavy, home, status
+from lora_cli.cli.common import Base, Json, Program, console, heavy, home, status
 from lora_cli.errors import command, home_expanded, refuse_if
 from lora_cli.streams import print_json, print_result
 
@@ -82,6 +82,32 @@ def say_made(made: Any, output: Path, *, as_json: bool) -> None:
     for line in (*made.notes, *made.lines()):
         print_result(line)
     print_result(f"written to {output}; what it costs in loss: {command('lora', 'eval', output, '--data', 'FILE')}")
+
+
+def analyze(
+    sources: Annotated[
+        list[str], typer.Argument(help="Runs or adapters of one base (lora's or PEFT's).", show_default=False)
+    ],
+    base: Base = None,
+    output: Annotated[
+        Path | None,
+        typer.Option("--output", callback=home, help="Folder for a page, pictures and numbers.", show_default=False),
+    ] = None,
+    as_json: Json = False,
+) -> None:
+    """Show what adapters amplify of their base, and which directions they share: section 7 of the LoRA paper.
+
+    Reads the base's weights one at a time. A single adapter is compared with a random one.
+    """
+    analyzing = heavy("lora_cli.studies.analyze", *([output] if output else []))
+    with status("reading weights"):
+        found = analyzing.analyze(sources, output, base)
+    if as_json:
+        print_json(found.as_dict() | {"output": None if output is None else str(output)})
+        return
+    analyzing.print_analyzed(found, console(stderr=False))
+    if output is not None:
+        print_result(f"written to {output}: open analysis.html")
 
 
 def selftest(

@@ -6,7 +6,6 @@ import math
 import zlib
 from collections.abc import Callable, Sequence
 from functools import partial
-from itertools import combinations
 from pathlib import Path
 from typing import Any, Literal
 
@@ -15,8 +14,8 @@ import torch
 from torch import Tensor
 
 from lora_cli.adapters.low_rank import Factors, decomposed, factors_of, nearest, product_norm
-from lora_cli.errors import LoraError, home_expanded, refuse_if
-from lora_cli.studies.made import Layer, Made, Part, common_group, open_part, write_made
+from lora_cli.errors import home_expanded, refuse_if
+from lora_cli.studies.made import Layer, Made, Part, common_group, open_part, require_one_base, write_made
 
 Method = Literal["linear", "ties", "dare"]
 DENSITIES = {"ties": 0.2, "dare": 0.5}  # that of TIES is its paper's
@@ -52,7 +51,7 @@ def combine(
     LoraError for adapters of different bases or shapes, and where nothing is left.
     """
     parts = [open_part(source, output, weight) for source, weight in map(weighted, words)]
-    _require_one_base(parts)
+    require_one_base(parts)
     dense: Callable[[str], Tensor] | None = None
     group, kept = common_group(parts), density or DENSITIES.get(method, 1.0)
     if method != "linear":
@@ -82,23 +81,6 @@ def combine(
     notes = write_made(output, parts, ranks, make, made_of=made_of, measured=measured)
     facts = {"method": method, "parts": [{"name": each.name, "weight": each.weight} for each in parts]}
     return Made(layers, notes, facts)
-
-
-def _require_one_base(parts: Sequence[Part]) -> None:
-    """Raises LoraError for other fingerprints, other names where there are none, or other shapes of a layer."""
-    fix = "combine adapters of one base; an update means nothing on other weights"
-    for one, other in combinations(parts, 2):
-        prints = {each.adapter.metadata.base_fingerprint for each in (one, other)}
-        names = [each.adapter.base_model for each in (one, other)]
-        same_name = None in names or len({Path(str(each)).name for each in names}) == 1
-        if (None in prints and not same_name) or (None not in prints and len(prints) > 1):
-            what = f"{other.name} is for another base model than {one.name}: {names[1]}, not {names[0]}"
-            raise LoraError(what, where=other.adapter.folder, fix=fix)
-        for name in one.pairs.keys() & other.pairs.keys():
-            if one.shape(name)[1:] != other.shape(name)[1:]:
-                own, its = (each.shape(name)[:0:-1] for each in (one, other))
-                what = f"{name}: the update of {one.name} is {own}, that of {other.name} {its}"
-                raise LoraError(what, where=other.adapter.folder, fix=fix)
 
 
 def _ranks(parts: Sequence[Part], group: int, rank: int | None, *, exact: bool) -> dict[str, int]:

@@ -16,6 +16,7 @@ from typing import Any
 import numpy as np
 from rich.console import Console
 from rich.table import Table
+from torch import Tensor
 
 from lora_cli.adapters.file import read_adapter
 from lora_cli.adapters.low_rank import pairs_of, singular_values
@@ -137,7 +138,7 @@ def inspect_adapter(source: str, base: str | None = None) -> Inspected:
         raise LoraError(what, where=at, fix=f"use --base {adapter.base_model}, or leave it out")
     norm_of = partial(_norm_beside, found, stored_tensors(found.folder)) if found is not None else lambda *_: None
     layers = []
-    for name, (A, B) in sorted(pairs.items(), key=lambda each: _in_order(each[0])):
+    for name, (A, B) in sorted(pairs.items(), key=lambda each: in_order(each[0])):
         rank, shape = len(A), (len(B), A.shape[1])
         scaling = adapter.alphas[name] / rank
         group = adapter.metadata.group_size or 1 if adapter.metadata.method == "qa_lora" else 1
@@ -147,7 +148,7 @@ def inspect_adapter(source: str, base: str | None = None) -> Inspected:
     return Inspected(at, adapter.base_model, base, layers)
 
 
-def _in_order(name: str) -> list[tuple[int, str]]:
+def in_order(name: str) -> list[tuple[int, str]]:
     """Block 10 comes after block 9."""
     return [(int(part) if part.isdecimal() and len(part) < 9 else -1, part) for part in name.split(".")]
 
@@ -155,7 +156,16 @@ def _in_order(name: str) -> list[tuple[int, str]]:
 def _norm_beside(
     base: BaseSource, stored: Mapping[str, StoredTensor], name: str, shape: tuple[int, int]
 ) -> float | None:
-    """‖W‖ of the layer of that name, which a checkpoint may know without what leads to it, or below another module.
+    weight = weight_beside(base, stored, name, shape)
+    return None if weight is None else weight_norm(weight)
+
+
+def weight_beside(
+    base: BaseSource, stored: Mapping[str, StoredTensor], name: str, shape: tuple[int, int], *, transposed: bool = False
+) -> Tensor | None:
+    """W of the layer of that name, which a checkpoint may know without what leads to it, or below another module.
+
+    shape: (out_features, in_features), as is the result. transposed: whether a square one is stored as (in, out).
 
     None where the checkpoint holds no such tensor: some models make several layers of one, or one of several.
     """
@@ -163,11 +173,13 @@ def _norm_beside(
     ends = [each for each in stored if each == own or f".{own}".endswith(f".{each}") or each.endswith(f".{own}")]
     if own not in stored and len(ends) != 1:
         return None
-    weight = dense_tensor(stored, own if own in stored else ends[0])
+    tensor = own if own in stored else ends[0]
+    weight = dense_tensor(stored, tensor)
     if tuple(weight.shape) not in (shape, shape[::-1]):
         what = f"{name}: the update is {shape}, but the weight of {base.name} is {tuple(weight.shape)}"
         raise LoraError(what, fix="name the base model that the adapter was trained on with --base")
-    return weight_norm(weight)
+    turned = transposed and stored[tensor].shape == shape[::-1]  # a quantized one is stored in another shape
+    return weight.T if turned or tuple(weight.shape) != shape else weight
 
 
 def print_inspected(found: Inspected, console: Console) -> None:
@@ -211,32 +223,43 @@ def write_picture(found: Inspected, path: Path) -> None:
 
     Raises LoraError if the path holds something else.
     """
-    from matplotlib.backends.backend_agg import FigureCanvasAgg
-    from matplotlib.figure import Figure
-
     if path.exists() and (path.is_dir() or _MARK not in path.read_bytes()[:200]):
         what = "refusing to overwrite a file that lora did not write"
         raise LoraError(what, where=path, fix="choose another --picture")
-    places = [(re.sub(r"(^|\.)\d+\.", r"\1", each.name, count=1), _block(each.name)) for each in found.layers]
-    rows, columns = list(dict.fromkeys(row for row, _ in places)), max(column for _, column in places) + 1
-    sizes = "‖ΔW‖ / ‖W‖" if found.base else "‖ΔW‖"
-    figure = Figure(figsize=(9, 1.6 + 0.5 * len(rows)), dpi=150, layout="constrained")
+    sizes = {each.name: each.ratio if found.base else each.norm for each in found.layers}
+    shown = {"‖ΔW‖ / ‖W‖" if found.base else "‖ΔW‖": sizes}
+    write_bytes(path, by_block(shown | {"effective rank": {each.name: each.effective_rank for each in found.layers}}))
+
+
+def by_block(shown: Mapping[str, Mapping[str, float | None]]) -> bytes:
+    """PNG of numbers by layer, under a title each: blocks from left to right, a row for each matrix of a block."""
+    from matplotlib.backends.backend_agg import FigureCanvasAgg
+    from matplotlib.figure import Figure
+
+    names = list(next(iter(shown.values())))
+    places = {name: (re.sub(r"(^|\.)\d+\.", r"\1", name, count=1), _block(name)) for name in names}
+    rows = list(dict.fromkeys(row for row, _ in places.values()))
+    columns = max(column for _, column in places.values()) + 1
+    figure = Figure(figsize=(9, len(shown) * (0.8 + 0.25 * len(rows))), dpi=150, layout="constrained")
     FigureCanvasAgg(figure)
-    for at, title in enumerate((sizes, "effective rank")):
+    for at, (title, values) in enumerate(shown.items()):
         grid = np.full((len(rows), columns), np.nan)
-        for (row, column), each in zip(places, found.layers, strict=True):
-            size = each.ratio if found.base else each.norm
-            value = each.effective_rank if at else size
+        for name, (row, column) in places.items():
+            value = values[name]
             grid[rows.index(row), column] = np.nan if value is None else value
-        axes = figure.add_subplot(2, 1, at + 1)
+        axes = figure.add_subplot(len(shown), 1, at + 1)
         drawn = axes.imshow(grid, aspect="auto", interpolation="nearest", vmin=0)
         axes.set_yticks(range(len(rows)), [row.rpartition(".")[2] for row in rows])
         axes.set_title(title, loc="left")
         figure.colorbar(drawn, ax=axes)
     axes.set_xlabel("block")
+    return png(figure)
+
+
+def png(figure: Any) -> bytes:
     stream = io.BytesIO()
     figure.savefig(stream, format="png", metadata={"Software": _MARK.decode()})
-    write_bytes(path, stream.getvalue())
+    return stream.getvalue()
 
 
 def _block(name: str) -> int:

@@ -7,6 +7,7 @@ import math
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from functools import partial
+from itertools import combinations
 from pathlib import Path
 from typing import Any, BinaryIO
 
@@ -20,7 +21,7 @@ from lora_cli.adapters.opened import adapter_folder, adapter_template
 from lora_cli.adapters.peft_config import CONFIG
 from lora_cli.base.source import BaseSource
 from lora_cli.base.tensor_files import Entry, put_bytes, write_entries
-from lora_cli.errors import escaped, home_expanded, refuse_if
+from lora_cli.errors import LoraError, escaped, home_expanded, refuse_if
 from lora_cli.files import written_whole
 from lora_cli.merging.files import require_outside_adapter, require_place
 
@@ -103,11 +104,12 @@ class Part:
         return math.sqrt(group) * A[:, ::group].float(), scaling * B.float()
 
 
-def open_part(source: str, output: Path, weight: float = 1.0) -> Part:
+def open_part(source: str, output: Path | None, weight: float = 1.0) -> Part:
     """Raises LoraError for an adapter that is more than A and B of linear layers, and for an output inside of it."""
-    require_place(output)
     folder = adapter_folder(Path(home_expanded(source)))
-    require_outside_adapter(output, folder)
+    if output is not None:
+        require_place(output)
+        require_outside_adapter(output, folder)
     adapter = read_adapter(folder)
     brings = "it brings weights of its own, such as embeddings, and is more than A and B of linear layers"
     refuse_if(bool(adapter.base_weights), brings, where=folder, fix=_MERGE)
@@ -122,6 +124,23 @@ def open_part(source: str, output: Path, weight: float = 1.0) -> Part:
     place = folder.resolve()
     name = place.parent.name if place.name == "adapter" else place.name
     return Part(adapter, escaped(name), weight, pairs, group)
+
+
+def require_one_base(parts: Sequence[Part]) -> None:
+    """Raises LoraError for other fingerprints, other names where there are none, or other shapes of a layer."""
+    fix = "name adapters of one base; an update means nothing on other weights"
+    for one, other in combinations(parts, 2):
+        prints = {each.adapter.metadata.base_fingerprint for each in (one, other)}
+        names = [each.adapter.base_model for each in (one, other)]
+        same_name = None in names or len({Path(str(each)).name for each in names}) == 1
+        if (None in prints and not same_name) or (None not in prints and len(prints) > 1):
+            what = f"{other.name} is for another base model than {one.name}: {names[1]}, not {names[0]}"
+            raise LoraError(what, where=other.adapter.folder, fix=fix)
+        for name in one.pairs.keys() & other.pairs.keys():
+            if one.shape(name)[1:] != other.shape(name)[1:]:
+                own, its = (each.shape(name)[:0:-1] for each in (one, other))
+                what = f"{name}: the update of {one.name} is {own}, that of {other.name} {its}"
+                raise LoraError(what, where=other.adapter.folder, fix=fix)
 
 
 def common_group(parts: Sequence[Part]) -> int:
