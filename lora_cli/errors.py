@@ -51,11 +51,11 @@ class LoraError(Exception):
 
 
 class RecipeErrors(LoraError):
-    """Every problem of a recipe, reported together."""
+    """Every problem of a recipe, or of another file, reported together."""
 
-    def __init__(self, problems: list[LoraError]):
+    def __init__(self, problems: list[LoraError], file: str = "the recipe"):
         self.problems = problems
-        super().__init__(f"{len(problems)} problems in the recipe")
+        super().__init__(f"{len(problems)} problems in {file}")
         self.details = [problem.render() for problem in problems[:_MOST_PROBLEMS]]
 
     def render(self) -> str:

@@ -226,10 +226,7 @@ def attach_adapter(model: Any, adapter: AdapterFile, base: BaseSource) -> dict[s
     Raises LoraError when it was trained on another base (by the base's fingerprint; without one, by names and shapes),
     or when any tensor has no place or any place no tensor.
     """
-    if adapter.metadata.base_fingerprint not in (None, base.fingerprint):
-        what = f"the adapter was trained on another base model: on {adapter.base_model}, not on {base.name}"
-        revision = f" at revision {adapter.base_revision}" if adapter.base_revision else ""
-        raise LoraError(what, where=str(adapter.folder), fix=f"use the base model {adapter.base_model}{revision}")
+    require_same_base(adapter, base)
     modules = dict(model.named_modules())
     _require_base_weights(model, adapter)
     problems = _misfits(modules, adapter) + _unfilled(model, adapter)
@@ -244,6 +241,14 @@ def attach_adapter(model: Any, adapter: AdapterFile, base: BaseSource) -> dict[s
         layer.leave_meta()
     _load(layers, adapter)
     return layers
+
+
+def require_same_base(adapter: AdapterFile, base: BaseSource) -> None:
+    """Raises LoraError if the adapter was trained on another base, by the fingerprint that it may have."""
+    if adapter.metadata.base_fingerprint not in (None, base.fingerprint):
+        what = f"the adapter was trained on another base model: on {adapter.base_model}, not on {base.name}"
+        revision = f" at revision {adapter.base_revision}" if adapter.base_revision else ""
+        raise LoraError(what, where=str(adapter.folder), fix=f"use the base model {adapter.base_model}{revision}")
 
 
 def _require_base_weights(model: Any, adapter: AdapterFile) -> None:

@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 import json
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from difflib import get_close_matches
 from pathlib import Path
 
+from lora_cli.adapters.file import AdapterFile, read_adapter
 from lora_cli.adapters.metadata import AdapterMetadata
 from lora_cli.adapters.opened import adapter_folder
 from lora_cli.adapters.peft_config import CONFIG
@@ -63,6 +64,16 @@ def find_named(source: str, base: str | None = None) -> Named:
             "--base is for an adapter, but this is a whole model", where=source, fix="leave out --base, or name a run"
         )
     return Named(source)
+
+
+def read_named(source: str, base: str | None) -> tuple[Named, AdapterFile]:
+    """The adapter that `source` is, or that of the run, to be used on this base. Raises LoraError for anything else."""
+    if not Path(home_expanded(source)).is_dir():
+        raise LoraError("no such adapter folder, and no such run", where=source, fix="lora runs lists the runs here")
+    named = find_named(source)
+    if named.adapter is None:
+        raise LoraError("this is a whole model, not an adapter", where=source, fix="name a run or an adapter folder")
+    return replace(named, model=base), read_adapter(named.adapter)
 
 
 def recorded_prompting(named: Named, of_adapter: AdapterMetadata | None, model: Path) -> tuple[str | None, str | None]:

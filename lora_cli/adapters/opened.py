@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field
+from collections.abc import Sequence
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -10,6 +11,7 @@ import torch
 from transformers import PreTrainedTokenizerBase
 
 from lora_cli.adapters.file import CHAT_TEMPLATE, AdapterFile, attach_adapter, read_adapter
+from lora_cli.adapters.metadata import AdapterMetadata
 from lora_cli.adapters.peft_config import CONFIG
 from lora_cli.base.device import pick_device, pick_dtype
 from lora_cli.base.load import load_model, load_tokenizer, unused_tensors
@@ -19,6 +21,7 @@ from lora_cli.base.stored import stored_quantization
 from lora_cli.base.trials import require_computes
 from lora_cli.errors import LoraError, command
 from lora_cli.foreign import read_text
+from lora_cli.quantization import RULES
 
 
 @dataclass(frozen=True)
@@ -45,9 +48,22 @@ def adapter_folder(path: Path) -> Path:
     raise LoraError(what, where=str(path), fix=f"name a run folder, or a folder with {CONFIG}")
 
 
-def open_model(
+def open_model(base: str | None, adapter: Path | None, **opening: Any) -> Opened:
+    """Load a base model and attach an adapter to it. opening: further arguments of `open_base`."""
+    stored = read_adapter(adapter_folder(adapter)) if adapter is not None else None
+    opened = open_base(base, [] if stored is None else [stored], **opening)
+    if stored is None:
+        return opened
+    attach_adapter(opened.model, stored, opened.source)
+    template = adapter_template(stored.folder)
+    if template is not None:  # the one it was trained with, where that is not the base model's own
+        opened.tokenizer.chat_template = template
+    return replace(opened, adapter=stored, notes=opened.notes + other_base(stored, base))
+
+
+def open_base(
     base: str | None,
-    adapter: Path | None,
+    adapters: Sequence[AdapterFile],
     *,
     quantization: str | None = None,
     dtype: str = "auto",
@@ -55,19 +71,20 @@ def open_model(
     trust_remote_code: bool = False,
     revision: str | None = None,
 ) -> Opened:
-    """Load a base model and attach an adapter to it.
+    """Load the base model of adapters, which are yet to be attached.
 
-    base: nothing means the one that the adapter names. quantization: nothing means as the adapter was trained; for one
-    that does not say, and without an adapter, as the checkpoint is stored.
+    base: nothing means the one that they all name. quantization: nothing means as they were trained; for those that do
+    not say, and without an adapter, as the checkpoint is stored. Raises LoraError where they do not agree.
     """
-    stored = read_adapter(adapter_folder(adapter)) if adapter is not None else None
-    named = base
     if base is None:
-        if stored is None:
-            raise LoraError("which base model?", fix="name it with --model (or --base)")
-        base, revision = stored.own_base()
+        base, revision = base_of(adapters)
     source = find_base(base, revision, trust_remote_code=trust_remote_code)
-    how = quantization or (stored.metadata.quantization if stored else None) or _stored_as(source)
+    ways = dict.fromkeys(way for each in adapters if (way := _way(each.metadata)) and quantization in (None, way[0]))
+    if len(ways) > 1:
+        details = [f"{each.folder}: {each.metadata.quantization}" for each in adapters]
+        fix = "choose for all with --quantization none (or int8, nf4, int4)"
+        raise LoraError("the adapters were trained on the base held in different ways", details=details, fix=fix)
+    how, double, group_size = next(iter(ways), (quantization or _stored_as(source), True, 32))
     at = pick_device(device)
     compute, _ = pick_dtype(dtype, at)
     tokenizer = load_tokenizer(source, trust_remote_code=trust_remote_code)
@@ -76,19 +93,34 @@ def open_model(
         quantization=how,
         dtype=compute,
         device=at,
-        double_quantization=stored is None or stored.metadata.double_quantization is not False,
-        group_size=(stored.metadata.group_size if stored else None) or 32,
+        double_quantization=double,
+        group_size=group_size,
         trust_remote_code=trust_remote_code,
     )
     require_computes(model)
-    notes = unused_tensors(model)
-    if adapter is not None and stored is not None:
-        attach_adapter(model, stored, source)
-        template = adapter_template(stored.folder)
-        if template is not None:  # the one it was trained with, where that is not the base model's own
-            tokenizer.chat_template = template
-        notes += other_base(stored, named)
-    return Opened(model, tokenizer, source, stored, how, at, notes)
+    return Opened(model, tokenizer, source, None, how, at, unused_tensors(model))
+
+
+def base_of(adapters: Sequence[AdapterFile]) -> tuple[str, str | None]:
+    """The base model that these adapters name, and its revision. Raises LoraError if that is none, or not one."""
+    if not adapters:
+        raise LoraError("which base model?", fix="name it with --model (or --base)")
+    named = {each.folder: each.own_base() for each in adapters}
+    prints = {each.metadata.base_fingerprint for each in adapters}
+    if len(set(named.values())) > 1 and (None in prints or len(prints) > 1):
+        details = [f"{folder}: {name}" for folder, (name, _) in named.items()]
+        fix = "name the base of all with --model (or --base), or use them one by one"
+        raise LoraError("the adapters name different base models", details=details, fix=fix)
+    return adapters[0].own_base()
+
+
+def _way(metadata: AdapterMetadata) -> tuple[str, bool, int] | None:
+    """How an adapter's base was held in training: kind, double quantization, group size; None where it does not say."""
+    if metadata.quantization is None:
+        return None
+    rules = RULES[metadata.quantization]
+    double = metadata.double_quantization is not False or not rules.double
+    return metadata.quantization, double, (metadata.group_size if rules.groups else None) or 32
 
 
 def adapter_template(folder: Path) -> str | None:

@@ -6,7 +6,7 @@ from typing import Annotated, Any
 
 import typer
 
-from lora_cli.cli.common import Base, Device, Dtype, Json, OldAdapter, OldModel, Quantization, RemoteCode, Source, heavy
+from lora_cli.cli.common import Base, Device, Dtype, Json, OldAdapter, Quantization, RemoteCode, Source, heavy
 from lora_cli.errors import LoraError, refuse_if
 
 Through = Annotated[
@@ -44,14 +44,27 @@ def generate(
     device: Device = "auto",
     trust_remote_code: RemoteCode = False,
     as_json: Json = False,
-    model: OldModel = None,
+    adapters: Annotated[
+        str | None,
+        typer.Option("--adapters", help="File whose rows are prompts, each for its own adapter.", show_default=False),
+    ] = None,
+    batch_size: Annotated[
+        int | None, typer.Option(min=1, help="Rows of --adapters at once. Default: 8.", show_default=False)
+    ] = None,
+    model: Annotated[str | None, typer.Option("--model", help="The base of --adapters, as --base.")] = None,
     adapter: OldAdapter = None,
     run: OldRun = None,
     chat: Annotated[bool, typer.Option("--chat", hidden=True)] = False,
     no_adapter: Annotated[bool, typer.Option("--no-adapter", hidden=True)] = False,
 ) -> None:
     """Complete a prompt, as the model was trained to be prompted."""
-    if named := run or adapter or model:
+    refuse_if(adapters is None and batch_size is not None, "--batch-size is for --adapters", fix="remove it")
+    if adapters is not None:
+        twice = any((source, prompt, adapter, run, chat, no_adapter))
+        refuse_if(
+            twice, "the rows of --adapters name prompts and adapters", fix="lora generate --model BASE --adapters FILE"
+        )
+    elif named := run or adapter or model:
         refuse_if(prompt is not None, "the model is named twice", where=source, fix='lora generate SOURCE "PROMPT"')
         both = run is not None and adapter is not None
         refuse_if(both, "--run and --adapter both name an adapter", fix="give one of them")
@@ -68,6 +81,11 @@ def generate(
         device=device,
         trust_remote_code=trust_remote_code,
     )
+    if adapters is not None:
+        requests: dict[str, Any] = {"system": system, "through_template": through_template, "as_json": as_json}
+        requests["batch_size"] = batch_size or 8
+        heavy("lora_cli.evaluation.requests").answer_file(adapters, base or model, **requests, **speaking)
+        return
     found = _found(source, base, 'lora generate SOURCE "PROMPT"')
     speaking |= {"through_template": True if chat else through_template, "use_adapter": not no_adapter}
     text = prompt if prompt != "-" else None

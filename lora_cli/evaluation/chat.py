@@ -9,7 +9,7 @@ from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
-from lora_cli.adapters.named import Named
+from lora_cli.adapters.named import Named, read_named
 from lora_cli.ending import interrupted_by_ctrl_c
 from lora_cli.errors import LoraError, home_expanded
 from lora_cli.evaluation.generate import Speaker
@@ -17,7 +17,8 @@ from lora_cli.evaluation.generation import Completion
 from lora_cli.streams import print_note, print_piece
 
 _HELP = '''\
-/base, /adapter   let the base model alone answer from now on, or base and adapter again
+/adapter NAME     let this adapter (a run or a folder) answer from now on; without NAME, list those that are loaded
+/base             let the base model alone answer, as does /adapter none
 /again            answer the last message again, for example after /base
 /system TEXT      begin anew with this system message; without TEXT, with none
 /reset            begin anew
@@ -30,9 +31,9 @@ Ctrl+C ends an answer, or drops the line that you are typing.'''
 def chat(named: Named, *, system: str | None, **speaking: Any) -> None:
     """Talk to a model until the end of input. speaking: further arguments of `Speaker`."""
     speaker = Speaker(named, default="template", **speaking)
-    if speaker.template is None:
+    if speaker.prompting.template is None:
         print_note("note: without a chat template nothing is remembered: each message is completed by itself")
-    opening = speaker.opening(system)
+    opening = speaker.prompting.opening(system)
     if sys.stdin.isatty():
         with suppress(ImportError):  # line editing and history; Windows' console has its own
             import readline  # noqa: F401
@@ -102,7 +103,7 @@ class _Conversation:
         if ended is None:
             print_note("(stopped)")
         elif not ended.text.strip():
-            print_note(f"({self.speaker.why_empty(ended)})")
+            print_note(f"({self.speaker.prompting.why_empty(ended)})")
         elif ended.stop is None:
             print_note(f"({self.speaker.why_cut(ended)})")
 
@@ -110,13 +111,7 @@ class _Conversation:
         if name == "/help":
             print_note(_HELP)
         elif name in ("/base", "/adapter"):
-            if self.speaker.opened.adapter is None:
-                raise LoraError(
-                    "this model has no adapter",
-                    fix="start with a run or an adapter to compare with its base: lora chat RUN",
-                )
-            self.speaker.use_adapter = name == "/adapter"
-            print_note("base and adapter answer" if self.speaker.use_adapter else "the base model alone answers")
+            self._switch("none" if name == "/base" else text.strip())
         elif name == "/again":
             if not self.turns or self.turns[-1]["role"] == "system":
                 raise LoraError("there is no message to answer", fix="type one")
@@ -124,9 +119,9 @@ class _Conversation:
                 self.turns.pop()
             self._answer()
         elif name == "/system":
-            if text and self.speaker.template is None:
+            if text and self.speaker.prompting.template is None:
                 raise LoraError("without a chat template there is no system message", fix="start with --template")
-            self._begin(self.speaker.opening(text.strip()))
+            self._begin(self.speaker.prompting.opening(text.strip()))
             print_note("a new conversation, with this system message" if text else "a new one, without system message")
         elif name == "/reset":
             self._begin(self.opening)
@@ -135,6 +130,32 @@ class _Conversation:
             self._save(text.strip())
         else:
             raise LoraError(f"there is no command {name}", fix="/help lists them; begin a message with a blank instead")
+
+    def _switch(self, name: str) -> None:
+        """Let another adapter answer, which is read from disk the first time; `none`: the base; nothing: list them."""
+        speaker = self.speaker
+        if not name:
+            names = {each: each for each in speaker.prompted} | {"none": None}
+            print_note("\n".join(f"{'*' if own == speaker.name else ' '} {each}" for each, own in names.items()))
+            return
+        if name in ("none", "null", "base"):
+            if not speaker.prompted:
+                raise LoraError(
+                    "this model has no adapter",
+                    fix="load one with /adapter NAME, or start with a run or an adapter: lora chat RUN",
+                )
+            speaker.use(None)
+            print_note("the base model alone answers")
+            return
+        before = speaker.prompting
+        found = [each for each in speaker.prompted if name in (each, Path(each).name)]
+        if len(found) == 1:
+            speaker.use(found[0])
+        else:
+            speaker.hold(name, *read_named(name, speaker.opened.source.name))
+        print_note(f"{speaker.name} answers")
+        if speaker.prompting.system not in (None, before.system):
+            print_note(f"note: it was trained with a system prompt: /system {speaker.prompting.system} begins with it")
 
     def _save(self, name: str) -> None:
         if not name:

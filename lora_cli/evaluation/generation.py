@@ -12,7 +12,13 @@ from typing import Any
 import torch
 from torch import Tensor
 from torch.nn.utils.rnn import pad_sequence
-from transformers import GenerationConfig, LogitsProcessor, PreTrainedTokenizerBase
+from transformers import GenerationConfig, LogitsProcessor, LogitsProcessorList, PreTrainedTokenizerBase
+from transformers.generation.logits_process import (
+    RepetitionPenaltyLogitsProcessor,
+    TemperatureLogitsWarper,
+    TopKLogitsWarper,
+    TopPLogitsWarper,
+)
 from transformers.generation.streamers import TextStreamer
 
 from lora_cli.base.text import positions
@@ -53,6 +59,62 @@ class _Finite(LogitsProcessor):
                 fix="copy the adapter and download the base model again; with --dtype fp16, try --dtype bf16 or fp32",
             )
         return scores
+
+
+@dataclass(frozen=True)
+class Sampling:
+    """Settings of one prompt, as those of `generation_config`; seed: of its own random numbers."""
+
+    max_new_tokens: int
+    temperature: float = 0.0
+    top_p: float = 1.0
+    top_k: int = 0
+    repetition_penalty: float = 1.0
+    seed: int = 0
+
+
+class _EachRow(LogitsProcessor):
+    """Chooses the next token of each row by its own settings and random numbers, whatever else is in the batch.
+
+    padding: of each row, on the left. longest: new tokens of each; then it ends, with the first of `ends`.
+    """
+
+    def __init__(self, rows: Sequence[Sampling], padding: list[int], longest: list[int], ends: Any, device: Any):
+        self.rows, self.padding, self.longest, self.end, self.step = (
+            rows,
+            padding,
+            longest,
+            next(iter(ends or []), None),
+            0,
+        )
+        self.random = [torch.Generator(device).manual_seed(each.seed) for each in rows]
+        self.further = [_processors(each) for each in rows]
+
+    def __call__(self, input_ids: Any, scores: Tensor) -> Tensor:  # type: ignore[override]
+        only = torch.full_like(scores, -torch.inf)
+        for at, row in enumerate(self.rows):
+            own = self.further[at](input_ids[at : at + 1, self.padding[at] :], scores[at : at + 1])
+            if self.step >= self.longest[at] and self.end is not None:
+                token: Any = self.end
+            elif row.temperature > 0:
+                token = torch.multinomial(own.softmax(-1), 1, generator=self.random[at])[0, 0]
+            else:
+                token = own.argmax()
+            only[at, token] = 0
+        self.step += 1
+        return only
+
+
+def _processors(row: Sampling) -> LogitsProcessorList:
+    """As transformers orders them."""
+    found = LogitsProcessorList()
+    if row.repetition_penalty != 1:
+        found.append(RepetitionPenaltyLogitsProcessor(row.repetition_penalty))
+    if row.temperature > 0:
+        found.append(TemperatureLogitsWarper(row.temperature))
+        found += [TopKLogitsWarper(row.top_k)] if row.top_k else []
+        found += [TopPLogitsWarper(row.top_p)] if row.top_p < 1 else []
+    return found
 
 
 def generation_config(
@@ -117,13 +179,14 @@ def complete(
     *,
     special_tokens: bool = True,
     emit: Callable[[str], None] | None = None,
+    each_row: Sequence[Sampling] | None = None,
 ) -> list[Completion]:
     """Completions of the prompts, generated as one batch (padded on the left, as causal models need it).
 
     prompts: texts, or their token ids. special_tokens: whether the tokenizer adds its BOS to texts; not wanted after a
     chat template, which brings its own.
-    emit: called with each piece of text as it comes; for a single prompt only. Raises CheckFailed for a model whose
-    output is not finite.
+    emit: called with each piece of text as it comes; for a single prompt only. each_row: settings of each prompt; of
+    `config` then only the end tokens count. Raises CheckFailed for a model whose output is not finite.
     """
     encoded: Any = [
         tokenizer(each, add_special_tokens=special_tokens)["input_ids"] if isinstance(each, str) else each
@@ -134,12 +197,25 @@ def complete(
     inputs = {"input_ids": pad_left(rows, padding_value=config.pad_token_id or 0)}
     inputs["attention_mask"] = pad_left([torch.ones_like(row) for row in rows])
     require_token(max((token for each in encoded for token in each), default=0), model)
-    config = _within_positions(config, inputs["input_ids"].shape[1], model)
+    width = inputs["input_ids"].shape[1]
+    choosing: list[LogitsProcessor] = [_Finite()]
+    config = deepcopy(config)
+    if each_row is None:
+        config.max_new_tokens = most = within_positions(width, config.max_new_tokens, model.config)  # type: ignore[arg-type]
+        longest = [most] * len(rows)
+    else:
+        wanted = zip(rows, each_row, strict=True)
+        longest = [within_positions(len(row), own.max_new_tokens, model.config) for row, own in wanted]
+        config.max_new_tokens = max(longest)
+        choosing.append(
+            _EachRow(each_row, [width - len(row) for row in rows], longest, config.eos_token_id, model.device)
+        )
     streamer = _Streamer(tokenizer, emit) if emit is not None else None
-    further: Any = {"streamer": streamer, "logits_processor": [_Finite()]}
+    further: Any = {"streamer": streamer, "logits_processor": choosing}
     with _no_other_settings(model):
         tokens = model.eval().generate(**inputs, generation_config=config, **further)
-    return [_completion(new, tokenizer, config) for new in tokens[:, inputs["input_ids"].shape[1] :].tolist()]
+    new = zip(tokens[:, width:].tolist(), longest, strict=True)
+    return [_completion(row[:most], tokenizer, config) for row, most in new]
 
 
 def _completion(new: list[int], tokenizer: Any, config: GenerationConfig) -> Completion:
@@ -152,20 +228,18 @@ def _completion(new: list[int], tokenizer: Any, config: GenerationConfig) -> Com
     return Completion(text, str(tokenizer.convert_ids_to_tokens(new[end])), end + 1)
 
 
-def _within_positions(config: GenerationConfig, prompt: int, model: Any) -> GenerationConfig:
-    """The settings with at most as many new tokens as the model has positions left after the prompt.
+def within_positions(prompt: int, wanted: int, config: Any) -> int:
+    """At most as many new tokens as the model has positions left after a prompt of so many. config: the model's.
 
     Raises LoraError if there are none left.
     """
-    seen = positions(model.config)
-    if not seen or prompt + config.max_new_tokens <= seen:  # type: ignore[operator]
-        return config
+    seen = positions(config)
+    if not seen or prompt + wanted <= seen:
+        return wanted
     if prompt >= seen:
         fix = "shorten the prompt, or use a model with a longer context"
         raise LoraError(f"the prompt has {prompt:,} tokens, but the model sees {seen:,} at most", fix=fix)
-    shorter = deepcopy(config)
-    shorter.max_new_tokens = seen - prompt
-    return shorter
+    return seen - prompt
 
 
 def require_token(largest: int, model: Any) -> None:

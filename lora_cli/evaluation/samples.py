@@ -91,7 +91,7 @@ def _rows(file: str) -> Iterator[Row]:
 def _of_row(
     row: Row, tokenizer: PreTrainedTokenizerBase, template: ChatTemplate | None, stop: int | None, seen: int | None
 ) -> Prompt:
-    turns, wanted = _turns(row, template)
+    turns, wanted = turns_of(row, template)
     ids = prompt_ids(turns, tokenizer, template, row.where)
     if seen and len(ids) >= seen:
         what = f"the prompt has {len(ids):,} tokens, but the model sees {seen:,} at most"
@@ -99,7 +99,7 @@ def _of_row(
     return _prompt(turns[-1]["content"], ids, wanted, stop)
 
 
-def _turns(row: Row, template: ChatTemplate | None) -> tuple[list[dict[str, Any]], str | None]:
+def turns_of(row: Row, template: ChatTemplate | None) -> tuple[list[dict[str, Any]], str | None]:
     """(the turns to answer, the answer that the row has). Raises LoraError for a row without a prompt."""
     given = decoded(row.values.get("messages") or row.values.get("prompt"))
     if isinstance(given, str) and given.strip():
@@ -109,7 +109,7 @@ def _turns(row: Row, template: ChatTemplate | None) -> tuple[list[dict[str, Any]
         fix = 'write {"prompt": "…"}, or {"messages": [{"role": "user", "content": "…"}]}'
         raise LoraError("the row has neither prompt nor messages", where=row.where, fix=fix)
     if template is None:
-        what = "messages are for a run through a chat template, and no source of this one has one"
+        what = "messages are for a model that is prompted through a chat template, and this one is not"
         raise LoraError(what, where=row.where, fix="write its text as prompt")
     reader = Reader({}, row.where, filled=row.filled)
     turns = [reader.turn(each, f"turn {number}")[0] for number, each in enumerate(given, 1)]
