@@ -221,7 +221,7 @@ def test_of_text_the_beginning_of_an_example_is_the_prompt(run_recipe, tmp_path)
 REFUSED = {
     '{"question": "why?"}\n': ("the row has neither prompt nor messages", "row 1"),
     '{"messages": [{"role": "user", "content": "why?"}]}\n': (
-        "messages are for a run through a chat template",
+        "messages are for a model that is prompted through a chat template",
         "row 1",
     ),
     '{"prompt": "' + "why? " * 400 + '"}\n': ("but the model sees 256 at most", "row 1"),

@@ -36,13 +36,13 @@ CHAT_ROWS = [{"messages": [{"role": "user", "content": f"one {n}"}, {"role": "as
 def taught(tiny_llama: Path, tmp_path_factory: pytest.TempPathFactory) -> Any:
     """Makes an adapter with random B on the tiny model, with what training recorded of its prompting."""
 
-    def make(prompting: str | None) -> Path:
+    def make(prompting: str | None, seed: int = 0) -> Path:
         from lora_cli.adapters.attach import attach
 
         folder = tmp_path_factory.mktemp(f"adapter-{prompting}")
         opened = open_model(str(tiny_llama), None, dtype="fp32", device="cpu")
         attach(opened.model, find_targets(opened.model, "all-linear", rank=4, alpha=8))
-        randomize_adapter(opened.model, scale=0.5)
+        randomize_adapter(opened.model, seed, scale=0.5)
         base = find_base(str(tiny_llama))
         save_adapter(opened.model, folder, base, quantization="none", double_quantization=False, prompting=prompting)
         return folder
@@ -228,11 +228,28 @@ def test_a_conversation_is_what_the_template_makes_of_all_turns(taught, tiny_lla
 
 def test_base_and_adapter_answer_the_same_message(taught, tiny_llama, talk):
     adapter = taught("template")
-    said = talk(adapter, "one", "/base", "/again", "/adapter", "/again")
+    said = talk(adapter, "one", "/base", "/again", f"/adapter {adapter.name}", "/again", "/adapter")
     answers = [line for line in said.out.splitlines() if line]
     alone = talk(tiny_llama, "one").out.splitlines()[0]
     assert answers[0] == answers[2] != answers[1] == alone
+    assert f"* {adapter}\n  none" in said.text
     assert "this model has no adapter" in talk(tiny_llama, "/base").text
+
+
+def test_another_adapter_answers_in_the_same_conversation_and_is_read_once(taught, tiny_llama, talk, monkeypatch):
+    from lora_cli.adapters import named
+
+    one, other = taught("template"), taught("raw", seed=1)
+    read, opened = [], named.read_adapter
+    monkeypatch.setattr(named, "read_adapter", lambda folder: read.append(folder) or opened(folder))
+    said = talk(
+        one, "one", f"/adapter {other}", "/again", f"/adapter {one}", "/again", f"/adapter {other}", "/adapter no"
+    )
+    assert said.out.splitlines()[0] == said.out.splitlines()[2] == talk(one, "one").out.splitlines()[0]
+    assert said.out.splitlines()[1] == by_transformers(other, "one", 6)
+    assert "no: no such adapter folder" in said.text
+    assert read == [other]
+    assert talk(tiny_llama, f"/adapter {one}", "one").out.splitlines()[0] == said.out.splitlines()[0]
 
 
 def test_ctrl_c_ends_the_answer_and_not_the_conversation(taught, talk, monkeypatch, tmp_path):

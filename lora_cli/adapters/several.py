@@ -142,7 +142,7 @@ class Several:
         dtype, found = self.model.get_input_embeddings().weight.dtype, {}
         for name, layer in layers.items():
             if not isinstance(layer, LoRALinear):
-                fix = "use it alone: lora merge"
+                fix = "use it alone"
                 raise LoraError(f"{type(layer).__name__} cannot lie beside others", where=adapter.folder, fix=fix)
             A, B = layer.cast(dtype)
             found[name] = A, B.T.contiguous(), layer.scaling

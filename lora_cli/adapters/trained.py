@@ -21,9 +21,7 @@ class Trained(nn.Module, ABC):
     Parameters and buffers that lie directly in this module are the adapter's, those inside `base_layer` the base's. A
     fresh one is neutral: it computes what `base_layer` computes, bit for bit.
 
-    Each module holds one adapter. Several would be held by name, one of them trained and the others frozen; `active`
-    would then say which of them are added, with a weight each or one for each row of the micro-batch, and the methods
-    below would speak of the trained one.
+    Each module holds one adapter. Several on one base, for use and not for training, are held by `several.py`.
     """
 
     peft_parts: ClassVar[Mapping[str, int]]  # its tensors in PEFT's layout: name within the module → dimensions

@@ -26,6 +26,7 @@ EXAMPLES = {
     "generate": (
         "lora generate runs/my-run 'How long is the warranty?'",
         "lora generate merged 'Once upon' --raw --temperature 0.7",
+        "lora generate --model Qwen/Qwen3-4B --adapters requests.jsonl --json",
     ),
     "chat": ("lora chat runs/my-run", "lora chat merged --system 'Answer in one sentence.'"),
     "runs": ("lora runs", "lora runs runs/my-run", "lora runs --per-hour 0.40"),

@@ -170,8 +170,9 @@ def _asked(row: Row) -> _Asked:
     except ValidationError as error:
         known = ", ".join(_Asked.model_fields)
         raise LoraError(f"the row is not a request: {reason(error)}", fix=f"a row may have {known}") from None
-    if found.prompt is not None and found.messages is not None:
-        raise LoraError("the row has both prompt and messages", fix="remove one of them")
+    if (found.prompt is None) == (found.messages is None):
+        both = "both prompt and messages" if found.messages is not None else "neither prompt nor messages"
+        raise LoraError(f"the row has {both}", fix='write {"prompt": "…", "adapter": "runs/my-run"}')
     return found
 
 
