@@ -103,7 +103,9 @@ def test_it_is_the_sum_and_peft_and_lora_compute_it(mixed: list[Path], tiny_llam
     for name in right:
         assert_close(opened.get_submodule(name).weight, after[f"{name}.weight"], rtol=0, atol=1e-5)
     # and nothing in it names a folder of this machine, the base aside
-    kept = read_adapter(tmp_path / "sum").metadata
+    made = read_adapter(tmp_path / "sum")
+    assert made.config["target_modules"] == ["down_proj", "k_proj", "o_proj", "q_proj", "v_proj"]
+    kept = made.metadata
     assert kept.made_of == "0.7 × one - 0.3 × two + 1 × three"
     assert kept.base_fingerprint == find_base(str(tiny_llama)).fingerprint
     assert str(tmp_path) not in (tmp_path / "sum" / "README.md").read_text()
@@ -275,6 +277,10 @@ def test_mistakes(mixed: list[Path], tiny_llama: Path, tiny_gpt2: Path, tmp_path
     tensors = load_file(wide / "adapter_model.safetensors")
     cut = {name: each[:, :-1].contiguous() if "lora_A" in name else each for name, each in tensors.items()}
     save_file(cut, wide / "adapter_model.safetensors", {"format": "pt"})
+    embedded = tensors | {"base_model.model.model.embed_tokens.weight": torch.zeros(512, 64)}
+    save_file(embedded, narrow / "adapter_model.safetensors", {"format": "pt"})
+    assert "brings weights of its own" in lora("combine", one, narrow, *out).error
+    save_file(tensors, narrow / "adapter_model.safetensors", {"format": "pt"})
     assert "the update of narrow is (64, 64), that of wide (64, 63)" in lora("combine", narrow, wide, *out).error
     assert not (tmp_path / "x").exists()
 

@@ -98,7 +98,9 @@ def test_mistakes(adapter: Path, tiny_gpt2: Path, tmp_path: Path, lora: Any):
     save_adapter(model, gpt2, find_base(str(tiny_gpt2)), quantization="none", double_quantization=True)
     assert "mlx-lm has another name for transformer.h.0" in lora("convert", gpt2, "--to", "mlx", *out).error
     assert lora("convert", adapter, "--to", "mlx", "--output", tmp_path / "mlx").code == 0
-    assert "lora convert" in lora("merge", tmp_path / "mlx", *out).error
+    refused = lora("merge", tmp_path / "mlx", *out).error
+    assert "this adapter is in mlx-lm's layout" in refused
+    assert f"lora convert {tmp_path / 'mlx'} --to peft" in refused
     path, tensors = tmp_path / "mlx" / "adapters.safetensors", load_file(tmp_path / "mlx" / "adapters.safetensors")
     settings = json.loads((tmp_path / "mlx" / "adapter_config.json").read_text())
     name = next(iter(tensors))

@@ -58,6 +58,7 @@ def stored_config(folder: Path) -> dict[str, Any]:
     kind = config.get("peft_type")
     if kind != "LORA":
         what = f"this is a {kind} adapter; only LORA can be opened"
+        what = "this adapter is in mlx-lm's layout" if "lora_parameters" in config else what
         raise LoraError(what, where=str(path), fix=elsewhere(folder, config))
     return config
 
@@ -84,7 +85,7 @@ def elsewhere(folder: Path, config: Mapping[str, Any]) -> str:
     """What to do with an adapter that only PEFT understands: a command that makes it a model, where one can."""
     kind, base = config.get("peft_type"), config.get("base_model_name_or_path")
     if "lora_parameters" in config:
-        return f"this is mlx-lm's: {command('lora', 'convert', folder, '--to', 'peft', '--output', 'FOLDER')}"
+        return f"bring it into PEFT's: {command('lora', 'convert', folder, '--to', 'peft', '--output', 'FOLDER')}"
     if not isinstance(kind, str):
         return "name an adapter that PEFT or lora made"
     if kind in _NOT_WEIGHTS:

@@ -7,7 +7,7 @@ import math
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from functools import partial
-from itertools import combinations
+from itertools import chain, combinations
 from pathlib import Path
 from typing import Any, BinaryIO
 
@@ -226,7 +226,11 @@ def _settings(
         notes.append("the chat template differs between the adapters: the result brings none")
     config = first.config | peft_scaling(ranks, alpha) | {"use_rslora": False, "init_lora_weights": True}
     if ranks.keys() != first.tensors.keys():
-        config |= {"target_modules": sorted(ranks)} | _NARROWED
+        wanted: list[Any] = [each.config.get("target_modules") for each in adapters]
+        plain = all(isinstance(each, list) for each in wanted) and not any(
+            each.config.get(key) for each in adapters for key in _NARROWED
+        )  # each is on all the layers that its list means, so that together they are on those of all lists
+        config |= {"target_modules": sorted({*chain(*wanted)} if plain else ranks)} | _NARROWED
     named = {"base_model_name_or_path": "base_model", "revision": "base_revision"}
     for key, ours in named.items():
         config[key] = next((value for each in adapters if (value := getattr(each, ours)) is not None), None)
