@@ -43,7 +43,8 @@ def convert(source: str, output: Path, *, to: Literal["peft", "mlx"]) -> list[st
     place = require_place(output)
     folder = adapter_folder(Path(home_expanded(source)))
     require_outside(place, folder)
-    adapter = _of_mlx(folder) if (folder / MLX).is_file() and not (folder / TENSORS).exists() else read_adapter(folder)
+    of_mlx = (folder / MLX).is_file() and "peft_type" not in read_object(folder / CONFIG)
+    adapter = _of_mlx(folder) if of_mlx else read_adapter(folder)
     brings = "it brings weights of its own, such as embeddings"
     refuse_if(bool(adapter.base_weights), brings, where=folder, fix=_MERGE)
     notes: list[str] = []
