@@ -253,10 +253,8 @@ def require_no_other_meaning(given: Mapping[str, Any], called: str, where: str) 
         by_hand = f"write train: false on the turns that are not to be trained, and remove {key}"
         mapped = f"write data.columns: {{{meaning}: {key}}} if it says which turns are trained; else {by_hand}"
         fix = by_hand if isinstance(value, list | dict) or "mask" in key.lower() else mapped  # a mask is inverted
-        what = (
-            f"{called} has the key {key}, which other programs read as whether a turn is trained; it would be ignored"
-        )
-        raise LoraError(what, where=where, fix=fix)
+        what = f"{called} has the key {key}, which other programs read as whether a turn is trained"
+        raise LoraError(f"{what}; it would be ignored", where=where, fix=fix)
 
 
 class TurnKeys:

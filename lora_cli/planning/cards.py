@@ -5,7 +5,7 @@ from __future__ import annotations
 import re
 from pathlib import Path
 
-from lora_cli.errors import LoraError, command
+from lora_cli.errors import LoraError, command, refuse_if
 from lora_cli.files import write_bytes
 
 _FOLDER = Path(__file__).with_name("by_card")
@@ -28,9 +28,13 @@ def copy_recipe(card: str, output: Path) -> None:
             f"--card {card}: there are recipes for {', '.join(sizes[:-1])} and {sizes[-1]}",
             fix=f"--card {smaller[-1]}; or for any GPU, with your data: lora init MODEL DATA --gpu 10GB",
         )
-    if output.exists() or output.is_symlink():
-        fix = f"name another: {command('lora', 'init', '--card', name, '--output', f'{output.stem}-{name}.yaml')}"
-        raise LoraError("this file exists", where=str(output), fix=fix)
-    if not output.parent.is_dir():
-        raise LoraError("no such folder", where=str(output.parent), fix="make it first, or name another --output")
+    again = command("lora", "init", "--card", name, "--output", f"{output.stem}-{name}.yaml")
+    require_new(output, fix=f"name another: {again}")
     write_bytes(output, (_FOLDER / f"{name}.yaml").read_bytes())
+
+
+def require_new(recipe: Path, *, fix: str) -> None:
+    """Raises LoraError if the file exists, or its folder does not. fix: what to do where it exists."""
+    refuse_if(recipe.exists() or recipe.is_symlink(), "this file exists", where=recipe, fix=fix)
+    folder = recipe.parent
+    refuse_if(not folder.is_dir(), "no such folder", where=folder, fix="make it first, or name another --output")

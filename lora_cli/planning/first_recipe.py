@@ -27,6 +27,7 @@ from lora_cli.errors import LoraError, command
 from lora_cli.evaluation.quantization_cost import Costs, found_costs
 from lora_cli.files import write_bytes
 from lora_cli.planning import choices
+from lora_cli.planning.cards import require_new
 from lora_cli.planning.choices import Device
 from lora_cli.planning.memory import GIB, Memory, parse_size, shape_of
 from lora_cli.planning.reading import Unread, choose_template, read_together
@@ -71,10 +72,7 @@ def write_first_recipe(
     data. Raises LoraError if the file exists, for whatever is wrong with model or data, and if nothing fits into the
     memory; then nothing is written.
     """
-    if path.exists() or path.is_symlink():
-        raise LoraError("this file exists", where=path, fix="name another with --output, or remove it first")
-    if not path.parent.is_dir():
-        raise LoraError("no such folder", where=path.parent, fix="make it first, or name another --output")
+    require_new(path, fix="name another with --output, or remove it first")
     device = _device_here() if gpu is None else Device(f"a GPU of {parse_size(gpu) / GIB:g} GiB", parse_size(gpu))
     looked = [part for each in data for part in look_apart(each)]
     rows = [(source.name, first) for _, source, first in looked]

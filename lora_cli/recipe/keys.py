@@ -9,13 +9,8 @@ from pydantic.fields import FieldInfo
 
 from lora_cli.recipe.schema import NUMBER, Recipe, Section
 
-_PATHS: list[tuple[str, ...]] = [
-    ("data", "template"),
-    ("data", "general_text"),
-    ("data", "cache"),
-    ("train", "samples"),
-]
-_PATHS += [("output",), ("base_model",)]
+_PATHS: list[tuple[str, ...]] = [("data", name) for name in ("template", "general_text", "cache")]
+_PATHS += [("train", "samples"), ("output",), ("base_model",)]
 
 
 def section_of(annotation: Any) -> type[Section] | None:
