@@ -59,6 +59,9 @@ FROZEN = {
     "eval": {"base", "adapter", "gain", "low", "high"},
     "eval base": SCORE,
     "eval adapter": SCORE,
+    "compared": {"base", "adapters", "pairs"},
+    "compared pairs": {"of", "to", "gain", "low", "high"},
+    "answers": {"prompt", "adapter", "completion", "prompting", "stop", "new_tokens", "system"},
     "merge": {"output", "onto", "dtype", "layers", "tokens_compared", "kl", "adapter_effect", "top1_agreement", "kept"},
     "generate": {"prompt", "completion", "prompting", "stop", "new_tokens", "system"},
     "runs": {"name", "folder", "state", "step", "total_steps", "why", "loss", "validation_loss", "tokens", "hours"}
@@ -107,7 +110,8 @@ def parts(documents: dict[str, Any]) -> dict[str, Any]:
 def test_keys_of_documents_and_files_only_grow(recipe_file, tiny_llama, sums, tmp_path, capsys, monkeypatch):
     monkeypatch.chdir(tmp_path)
     recipe = recipe_file(data={"validation": 0.25}, train={"max_steps": 4, "eval_every": 2, "sample_every": 4})
-    run = tmp_path / "run"
+    run, asked = tmp_path / "run", tmp_path / "asked.jsonl"
+    asked.write_text(json.dumps({"prompt": "one", "adapter": str(run)}))
     documents = {
         "check": lora(capsys, "check", recipe),
         "train": lora(capsys, "train", recipe),
@@ -122,6 +126,8 @@ def test_keys_of_documents_and_files_only_grow(recipe_file, tiny_llama, sums, tm
         "diff": lora(capsys, "diff", tiny_llama, tmp_path / "merged", "--rank", 1, "--output", tmp_path / "diff"),
         "convert": lora(capsys, "convert", run, "--to", "mlx", "--output", tmp_path / "mlx"),
         "sweep": lora(capsys, "sweep", recipe, "--vary", "adapter.rank=1", "--output", tmp_path / "swept"),
+        "compared": lora(capsys, "eval", "--adapter", run, "--adapter", tmp_path / "small"),
+        "answers": lora(capsys, "generate", "--adapters", asked, "--max-new-tokens", "2"),
         "push": lora(capsys, "push", run, "--to", "me/it", "--base", "me/llama", "--dry-run"),
         "export": Exported("a.gguf", "gguf", "q8_0", 1).as_dict(),  # the converter is no part of this environment
         "report.json": json.loads((run / "report.json").read_text()),

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from itertools import combinations
 from pathlib import Path
 from typing import Any
 
@@ -161,3 +162,50 @@ def test_adapters_that_do_not_agree_on_their_base_are_refused(adapters, tiny_lla
     renamed = found[1].metadata.model_copy(update={"base_model": "other", "base_fingerprint": None})
     files = [found[0], type(found[1])(**(vars(found[1]) | {"metadata": renamed}))]
     assert "different base models" in refusal(lambda: opening(None, files)).what
+
+
+def test_adapters_are_scored_on_the_same_tokens_with_paired_intervals(adapters, lora, tmp_path):
+    data = write_rows(tmp_path / "rows.jsonl", [{"text": f"one {n} question answer two {n * n}"} for n in range(6)])
+    names = [str(adapters[name]) for name in ("wide", "stable", "plain")]
+    words = [word for name in names for word in ("--adapter", name)]
+    said = lora("eval", *words, "--data", data, "--dtype", "fp32", "--json")
+    assert said.code == 0, said.text
+    found = json.loads(said.out)
+    assert set(found) == {"base", "adapters", "pairs"}
+    for name in names:
+        alone = json.loads(lora("eval", name, "--data", data, "--dtype", "fp32", "--json").out)
+        assert found["base"] == pytest.approx(alone["base"], rel=1e-6)
+        both = {**alone["adapter"], "gain": alone["gain"], "low": alone["low"], "high": alone["high"]}
+        assert found["adapters"][name] == pytest.approx(both, rel=1e-6, abs=1e-6)
+    assert [(pair["of"], pair["to"]) for pair in found["pairs"]] == list(combinations(names, 2))
+    for pair in found["pairs"]:
+        difference = found["adapters"][pair["of"]]["loss"] - found["adapters"][pair["to"]]["loss"]
+        assert pair["gain"] == pytest.approx(difference, rel=1e-6)
+        assert pair["low"] < pair["gain"] < pair["high"]
+    best = min(names, key=lambda name: found["adapters"][name]["loss"])
+    table = lora("eval", *words, "--data", data, "--dtype", "fp32").out.replace("\n", " ")
+    assert table.count("nats a token better than") == 3
+    assert f"{best} is" in table
+    assert "no validation data" in lora("eval", *words).text
+    assert "named twice" in lora("eval", *words, "--adapter", names[0], "--data", data).text
+
+
+def test_runs_are_compared_on_the_validation_data_of_the_first(run_recipe, lora, tmp_path):
+    run, _ = run_recipe(data={"validation": 0.25})
+    other, _ = run_recipe(data={"validation": 0.25}, adapter={"rank": 2}, output=str(tmp_path / "other"))
+    found = json.loads(lora("eval", "--adapter", run, "--adapter", other, "--json").out)
+    alone = json.loads(lora("eval", run, "--json").out)
+    assert found["adapters"][str(run)]["loss"] == pytest.approx(alone["adapter"]["loss"], abs=1e-5)
+    assert found["base"]["target_tokens"] == alone["base"]["target_tokens"]
+
+
+def test_qa_lora_lies_beside_others_on_int4(run_recipe, tiny_llama, tmp_path):
+    settings: dict[str, Any] = {"quantization": "int4", "adapter": {"method": "qa_lora"}}
+    run, _ = run_recipe(**settings, output=str(tmp_path / "qa"))
+    other, _ = run_recipe(quantization="int4", output=str(tmp_path / "lora"))
+    model, several = held(tiny_llama, {"qa": run / "adapter", "lora": other / "adapter"}, "int4")
+    several.use([{"lora": 1.0}, {"qa": 1.0}])
+    together = logits(model, IDS[:2])
+    for at, each in enumerate((other, run)):
+        alone = open_model(None, each, dtype="fp32", device="cpu").model
+        torch.testing.assert_close(together[at : at + 1], logits(alone, IDS[at : at + 1]), rtol=0, atol=1e-5)

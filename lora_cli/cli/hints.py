@@ -21,7 +21,11 @@ EXAMPLES = {
         "lora check recipe.yaml --row faq.csv:8",
         "lora check recipe.yaml --for vllm",
     ),
-    "eval": ("lora eval runs/my-run", "lora eval runs/my-run --data data/other.jsonl --json"),
+    "eval": (
+        "lora eval runs/my-run",
+        "lora eval runs/my-run --data data/other.jsonl --json",
+        "lora eval --adapter runs/one --adapter runs/two",
+    ),
     "merge": ("lora merge runs/my-run --output merged", "lora merge runs/my-run --output merged --onto original"),
     "generate": (
         "lora generate runs/my-run 'How long is the warranty?'",

@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Mapping, Sequence
 from functools import partial
 from pathlib import Path
 from typing import Any
 
 from rich.console import Console
+from rich.markup import escape
 from rich.table import Table
 
 from lora_cli.adapters.opened import Opened, open_model
@@ -23,7 +24,7 @@ from lora_cli.data.formats import NoFormat
 from lora_cli.data.gate import Findings
 from lora_cli.data.prepare import prepare
 from lora_cli.data.row_encoder import RowEncoder, fit_length
-from lora_cli.errors import LoraError
+from lora_cli.errors import LoraError, shown
 from lora_cli.evaluation.gain import Gain, paired_gain
 from lora_cli.evaluation.perplexity import Score, score
 from lora_cli.recipe import DataRecipe, SourceRecipe, load_recipe
@@ -59,7 +60,7 @@ def evaluate_run(
     at = device or recipe.device
     opened = open_model(recipe.base_model, run, device=at, trust_remote_code=trust_remote_code, **own)
     if data is not None:
-        return compare(opened, *_file_examples(data, opened, recipe.data.max_seq_len, stride, recipe.data))
+        return compare(opened, *file_examples(data, opened, recipe.data.max_seq_len, stride, recipe.data))
     examples = prepare(recipe, opened.tokenizer).validation
     return compare(opened, examples, target_bytes(examples, opened.tokenizer))
 
@@ -75,27 +76,36 @@ def evaluate_model(
 ) -> dict[str, Score]:
     """Scores of any base model, and of an adapter on it, on a data file. opening: further arguments of `open_model`."""
     opened = open_model(model, adapter, **opening)
+    return compare(opened, *file_examples(data, opened, longest_window(opened, max_seq_len), stride))
+
+
+def longest_window(opened: Opened, max_seq_len: int | None) -> int:
+    """Tokens of context: those asked for, or 1024. Raises LoraError for more than the model can see."""
     longest = positions(opened.model.config) or _DEFAULT_LENGTH
     if max_seq_len is not None and max_seq_len > longest:
         what = f"--max-seq-len {max_seq_len} is above what the model can see ({longest})"
         raise LoraError(what, fix=f"use {longest} or less")
-    return compare(opened, *_file_examples(data, opened, max_seq_len or min(longest, _DEFAULT_LENGTH), stride))
+    return max_seq_len or min(longest, _DEFAULT_LENGTH)
 
 
 def compare(opened: Opened, examples: Sequence[Example], text_bytes: int) -> dict[str, Score]:
     """`base`, and `adapter` if there is one, on the same examples."""
-    pad_id: Any = opened.tokenizer.eos_token_id
-    lay_out = partial(collate, packed=False, pad_id=pad_id, device=opened.device)
-    budget = max(4096, *(len(example.ids) for example in examples))
-
     for note in opened.notes:
         print_note(f"note: {note}")
-    measure = partial(score, opened.model, examples, lay_out, budget, text_bytes)
+    measure = measuring(opened, examples, text_bytes)
     with adapters_disabled(opened.model):
         scores = {"base": measure("base model")}
     if opened.adapter is not None:
         scores["adapter"] = measure("base model with the adapter")
     return scores
+
+
+def measuring(opened: Opened, examples: Sequence[Example], text_bytes: int) -> Callable[[str], Score]:
+    """The score of the model as it computes at the time, by the name that messages give it."""
+    pad_id: Any = opened.tokenizer.eos_token_id
+    lay_out = partial(collate, packed=False, pad_id=pad_id, device=opened.device)
+    budget = max(4096, *(len(example.ids) for example in examples))
+    return partial(score, opened.model, examples, lay_out, budget, text_bytes)
 
 
 def as_dict(scores: dict[str, Score]) -> dict[str, Any]:
@@ -108,19 +118,22 @@ def as_dict(scores: dict[str, Score]) -> dict[str, Any]:
 
 
 def print_scores(scores: dict[str, Score], console: Console) -> None:
-    table = Table("", box=None, pad_edge=False, header_style="bold")
-    for column in ("loss", "perplexity", "bits per byte", "target tokens"):
-        table.add_column(column, justify="right")
-    for name, each in scores.items():
-        shown = name if "adapter" in scores else "model"
-        numbers = (f"{each.loss:.4f}", f"{each.perplexity:.3f}", f"{each.bits_per_byte:.4f}", f"{each.target_tokens:,}")
-        table.add_row(shown, *numbers)
-    console.print(table)
+    console.print(score_table(scores if "adapter" in scores else {"model": scores["base"]}))
     if "adapter" in scores:
         change, gain = 1 - scores["adapter"].perplexity / scores["base"].perplexity, gain_of(scores)
         console.print(f"perplexity {abs(change):.1%} {'lower' if change >= 0 else 'higher'} with the adapter")
         if gain.low is not None and gain.high is not None:
             console.print(f"{gain.gain:.4f} nats a token better; 95 % interval {gain.low:.4f} to {gain.high:.4f}")
+
+
+def score_table(scores: Mapping[str, Score]) -> Table:
+    table = Table("", box=None, pad_edge=False, header_style="bold")
+    for column in ("loss", "perplexity", "bits per byte", "target tokens"):
+        table.add_column(column, justify="right")
+    for name, each in scores.items():
+        numbers = (f"{each.loss:.4f}", f"{each.perplexity:.3f}", f"{each.bits_per_byte:.4f}", f"{each.target_tokens:,}")
+        table.add_row(escape(shown(name)), *numbers)
+    return table
 
 
 def gain_of(scores: dict[str, Score]) -> Gain:
@@ -129,7 +142,7 @@ def gain_of(scores: dict[str, Score]) -> Gain:
     return paired_gain(before, after, targets)
 
 
-def _file_examples(
+def file_examples(
     data: Path, opened: Opened, max_seq_len: int, stride: int | None, own: DataRecipe | None = None
 ) -> tuple[list[Example], int]:
     """Examples of a file, read as the run's own data are where there is a run.
