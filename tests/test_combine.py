@@ -233,6 +233,8 @@ def test_qa_lora_keeps_its_groups(rank: list[Any], run_recipe: Any, tmp_path: Pa
         assert torch.equal(A, A[..., :1].expand_as(A))
         if not rank[2:]:
             assert each["norm"] == pytest.approx(right[each["name"]].norm().item(), rel=1e-3)
+    if not rank[2:]:  # both parts are one adapter, so that rank 2 holds their sum
+        assert_same(updates(tmp_path / "sum"), right, 1e-5)
     assert lora("merge", tmp_path / "sum", "--output", tmp_path / "merged").code == 0
     assert lora("resize", tmp_path / "sum", "--rank", 1, "--output", tmp_path / "small").code == 0
     assert lora("merge", tmp_path / "small", "--output", tmp_path / "merged-small").code == 0
