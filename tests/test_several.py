@@ -58,7 +58,7 @@ def logits(model: Any, ids: torch.Tensor = IDS) -> torch.Tensor:
     return model(input_ids=ids, use_cache=False).logits
 
 
-@pytest.mark.parametrize("quantization", ["none", "nf4", "int4"])
+@pytest.mark.parametrize("quantization", ["none", "nf4", "int8", "int4"])
 def test_a_batch_of_rows_with_different_adapters_is_each_row_alone(quantization, adapters, tiny_llama):
     model, several = held(tiny_llama, adapters, quantization)
     rows = [{"stable": 1.0}, {}, {"wide": 1.0}, {"one": 1.0}, {"plain": 1.0}]
@@ -95,6 +95,18 @@ def test_a_layer_that_sees_only_some_of_the_tokens_is_not_guessed_at(adapters, t
         layer.down_proj(torch.zeros(3, 128))  # as an expert gets them
     several.use([{"wide": 1.0}])
     layer.down_proj(torch.zeros(3, 128))
+
+
+def test_a_model_whose_rows_change_each_other_is_found_out(adapters, tiny_llama):
+    from lora_cli.evaluation.requests import _rows_stay_apart
+
+    model, several = held(tiny_llama, adapters)
+    assert _rows_stay_apart(model, several)
+    hook = model.model.layers[0].mlp.register_forward_hook(lambda _, __, out: out + out.mean(0, keepdim=True))
+    assert not _rows_stay_apart(model, several)
+    hook.remove()
+    model.model.layers[1].mlp.up_proj.register_forward_pre_hook(lambda _, inputs: (inputs[0].flatten(0, 1)[:9],))
+    assert not _rows_stay_apart(model, several)
 
 
 def test_each_row_of_a_file_is_answered_as_lora_generate_answers_it_alone(adapters, tiny_llama, lora, tmp_path):
