@@ -236,6 +236,7 @@ CASES = [
 ]
 TESTED_BELOW = {
     "revision": "test_revision",
+    "tokenizer": "test_tokenizer",
     "trust_remote_code": "test_trust_remote_code",
     "device": "test_device",
     "data.columns": "test_columns",
@@ -380,6 +381,12 @@ def test_equal_recipes_look_equal(runs: Runs, tmp_path: Path):
 
 def environment(run: Path) -> dict[str, Any]:
     return json.loads((run / "environment.json").read_text())
+
+
+def test_tokenizer(runs: Runs):
+    """What it does with a GGUF file: tests/test_gguf.py."""
+    with pytest.raises(LoraError, match="tokenizer is for a GGUF file"):
+        runs({"tokenizer": "elsewhere"})
 
 
 def test_revision(runs: Runs, monkeypatch: pytest.MonkeyPatch):

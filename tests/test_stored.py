@@ -92,9 +92,7 @@ def test_what_people_name_instead_of_a_model_is_called_by_its_name(tiny_llama, t
     (holding / "model-Q4_0.gguf").write_bytes(b"GGUF")
     base = f"name its base model: {tiny_llama}"
     cases = [
-        (holding / "model-Q4_0.gguf", "is a GGUF file, which cannot be trained on yet", "config.json and safetensors"),
-        ("somewhere/else.gguf", "is a GGUF file, which cannot be trained on yet", "config.json and safetensors"),
-        (holding, "holds GGUF files, which cannot be trained on yet", "config.json and safetensors"),
+        (holding, "holds GGUF files, one of which is a model", f"name the file, such as {holding / 'model-Q4_0.gguf'}"),
         (run, "is a run folder, whose result is an adapter, not a base model", base),
         (run / "adapter", "is an adapter, not a base model", base),
         (tiny_llama / "model.safetensors", "is a file, not a model folder", f"name its folder: {tiny_llama}"),

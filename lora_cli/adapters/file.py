@@ -70,6 +70,10 @@ class AdapterFile:
             raise LoraError(what, where=str(self.folder), fix="name it with --base")
         return self.base_model, None if Path(self.base_model).is_dir() else self.base_revision or None
 
+    def tokenizer_for(self, base: str) -> str | None:
+        """The folder whose tokenizer it was trained with, where the base is a GGUF file."""
+        return self.metadata.tokenizer if base.lower().endswith(".gguf") else None
+
     def kind(self, name: str) -> type[Trained]:
         """The kind of module that a module's tensors belong to."""
         found = kind_of(self.tensors[name], self.config)
@@ -114,6 +118,7 @@ def save_adapter(
         base_model=base.name,
         base_revision=base.revision,
         base_fingerprint=base.fingerprint,
+        tokenizer=base.tokenizer,
         quantization=quantization,  # type: ignore[arg-type]
         double_quantization=double_quantization,
         group_size=group_size,  # type: ignore[arg-type]

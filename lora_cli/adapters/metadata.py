@@ -35,7 +35,7 @@ def _a_kind(value: str | None) -> str | None:
 class AdapterMetadata(BaseModel):
     """Values of adapter_model.safetensors' metadata. None: the adapter was made before this was kept, or elsewhere.
 
-    base_fingerprint: see `weight_files.fingerprint`. compute_dtype: of the base's layers in training.
+    base_fingerprint: see `weight_files.fingerprint`. tokenizer: a folder, where a GGUF file's own was not used. compute_dtype: of the base's layers in training.
     unquantized_modules: linear layers that a quantized base held as they are. prompting: through a chat template, or
     raw. system: the system prompt that training put before conversations. alpha: the one of all layers. made_of: of
     which adapters, or which model, it was computed, in words without a path.
@@ -47,6 +47,7 @@ class AdapterMetadata(BaseModel):
     base_model: str | None = None
     base_revision: str | None = None
     base_fingerprint: Annotated[str, Field(pattern=r"^[0-9a-f]{64}$")] | None = None
+    tokenizer: str | None = None
     quantization: Quantization | None = None
     double_quantization: Annotated[bool | None, BeforeValidator(_from_json)] = None
     group_size: Annotated[Literal[32, 64, 128] | None, BeforeValidator(_from_json)] = None

@@ -32,7 +32,8 @@ class Named:
 
 
 def find_named(source: str, base: str | None = None) -> Named:
-    """What `source` is, by what its folder holds; what is not a folder is taken for a model of the hub.
+    """What `source` is, by what its folder holds; what is neither a folder nor a GGUF file is taken for a model of
+    the hub.
 
     base: a base model to use in place of the one that run or adapter names. Raises LoraError for a folder that is
     none of these, a file, and a base for what is a whole model.
@@ -49,13 +50,13 @@ def find_named(source: str, base: str | None = None) -> Named:
                 where=source,
                 fix=f"name one with recipe.yaml (a run), {CONFIG} (an adapter) or config.json (a model)",
             )
-    elif path.exists() or any(character.isspace() for character in source):
+    elif (path.exists() and path.suffix.lower() != ".gguf") or any(character.isspace() for character in source):
         raise LoraError(
             "this is not a folder" if path.exists() else "this names no run, adapter or model",
             where=source,
             fix="name a run, an adapter or a model first; a prompt comes after it",
         )
-    elif path.name != source and path.parent.is_dir():
+    elif not path.exists() and path.name != source and path.parent.is_dir():
         near = get_close_matches(path.name, [each.name for each in path.parent.iterdir() if each.is_dir()], 1, 0.5)
         fix = f"did you mean {path.parent / near[0]}?" if near else "check the path; lora runs lists the runs here"
         raise LoraError("no such folder", where=source, fix=fix)

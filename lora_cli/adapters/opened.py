@@ -78,7 +78,11 @@ def open_base(
     """
     if base is None:
         base, revision = base_of(adapters)
-    source = find_base(base, revision, trust_remote_code=trust_remote_code)
+    words = {each.tokenizer_for(base) for each in adapters}
+    if len(words) > 1:
+        raise LoraError("the adapters were trained with different tokenizers", fix="use them one by one")
+    words_of = next(iter(words), None)
+    source = find_base(base, revision, trust_remote_code=trust_remote_code, tokenizer=words_of)
     ways = dict.fromkeys(way for each in adapters if (way := _way(each.metadata)) and quantization in (None, way[0]))
     if len(ways) > 1:
         details = [f"{each.folder}: {each.metadata.quantization}" for each in adapters]
@@ -98,7 +102,7 @@ def open_base(
         trust_remote_code=trust_remote_code,
     )
     require_computes(model)
-    return Opened(model, tokenizer, source, None, how, at, unused_tensors(model))
+    return Opened(model, tokenizer, source, None, how, at, [*source.notes, *unused_tensors(model)])
 
 
 def base_of(adapters: Sequence[AdapterFile]) -> tuple[str, str | None]:

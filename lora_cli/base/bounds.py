@@ -58,8 +58,8 @@ def require_modest_config(config: dict[str, Any], file: Path, tensors: Collectio
             most = layers if _LAYERS.search(name) and not re.search("head|expert", name) else limits.MODEL_PARTS
         if abs(value) > most:
             shown = f"{value:,}" if abs(value) < 10**18 else "a number of many digits"
-            what = f"config.json says {at}: {shown}; {most:,} is the limit"
-            raise LimitReached(what, where=str(file), fix=f"correct {at}, or download config.json again")
+            what = f"{file.name} says {at}: {shown}; {most:,} is the limit"
+            raise LimitReached(what, where=str(file), fix=f"correct {at}, or download {file.name} again")
     _require_few_experts(config, file)
 
 

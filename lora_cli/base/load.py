@@ -13,9 +13,10 @@ from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING
 
 from lora_cli.base.attention import attention_implementation, watch_rows
 from lora_cli.base.bounds import require_modest_tokenizer, require_modest_tokenizer_files, require_own_tokens
+from lora_cli.base.gguf import load_state
 from lora_cli.base.linear import settle_layers
 from lora_cli.base.source import BaseSource
-from lora_cli.base.storage.registry import storage_named
+from lora_cli.base.storage.registry import INT4, storage_named
 from lora_cli.base.stored import require_quantization, stored_quantization
 from lora_cli.base.weight_files import stored_tensors
 from lora_cli.errors import LoraError, reading
@@ -39,15 +40,21 @@ def load_model(
     Raises LoraError for an architecture that is not a causal LM, or weights that do not fit the architecture.
     """
     config = model_config(source, trust_remote_code)
-    require_quantization(source, quantization)
+    require_quantization(source, quantization, group_size)
     as_stored = stored_quantization(source) is not None
     settings = None if as_stored else storage_named(quantization).load_settings(dtype, double_quantization, group_size)
+    state = None
+    if source.gguf is not None:
+        state = load_state(source.gguf, quantization, dtype)
+        settings = INT4.load_settings(dtype, double_quantization, given=True) if quantization == "int4" else None
     # A damaged config.json can fail anywhere in the code that builds a model.
     with reading("the base model cannot be loaded", source.folder, "check config.json, or download the model again"):
         try:
-            loaded: Any = AutoModelForCausalLM.from_pretrained(
-                source.folder,
+            kind: Any = AutoModelForCausalLM if state is None else MODEL_FOR_CAUSAL_LM_MAPPING[type(config)]
+            loaded: Any = kind.from_pretrained(
+                source.folder if state is None else None,
                 config=config,
+                state_dict=state,
                 dtype=dtype,
                 device_map={"": device},
                 quantization_config=settings,
@@ -104,7 +111,7 @@ def require_weights_fit(source: BaseSource, config: Any, skeleton: Any) -> None:
 
     Of weights that are stored quantized, the headers do not show the shapes.
     """
-    if stored_quantization(source) is not None:
+    if stored_quantization(source) is not None and source.gguf is None:
         return
     names = stored_tensors(source.folder)
     stand_ins = {name: torch.empty(each.shape, dtype=torch.float16, device="meta") for name, each in names.items()}

@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from lora_cli.base.bounds import read_object, require_modest_config
+from lora_cli.base.gguf import GgufFile, open_gguf
 from lora_cli.base.weight_files import fingerprint, stored_tensors, weight_files
 from lora_cli.errors import LoraError, command
 from lora_cli.files import disk_errors, require_regular
@@ -17,17 +18,27 @@ _WANTED = ["*.json", "*.safetensors", "*.txt", "*.model", "*.jinja", "*.tiktoken
 _WANTED += ["LICENSE*", "NOTICE*", "README.md"]  # which a merged folder keeps
 _ADAPTER = "adapter_config.json"
 _FOLDER = "name the folder that holds config.json and the weights"
-_FROM_GGUF = "use the model that the file was made from: a folder or hub id with config.json and safetensors"
 _UNWANTED = ["original/*", "onnx/*", "openvino/*", "*.bin", "*.pth", "*.gguf"]
 
 
 @dataclass(frozen=True)
 class BaseSource:
-    """Where a base model is. name: as the user wrote it. revision: the exact commit if it came from a hub."""
+    """Where a base model is. name: as the user wrote it. revision: the exact commit if it came from a hub.
+
+    gguf: where it is a GGUF file; the folder then is one of this process, without weights. tokenizer: the folder of
+    another tokenizer than the file's.
+    """
 
     name: str
     folder: Path
     revision: str | None = None
+    gguf: GgufFile | None = None
+    tokenizer: str | None = None
+
+    @property
+    def notes(self) -> tuple[str, ...]:
+        """What a person should hear before it is used."""
+        return self.gguf.notes if self.gguf is not None else ()
 
     @cached_property
     def fingerprint(self) -> str:
@@ -44,17 +55,27 @@ class BaseSource:
         return next((part[key] for part in parts for key in keys if part.get(key) is not None), None)
 
 
-def find_base(name: str, revision: str | None = None, *, trust_remote_code: bool = False) -> BaseSource:
-    """The folder of a base model; a hub id is downloaded once into the Hugging Face cache.
+def find_base(
+    name: str, revision: str | None = None, *, trust_remote_code: bool = False, tokenizer: str | None = None
+) -> BaseSource:
+    """The folder of a base model; a hub id is downloaded once into the Hugging Face cache. tokenizer: of a GGUF file.
 
     Raises LoraError when there is no such model, no network, no access, or nothing in it that can be loaded.
     """
     folder = Path(name)
-    _require_model_folder(name, folder)
+    of_gguf = folder.is_file() and folder.suffix.lower() == ".gguf"
+    if not of_gguf:
+        _require_model_folder(name, folder)
+        if tokenizer is not None:
+            fix = "remove tokenizer"
+            raise LoraError(f"tokenizer is for a GGUF file, but {name} has one in its folder", fix=fix)
+    if revision is not None and (of_gguf or folder.is_dir()):
+        what = f"revision {revision} is for hub models, but {name} is a local {'file' if of_gguf else 'folder'}"
+        raise LoraError(what, fix="remove revision")
+    if of_gguf:
+        found = open_gguf(folder, tokenizer)
+        return BaseSource(name, found.folder, gguf=found, tokenizer=tokenizer)
     if folder.is_dir():
-        if revision is not None:
-            what = f"revision {revision} is for hub models, but {name} is a local folder"
-            raise LoraError(what, fix="remove revision")
         source = BaseSource(name, folder.resolve())
     elif name.startswith((".", "/", "~")) or name.count("/") > 1:
         fix = "check the path, or use a hub id such as HuggingFaceTB/SmolLM2-135M-Instruct"
@@ -66,9 +87,9 @@ def find_base(name: str, revision: str | None = None, *, trust_remote_code: bool
 
 
 def _require_model_folder(name: str, path: Path) -> None:
-    """Raises LoraError for what people name instead of a model folder: a GGUF file, an adapter, a run, one file."""
-    if name.lower().endswith(".gguf") and not path.is_dir():
-        raise LoraError(f"{name} is a GGUF file, which cannot be trained on yet", fix=_FROM_GGUF)
+    """Raises LoraError for what people name instead of a model folder: an adapter, a run, one of its files."""
+    if name.lower().endswith(".gguf") and not path.exists():
+        raise LoraError(f"there is no GGUF file {name}", fix="check the path; files of the hub are downloaded first")
     if path.is_file():
         fix = f"name its folder: {path.parent}" if (path.parent / "config.json").is_file() else _FOLDER
         raise LoraError(f"{name} is a file, not a model folder", fix=fix)
@@ -82,8 +103,8 @@ def _require_model_folder(name: str, path: Path) -> None:
         merging = command("lora", "merge", name, "--output", "FOLDER")
         merged = f"merge it first: {merging}, and name that folder"
         raise LoraError(f"{name} is {kind}, not a base model", fix=f"{named}; or {merged}")
-    if any(path.glob("*.gguf")):
-        raise LoraError(f"{name} holds GGUF files, which cannot be trained on yet", fix=_FROM_GGUF)
+    if files := sorted(path.glob("*.gguf")):
+        raise LoraError(f"{name} holds GGUF files, one of which is a model", fix=f"name the file, such as {files[0]}")
 
 
 def _check_folder(source: BaseSource) -> None:

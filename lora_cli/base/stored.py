@@ -7,6 +7,7 @@ from collections.abc import Mapping
 import torch
 from torch import Tensor
 
+from lora_cli.base.gguf import KEPT, require_kept
 from lora_cli.base.source import BaseSource
 from lora_cli.base.storage.registry import PLAIN, is_known, part_of, storage_stated
 from lora_cli.base.tensor_files import read_tensor
@@ -20,6 +21,8 @@ def stored_quantization(source: BaseSource) -> str | None:
 
     Raises LoraError where config.json says that it is quantized, but not how.
     """
+    if source.gguf is not None:
+        return "int4" if source.gguf.linear and {*source.gguf.linear.values()} <= {*KEPT} else None
     stated = source.stated("quantization_config", "compression_config")
     if stated is None:
         return None
@@ -31,8 +34,11 @@ def stored_quantization(source: BaseSource) -> str | None:
     return kind
 
 
-def require_quantization(source: BaseSource, quantization: str) -> None:
+def require_quantization(source: BaseSource, quantization: str, group_size: int = 32) -> None:
     """Raises LoraError if the weights are stored in another way than `quantization` asks for."""
+    if source.gguf is not None:
+        require_kept(source.gguf, quantization, group_size)
+        return
     kind = stored_quantization(source)
     if kind in (None, quantization):
         return

@@ -59,12 +59,19 @@ def write_tensors(path: Path, tensors: Mapping[str, Tensor], metadata: Mapping[s
     write_entries(path, entries, metadata)
 
 
-def read_tensor(own: StoredTensor) -> Tensor:
-    """A tensor of a checkpoint, of one of the dtypes in NAMES, as it is stored."""
+def read_bytes(own: StoredTensor) -> bytearray:
     data = bytearray(own.size_bytes)
     with own.file.open("rb") as stream:
         stream.seek(own.start)
         del data[stream.readinto(data) :]
+    return data
+
+
+def read_tensor(own: StoredTensor) -> Tensor:
+    """A tensor of a checkpoint, of one of the dtypes in NAMES, as it is stored; in fp32 where it is stored in blocks."""
+    if own.in_blocks:
+        return own.read()  # type: ignore[attr-defined]
+    data = read_bytes(own)
     dtype = _DTYPES[own.dtype]
     return torch.frombuffer(data, dtype=dtype).reshape(own.shape) if data else torch.empty(own.shape, dtype=dtype)
 

@@ -9,9 +9,10 @@ from __future__ import annotations
 import hashlib
 import json
 import re
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, ClassVar
 
 from safetensors import safe_open
 
@@ -20,10 +21,14 @@ from lora_cli.errors import LoraError, reading
 
 _AGAIN = "download the model again"
 _SAMPLE_BYTES = 4096
+_GGUF = "model.gguf"  # stands in a folder made for a GGUF file for that file's tensors
+_OF_GGUF: dict[Path, dict[str, StoredTensor]] = {}
 
 
 @dataclass(frozen=True)
 class StoredTensor:
+    in_blocks: ClassVar = False  # whether it is no tensor of safetensors, but one whose `read` gives its numbers
+
     file: Path
     dtype: str
     shape: tuple[int, ...]
@@ -37,6 +42,8 @@ class StoredTensor:
 
 def read_header(file: Path) -> tuple[dict[str, StoredTensor], dict[str, str]]:
     """Tensors by name, and the metadata. Raises LoraError for a file that is damaged or cut short."""
+    if file in _OF_GGUF:
+        return _OF_GGUF[file], {"format": "pt"}
     what = f"damaged or incomplete safetensors file ({file.stat().st_size} bytes)"
     with reading(what, file, "download or write it again"), file.open("rb") as stream:
         length = int.from_bytes(stream.read(8), "little")
@@ -54,6 +61,8 @@ def read_header(file: Path) -> tuple[dict[str, StoredTensor], dict[str, str]]:
 
 def weight_files(folder: Path) -> list[Path]:
     """The checkpoint's safetensors files, as its index or the single file says. Raises LoraError where both do."""
+    if folder / _GGUF in _OF_GGUF:
+        return [folder / _GGUF]
     single, index = folder / "model.safetensors", folder / "model.safetensors.index.json"
     if not index.exists():
         if single.is_file():
@@ -84,6 +93,11 @@ def _weight_map(index: Path) -> dict[str, str]:
             if re.search(r"^\.{,2}$|[/\\\0]|^[A-Za-z]:", name):
                 raise ValueError(f"it names a file outside its folder: {name}")
     return found
+
+
+def stand_for(folder: Path, tensors: Mapping[str, StoredTensor]) -> None:
+    """Let a folder of this process, which holds no weights, have these tensors of a GGUF file."""
+    _OF_GGUF[folder / _GGUF] = dict(tensors)
 
 
 def stored_tensors(folder: Path) -> dict[str, StoredTensor]:

@@ -112,13 +112,27 @@ def _type_of(gguf: Any, tensor: Any, kind: str, on_grid: bool) -> Any:
 
 
 def _grid_blocks(values: np.ndarray) -> np.ndarray | None:
-    """Q4_1 blocks of exactly these fp32 numbers, d · q + m with d and m in fp16; None if there are none.
-
-    d is the least distance of two numbers of a block, or a half or a third of it; m is what makes all of it exact.
-    """
+    """Q4_1 blocks of exactly these fp32 numbers, d · q + m with d and m in fp16; None if there are none."""
     if values.ndim != 2 or values.shape[-1] % BLOCK:
         return None
     x = values.reshape(-1, BLOCK)
+    d, m, q, done = _grids(x)
+    if not done.all():  # d may be below 0, as in a base that was Q4_0
+        left = np.flatnonzero(~done)
+        d[left], m[left], q[left], done[left] = _grids(-x[left])
+        d[left], m[left] = -d[left], -m[left]
+    if not done.all():
+        return None
+    scales = np.stack([d, m], 1).view(np.uint8)  # little-endian, as GGUF is
+    blocks = np.concatenate([scales, q[:, : BLOCK // 2] | q[:, BLOCK // 2 :] << 4], 1)
+    return blocks.reshape(values.shape[0], -1)
+
+
+def _grids(x: np.ndarray) -> tuple[np.ndarray, np.ndarray, np.ndarray, np.ndarray]:
+    """d above 0, m and q of each block, and whether they give exactly its numbers.
+
+    d is the least distance of two numbers of a block, or a half or a third of it; m is what makes all of it exact.
+    """
     ordered = np.sort(x, 1)
     steps = np.diff(ordered, axis=1)
     span = (ordered[:, -1] - ordered[:, 0]).astype(np.float64)
@@ -141,11 +155,7 @@ def _grid_blocks(values: np.ndarray) -> np.ndarray | None:
             same &= (level.min(1) >= 0) & (level.max(1) < _LEVELS)
             at = todo[same]
             d[at], m[at], q[at], done[at] = fine[at], low[same], level[same].astype(np.uint8), True
-    if not done.all():
-        return None
-    scales = np.stack([d, m], 1).view(np.uint8)  # little-endian, as GGUF is
-    blocks = np.concatenate([scales, q[:, : BLOCK // 2] | q[:, BLOCK // 2 :] << 4], 1)
-    return blocks.reshape(values.shape[0], -1)
+    return d, m, q, done
 
 
 def _digest(data: np.ndarray) -> bytes:

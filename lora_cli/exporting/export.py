@@ -81,12 +81,14 @@ def export(
     with _working(place) as work:
         if adapter is not None and to == "gguf-adapter":
             name, revision = (base, None) if base is not None else adapter.own_base()
-            found = find_base(name, revision, trust_remote_code=trust_remote_code)
+            words = adapter.tokenizer_for(name)
+            found = find_base(name, revision, trust_remote_code=trust_remote_code, tokenizer=words)
             made = _adapter_file(converters, adapter, found, work)
             return _placed(made, place, Exported(str(output), to, kind, made.stat().st_size))
         notes: list[str] = []
         if named.adapter is None:
             model = find_base(str(named.model), trust_remote_code=trust_remote_code)
+            refuse_if(model.gguf is not None, "this is a GGUF file already", where=source, fix="use it as it is")
             require_outside(place, model.folder)
         else:
             merged = work / (named.run or named.adapter).resolve().name

@@ -141,9 +141,11 @@ class _Merge:
         self.notes: list[str] = []
         self.quantized: set[str] = set()  # names of the layers held in 4 or 8 bits, without adapters
         name, revision = (base, None) if base is not None else self.adapter.own_base()
-        self.source: BaseSource = find_base(name, revision, trust_remote_code=code)
+        words = self.adapter.tokenizer_for(name)
+        self.source: BaseSource = find_base(name, revision, trust_remote_code=code, tokenizer=words)
         self.stored = stored_tensors(self.source.folder)
-        self.held = held = stored_quantization(self.source)  # as the checkpoint itself is
+        dense = self.source.gguf is not None and self.adapter.metadata.quantization == "none"  # its blocks as numbers
+        self.held = held = None if dense else stored_quantization(self.source)  # as the checkpoint itself is
         self.quantization = self.adapter.metadata.quantization or held or "none"
         where = str(self.source.folder)
         if held is not None and onto == "original":

@@ -130,6 +130,8 @@ def _plan(
         if name in fresh:
             target = dtype or FLOATS.get(own.dtype, dense)
             shape, make = fresh[name].shape, fresh[name].make
+        elif own.in_blocks:
+            target, shape, make = dtype or FLOATS.get(own.dtype, dense), own.shape, partial(read_tensor, own)
         elif dtype is not None and own.dtype in FLOATS and FLOATS[own.dtype] != dtype:
             target, shape, make = dtype, own.shape, partial(read_tensor, own)
         else:

@@ -100,8 +100,10 @@ def check(recipe: Recipe, *, keep: bool = False) -> Checked:
     """Data through the gate, layers that the adapter matches. keep: leave the prepared tokens for `lora train`."""
     if keep and recipe.data.streaming:
         raise LoraError("--prepare keeps prepared tokens, but data.streaming keeps none", fix="remove one of them")
-    source = find_base(recipe.base_model, recipe.revision, trust_remote_code=recipe.trust_remote_code)
-    require_quantization(source, recipe.quantization)
+    source = find_base(
+        recipe.base_model, recipe.revision, trust_remote_code=recipe.trust_remote_code, tokenizer=recipe.tokenizer
+    )
+    require_quantization(source, recipe.quantization, recipe.group_size)
     base = base_model(source, trust_remote_code=recipe.trust_remote_code)
     tokenizer, config, model = base.tokenizer, base.config, base.skeleton
     # Which outputs of a fused layer are q or v is asked of a model that computes: here all projections are looked for.
@@ -118,7 +120,7 @@ def check(recipe: Recipe, *, keep: bool = False) -> Checked:
     notes = left_out_lines(recipe.adapter.target_modules, left_out, some=len(left_out) < len(targets))
     targets = [target for target in targets if kind_of(target.name) not in kinds]
     parameters = sum(target.size(model.get_submodule(target.name)) for target in targets)
-    return Checked(recipe, source, tokenizer, feed, targets, parameters, [*not_adapted(model), *notes])
+    return Checked(recipe, source, tokenizer, feed, targets, parameters, [*source.notes, *not_adapted(model), *notes])
 
 
 def compare(checked: Checked, say: Callable[[str], None]) -> Costs:

@@ -156,16 +156,19 @@ def base_model(source: BaseSource, *, trust_remote_code: bool = False) -> BaseMo
     tokenizer = load_tokenizer(source, trust_remote_code=trust_remote_code)
     config = model_config(source, trust_remote_code)
     skeleton = skeleton_of(source, config, trust_remote_code)
-    if any(source.folder.glob("*.safetensors")):  # of a model that is on the hub, its weights may still be there
+    if source.gguf is not None or any(
+        source.folder.glob("*.safetensors")
+    ):  # of a model that is on the hub, its weights may still be there
         require_weights_fit(source, config, skeleton)
-    return BaseModel(source, tokenizer, config, skeleton, stored_quantization(source), trust_remote_code)
+    stored = stored_quantization(source) or ("none" if source.gguf is not None else None)
+    return BaseModel(source, tokenizer, config, skeleton, stored, trust_remote_code)
 
 
 def _without_weights(name: str, trust_remote_code: bool) -> BaseSource:
     """As find_base, but the weights of a hub model are only looked for, not downloaded."""
     from huggingface_hub import HfApi, snapshot_download
 
-    if not Path(name).is_dir() and not name.startswith((".", "/", "~")) and name.count("/") < 2:
+    if not Path(name).exists() and not name.startswith((".", "/", "~")) and name.count("/") < 2:
         wanted = [*_LIGHT, "*.py"] if trust_remote_code else _LIGHT
         try:
             folder = Path(snapshot_download(name, allow_patterns=wanted, ignore_patterns=_HEAVY))

@@ -10,7 +10,7 @@ from pydantic.fields import FieldInfo
 from lora_cli.recipe.schema import NUMBER, Recipe, Section
 
 _PATHS: list[tuple[str, ...]] = [("data", name) for name in ("template", "general_text", "cache")]
-_PATHS += [("train", "samples"), ("output",), ("base_model",)]
+_PATHS += [("train", "samples"), ("output",), ("base_model",), ("tokenizer",)]
 
 
 def section_of(annotation: Any) -> type[Section] | None:

@@ -328,9 +328,12 @@ class Recipe(Section):
     """One run of `lora train`."""
 
     base_model: str = Field(min_length=1)
-    """Hub id, or a local folder with config.json and safetensors weights."""
+    """Hub id, a local folder with config.json and safetensors weights, or a GGUF file (with quantization: int4 in Q4_1
+    or Q4_0, whose blocks are kept; with none any)."""
     revision: str | None = None
     """Hub branch, tag or commit of the base model. null: main."""
+    tokenizer: str | None = Field(None, min_length=1)
+    """With a GGUF file as base_model: folder of the original model, whose tokenizer is used. null: the file's."""
     trust_remote_code: bool = False
     """Run Python code that the model's repository ships."""
     quantization: Quantization = DEFAULT

@@ -40,8 +40,12 @@ def open_session(recipe: Recipe, console: Console, load: Callable[..., Any] = lo
     """
     say = say_on(console)
     open_device(recipe)  # one that is missing is refused before data are prepared
-    source = find_base(recipe.base_model, recipe.revision, trust_remote_code=recipe.trust_remote_code)
-    require_quantization(source, recipe.quantization)
+    source = find_base(
+        recipe.base_model, recipe.revision, trust_remote_code=recipe.trust_remote_code, tokenizer=recipe.tokenizer
+    )
+    require_quantization(source, recipe.quantization, recipe.group_size)
+    for note in source.notes:
+        say(f"base     {note}")
     tokenizer = load_tokenizer(source, trust_remote_code=recipe.trust_remote_code)
     with PartialState().main_process_first():  # the others then find it prepared
         data = prepare(recipe, tokenizer, keep=True)

@@ -42,8 +42,9 @@ class Int4(Storage):
         """Rows that are not whole blocks stay as they are, on every device."""
         return in_features % BLOCK == 0
 
-    def load_settings(self, dtype: torch.dtype, double: bool, group_size: int = BLOCK) -> Any:
-        return _settings_class()(group_size)
+    def load_settings(self, dtype: torch.dtype, double: bool, group_size: int = BLOCK, given: bool = False) -> Any:
+        """given: the weights that are loaded are in int4 already, as weight, d and m."""
+        return _settings_class()(group_size, given)
 
     def dense_stored(self, weight: Tensor, beside: Mapping[str, Tensor]) -> Tensor:
         raise AssertionError("no checkpoint stores weights so")
@@ -149,7 +150,8 @@ def with_offsets(weight: Tensor, d: Tensor, m: Tensor, new: Tensor) -> Tensor:
     d, m, new: (out_features, groups), in fp16.
     """
     scale, low = (each.float().unsqueeze(-1) for each in (d, m))
-    q = _nearest(weight.float().view(len(weight), d.shape[1], -1), low, scale)  # exact: q is a whole number
+    groups = weight.float().view(len(weight), d.shape[1], -1)
+    q = ((groups - low) / torch.where(scale == 0, 1, scale)).round_()  # exact, also for d below 0 as Q4_0 has it
     return (q * scale + new.float().unsqueeze(-1)).view(len(weight), -1)
 
 
@@ -159,6 +161,20 @@ def q4_1_blocks(packed: Tensor, d: Tensor, m: Tensor) -> Tensor:
     own = torch.stack([d, m], -1).repeat_interleave(blocks // d.shape[1], 1)  # (rows, blocks, 2)
     halves = [own.contiguous().view(torch.uint8).view(rows, blocks, 4), packed.view(rows, blocks, BLOCK // 2)]
     return torch.cat(halves, -1).flatten(1)
+
+
+def of_q4_1(blocks: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """(packed, d, m) of the bytes of GGUF's Q4_1, (out_features, in_features / 32 · 20), as they are."""
+    each = blocks.reshape(len(blocks), -1, 4 + BLOCK // 2)
+    d, m = each[..., :4].contiguous().view(torch.float16).unbind(-1)
+    return each[..., 4:].flatten(1), d.contiguous(), m.contiguous()
+
+
+def of_q4_0(blocks: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """The same of Q4_0, (out_features, in_features / 32 · 18), whose weights are d · (q - 8): m = -8 d, exactly."""
+    each = blocks.reshape(len(blocks), -1, 2 + BLOCK // 2)
+    d = each[..., :2].contiguous().view(torch.float16).squeeze(-1)
+    return each[..., 2:].flatten(1), d, -8 * d
 
 
 @cache
@@ -174,8 +190,8 @@ def _settings_class() -> Any:
 
     @register_quantization_config(method)
     class Settings(QuantizationConfigMixin):
-        def __init__(self, group_size: int = BLOCK):
-            self.quant_method, self.group_size = method, group_size
+        def __init__(self, group_size: int = BLOCK, given: bool = False):
+            self.quant_method, self.group_size, self.given = method, group_size, given
 
     class Quantize(ConversionOps):
         def convert(self, input_dict: dict[str, Any], model: Any = None, **more: Any) -> dict[str, Tensor]:  # type: ignore[override]
@@ -205,7 +221,8 @@ def _settings_class() -> Any:
 
         def param_needs_quantization(self, model: Any, param_name: str, **more: Any) -> bool:
             layer, _, name = param_name.rpartition(".")
-            return name == "weight" and isinstance(model.get_submodule(layer), Int4Linear)
+            settings: Any = self.quantization_config
+            return not settings.given and name == "weight" and isinstance(model.get_submodule(layer), Int4Linear)
 
         def get_quantize_ops(self) -> Any:
             return Quantize()

@@ -13,8 +13,8 @@ from lora_cli.base.storage.int4 import Int4
 from lora_cli.base.storage.kind import Storage
 from lora_cli.base.storage.plain import Plain
 
-PLAIN = Plain()
-KINDS: tuple[Storage, ...] = (Bnb4(), Bnb8(), Int4(), PLAIN)
+PLAIN, INT4 = Plain(), Int4()
+KINDS: tuple[Storage, ...] = (Bnb4(), Bnb8(), INT4, PLAIN)
 _BY_NAME = {kind.name: kind for kind in KINDS}
 
 

@@ -1,0 +1,349 @@
+"""A GGUF file as a base model: its configuration, its tokenizer, and its tensors under Hugging Face's names.
+
+The file is a stranger's: its header is read here first, within bounds, because the readers of gguf and transformers
+believe every number in it. Configuration and tokenizer are then transformers' own reading, put into a folder of this
+process, which the rest of the program takes for the model's.
+"""
+
+from __future__ import annotations
+
+import atexit
+import copy
+import mmap
+import shutil
+import struct
+import tempfile
+from collections import Counter
+from collections.abc import Callable
+from dataclasses import dataclass
+from functools import cache
+from math import prod
+from pathlib import Path
+from typing import Any, ClassVar
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+
+from lora_cli import limits
+from lora_cli.base.bounds import require_modest_config
+from lora_cli.base.storage.int4 import BLOCK, of_q4_0, of_q4_1
+from lora_cli.base.tensor_files import read_bytes
+from lora_cli.base.weight_files import StoredTensor, stand_for
+from lora_cli.errors import LoraError, command, reading, refuse_if
+from lora_cli.files import require_regular
+from lora_cli.limits import LimitReached
+
+# Whose rows, names and numbers were compared with the original model's (tests/test_gguf.py). Others read as well with
+# transformers, but order or shift weights in ways that were not.
+ARCHITECTURES = ("llama",)
+KEPT = {"Q4_0": of_q4_0, "Q4_1": of_q4_1}  # types of blocks that int4 holds as they are
+_SCALARS = {0: "B", 1: "b", 2: "H", 3: "h", 4: "I", 5: "i", 6: "f", 7: "?", 10: "Q", 11: "q", 12: "d"}
+_TEXT, _ARRAY = 8, 9
+_TOKENIZERS = ("gpt2", "llama")  # byte pairs and sentencepiece
+_AGAIN = "download the file again, or use the model it was made from: a folder or hub id with safetensors"
+
+
+@dataclass(frozen=True)
+class GgufTensor(StoredTensor):
+    """dtype: GGUF's type. shape: of the weight, (out_features, in_features). place: puts rows into Hugging Face's order
+    (llama.cpp orders those of q and k in another way)."""
+
+    in_blocks: ClassVar = True
+
+    place: Callable[[np.ndarray], np.ndarray] = np.asarray
+
+    def read(self) -> Tensor:
+        """The numbers that its blocks stand for, in fp32."""
+        gguf = _library()
+        raw = np.frombuffer(read_bytes(self), np.uint8).reshape(*self.shape[:-1], -1)
+        values = gguf.dequantize(raw, gguf.GGMLQuantizationType[self.dtype])
+        return torch.from_numpy(np.array(self.place(values.reshape(self.shape)), np.float32))
+
+    def blocks(self) -> tuple[Tensor, Tensor, Tensor]:
+        """What an int4 layer holds, of the very same blocks."""
+        raw = np.frombuffer(read_bytes(self), np.uint8).reshape(self.shape[0], -1)
+        return KEPT[self.dtype](torch.from_numpy(np.array(self.place(raw))))
+
+
+@dataclass(frozen=True)
+class GgufFile:
+    """folder: with configuration and tokenizer. linear: the type of each linear layer that int4 would hold, by the name
+    of its weight. notes: what a person should hear."""
+
+    folder: Path
+    tensors: dict[str, StoredTensor]
+    linear: dict[str, str]
+    notes: tuple[str, ...]
+
+    def types(self) -> str:
+        """For a person: how many layers are stored in which type."""
+        return ", ".join(f"{count} in {name}" for name, count in Counter(self.linear.values()).most_common())
+
+
+def open_gguf(file: Path, tokenizer: str | None) -> GgufFile:
+    """Raises LoraError for a file that is damaged, or holds a model or tokenizer that cannot be trained on.
+
+    tokenizer: a folder whose tokenizer to use in place of the file's.
+    """
+    require_regular(file)
+    state = file.stat()
+    own = Path(tokenizer).expanduser().resolve() if tokenizer is not None else None
+    return _opened(file.resolve(), own, state.st_mtime_ns, state.st_size)
+
+
+@cache  # a command asks several times; the folder goes when the process ends
+def _opened(file: Path, tokenizer: Path | None, *_: int) -> GgufFile:
+    _library()
+    with reading("the GGUF file is damaged or incomplete", file, _AGAIN):
+        header = _read_header(file)
+    known = header.scalars.get("general.architecture")
+    if known not in ARCHITECTURES:
+        what = (
+            f"GGUF files of the architecture {str(known)[:40]!r} cannot be trained on, but {', '.join(ARCHITECTURES)}"
+        )
+        raise LoraError(what, where=file, fix="use the model it was made from: a folder or hub id with safetensors")
+    require_modest_config({k: v for k, v in header.scalars.items() if "token" not in k}, file, list(header.tensors))
+    made = Path(tempfile.mkdtemp(prefix="lora-")).resolve()
+    atexit.register(shutil.rmtree, made, ignore_errors=True)
+    folder = made / file.name
+    folder.mkdir()
+    notes: list[str] = []
+    with reading("the GGUF file's model cannot be read", file, _AGAIN):
+        config = _config(header, file, folder)
+        tensors, linear = _placed(header, file, config)
+    if tokenizer is not None:
+        _copy_tokenizer(tokenizer, folder)
+    else:
+        with reading(
+            "the GGUF file's tokenizer cannot be read", file, "write tokenizer: FOLDER, of the original model"
+        ):
+            notes += _write_tokenizer(header, file, folder)
+    stand_for(folder, tensors)
+    return GgufFile(folder, tensors, linear, tuple(notes))
+
+
+def _library() -> Any:
+    try:
+        import gguf
+    except ImportError:
+        fix = f"{command('pip', 'install', 'gguf==0.19.0')}, or install this program with its extra: pip install '.[gguf]'"
+        raise LoraError("a GGUF file needs gguf, which is not installed", fix=fix) from None
+    return gguf
+
+
+# ── the header ──────────────────────────────────────────────────────────────────────────────────────────────────
+
+
+@dataclass
+class _Header:
+    """scalars: values that are not lists; of lists, how long they are. tensors: (type, shape, first byte, bytes)."""
+
+    scalars: dict[str, Any]
+    lengths: dict[str, int]
+    tensors: dict[str, tuple[str, tuple[int, ...], int, int]]
+
+
+class _Parts:
+    """Reads a header from its start. struct.error where it goes on beyond the end."""
+
+    def __init__(self, data: Any):
+        self.data, self.at, self.items = data, 0, 0
+
+    def take(self, form: str) -> tuple[Any, ...]:
+        found = struct.unpack_from(f"<{form}", self.data, self.at)
+        self.at += struct.calcsize(f"<{form}")
+        if self.at > limits.GGUF_HEADER_BYTES:
+            raise LimitReached(f"its header is longer than {limits.GGUF_HEADER_BYTES:,} bytes", fix=_AGAIN)
+        return found
+
+    def text(self) -> str:
+        (length,) = self.take("Q")
+        return self.take(f"{min(length, len(self.data))}s")[0].decode("utf-8")
+
+    def value(self, kind: int) -> Any:
+        """A scalar or a text; of a list, its length."""
+        if kind == _TEXT:
+            return self.text()
+        if kind in _SCALARS:
+            return self.take(_SCALARS[kind])[0]
+        if kind != _ARRAY:
+            raise ValueError(f"a value of the unknown kind {kind}")
+        of, count = self.take("IQ")
+        self.items += count
+        if self.items > limits.GGUF_ITEMS:
+            raise LimitReached(f"its lists have more than {limits.GGUF_ITEMS:,} items", fix=_AGAIN)
+        if of == _TEXT:
+            for _ in range(count):
+                self.text()
+        else:
+            self.take(f"{count}{_SCALARS[of]}")
+        return range(count)
+
+
+def _read_header(file: Path) -> _Header:
+    """What the file says of itself, each number held against the file's size."""
+    gguf = _library()
+    with file.open("rb") as stream, mmap.mmap(stream.fileno(), 0, access=mmap.ACCESS_READ) as data:
+        parts = _Parts(data)
+        magic, version, count, values = parts.take("4sIQQ")
+        if magic != b"GGUF" or version not in (2, 3):
+            raise ValueError("it does not begin as GGUF of version 2 or 3 does (little-endian)")
+        found: dict[str, Any] = {}
+        for _ in range(values):
+            name = parts.text()
+            if name in found:
+                raise ValueError(f"{name} is said twice")
+            found[name] = parts.value(parts.take("I")[0])
+        infos: dict[str, tuple[Any, tuple[int, ...], int]] = {}
+        for _ in range(count):
+            name, dims = parts.text(), parts.take("I")[0]
+            if name in infos or not 1 <= dims <= 4:
+                raise ValueError(f"{name[:80]!r} is there twice, or has {dims} dimensions")
+            shape = parts.take(f"{dims}Q")[::-1]
+            of, offset = parts.take("IQ")
+            infos[name] = (gguf.GGMLQuantizationType(of), shape, offset)
+        align = found.get("general.alignment", 32)
+        if not isinstance(align, int) or not 0 < align <= 2**16:
+            raise ValueError(f"its alignment is {align}")
+        start, tensors = -(-parts.at // align) * align, {}
+        for name, (of, shape, offset) in infos.items():
+            block, size = gguf.GGML_QUANT_SIZES[of]
+            if shape[-1] % block or not 0 < prod(shape) <= limits.GGUF_NUMBERS:
+                raise ValueError(f"{name[:80]} is {' × '.join(map(str, shape))} numbers in blocks of {block}")
+            tensors[name] = (of.name, shape, start + offset, prod(shape) // block * size)
+        ends = [start]
+        for name, (_, _, first, size) in sorted(tensors.items(), key=lambda each: each[1][2]):
+            if first < ends[-1] or first + size > len(data):
+                raise ValueError(f"{name[:80]} ends beyond the end of the file, or lies on another tensor")
+            ends.append(first + size)
+    lists = {name: len(value) for name, value in found.items() if isinstance(value, range)}
+    return _Header({name: value for name, value in found.items() if name not in lists}, lists, tensors)
+
+
+# ── the model ───────────────────────────────────────────────────────────────────────────────────────────────────
+
+
+def _config(header: _Header, file: Path, folder: Path) -> Any:
+    """transformers' configuration of what the file says, also as config.json. Its reader sees a file of scalars alone,
+    because it takes seconds for the words of a tokenizer."""
+    from transformers import AutoConfig
+    from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING
+
+    gguf, architecture = _library(), header.scalars["general.architecture"]
+    scaling = header.scalars.get(f"{architecture}.rope.scaling.type", "none")
+    if scaling != "none":  # transformers leaves it out
+        raise LoraError(
+            f"its positions are scaled ({str(scaling)[:40]}), which is not read from GGUF", where=file, fix=_AGAIN
+        )
+    short = folder / "header.gguf"
+    writer = gguf.GGUFWriter(short, architecture)
+    for name, value in header.scalars.items():
+        if name.startswith(f"{architecture}.") or name in _IDS:
+            kind = gguf.GGUFValueType.get_type(value) if isinstance(value, str | float | bool) else None
+            writer.add_key_value(name, value, kind or gguf.GGUFValueType.INT64)
+    writer.write_header_to_file()
+    writer.write_kv_data_to_file()
+    writer.close()
+    config = AutoConfig.from_pretrained(folder, gguf_file=short.name, local_files_only=True)
+    short.unlink()
+    config.vocab_size = header.tensors["token_embd.weight"][1][0]
+    config.tie_word_embeddings = "output.weight" not in header.tensors
+    config.dtype = torch.bfloat16  # of a merged model
+    config.architectures = [MODEL_FOR_CAUSAL_LM_MAPPING[type(config)].__name__]
+    config.save_pretrained(folder)
+    return config
+
+
+_IDS = {f"tokenizer.ggml.{name}_token_id" for name in ("bos", "eos", "unknown", "padding")}
+
+
+def _placed(header: _Header, file: Path, config: Any) -> tuple[dict[str, StoredTensor], dict[str, str]]:
+    """The tensors by Hugging Face's names, and the types of linear layers. Raises LoraError for one without a name."""
+    from transformers import AutoModelForCausalLM
+    from transformers import modeling_gguf_pytorch_utils as theirs
+
+    with torch.device("meta"):
+        model: Any = AutoModelForCausalLM.from_config(copy.deepcopy(config))
+    gguf, architecture = _library(), header.scalars["general.architecture"]
+    kind = next(kind for kind, name in gguf.MODEL_ARCH_NAMES.items() if name == architecture)
+    own, names = gguf.get_tensor_name_map(kind, config.num_hidden_layers), {}
+    for name in model.state_dict():
+        stem, _, last = name.rpartition(".")
+        names[f"{own.get_name(stem)}.{last}"] = name
+    ordered = theirs.TENSOR_PROCESSORS.get(architecture, theirs.TensorProcessor)(config=config.to_dict())
+    strange = [name for name in header.tensors if name not in names]
+    if strange:
+        what = f"{len(strange)} tensors of the file have no place in the model, the first is {strange[0][:80]}"
+        raise LoraError(what, where=file, fix="use the model it was made from: a folder or hub id with safetensors")
+    tensors: dict[str, StoredTensor] = {}
+    for name, (of, shape, first, size) in header.tensors.items():
+        place = lambda values, name=name: ordered.process(values, name=name).weights  # noqa: E731
+        tensors[names[name]] = GgufTensor(file, of, shape, first, first + size, place)
+    head = model.get_output_embeddings()
+    layers = {f"{name}.weight": each for name, each in model.named_modules() if isinstance(each, nn.Linear)}
+    return tensors, {
+        name: tensors[name].dtype for name, layer in layers.items() if layer is not head and name in tensors
+    }
+
+
+def load_state(file: GgufFile, quantization: str, dtype: torch.dtype) -> dict[str, Tensor]:
+    """What the model's parameters are loaded from: blocks of linear layers with int4, and numbers in `dtype`."""
+    state: dict[str, Tensor] = {}
+    with reading("the GGUF file cannot be read", next(iter(file.tensors.values())).file, _AGAIN):
+        for name, tensor in file.tensors.items():
+            if quantization == "int4" and name in file.linear:
+                parts = zip(("weight", "d", "m"), tensor.blocks(), strict=True)  # type: ignore[attr-defined]
+                state |= {name.removesuffix("weight") + part: value for part, value in parts}
+            else:
+                state[name] = tensor.read().to(dtype)  # type: ignore[attr-defined]
+    return state
+
+
+def require_kept(file: GgufFile, quantization: str, group_size: int) -> None:
+    """Raises LoraError where a recipe asks for weights that the file does not give."""
+    others = sorted(set(file.linear.values()) - KEPT.keys())
+    where = next(iter(file.tensors.values())).file
+    if quantization not in ("int4", "none"):
+        fix = "write quantization: none" if others else "write quantization: int4, which keeps its blocks as they are"
+        raise LoraError(f"the weights of a GGUF file are not held in {quantization}", where=where, fix=fix)
+    if quantization == "int4" and others:
+        what = f"int4 keeps the blocks of Q4_0 and Q4_1, but the file's linear layers are {file.types()}"
+        fix = "write quantization: none; or make a file in Q4_1 or Q4_0"
+        raise LoraError(what, where=where, fix=fix)
+    refuse_if(
+        quantization == "int4" and group_size != BLOCK,
+        f"the blocks of a GGUF file have {BLOCK} weights, not {group_size}",
+        where=where,
+        fix=f"write group_size: {BLOCK}",
+    )
+
+
+# ── the tokenizer ───────────────────────────────────────────────────────────────────────────────────────────────
+
+
+def _copy_tokenizer(source: Path, folder: Path) -> None:
+    from transformers import AutoTokenizer
+
+    from lora_cli.base.bounds import require_modest_tokenizer_files
+
+    refuse_if(not source.is_dir(), "no such folder", where=source, fix="name a folder with tokenizer.json as tokenizer")
+    with reading("the tokenizer cannot be loaded", source, "name a folder with tokenizer.json as tokenizer"):
+        require_modest_tokenizer_files(source)
+        AutoTokenizer.from_pretrained(source, local_files_only=True).save_pretrained(folder)
+
+
+def _write_tokenizer(header: _Header, file: Path, folder: Path) -> list[str]:
+    """As transformers makes it of the file. What is known of its faithfulness, for a person."""
+    from transformers import PreTrainedTokenizerFast
+
+    kind = header.scalars.get("tokenizer.ggml.model")
+    if kind not in _TOKENIZERS:
+        raise ValueError(f"its kind is {str(kind)[:40]!r}")
+    made: Any = PreTrainedTokenizerFast.from_pretrained(file.parent, gguf_file=file.name, local_files_only=True)
+    made.save_pretrained(folder)
+    split = header.scalars.get("tokenizer.ggml.pre", "default")
+    return [
+        f"the tokenizer was made from the GGUF file (its rule for splitting text is called {str(split)[:40]}) and not "
+        "compared with llama.cpp's; tokenizer: FOLDER takes that of the original model"
+    ]

@@ -1,0 +1,224 @@
+"""`base_model: FILE.gguf`: the file's blocks bit for bit, in Hugging Face's order, and the whole road on them."""
+
+from __future__ import annotations
+
+import json
+import random
+from pathlib import Path
+from typing import Any
+
+import gguf
+import numpy as np
+import pytest
+import torch
+import transformers as hf
+from conftest import quiet_console, refusal
+from safetensors.torch import load_file
+
+from lora_cli.adapters.opened import open_model
+from lora_cli.base import gguf as own
+from lora_cli.base.load import load_model, load_tokenizer
+from lora_cli.base.source import find_base
+from lora_cli.base.storage.int4 import Int4Linear, with_offsets
+from lora_cli.errors import LoraError
+from lora_cli.exporting.blocks import _grid_blocks
+from lora_cli.merging.merge import merge
+from lora_cli.planning.check import check
+from lora_cli.recipe import load_recipe
+from lora_cli.studies.tiny import CHAT_TEMPLATE, save_tiny
+from lora_cli.training.train import train
+
+CPU = torch.device("cpu")
+IDS: dict[str, Any] = {"vocab_size": 512, "bos_token_id": 0, "eos_token_id": 0, "pad_token_id": 0}
+SMALL: dict[str, Any] = {"hidden_size": 64, "intermediate_size": 96, "num_hidden_layers": 2, "num_attention_heads": 4}
+SMALL |= {"num_key_value_heads": 2, "max_position_embeddings": 256, "tie_word_embeddings": False}
+TYPES = gguf.GGMLQuantizationType
+ROWS = torch.tensor([[5, 9, 200, 31, 7, 77, 402, 11]])
+
+
+def permuted(weight: np.ndarray, heads: int) -> np.ndarray:
+    """llama.cpp's order of the rows of q and k (`LlamaModel.permute` of its converter)."""
+    return weight.reshape(heads, 2, len(weight) // heads // 2, -1).swapaxes(1, 2).reshape(weight.shape)
+
+
+def write_gguf(path: Path, folder: Path, kind: str = "Q4_1", **changes: Any) -> Path:
+    """The model of a folder, as llama.cpp's converter lays it out. changes: of fields, by their names without dots."""
+    model: Any = hf.AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32)
+    config, tokenizer = model.config, hf.AutoTokenizer.from_pretrained(folder)
+    arch = config.model_type
+    writer = gguf.GGUFWriter(path, changes.get("architecture", arch))
+    writer.add_block_count(changes.get("blocks", config.num_hidden_layers))
+    writer.add_context_length(config.max_position_embeddings)
+    writer.add_embedding_length(config.hidden_size)
+    writer.add_feed_forward_length(config.intermediate_size)
+    writer.add_head_count(config.num_attention_heads)
+    writer.add_head_count_kv(config.num_key_value_heads)
+    writer.add_rope_freq_base(config.rope_parameters["rope_theta"])
+    writer.add_rope_dimension_count(config.hidden_size // config.num_attention_heads)
+    writer.add_layer_norm_rms_eps(config.rms_norm_eps)
+    if "scaling" in changes:
+        writer.add_rope_scaling_type(gguf.RopeScalingType(changes["scaling"]))
+    state = json.loads(tokenizer.backend_tokenizer.to_str())
+    tokens = [token for token, _ in sorted(tokenizer.get_vocab().items(), key=lambda each: each[1])]
+    special = {each["content"] for each in state["added_tokens"]}
+    writer.add_tokenizer_model("gpt2")
+    writer.add_tokenizer_pre("default")
+    writer.add_token_list(tokens)
+    writer.add_token_types([3 if token in special else 1 for token in tokens])
+    writer.add_token_merges([" ".join(pair) for pair in state["model"]["merges"]])
+    writer.add_eos_token_id(0)
+    writer.add_pad_token_id(0)
+    writer.add_chat_template(CHAT_TEMPLATE)
+    names = gguf.get_tensor_name_map(gguf.MODEL_ARCH.LLAMA, config.num_hidden_layers)
+    for name, value in model.state_dict().items():
+        stem, _, last = name.rpartition(".")
+        data = value.numpy()
+        if arch == "llama" and ("q_proj" in name or "k_proj" in name):
+            data = permuted(data, config.num_attention_heads if "q_proj" in name else config.num_key_value_heads)
+        of = TYPES.F32 if data.ndim == 1 else TYPES.Q8_0 if "layers" not in name else TYPES[kind]
+        of = TYPES[changes.get("down", kind)] if "down_proj" in name else of
+        writer.add_tensor(f"{names.get_name(stem)}.{last}", gguf.quantize(data, of), raw_dtype=of)
+    if "rope" in changes:
+        writer.add_tensor("rope_freqs.weight", np.ones(8, np.float32))
+    writer.write_header_to_file()
+    writer.write_kv_data_to_file()
+    writer.write_tensors_to_file()
+    writer.close()
+    return path
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return save_tiny(hf.LlamaConfig(**IDS, **SMALL), tmp_path_factory.mktemp("gguf") / "tiny")
+
+
+@pytest.fixture(scope="module")
+def files(folder: Path) -> dict[str, Path]:
+    return {kind: write_gguf(folder.parent / f"{kind}.gguf", folder, kind) for kind in ("Q4_0", "Q4_1", "F16")}
+
+
+@pytest.mark.parametrize("kind", ["Q4_0", "Q4_1"])
+def test_blocks_are_kept_bit_for_bit_in_the_order_of_the_original_model(kind: str, files: Any, folder: Path):
+    """Quantizing is by rows, so those of the original model in that order give the same blocks."""
+    source = find_base(str(files[kind]))
+    model = load_model(source, quantization="int4", dtype=torch.bfloat16, device=CPU)
+    original: Any = hf.AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32)
+    layers = {name: each for name, each in model.named_modules() if isinstance(each, Int4Linear)}
+    assert len(layers) == 14
+    for name, layer in layers.items():
+        raw = gguf.quantize(original.get_submodule(name).weight.detach().numpy(), TYPES[kind])
+        blocks = raw.reshape(layer.out_features, -1, 20 if kind == "Q4_1" else 18)
+        d, m, q = blocks[..., :2].copy().view(np.float16)[..., 0], layer.m.numpy(), blocks[..., -16:]
+        assert np.array_equal(layer.d.numpy(), d)
+        assert np.array_equal(m, blocks[..., 2:4].copy().view(np.float16)[..., 0] if kind == "Q4_1" else -8 * d)
+        assert np.array_equal(layer.weight.numpy(), q.reshape(layer.out_features, -1))
+        weight = torch.from_numpy(gguf.dequantize(raw, TYPES[kind]))
+        assert torch.equal(with_offsets(weight, layer.d, layer.m, layer.m), weight)  # also where d is below 0
+    theirs = hf.AutoModelForCausalLM.from_pretrained(folder.parent, gguf_file=files[kind].name, dtype=torch.float32)
+    for how in ("int4", "none"):
+        ours = load_model(source, quantization=how, dtype=torch.float32, device=CPU)
+        assert torch.equal(ours(input_ids=ROWS).logits, theirs(input_ids=ROWS).logits)
+
+
+def test_the_tokenizer_is_the_files_or_that_of_a_folder(files: Any, folder: Path, recipe_file: Any, tmp_path: Path):
+    texts = ["select count from table", "In 1984, 12.5 %", "🙂 naïve\n\n  x", CHAT_TEMPLATE[:40]]
+    theirs: Any = hf.AutoTokenizer.from_pretrained(folder)
+    made: Any = load_tokenizer(find_base(str(files["Q4_1"])))
+    assert [made(text).input_ids for text in texts] == [theirs(text).input_ids for text in texts]
+    assert made.chat_template == CHAT_TEMPLATE
+    assert "not compared with llama.cpp's" in find_base(str(files["Q4_1"])).notes[0]
+    other = tmp_path / "other"
+    theirs.add_tokens(["count from"])
+    theirs.save_pretrained(other)
+    settings: dict[str, Any] = {"base_model": str(files["Q4_1"]), "quantization": "int4", "tokenizer": str(other)}
+    recipe = load_recipe(recipe_file(**settings, train={"max_steps": 1}))
+    train(recipe, quiet_console())
+    opened = open_model(None, Path(recipe.output), dtype="fp32", device="cpu")
+    assert opened.tokenizer(texts[0]).input_ids == theirs(texts[0]).input_ids  # as the adapter file says
+    assert opened.notes == []
+    said = refusal(lambda: find_base(str(folder), tokenizer=str(other)))
+    assert said.fix == "remove tokenizer"
+
+
+@pytest.mark.parametrize("method", ["qa_lora", "lora"])
+@pytest.mark.parametrize("kind", ["Q4_0", "Q4_1"])
+def test_trained_opened_and_merged(kind: str, method: str, files: Any, run_recipe: Any, tmp_path: Path):
+    adapter = {"method": method, "target_modules": "all-linear", "rank": 4}
+    steps = {"max_steps": 2, "learning_rate": 1e-2}
+    settings: dict[str, Any] = {"base_model": str(files[kind]), "quantization": "int4", "dtype": "fp32"}
+    run, _ = run_recipe(**settings, adapter=adapter, train=steps)
+    opened = open_model(None, run, dtype="fp32", device="cpu")
+    report = merge(run, tmp_path / "merged", dtype="fp32")
+    assert report.kl is not None
+    assert report.kl < 1e-6
+    merged: Any = hf.AutoModelForCausalLM.from_pretrained(tmp_path / "merged", dtype=torch.float32)
+    difference = (merged(input_ids=ROWS).logits - opened.model(input_ids=ROWS).logits).abs().max()
+    assert difference < (1e-2 if method == "qa_lora" else 1e-5)  # m is fp16
+    tokens: Any = hf.AutoTokenizer.from_pretrained(tmp_path / "merged")
+    assert tokens("select count").input_ids == opened.tokenizer("select count").input_ids
+    if method == "qa_lora":  # what is exported is in blocks with the same q and d, whatever their sign
+        for name, weight in load_file(tmp_path / "merged" / "model.safetensors").items():
+            if "_proj" in name:
+                blocks = _grid_blocks(weight.numpy())
+                assert blocks is not None
+                assert np.array_equal(gguf.dequantize(blocks, TYPES.Q4_1), weight.numpy())
+    assert refusal(lambda: merge(run, tmp_path / "o", onto="original")).fix.startswith("leave out --onto")
+
+
+def test_a_dense_base_from_a_file_is_merged_in_its_own_types(files: Any, run_recipe: Any, tmp_path: Path):
+    run, _ = run_recipe(base_model=str(files["F16"]), quantization="none", dtype="fp32", train={"max_steps": 2})
+    merge(run, tmp_path / "merged")
+    tensors = load_file(tmp_path / "merged" / "model.safetensors")
+    assert tensors["model.layers.0.mlp.up_proj.weight"].dtype == torch.float16
+    assert tensors["model.norm.weight"].dtype == torch.float32
+
+
+def test_what_a_file_does_not_give_is_refused_with_what_to_write(files: Any, folder: Path, recipe_file: Any, tmp_path):
+    def said(name: str = "Q4_1", **settings: Any) -> LoraError:
+        path = files.get(name) or write_gguf(tmp_path / f"{name}.gguf", folder, **settings.pop("changes"))
+        recipe = load_recipe(recipe_file(base_model=str(path), **settings))
+        problem = refusal(lambda: check(recipe))
+        assert refusal(lambda: train(recipe, quiet_console())).what == problem.what
+        return problem
+
+    assert str(said(quantization="nf4").fix).startswith("write quantization: int4")
+    assert said(quantization="int4", group_size=64).fix == "write group_size: 32"
+    mixed = said("mixed", quantization="int4", changes={"down": "Q8_0"})
+    assert "12 in Q4_1, 2 in Q8_0" in mixed.what
+    assert str(mixed.fix).startswith("write quantization: none")
+    assert "architecture 'mamba'" in said("mamba", changes={"architecture": "mamba"}).what
+    assert "positions are scaled (linear)" in said("scaled", changes={"scaling": "linear"}).what
+    assert "the first is rope_freqs.weight" in said("rope", changes={"rope": True}).what
+    many = said("many", changes={"blocks": 10**7})
+    assert "10,000,000; 300 is the limit" in many.what
+    check(load_recipe(recipe_file(base_model=str(tmp_path / "mixed.gguf"), quantization="none")))  # the fix, followed
+
+
+def test_damaged_files_are_refused_in_words(files: Any, tmp_path: Path):
+    whole = files["Q4_1"].read_bytes()
+    header = gguf.GGUFReader(files["Q4_1"]).data_offset
+    path = tmp_path / "x.gguf"
+
+    def opened(data: bytes) -> str:
+        path.write_bytes(data)
+        try:
+            own._read_header(path)
+        except (ValueError, KeyError, OverflowError, LoraError) as error:
+            return str(error)
+        except own.struct.error as error:  # it goes on beyond the end
+            return str(error)
+        return ""
+
+    draw = random.Random(0)
+    for at in [*range(60), *(draw.randrange(header) for _ in range(60))]:
+        assert opened(whole[:at]), at
+    for count in (whole[8:16], whole[16:24]):  # tensors, values
+        assert opened(whole.replace(count, (2**62).to_bytes(8, "little"), 1))
+    for _ in range(200):
+        at = draw.randrange(header)
+        opened(whole[:at] + bytes([draw.randrange(256)]) + whole[at + 1 :])
+    for data, what in ((whole[:-1], "ends beyond the end"), (b"GGML" + whole[4:], "does not begin as GGUF")):
+        path.write_bytes(data)
+        said = refusal(lambda: find_base(str(path)))
+        assert what in said.what
+        assert "download the file again" in str(said.fix)
