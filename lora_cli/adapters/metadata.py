@@ -35,7 +35,8 @@ def _a_kind(value: str | None) -> str | None:
 class AdapterMetadata(BaseModel):
     """Values of adapter_model.safetensors' metadata. None: the adapter was made before this was kept, or elsewhere.
 
-    base_fingerprint: see `weight_files.fingerprint`. tokenizer: a folder, where a GGUF file's own was not used. compute_dtype: of the base's layers in training.
+    base_fingerprint: see `weight_files.fingerprint`. tokenizer: a folder, where a GGUF file's own was not used.
+    compute_dtype: of the base's layers in training.
     unquantized_modules: linear layers that a quantized base held as they are. prompting: through a chat template, or
     raw. system: the system prompt that training put before conversations. alpha: the one of all layers. made_of: of
     which adapters, or which model, it was computed, in words without a path.

@@ -127,7 +127,8 @@ def _library() -> Any:
     try:
         import gguf
     except ImportError:
-        fix = f"{command('pip', 'install', 'gguf==0.19.0')}, or install this program with its extra: pip install '.[gguf]'"
+        own = "or install this program with its extra: pip install '.[gguf]'"
+        fix = f"{command('pip', 'install', 'gguf==0.19.0')}, {own}"
         raise LoraError("a GGUF file needs gguf, which is not installed", fix=fix) from None
     return gguf
 
@@ -250,7 +251,8 @@ def _config(header: _Header, file: Path, folder: Path) -> Any:
     config.vocab_size = header.tensors["token_embd.weight"][1][0]
     config.tie_word_embeddings = "output.weight" not in header.tensors
     config.dtype = torch.bfloat16  # of a merged model
-    config.architectures = [MODEL_FOR_CAUSAL_LM_MAPPING[type(config)].__name__]
+    of: Any = MODEL_FOR_CAUSAL_LM_MAPPING[type(config)]
+    config.architectures = [of.__name__]
     config.save_pretrained(folder)
     return config
 

@@ -68,7 +68,7 @@ def read_bytes(own: StoredTensor) -> bytearray:
 
 
 def read_tensor(own: StoredTensor) -> Tensor:
-    """A tensor of a checkpoint, of one of the dtypes in NAMES, as it is stored; in fp32 where it is stored in blocks."""
+    """A tensor of a checkpoint, of one of the dtypes in NAMES, as it is stored; of blocks their numbers, fp32."""
     if own.in_blocks:
         return own.read()  # type: ignore[attr-defined]
     data = read_bytes(own)
