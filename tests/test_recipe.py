@@ -790,6 +790,7 @@ def _sources(path: Any, hubs: list[str], more: dict[str, st.SearchStrategy[Any]]
 
 VALUES: dict[str, st.SearchStrategy[Any]] = {
     "base_model": st.sampled_from(["gpt2", "owner/name", "./here", "/models/x y"]),
+    "tokenizer": st.none() | _names,
     "revision": st.sampled_from([None, "main", "1e5", "v1.0", "123456"]),
     "adapter.rank": _counts,
     "adapter.alpha": _positive,
