@@ -174,6 +174,22 @@ def test_a_pipe_in_the_run_folder_is_refused_or_replaced(crashed, name):
         assert_same_run(run, straight)
 
 
+@pytest.mark.parametrize("checkpointing", ["none", "offload"])
+def test_qa_lora_goes_on_bit_for_bit_also_with_offloading_packing_and_dropout(crashed, run_recipe, checkpointing):
+    settings: dict[str, Any] = {"quantization": "int4", "dtype": "fp32"}
+    settings |= {"adapter": {"method": "qa_lora", "dropout": 0.1}}
+    settings |= {"data": {"validation": 0.25, "packing": True, "max_seq_len": 64}}
+    own = {"max_steps": 4, "gradient_checkpointing": checkpointing}
+    run, straight = crashed(3, **settings, train=own)
+    resume(run)
+    assert_same_run(run, straight)
+    if checkpointing == "offload":  # and it is the run that keeps its blocks' inputs where they are
+        plain, _ = run_recipe(**settings, output=f"{run}-full", train=own | {"gradient_checkpointing": "full"})
+        assert losses(plain) == losses(run)
+        stored = [load_file(each / "adapter" / "adapter_model.safetensors") for each in (plain, run)]
+        assert all(torch.equal(stored[0][name], value) for name, value in stored[1].items())
+
+
 def test_with_every_checkpoint_damaged_the_run_begins_again_and_is_the_same(crashed, heard):
     run, straight = crashed()
     for each in RunFolder(run).list_checkpoints():
