@@ -189,10 +189,12 @@ def test_a_loss_that_is_no_number_is_no_score(adapted, tmp_path, tiny_llama):
     """Numbers that are finite and too large to compute with: a table with nan in it would look like a result."""
     for layer in trained_modules(adapted).values():
         layer.lora_B.data.fill_(3e38)
-    save_adapter(adapted, tmp_path, find_base(str(tiny_llama)), quantization="none", double_quantization=True)
+    folder = tmp_path / "adapter"
+    folder.mkdir()
+    save_adapter(adapted, folder, find_base(str(tiny_llama)), quantization="none", double_quantization=True)
     data = write_rows(tmp_path / "rows.jsonl", [{"text": "one and one is two"}])
     with pytest.raises(CheckFailed, match="the loss of the base model with the adapter is nan"):
-        evaluate_model(None, tmp_path, data, device="cpu")
+        evaluate_model(None, folder, data, device="cpu")
     with pytest.raises(CheckFailed, match="base \\+ adapter produce NaN or infinity"):
-        merge(tmp_path, tmp_path / "merged", dtype="fp32")
+        merge(folder, tmp_path / "merged", dtype="fp32")
     assert not (tmp_path / "merged").exists()

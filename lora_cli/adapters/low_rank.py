@@ -30,6 +30,16 @@ def pairs_of(adapter: AdapterFile, *, fix: str) -> dict[str, Factors]:
     return found
 
 
+def ranks_of(tensors: Mapping[str, Mapping[str, Tensor]]) -> dict[str, int]:
+    """The rank of each module that has an A, by the module's name, of tensors as `by_module` gives them."""
+    return {name: len(each[_A]) for name, each in tensors.items() if _A in each}
+
+
+def layer_state(factors: Factors) -> dict[str, Tensor]:
+    """A and B as an adapted layer takes them (`load`)."""
+    return dict(zip(("lora_A", "lora_B"), factors, strict=True))
+
+
 def peft_tensors(pairs: Mapping[str, Factors]) -> dict[str, Tensor]:
     """A and B of modules as PEFT names them in a file, in fp32."""
     found = {}

@@ -17,7 +17,7 @@ from torch import Tensor
 
 from lora_cli.adapters.file import CHAT_TEMPLATE, TENSORS, AdapterFile, commonest, peft_scaling, read_adapter
 from lora_cli.adapters.keys import by_module
-from lora_cli.adapters.low_rank import pairs_of
+from lora_cli.adapters.low_rank import pairs_of, ranks_of
 from lora_cli.adapters.metadata import AdapterMetadata, read_metadata
 from lora_cli.adapters.opened import adapter_folder, adapter_template
 from lora_cli.adapters.peft_config import CONFIG
@@ -110,7 +110,7 @@ def _of_mlx(folder: Path) -> AdapterFile:
                 raise LoraError(f"{key} is not the A or B of a linear layer", where=str(path), fix=_TRAINED)
             flat[f"{module}.lora_{part[-1].upper()}.weight"] = tensor.T.contiguous()
     tensors, _ = by_module(flat, path, {}, _TRAINED)
-    ranks = {name: len(each["lora_A.weight"]) for name, each in tensors.items()}
+    ranks = ranks_of(tensors)
     refuse_if(len(set(ranks.values())) > 1, "its layers have several ranks", where=path, fix=_TRAINED)
     alpha = _whole(scale * commonest(ranks))  # type: ignore[operator]
     kept = stored["peft"] if isinstance(stored.get("peft"), dict) else {}

@@ -13,7 +13,7 @@ from lora_cli.adapters.attach import attach
 from lora_cli.adapters.card import public_name
 from lora_cli.adapters.file import save_adapter
 from lora_cli.adapters.layer import Target
-from lora_cli.adapters.low_rank import nearest
+from lora_cli.adapters.low_rank import layer_state, nearest
 from lora_cli.adapters.targets import linear_layers
 from lora_cli.base.linear import stored_transposed
 from lora_cli.base.load import load_tokenizer, model_config, require_weights_fit, skeleton_of
@@ -59,8 +59,8 @@ def diff(base: str, tuned: str, output: Path, *, rank: int, trust_remote_code: b
         name, layer = linear[parameter]
         update = update.T.contiguous() if stored_transposed(layer) else update
         kept = min(rank, *update.shape)
-        (A, B), norm, lost = nearest(update, kept)
-        states[name] = {"lora_A": A, "lora_B": B}
+        factors, norm, lost = nearest(update, kept)
+        states[name] = layer_state(factors)
         layers.append(Layer(name, min(update.shape), kept, norm, lost))
     refuse_if(not layers, f"no linear layer differs between {base} and {tuned}", fix="compare a model with its base")
     targets = [Target(each.name, each.rank, float(each.rank)) for each in layers]
