@@ -290,6 +290,18 @@ def test_how_the_merge_on_the_way_is_proved_can_be_chosen_and_is_said(lora, reci
     assert (said.code, "weights; not compared" in said.text) == (0, True)
 
 
+def test_stop_tokens_are_quoted_as_ollama_reads_them():
+    """Its parser takes what lies between the quotes as it is, and ends a value at the line where the quotes end."""
+    stops = ["<|end|>", 'say "x"', "a\nb", 'three """ quotes']
+    text = ollama.modelfile("m.gguf", None, raw=False, stops=stops)
+    assert re.findall(r'^PARAMETER stop ("""|")((?s:.*?))\1$', text, re.MULTILINE) == [
+        ('"', "<|end|>"),
+        ('"""', 'say "x"'),
+        ('"""', "a\nb"),
+    ]
+    assert text.endswith('# A stop token that no quotes of a Modelfile can hold: "three \\"\\"\\" quotes"\n')
+
+
 def test_a_folder_for_ollama_prompts_as_trained_and_stops(lora, recipe_file, tmp_path, converter):
     assert lora("train", recipe_file()).code == 0  # prompts and completions, without a template
     said = lora("export", tmp_path / "run", "--to", "ollama", "--type", "f16", "--output", tmp_path / "out")

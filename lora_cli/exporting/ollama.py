@@ -7,6 +7,7 @@ out, and Ollama then looks for a template it knows that resembles the file's (se
 
 from __future__ import annotations
 
+import json
 from collections.abc import Sequence
 from dataclasses import dataclass
 from itertools import takewhile
@@ -81,7 +82,12 @@ def modelfile(file: str, template: Around | None, *, raw: bool, stops: Sequence[
             "# Tools and spaces around a message are not handled as the original does.",
             f'TEMPLATE """{template.in_go()}"""',
         ]
-    lines += [f'PARAMETER stop "{stop}"' for stop in stops if '"' not in stop and "\n" not in stop]
+    for stop in stops:
+        quote = '"""' if '"' in stop or "\n" in stop else '"'  # nothing is escaped between them (parser/parser.go)
+        if '"""' in stop:
+            lines.append(f"# A stop token that no quotes of a Modelfile can hold: {json.dumps(stop)}")
+        else:
+            lines.append(f"PARAMETER stop {quote}{stop}{quote}")
     return "\n".join(lines) + "\n"
 
 
