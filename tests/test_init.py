@@ -21,7 +21,6 @@ import yaml
 from conftest import quiet_console, write_rows
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from test_cli import lora
 from test_hub import FakeHub, hub  # noqa: F401  # a fixture
 from tiny_model import make_tokenizer, save_tiny
 
@@ -369,14 +368,17 @@ UNREAD = {
 
 
 @pytest.mark.parametrize("case", UNREAD)
-def test_columns_that_mean_nothing_are_refused_with_a_command_that_works(case: str, tmp_path: Path, tiny_llama: Path):
+def test_columns_that_mean_nothing_are_refused_with_a_command_that_works(
+    case: str, tmp_path: Path, tiny_llama: Path, lora: Any, monkeypatch: Any
+):
+    monkeypatch.chdir(tmp_path)
     write_rows(tmp_path / "my rows.jsonl", UNREAD[case])
     half = ["--columns", "question=Frage"] if case == "half said" else []
-    wrong = lora("init", str(tiny_llama), "my rows.jsonl", "--output", "r.yaml", *half, cwd=tmp_path)
-    assert wrong.returncode == 2
-    fix = shlex.split(wrong.stderr.split("such as: ")[1].strip())
+    wrong = lora("init", str(tiny_llama), "my rows.jsonl", "--output", "r.yaml", *half)
+    assert wrong.code == 2
+    fix = shlex.split(wrong.text.split("such as: ")[1].strip())
     assert fix[:2] == ["lora", "init"]
-    assert lora(*fix[1:], cwd=tmp_path).returncode == 0
+    assert lora(*fix[1:]).code == 0
     columns = load_recipe(tmp_path / "r.yaml").data.columns.values()
     assert {*columns} <= {*UNREAD[case][0]}
     assert len(columns) == (1 if case == "one text" else 2)
@@ -1047,20 +1049,22 @@ def test_these_are_no_sizes(text: str):
 # ── the command ─────────────────────────────────────────────────────────────────────────────────────────────────
 
 
-def test_the_command_says_what_comes_next(tiny_gpt2: Path, tmp_path: Path):
+def test_the_command_says_what_comes_next(tiny_gpt2: Path, tmp_path: Path, lora: Any, monkeypatch: Any):
+    monkeypatch.chdir(tmp_path)
     data = prompts(tmp_path)
-    done = lora("init", tiny_gpt2, data, "--gpu", "12GB", cwd=tmp_path)
-    assert done.returncode == 0, done.stderr
-    assert "recipe.yaml is written, for a GPU of 12 GiB" in done.stdout
-    assert "lora check recipe.yaml" in done.stdout
-    assert "lora train recipe.yaml" in done.stdout
-    checked = lora("check", "recipe.yaml", cwd=tmp_path)
-    assert checked.returncode == 0, checked.stderr
+    done = lora("init", tiny_gpt2, data, "--gpu", "12GB")
+    assert done.code == 0, done.text
+    assert "recipe.yaml is written, for a GPU of 12 GiB" in done.out
+    assert "lora check recipe.yaml" in done.out
+    assert "lora train recipe.yaml" in done.out
+    checked = lora("check", "recipe.yaml")
+    assert checked.code == 0, checked.text
 
 
-def test_json_is_one_document(tiny_gpt2: Path, tmp_path: Path):
-    done = lora("init", tiny_gpt2, prompts(tmp_path), "--gpu", "12", "--output", "a.yaml", "--json", cwd=tmp_path)
-    told = json.loads(done.stdout)
+def test_json_is_one_document(tiny_gpt2: Path, tmp_path: Path, lora: Any, monkeypatch: Any):
+    monkeypatch.chdir(tmp_path)
+    done = lora("init", tiny_gpt2, prompts(tmp_path), "--gpu", "12", "--output", "a.yaml", "--json")
+    told = json.loads(done.out)
     assert told["recipe"] == "a.yaml"
     assert told["memory"]["available"] == 12 * 2**30
     assert told["memory"]["total"] == sum(
@@ -1076,9 +1080,10 @@ def test_json_is_one_document(tiny_gpt2: Path, tmp_path: Path):
         (["init", "model", "data", "--gpu", "huge"], "--gpu huge is not an amount of memory"),
     ],
 )
-def test_mistakes_on_the_command_line(arguments: list[str], message: str, tmp_path: Path):
-    done = lora(*arguments, cwd=tmp_path)
-    assert done.returncode == 2
-    assert message in done.stderr
-    assert "fix: " in done.stderr
+def test_mistakes_on_the_command_line(arguments: list[str], message: str, tmp_path: Path, lora: Any, monkeypatch: Any):
+    monkeypatch.chdir(tmp_path)
+    done = lora(*arguments)
+    assert done.code == 2
+    assert message in done.text
+    assert "fix: " in done.text
     assert not list(tmp_path.iterdir())
