@@ -96,7 +96,7 @@ def test_an_update_that_is_a_multiple_of_the_weights_own_directions(base: str, t
     for each in layers:
         assert each.rank == 3
         assert each.amplification == pytest.approx(2, rel=1e-4), each.layer
-        assert each.by_update == pytest.approx(each.by_weight, rel=1e-2)  # found by random projection
+        assert each.by_update == pytest.approx(each.by_weight, rel=3e-2)  # found by random projection
 
 
 def test_mixed_ranks_and_targets_share_what_they_share(tiny_llama: Path, tmp_path: Path, lora: Any):
