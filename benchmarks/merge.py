@@ -2,8 +2,8 @@
 
     python benchmarks/merge.py BASE FOLDER
 
-BASE: a model folder; or `1b` or `3b`, Llama shapes of random weights in bf16, which are written into FOLDER in files of 1
-GB and removed again; or `70b`, whose files are sparse: of its merge the first 40 tensors are made and written to
+BASE: a model folder; or `1b` or `3b`, Llama shapes of random weights in bf16, which are written into FOLDER in files
+of 1 GB and removed again; or `70b`, whose files are sparse: of its merge the first 40 tensors are made and written to
 nowhere. The adapter: rank 16 on all linear layers, random; on plain weights, and on NF4 ones.
 """
 
@@ -15,6 +15,7 @@ import shutil
 import subprocess
 import sys
 import time
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -76,12 +77,16 @@ def sparse(file: Path, tensors: dict[str, Any]) -> None:
     from lora_cli.base.tensor_files import Entry, write_entries
 
     entries = [
-        Entry(name, "BF16", tuple(each.shape), 2 * each.numel(), lambda out, size=2 * each.numel(): out.seek(size, 1))
+        Entry(name, "BF16", tuple(each.shape), size := 2 * each.numel(), partial(_skip, size))
         for name, each in tensors.items()
     ]
     write_entries(file, entries, {"format": "pt"})
     with file.open("r+b") as stream:  # the last tensor is not there yet
         stream.truncate(8 + int.from_bytes(stream.read(8), "little") + sum(each.size_bytes for each in entries))
+
+
+def _skip(size: int, out: Any) -> None:
+    out.seek(size, 1)
 
 
 def adapter(base: Path, folder: Path, quantization: str) -> None:
