@@ -66,15 +66,14 @@ def write(folder: Path) -> None:
 def answered(run: Path, asked: list[dict[str, Any]], *, base: bool = True) -> list[int]:
     """How many greedy answers, through the template, hold what was asked for: the adapter's, then those of its base."""
     from lora_cli.adapters.named import find_named
-    from lora_cli.adapters.trained import adapters_disabled
     from lora_cli.evaluation.generate import Speaker
-    from lora_cli.evaluation.generation import complete, prompt_ids
+    from lora_cli.evaluation.generation import complete
 
     named = find_named(str(run))
     speaker = Speaker(named, through_template=True, default="template", seed=0, sampling={"max_new_tokens": 32})
     model, tokenizer = speaker.opened.model, speaker.opened.tokenizer
     asking = [[{"role": "user", "content": each["prompt"]}] for each in asked]
-    prompts = [prompt_ids(turns, tokenizer, speaker.template, "asked.jsonl") for turns in asking]
+    prompts = [speaker.prompting.ids(turns, "asked.jsonl") for turns in asking]
 
     def right() -> int:
         answers = complete(model, tokenizer, prompts, speaker.config)
@@ -85,8 +84,8 @@ def answered(run: Path, asked: list[dict[str, Any]], *, base: bool = True) -> li
 
     found = [right()]
     if base:
-        with adapters_disabled(model):
-            found.append(right())
+        speaker.use(None)
+        found.append(right())
     return found
 
 
