@@ -195,7 +195,7 @@ def test_adapters_are_scored_on_the_same_tokens_with_paired_intervals(adapters, 
         assert pair["gain"] == pytest.approx(difference, rel=1e-6)
         assert pair["low"] < pair["gain"] < pair["high"]
     best = min(names, key=lambda name: found["adapters"][name]["loss"])
-    table = lora("eval", *words, "--data", data, "--dtype", "fp32").out.replace("\n", " ")
+    table = " ".join(lora("eval", *words, "--data", data, "--dtype", "fp32").out.split())
     assert table.count("nats a token better than") == 3
     assert f"{best} is" in table
     assert "no validation data" in lora("eval", *words).text

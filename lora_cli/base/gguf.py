@@ -28,6 +28,7 @@ from torch import Tensor, nn
 from lora_cli import limits
 from lora_cli.base.bounds import require_modest_config
 from lora_cli.base.storage.int4 import BLOCK, of_q4_0, of_q4_1
+from lora_cli.base.storage.registry import INT4, PLAIN
 from lora_cli.base.tensor_files import read_bytes
 from lora_cli.base.weight_files import StoredTensor, stand_for
 from lora_cli.errors import LoraError, command, reading, refuse_if
@@ -294,7 +295,7 @@ def load_state(file: GgufFile, quantization: str, dtype: torch.dtype) -> dict[st
     state: dict[str, Tensor] = {}
     with reading("the GGUF file cannot be read", next(iter(file.tensors.values())).file, _AGAIN):
         for name, tensor in file.tensors.items():
-            if quantization == "int4" and name in file.linear:
+            if quantization == INT4.name and name in file.linear:
                 parts = zip(("weight", "d", "m"), tensor.blocks(), strict=True)  # type: ignore[attr-defined]
                 state |= {name.removesuffix("weight") + part: value for part, value in parts}
             else:
@@ -306,15 +307,15 @@ def require_kept(file: GgufFile, quantization: str, group_size: int) -> None:
     """Raises LoraError where a recipe asks for weights that the file does not give."""
     others = sorted(set(file.linear.values()) - KEPT.keys())
     where = next(iter(file.tensors.values())).file
-    if quantization not in ("int4", "none"):
+    if quantization not in (INT4.name, PLAIN.name):
         fix = "write quantization: none" if others else "write quantization: int4, which keeps its blocks as they are"
         raise LoraError(f"the weights of a GGUF file are not held in {quantization}", where=where, fix=fix)
-    if quantization == "int4" and others:
+    if quantization == INT4.name and others:
         what = f"int4 keeps the blocks of Q4_0 and Q4_1, but the file's linear layers are {file.types()}"
         fix = "write quantization: none; or make a file in Q4_1 or Q4_0"
         raise LoraError(what, where=where, fix=fix)
     refuse_if(
-        quantization == "int4" and group_size != BLOCK,
+        quantization == INT4.name and group_size != BLOCK,
         f"the blocks of a GGUF file have {BLOCK} weights, not {group_size}",
         where=where,
         fix=f"write group_size: {BLOCK}",

@@ -46,7 +46,7 @@ def load_model(
     state = None
     if source.gguf is not None:
         state = load_state(source.gguf, quantization, dtype)
-        settings = INT4.load_settings(dtype, double_quantization, given=True) if quantization == "int4" else None
+        settings = INT4.load_settings(dtype, double_quantization, given=True) if quantization == INT4.name else None
     # A damaged config.json can fail anywhere in the code that builds a model.
     with reading("the base model cannot be loaded", source.folder, "check config.json, or download the model again"):
         try:

@@ -9,7 +9,7 @@ from torch import Tensor
 
 from lora_cli.base.gguf import KEPT, require_kept
 from lora_cli.base.source import BaseSource
-from lora_cli.base.storage.registry import PLAIN, is_known, part_of, storage_stated
+from lora_cli.base.storage.registry import INT4, PLAIN, is_known, part_of, storage_stated
 from lora_cli.base.tensor_files import read_tensor
 from lora_cli.base.weight_files import StoredTensor
 from lora_cli.errors import LoraError
@@ -22,7 +22,7 @@ def stored_quantization(source: BaseSource) -> str | None:
     Raises LoraError where config.json says that it is quantized, but not how.
     """
     if source.gguf is not None:
-        return "int4" if source.gguf.linear and {*source.gguf.linear.values()} <= {*KEPT} else None
+        return INT4.name if source.gguf.linear and {*source.gguf.linear.values()} <= {*KEPT} else None
     stated = source.stated("quantization_config", "compression_config")
     if stated is None:
         return None
