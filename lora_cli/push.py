@@ -135,8 +135,9 @@ def _changed(files: dict[str, Path], was: str | None, base: str | None) -> Itera
         content = read_bytes(files[TENSORS], files[TENSORS].stat().st_size)
         end = 8 + int.from_bytes(content[:8], "little")
         header = json.loads(content[8:end])
-        if "base_model" in header.get("__metadata__", {}):
-            header["__metadata__"]["base_model"] = base
+        said = header.get("__metadata__", {})
+        said |= {"base_model": base} if "base_model" in said else {}
+        said.pop("tokenizer", None)  # a folder of this machine; the base on the hub has its own
         head = json.dumps(header, separators=(",", ":"), ensure_ascii=False).encode()
         head = head.ljust(-(-len(head) // 8) * 8)  # tensors begin at a multiple of 8
         yield TENSORS, struct.pack("<Q", len(head)) + head + content[end:]

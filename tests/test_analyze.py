@@ -49,7 +49,7 @@ def test_random_directions_have_what_chance_gives():
 
 def test_amplification_in_closed_form():
     """W = diag(8, 4, 2, 1): of its own first two directions, an update has the most there is."""
-    W = torch.diag(torch.tensor([8.0, 4.0, 2.0, 1.0]))
+    W = torch.diag(own := torch.tensor([8.0, 4.0, 2.0, 1.0]))
 
     def of(factor: float, *directions: int) -> Any:
         return (
@@ -58,15 +58,15 @@ def test_amplification_in_closed_form():
             rows(*directions, inputs=4),
         )
 
-    top = amplified("x", of(3.0, 0, 1), W)
+    top = amplified("x", of(3.0, 0, 1), W, own)
     assert top is not None
     assert top.by_update == top.by_weight == pytest.approx(math.hypot(8, 4))
     assert top.amplification == pytest.approx(3 * math.sqrt(2) / math.hypot(8, 4))
     assert top.by_random == pytest.approx(math.sqrt(85) * 2 / 4)
-    last = amplified("x", of(3.0, 3), W)
+    last = amplified("x", of(3.0, 3), W, own)
     assert last is not None
     assert (last.rank, last.amplification) == (1, pytest.approx(3.0))
-    assert amplified("x", of(0.0, 0), W) is None
+    assert amplified("x", of(0.0, 0), W, own) is None
     draw = torch.Generator().manual_seed(0)
     found = []
     for _ in range(300):
@@ -96,7 +96,7 @@ def test_an_update_that_is_a_multiple_of_the_weights_own_directions(base: str, t
     for each in layers:
         assert each.rank == 3
         assert each.amplification == pytest.approx(2, rel=1e-4), each.layer
-        assert each.by_update == pytest.approx(each.by_weight, rel=3e-2)  # found by random projection
+        assert each.by_update == pytest.approx(each.by_weight, rel=1e-2)  # found by random projection
 
 
 def test_mixed_ranks_and_targets_share_what_they_share(tiny_llama: Path, tmp_path: Path, lora: Any):
@@ -145,5 +145,8 @@ def test_other_bases_and_other_kinds_are_refused(tiny_llama: Path, tiny_gpt2: Pa
     other = save(with_adapter(open_base(tiny_gpt2)), tmp_path / "other", tiny_gpt2)
     assert "other is for another base model than one" in lora("analyze", one, other).error
     assert "one was trained on another base model" in lora("analyze", one, "--base", tiny_gpt2).error
+    apart = save(with_adapter(open_base(tiny_llama), ["v_proj"]), tmp_path / "apart", tiny_llama)
+    said = lora("analyze", save(with_adapter(open_base(tiny_llama), ["q_proj"]), tmp_path / "q", tiny_llama), apart)
+    assert "no layer in common" in said.error
     stored = {"a.weight": None}
     assert weight_beside(find_base(str(tiny_llama)), stored, "b", (2, 2)) is None  # type: ignore[arg-type]

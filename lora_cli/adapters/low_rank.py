@@ -65,11 +65,11 @@ def decomposed(A: Tensor, B: Tensor, scaling: float) -> tuple[Tensor, Tensor, Te
     return Q @ U, values, V @ P.T
 
 
-def largest(update: Tensor, rank: int) -> tuple[Tensor, Tensor, Tensor]:
+def largest(update: Tensor, rank: int, iterations: int = 2) -> tuple[Tensor, Tensor, Tensor]:
     """The `rank` largest of U, s, Vᵀ of a dense (out, in) matrix: exact for a small one, else by random projection.
 
-    Source: Halko, Martinsson & Tropp 2011, algorithm 4.4, with two iterations and a fixed seed: what is found is
-    nearly the best, and the same every time.
+    Source: Halko, Martinsson & Tropp 2011, algorithm 4.4, with a fixed seed: what is found is nearly the best, and the
+    same every time. A weight, whose singular values fall slowly, needs more iterations than an update.
     """
     width = 2 * rank + 10
     if min(update.shape) <= 2 * width:
@@ -77,7 +77,7 @@ def largest(update: Tensor, rank: int) -> tuple[Tensor, Tensor, Tensor]:
         return U[:, :rank], values[:rank], V[:rank]
     drawn = torch.randn(update.shape[1], width, generator=torch.Generator().manual_seed(0))
     Q = torch.linalg.qr(update @ drawn).Q
-    for _ in range(2):
+    for _ in range(iterations):
         Q = torch.linalg.qr(update @ torch.linalg.qr(update.T @ Q).Q).Q
     U, values, V = torch.linalg.svd(Q.T @ update, full_matrices=False)
     return Q @ U[:, :rank], values[:rank], V[:rank]

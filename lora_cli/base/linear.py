@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from torch.distributed.tensor import DTensor
 from transformers.pytorch_utils import Conv1D
 
-from lora_cli.base.storage.registry import storage_named, storage_of
+from lora_cli.base.storage.registry import PLAIN, storage_named, storage_of
 
 _ROUNDED = "rounded_to"  # on a plain layer that holds the values of a quantized one: the kind's name
 
@@ -101,8 +101,8 @@ def rounded_lines(model: nn.Module, dtype: torch.dtype) -> Iterator[str]:
 def unquantized_layers(model: Any) -> list[str]:
     """Linear layers that hold other values than quantized ones, but for the output head, which never is quantized."""
     head = model.get_output_embeddings()
-    kinds = ((name, module, storage_of(module)) for name, module in model.named_modules() if module is not head)
-    return [name for name, module, kind in kinds if kind and kind.name == "none" and rounded_to(module) is None]
+    layers = ((name, module) for name, module in model.named_modules() if module is not head)
+    return [name for name, module in layers if storage_of(module) is PLAIN and rounded_to(module) is None]
 
 
 def held_bytes(model: nn.Module, *, frozen_alone: bool = False) -> int:

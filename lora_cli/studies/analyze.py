@@ -6,7 +6,6 @@ Source: Hu et al. 2021, arXiv:2106.09685, sections 7.2 and 7.3.
 from __future__ import annotations
 
 import base64
-import json
 import math
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass, replace
@@ -25,7 +24,7 @@ from lora_cli.adapters.low_rank import decomposed, largest
 from lora_cli.base.source import find_base
 from lora_cli.base.weight_files import stored_tensors
 from lora_cli.errors import LoraError, refuse_if
-from lora_cli.files import written_whole
+from lora_cli.files import write_json, written_whole
 from lora_cli.merging.files import require_place
 from lora_cli.pages.render import render
 from lora_cli.screen import say_on
@@ -144,21 +143,19 @@ def similarity(one: Tensor, other: Tensor) -> np.ndarray:
     return held / np.minimum(*np.ogrid[1 : len(one) + 1, 1 : len(other) + 1])
 
 
-def amplified(layer: str, update: tuple[Tensor, Tensor, Tensor], weight: Tensor) -> Amplified | None:
-    """update: U, s, Vᵀ of ΔW. weight: W, (out, in). None where ΔW is nothing.
+def amplified(layer: str, update: tuple[Tensor, Tensor, Tensor], W: Tensor, top: Tensor) -> Amplified | None:
+    """update: U, s, Vᵀ of ΔW. W: (out, in) in fp32. top: its largest singular values, at least as many as ΔW has.
 
-    Where W is large its own directions are those that random projection finds, which makes by_weight a little small.
+    None where ΔW is nothing.
     """
     U, values, V = update
     rank = int((values > DEAD * values[0]).sum())
     if not rank:
         return None
-    W = weight.float()
     within = U[:, :rank].float().T @ W @ V[:rank].float().T
     norm = torch.linalg.vector_norm(W).item()
-    top = torch.linalg.vector_norm(largest(W, rank)[1]).item()
     by_random = norm * rank / math.sqrt(W.numel())
-    return Amplified(layer, rank, values.norm().item(), norm, within.norm().item(), top, by_random)
+    return Amplified(layer, rank, values.norm().item(), norm, within.norm().item(), top[:rank].norm().item(), by_random)
 
 
 def analyze(sources: Sequence[str], output: Path | None, base: str | None = None) -> Analyzed:
@@ -168,6 +165,8 @@ def analyze(sources: Sequence[str], output: Path | None, base: str | None = None
     """
     parts = _named([open_part(each, output) for each in sources])
     require_one_base(parts)
+    apart = all(one.pairs.keys().isdisjoint(other.pairs) for one, other in combinations(parts, 2))
+    refuse_if(len(parts) > 1 and apart, "the adapters have no layer in common", fix="analyze each by itself")
     first = parts[0].adapter
     named, revision = first.own_base() if base is None else (base, None)
     source = find_base(named, revision)
@@ -189,9 +188,12 @@ def analyze(sources: Sequence[str], output: Path | None, base: str | None = None
         weight = weight_beside(source, stored, name, shape, transposed=transposed)  # type: ignore[arg-type]
         if weight is None:
             found.missing.append(name)
-        for each, update in updates.items():
-            if weight is not None and (row := amplified(name, update, weight)) is not None:
-                found.amplified[each].append(row)
+        else:
+            most = max(len(values) for _, values, _ in updates.values())
+            top = largest(W := weight.float(), most, iterations=4)[1]  # of a large W a little small
+            rows = {each: amplified(name, update, W, top) for each, update in updates.items()}
+            for each, row in rows.items():
+                found.amplified[each] += [] if row is None else [row]
         directions = {each.name: (_rows(each.factors(name, 1)[0]), updates[each.name][2]) for each in own.values()}
         directions[RANDOM] = _random(shape[1], own[next(iter(own))].shape(name)[0])
         for one, second in pairs:
@@ -312,7 +314,6 @@ def _similarity_picture(layers: Sequence[Similar], title: str) -> bytes:
 
 def _write(found: Analyzed, output: Path) -> None:
     """analysis.json, pictures, and one page that holds all of it."""
-    refuse_if(not found.similar, "the adapters have no layer in common", fix="analyze each by itself")
     pictures: dict[str, bytes] = {}
     for at, (pair, layers) in enumerate(found.similar.items(), 1):
         pictures[f"similarity-{at}.png"] = _similarity_picture(layers, " and ".join(pair))
@@ -331,5 +332,5 @@ def _write(found: Analyzed, output: Path) -> None:
     with written_whole(require_place(output)) as folder:
         for name, picture in pictures.items():
             (folder / name).write_bytes(picture)
-        (folder / "analysis.json").write_text(json.dumps(found.as_dict()) + "\n", encoding="utf-8")
+        write_json(folder / "analysis.json", found.as_dict())
         (folder / "analysis.html").write_text(page, encoding="utf-8")
