@@ -18,7 +18,7 @@ import pytest
 from conftest import open_base, with_adapter
 from huggingface_hub import close_session, constants
 from safetensors import safe_open
-from safetensors.torch import load_file
+from safetensors.torch import load_file, save_file
 
 from lora_cli.adapters.file import read_adapter, save_adapter
 from lora_cli.base.source import BaseSource
@@ -173,7 +173,11 @@ def run(run_recipe) -> Path:
 
 
 def test_nothing_of_the_machine_leaves_it(hub: Hub, run: Path, lora, tiny_llama: Path, tmp_path: Path):
-    """A run, and what was merged of it, on a base that is a folder here."""
+    """A run, and what was merged of it, on a base that is a folder here; its tokenizer is said as for a GGUF base."""
+    weights = run / "adapter" / "adapter_model.safetensors"
+    with safe_open(weights, "pt") as stored:
+        texts = stored.metadata() | {"tokenizer": str(tmp_path / "words")}
+    save_file(load_file(weights), weights, texts)
     assert "base is a folder of this machine" in lora("push", run, "--to", "me/it").error
     assert hub.asked == []
     assert lora("push", run, "--to", "me/it", "--base", "owner/llama").code == 0
@@ -186,7 +190,7 @@ def test_nothing_of_the_machine_leaves_it(hub: Hub, run: Path, lora, tiny_llama:
     assert 'from_pretrained("owner/llama")' in (pushed / "README.md").read_text()
     there, here = read_adapter(pushed), read_adapter(run / "adapter")
     assert there.own_base() == ("owner/llama", None)
-    assert there.metadata == here.metadata.model_copy(update={"base_model": "owner/llama"})
+    assert there.metadata == here.metadata.model_copy(update={"base_model": "owner/llama", "tokenizer": None})
     tensors, own = (load_file(each / "adapter_model.safetensors") for each in (pushed, run / "adapter"))
     assert all(tensors[name].equal(value) for name, value in own.items())
     with safe_open(pushed / "adapter_model.safetensors", "pt") as stored:
