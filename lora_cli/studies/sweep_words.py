@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import base64
-import io
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -15,7 +14,7 @@ from lora_cli.files import write_bytes
 from lora_cli.pages.render import render
 from lora_cli.screen import say_on, styled
 from lora_cli.studies.sweep_result import interval, label, shown
-from lora_cli.training.loss_picture import DARK, LIGHT
+from lora_cli.training.loss_picture import DARK, LIGHT, blank, finished
 from lora_cli.training.report_page import no_traces
 from lora_cli.training.verdict import count, duration, half_width, is_number, loss
 
@@ -82,12 +81,7 @@ def picture(found: Mapping[str, Any], ink: Any = LIGHT) -> bytes | None:
     points = [each for each in found["points"] if "gain" in each]
     if not points:
         return None
-    from matplotlib.backends.backend_agg import FigureCanvasAgg
-    from matplotlib.figure import Figure
-
-    figure = Figure(figsize=(9, 4.5), dpi=150, facecolor=ink.paper, layout="constrained")
-    FigureCanvasAgg(figure)
-    axes = figure.add_subplot(facecolor=ink.paper)
+    axes = blank(ink)
     places, name, named = _places(points)
     heights = [each["gain"]["gain"] for each in points]
     halves = [half_width(each["gain"]) or 0.0 for each in points]
@@ -108,18 +102,9 @@ def picture(found: Mapping[str, Any], ink: Any = LIGHT) -> bytes | None:
             places,
             [shown(*each["settings"].values()) if len(each["settings"]) == 1 else label(each) for each in points],
         )
-    axes.set_title("Validation loss below the base's", loc="left", color=ink.text, fontsize=12, fontweight="bold")
-    axes.set_xlabel(name or ", ".join(points[0]["settings"]), color=ink.text)
-    axes.set_ylabel("nats per target token", color=ink.text)
-    axes.tick_params(colors=ink.text)
-    axes.grid(axis="y", color=ink.faint, linewidth=0.6)
-    for side, spine in axes.spines.items():
-        spine.set_visible(side == "bottom")
-        spine.set_color(ink.faint)
-    axes.legend(frameon=False, labelcolor=ink.text, fontsize=9, loc="lower right", bbox_to_anchor=(1, 1))
-    stream = io.BytesIO()
-    figure.savefig(stream, format="png", facecolor=ink.paper)
-    return stream.getvalue()
+    return finished(
+        axes, ink, title="Validation loss below the base's", across=name or ", ".join(points[0]["settings"])
+    )
 
 
 def _places(points: Sequence[Mapping[str, Any]]) -> tuple[list[float], str, bool]:

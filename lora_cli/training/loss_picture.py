@@ -26,16 +26,12 @@ def loss_picture(metrics: Sequence[Mapping[str, Any]], report: Mapping[str, Any]
     metrics: lines of metrics.jsonl, of which step, loss and validation_loss are read; values that are missing or not
     finite leave a gap. report: base_validation_loss is drawn at step 0; best_step is marked.
     """
-    from matplotlib.backends.backend_agg import FigureCanvasAgg  # no display is looked for, no global state is made
-    from matplotlib.figure import Figure
     from matplotlib.ticker import MaxNLocator, StrMethodFormatter
 
     steps, losses = _series(metrics, "loss")
     if not len(steps):
         return None
-    figure = Figure(figsize=(9, 4.5), dpi=150, facecolor=ink.paper, layout="constrained")
-    FigureCanvasAgg(figure)
-    axes = figure.add_subplot(facecolor=ink.paper)
+    axes = blank(ink)
     smooth, width = smoothed(losses)
     single = "o" if len(steps) == 1 else ""
     if width > 1:
@@ -45,12 +41,27 @@ def loss_picture(metrics: Sequence[Mapping[str, Any]], report: Mapping[str, Any]
     top = max(np.percentile(losses, 99.5), smooth.max())  # one spike must not flatten all the rest
     top = max(top, _draw_validation(axes, metrics, report, ink))
     axes.set(ylim=(0, top * 1.08 or 1), xlim=(-0.012 * steps[-1], 1.012 * steps[-1]))
-    axes.set_title("Loss", loc="left", color=ink.text, fontsize=12, fontweight="bold")
-    axes.set_xlabel("step", color=ink.text)
-    axes.set_ylabel("nats per target token", color=ink.text)
-    axes.tick_params(colors=ink.text)
     axes.xaxis.set_major_locator(MaxNLocator(integer=True))
     axes.xaxis.set_major_formatter(StrMethodFormatter("{x:,.0f}"))
+    return finished(axes, ink, title="Loss", across="step")
+
+
+def blank(ink: Any) -> Any:
+    """Axes of an empty picture of 1,350 × 675 pixels."""
+    from matplotlib.backends.backend_agg import FigureCanvasAgg  # no display is looked for, no global state is made
+    from matplotlib.figure import Figure
+
+    figure = Figure(figsize=(9, 4.5), dpi=150, facecolor=ink.paper, layout="constrained")
+    FigureCanvasAgg(figure)
+    return figure.add_subplot(facecolor=ink.paper)
+
+
+def finished(axes: Any, ink: Any, *, title: str, across: str) -> bytes:
+    """PNG of losses in nats, with title, labels, grid and legend as all such pictures have them."""
+    axes.set_title(title, loc="left", color=ink.text, fontsize=12, fontweight="bold")
+    axes.set_xlabel(across, color=ink.text)
+    axes.set_ylabel("nats per target token", color=ink.text)
+    axes.tick_params(colors=ink.text)
     axes.grid(axis="y", color=ink.faint, linewidth=0.6)
     axes.set_axisbelow(True)
     for side, spine in axes.spines.items():
@@ -59,7 +70,7 @@ def loss_picture(metrics: Sequence[Mapping[str, Any]], report: Mapping[str, Any]
     beside_title = {"loc": "lower right", "bbox_to_anchor": (1, 1), "ncols": 3, "borderaxespad": 0.2}
     axes.legend(frameon=False, labelcolor=ink.text, fontsize=9, columnspacing=1.4, **beside_title)
     stream = io.BytesIO()
-    figure.savefig(stream, format="png", facecolor=ink.paper)
+    axes.figure.savefig(stream, format="png", facecolor=ink.paper)
     return stream.getvalue()
 
 
