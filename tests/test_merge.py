@@ -79,7 +79,10 @@ def test_merge_onto_the_original_weights_is_original_plus_delta(tiny_llama, tmp_
     expected = plain.model.layers[1].mlp.up_proj.weight + delta
     torch.testing.assert_close(merged.model.layers[1].mlp.up_proj.weight, expected, rtol=0, atol=1e-6)
     assert report.onto == "original"
-    assert report.kl > 1e-4  # it is another model than the trained one, and the report says so
+    assert report.kl < 1e-6  # it is original weights + adapter
+    assert report.kept > 0.99
+    assert report.kl_trained > 1e-4  # it is another model than the trained one, and the report says so
+    assert "from the model that was trained: KL" in report.lines()[1]
 
 
 def test_merged_folder_is_ordinary(tiny_gpt2, tmp_path):

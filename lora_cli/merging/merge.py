@@ -82,23 +82,27 @@ def merge(
     examples = job.to_compare(source) if onto == "auto" else []
     changes = job.streamed()
     measured: dict[str, Any] = {}
-    tokens = reference = opened = None
+    tokens = reference = trained = opened = None
     if proof == "full":
         opened = job.open("trained")
         tokens, origin = comparison_tokens(source, opened)
-        reference = logits_of(opened, tokens)
-        with adapters_disabled(opened):
-            effect = divergence(reference, logits_of(opened, tokens))
-        require_number(effect, job.folder)
-        measured = {"adapter_effect": effect, "tokens": origin, "compared_in": job.compared_in}
-        if examples:
-            before = losses_of(opened, examples, in_place=job.block_by_block)
-            del opened  # its memory is needed for the original one
-            opened, measured["bases_compared"] = None, job.choose(examples, *before)
-            changes = changes if job.onto == "trained" else job.streamed()
+        trained, effect = job.reference(opened, tokens)
+        reference = trained
+        if examples or not job.as_trained:
+            before = losses_of(opened, examples, in_place=job.block_by_block) if examples else None
+            opened = None  # its memory is needed for the original one
+            opened = job.open("original")
+            if before is not None:
+                measured["bases_compared"] = job.choose(opened, examples, *before)
+                changes = changes if job.as_trained else job.streamed()
+            if job.as_trained:
+                opened = None
+            else:
+                reference, effect = job.reference(opened, tokens)
+        measured |= {"adapter_effect": effect, "tokens": origin, "compared_in": job.compared_in}
     streamed = changes is not None
     if changes is None:
-        changes = job.changes_of(opened if opened is not None and job.as_trained else job.open_whole(job.onto))
+        changes = job.changes_of(opened if opened is not None else job.open_whole(job.onto))
     del opened  # its memory is needed for the merged model
     layers = len(trained_modules(changes[0]))
     with written_whole(place) as temporary:
@@ -107,11 +111,12 @@ def merge(
         if proof != "none":
             replayed = replay_weights(job.source, temporary, changes[2], dtype=job.dtype, dense=job.dense)
         del changes
-        if tokens is not None and reference is not None:
+        if tokens is not None and reference is not None and trained is not None:
             merged = logits_of(job.reopened(temporary), tokens)
             same = (reference.argmax(-1) == merged.argmax(-1)).float().mean().item()
             measured |= {"kl": divergence(reference, merged), "top1_agreement": same}
             measured["largest_difference"] = (reference - merged).abs().max().item()
+            measured["kl_trained"] = None if reference is trained else divergence(trained, merged)
         report = MergeReport(
             output=str(output),
             onto=job.onto,
@@ -126,7 +131,7 @@ def merge(
             block_by_block=job.block_by_block,
             **measured,
         )
-        require_same(report, job.folder, as_trained=job.as_trained)
+        require_same(report, job.folder)
         job.write_notes(temporary, report)
     return report
 
@@ -263,9 +268,20 @@ class _Merge:
         )
         return examples
 
-    def choose(self, examples: Sequence[Example], trained: Tensor, targets: Tensor) -> dict[str, Any]:
-        """Merge onto the original weights if they are surely better than the trained ones; what was measured."""
-        original, _ = losses_of(self.open("original"), examples, in_place=self.block_by_block)
+    def reference(self, model: Any, tokens: Tensor) -> tuple[Tensor, float]:
+        """Logits of base + adapter, and how far the adapter moves them: KL to the base alone."""
+        found = logits_of(model, tokens)
+        with adapters_disabled(model):
+            effect = divergence(found, logits_of(model, tokens))
+        require_number(effect, self.folder)
+        return found, effect
+
+    def choose(self, model: Any, examples: Sequence[Example], trained: Tensor, targets: Tensor) -> dict[str, Any]:
+        """Merge onto the original weights if they are surely better than the trained ones; what was measured.
+
+        model: base + adapter on the original ones. trained: losses on the others.
+        """
+        original, _ = losses_of(model, examples, in_place=self.block_by_block)
         self.onto, sentence, facts = better_base(trained, original, targets)
         self._note(sentence)
         return facts

@@ -9,7 +9,7 @@ from typing import Any
 
 from lora_cli.errors import CheckFailed
 
-_KEPT_AT_LEAST = 0.9  # share of the adapter's effect that a merge onto the trained weights must keep
+_KEPT_AT_LEAST = 0.9  # share of the adapter's effect that a merge must keep
 # KL that arithmetic alone can explain, nats a token: in fp32 (measured 1e-12 to 1e-11), and in 16 bits
 NOISE = {"fp32": 1e-10, "16 bits": 2e-3}
 
@@ -18,8 +18,9 @@ NOISE = {"fp32": 1e-10, "16 bits": 2e-3}
 class MergeReport:
     """How near the merged model is to base + adapter, over the tokens that were compared.
 
-    kl: mean KL divergence in nats a token from base + adapter to the merged model. adapter_effect: the same from
-    base + adapter to the base alone, the yardstick. top1_agreement: share of positions with the same likeliest token.
+    kl: mean KL divergence in nats a token from base + adapter, on the weights merged onto, to the merged model.
+    adapter_effect: the same from base + adapter to the base alone, the yardstick. kl_trained: from the model that was
+    trained, where other weights were merged onto. top1_agreement: share of positions with the same likeliest token.
     largest_difference: of two logits. compared_in: fp32, or 16 bits where memory did not allow more. block_by_block:
     whether weights were read from the files a block at a time, because all of them do not fit into memory in fp32.
     stop_tokens: added to generation_config.json.
@@ -47,6 +48,7 @@ class MergeReport:
     bases_compared: dict[str, Any] | None = None
     largest_difference: float | None = None
     block_by_block: bool = False
+    kl_trained: float | None = None
 
     @property
     def kept(self) -> float | None:
@@ -74,25 +76,21 @@ class MergeReport:
         if self.kl is None:
             return [first, *([again] if self.replayed else []), f"{self.effect} (--proof {self.proof})"]
         how = f"{self.compared_in}, block by block," if self.block_by_block else self.compared_in
+        other = "" if self.kl_trained is None else f"; from the model that was trained: KL {self.kl_trained:.2g}"
         return [
             first,
             f"{self.effect}: compared with base + adapter in {how} on {self.tokens_compared} tokens "
             f"{self.tokens}, KL {self.kl:.2g} nats a token (the adapter itself changes {self.adapter_effect:.2g}), "
-            f"same top token at {self.top1_agreement:.1%}, logits at most {self.largest_difference:.2g} apart",
+            f"same top token at {self.top1_agreement:.1%}, logits at most {self.largest_difference:.2g} apart{other}",
             again,
         ]
 
 
-def require_same(report: MergeReport, adapter: Path, *, as_trained: bool) -> None:
-    """Raises CheckFailed for a merge that lost too much, or figures with NaN in them. adapter: its folder.
-
-    as_trained: whether it was merged onto the weights of training; of others the report says how different they are.
-    """
+def require_same(report: MergeReport, adapter: Path) -> None:
+    """Raises CheckFailed for a merge that lost too much, or figures with NaN in them. adapter: its folder."""
     if report.kl is None or report.kept is None or report.compared_in is None:
         return
     require_number(report.kl, adapter)
-    if not as_trained:
-        return  # the user asked for another model than the trained one; the report says how different it is
     if report.kl > NOISE[report.compared_in] and report.kept < _KEPT_AT_LEAST:
         written = report.dtype
         lost = "" if written == "fp32" else f": {written} cannot hold changes as small as this adapter's"
