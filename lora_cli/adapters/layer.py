@@ -20,7 +20,22 @@ from lora_cli.errors import LoraError
 _LOWS = "_lows"  # noted on an input: its version, itself for the base layers, A x for layers yet to be called
 
 
-class LoRALinear(Trained):
+class OverLinear(nn.Module):
+    """A module in the place of a linear layer, `base_layer`: some model code looks at its weight's dtype or device."""
+
+    base_layer: nn.Module
+
+    @property
+    def weight(self) -> Tensor:
+        """As it is stored."""
+        return self.base_layer.weight  # type: ignore[return-value]
+
+    @property
+    def bias(self) -> Tensor | None:
+        return self.base_layer.bias  # type: ignore[return-value]
+
+
+class LoRALinear(OverLinear, Trained):
     """base_layer(x) + scaling · B A dropout(x), with scaling = alpha / rank.
 
     Wraps any layer of `lora_cli.base.linear`; the base layer is never changed. A (rank, in_features) and B
@@ -193,15 +208,6 @@ class LoRALinear(Trained):
 
     def _masked_B(self) -> Tensor:
         return self.lora_B if self.output_mask is None else self.lora_B * self.output_mask  # type: ignore[operator]
-
-    @property
-    def weight(self) -> Tensor:
-        """The base layer's weight as it is stored; some model code looks at its dtype or device."""
-        return self.base_layer.weight  # type: ignore[return-value]
-
-    @property
-    def bias(self) -> Tensor | None:
-        return self.base_layer.bias  # type: ignore[return-value]
 
     def extra_repr(self) -> str:
         return f"rank={self.rank}, alpha={self.alpha}, dropout={self.dropout}"

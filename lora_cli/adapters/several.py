@@ -10,7 +10,7 @@ from torch import Tensor, nn
 
 from lora_cli.adapters.attach import leave_out
 from lora_cli.adapters.file import AdapterFile, attach_adapter
-from lora_cli.adapters.layer import LoRALinear
+from lora_cli.adapters.layer import LoRALinear, OverLinear
 from lora_cli.base.source import BaseSource
 from lora_cli.errors import LoraError
 
@@ -43,10 +43,10 @@ class Rows:
             )
 
 
-class SeveralLinear(nn.Module):
+class SeveralLinear(OverLinear):
     """base_layer(x) + Σ weight · scaling · B A x over the adapters, each row of a batch with weights of its own.
 
-    A of all adapters lie below each other, (Σ ranks, in), as their Bᵀ do, (Σ ranks, out). A batch takes the part of
+    The A of all adapters are stacked, (Σ ranks, in), and their Bᵀ, (Σ ranks, out). A batch takes the part of
     them from the first to the last adapter that it uses: one product for A x and one for B, and between them each row's
     weights, zero where an adapter is not the row's. So ranks and scalings may differ by adapter and layer, and an
     adapter without this layer has rank 0 in it. For use, not for training.
@@ -93,15 +93,6 @@ class SeveralLinear(nn.Module):
         low = (low.unflatten(0, (len(weights), -1)) * weights).flatten(0, 1).to(out.dtype)
         return torch.addmm(out.reshape(-1, out.shape[-1]), low, self.B[part].to(out.dtype)).view(out.shape)
 
-    @property
-    def weight(self) -> Tensor:
-        """The base layer's, as `LoRALinear.weight`."""
-        return self.base_layer.weight  # type: ignore[return-value]
-
-    @property
-    def bias(self) -> Tensor | None:
-        return self.base_layer.bias  # type: ignore[return-value]
-
 
 class Several:
     """Adapters beside each other on one model, by name. Until `use` says otherwise the base computes alone."""
@@ -143,7 +134,7 @@ class Several:
         for name, layer in layers.items():
             if not isinstance(layer, LoRALinear):
                 fix = "use it alone"
-                raise LoraError(f"{type(layer).__name__} cannot lie beside others", where=adapter.folder, fix=fix)
+                raise LoraError(f"{type(layer).__name__} cannot be used beside others", where=adapter.folder, fix=fix)
             A, B = layer.cast(dtype)
             found[name] = A, B.T.contiguous(), layer.scaling
         return found

@@ -55,7 +55,7 @@ class GgufTensor(StoredTensor):
     place: Callable[[np.ndarray], np.ndarray] = np.asarray
 
     def read(self) -> Tensor:
-        """The numbers that its blocks stand for, in fp32."""
+        """The numbers that its blocks encode, in fp32."""
         gguf = _library()
         raw = np.frombuffer(read_bytes(self), np.uint8).reshape(*self.shape[:-1], -1)
         values = gguf.dequantize(raw, gguf.GGMLQuantizationType[self.dtype])
@@ -217,7 +217,7 @@ def _read_header(file: Path) -> _Header:
         ends = [start]
         for name, (_, _, first, size) in sorted(tensors.items(), key=lambda each: each[1][2]):
             if first < ends[-1] or first + size > len(data):
-                raise ValueError(f"{name[:80]} ends beyond the end of the file, or lies on another tensor")
+                raise ValueError(f"{name[:80]} ends beyond the end of the file, or overlaps another tensor")
             ends.append(first + size)
     lists = {name: len(value) for name, value in found.items() if isinstance(value, range)}
     return _Header({name: value for name, value in found.items() if name not in lists}, lists, tensors)

@@ -89,7 +89,7 @@ def find_base(
 def _require_model_folder(name: str, path: Path) -> None:
     """Raises LoraError for what people name instead of a model folder: an adapter, a run, one of its files."""
     if name.lower().endswith(".gguf") and not path.exists():
-        raise LoraError(f"there is no GGUF file {name}", fix="check the path; files of the hub are downloaded first")
+        raise LoraError(f"no such GGUF file: {name}", fix="check the path; files of the hub are downloaded first")
     if path.is_file():
         fix = f"name its folder: {path.parent}" if (path.parent / "config.json").is_file() else _FOLDER
         raise LoraError(f"{name} is a file, not a model folder", fix=fix)

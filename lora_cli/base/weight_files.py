@@ -21,13 +21,13 @@ from lora_cli.errors import LoraError, reading
 
 _AGAIN = "download the model again"
 _SAMPLE_BYTES = 4096
-_GGUF = "model.gguf"  # stands in a folder made for a GGUF file for that file's tensors
+_GGUF = "model.gguf"  # the name under which a folder made for a GGUF file has that file's tensors
 _OF_GGUF: dict[Path, dict[str, StoredTensor]] = {}
 
 
 @dataclass(frozen=True)
 class StoredTensor:
-    in_blocks: ClassVar = False  # whether it is no tensor of safetensors, but one whose `read` gives its numbers
+    in_blocks: ClassVar = False  # whether it is quantized blocks of GGUF, whose numbers `read` gives
 
     file: Path
     dtype: str

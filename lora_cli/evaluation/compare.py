@@ -98,7 +98,7 @@ def evaluate_several(
 
 
 def _recipe(named: Sequence[Named]) -> Recipe | None:
-    """Of the first adapter that lies in a run."""
+    """Of the first adapter that belongs to a run."""
     run = next((each.run for each in named if each.run is not None), None)
     return None if run is None else load_recipe(run / "recipe.yaml")
 

@@ -65,7 +65,7 @@ def require_outside(place: Path, folder: Path, whose: str = "base model") -> Non
 
 
 def require_outside_adapter(place: Path, adapter: Path) -> None:
-    """The same of an adapter's folder, and of the run's that it lies in."""
+    """The same for an adapter's folder, and for the run that it belongs to."""
     run = adapter.resolve().parent
     if all((run / name).is_file() for name in ("recipe.yaml", "environment.json")):
         require_outside(place, run, "run")
