@@ -16,6 +16,7 @@ from lora_cli.base.source import find_base
 from lora_cli.errors import CheckFailed
 from lora_cli.merging import merge as merging
 from lora_cli.merging.merge import merge
+from lora_cli.studies.tiny import tiny_llama_config
 
 
 def _adapter(base: Path, folder: Path, quantization: str, dtype: torch.dtype) -> Path:
@@ -152,6 +153,18 @@ def test_block_by_block_the_proof_gives_the_figures_of_the_opened_models(
         assert getattr(blocks, name) == pytest.approx(getattr(whole, name), rel=1e-3), name
     assert "in fp32, block by block, on" in blocks.lines()[1]
     assert _bytes(tmp_path / "blocks") == _bytes(tmp_path / "whole")
+
+
+def test_block_by_block_what_is_not_quantized_is_rounded_as_in_training(tmp_path, monkeypatch):
+    """Embeddings and norms in fp32, which bf16 cannot hold; the fixtures' weights are bf16 already."""
+    adapter = _adapter(save_tiny(tiny_llama_config(), tmp_path / "base"), tmp_path / "adapter", "nf4", torch.bfloat16)
+    whole = merge(adapter, tmp_path / "whole", dtype="fp32")
+    monkeypatch.setattr(merging, "fits_in_fp32", lambda *_, **__: False)
+    blocks = merge(adapter, tmp_path / "blocks", dtype="fp32")
+    assert blocks.block_by_block
+    assert whole.kl > 1e-8  # the merged folder has what the base has
+    assert blocks.kl == pytest.approx(whole.kl, rel=1e-3)
+    assert blocks.adapter_effect == pytest.approx(whole.adapter_effect, rel=1e-5)
 
 
 def test_block_by_block_at_most_one_block_is_in_memory(tiny_llama, tmp_path, monkeypatch):
