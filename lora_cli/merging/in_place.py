@@ -72,7 +72,8 @@ def _fill(found: Skeleton, dtype: torch.dtype | None, places: Sequence[_Place]) 
             value = value.T if stored_transposed(module) else value
         else:
             value = dense_tensor(found.stored, found.own[name])
-        if dtype is not None and layer not in found.rounded:
+        quantized = last == "weight" and layer in found.rounded  # its bias is not
+        if dtype is not None and not quantized:
             value = value.to(dtype)
         setattr(module, key, nn.Parameter(value.float(), requires_grad=False))
 
