@@ -9,7 +9,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import lru_cache
 from pathlib import Path
-from typing import Any
+from typing import Any, overload
 
 import numpy as np
 import pyarrow as pa
@@ -122,7 +122,11 @@ class Examples(Sequence[Example]):
     def __len__(self) -> int:
         return len(self.indices)
 
-    def __getitem__(self, at: int | slice) -> Any:
+    @overload
+    def __getitem__(self, at: int) -> Example: ...
+    @overload
+    def __getitem__(self, at: slice) -> Examples: ...
+    def __getitem__(self, at: int | slice) -> Example | Examples:
         if isinstance(at, slice):
             return Examples(self.store, self.indices[at])
         return self.store[self.indices[at]]

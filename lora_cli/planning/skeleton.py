@@ -156,9 +156,8 @@ def base_model(source: BaseSource, *, trust_remote_code: bool = False) -> BaseMo
     tokenizer = load_tokenizer(source, trust_remote_code=trust_remote_code)
     config = model_config(source, trust_remote_code)
     skeleton = skeleton_of(source, config, trust_remote_code)
-    if source.gguf is not None or any(
-        source.folder.glob("*.safetensors")
-    ):  # of a model that is on the hub, its weights may still be there
+    here = source.gguf is not None or any(source.folder.glob("*.safetensors"))
+    if here:  # of a model that is on the hub, its weights may still be there
         require_weights_fit(source, config, skeleton)
     stored = stored_quantization(source) or ("none" if source.gguf is not None else None)
     return BaseModel(source, tokenizer, config, skeleton, stored, trust_remote_code)
