@@ -25,7 +25,7 @@ from lora_cli.base.bounds import read_object
 from lora_cli.base.tensor_files import write_tensors
 from lora_cli.errors import LoraError, home_expanded, reading, refuse_if
 from lora_cli.files import written_whole
-from lora_cli.merging.files import require_outside, require_place
+from lora_cli.merging.files import require_outside_adapter, require_place
 
 MLX = "adapters.safetensors"
 _PEFT = {"peft_type": "LORA", "task_type": "CAUSAL_LM", "bias": "none", "inference_mode": True}
@@ -42,7 +42,7 @@ def convert(source: str, output: Path, *, to: Literal["peft", "mlx"]) -> list[st
     """
     place = require_place(output)
     folder = adapter_folder(Path(home_expanded(source)))
-    require_outside(place, folder)
+    require_outside_adapter(place, folder)
     of_mlx = (folder / MLX).is_file() and "peft_type" not in read_object(folder / CONFIG)
     adapter = _of_mlx(folder) if of_mlx else read_adapter(folder)
     brings = "it brings weights of its own, such as embeddings"
