@@ -694,8 +694,10 @@ def test_settings_of_the_base_that_transformers_refuses_are_an_error_in_words(ti
 
 @pytest.mark.parametrize(
     "words",
-    [["merge"], ["resize", "--rank", "2"], ["combine"], ["convert", "--to", "mlx"], ["analyze"]]
-    + [["export", "--to", "gguf-adapter"]],
+    [
+        *(["merge"], ["resize", "--rank", "2"], ["combine"], ["convert", "--to", "mlx"], ["analyze"]),
+        ["export", "--to", "gguf-adapter"],
+    ],
     ids=lambda words: words[0],
 )
 def test_an_output_inside_the_run_or_the_adapter_is_refused(tiny_llama, tmp_path, lora, monkeypatch, words):
