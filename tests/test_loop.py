@@ -99,7 +99,6 @@ def test_first_gradient_norm_does_not_depend_on_the_split(run_recipe, tmp_path):
     assert norms[0] == pytest.approx(norms[1], rel=1e-5)
 
 
-@pytest.mark.slow  # two processes; in the default tier tests/test_processes.py has some
 def test_two_processes_are_one_big_batch(recipe_file, tmp_path):
     curves = []
     for processes in (1, 2):

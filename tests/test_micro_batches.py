@@ -215,7 +215,6 @@ main()
 """
 
 
-@pytest.mark.slow  # two processes
 def test_when_one_process_runs_out_all_cut_smaller(recipe_file, run_recipe, tmp_path):
     settings: dict[str, Any] = {**DROPOUT, "data": {"packing": False}, "train": {"micro_batch_size": 6, "max_steps": 3}}
     plain, _ = run_recipe(**settings, output=str(tmp_path / "plain"))
