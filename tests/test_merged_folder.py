@@ -352,7 +352,7 @@ def test_a_number_that_the_dtype_cannot_hold_is_refused_anywhere(tiny_llama, tmp
 
     base = with_tensors(tiny_llama, tmp_path / "base", large)
     adapter = adapter_for(base, tmp_path / "adapter")
-    with pytest.raises(CheckFailed, match=r"model.embed_tokens.weight holds numbers up to 7e\+04") as error:
+    with pytest.raises(CheckFailed, match=r"model.embed_tokens.weight holds 7e\+04") as error:
         merge(adapter, tmp_path / "merged", dtype="fp16")
     assert not (tmp_path / "merged").exists()
     assert "--dtype bf16" in str(error.value.fix)
@@ -494,7 +494,7 @@ def test_without_memory_for_fp32_it_compares_in_16_bits_and_says_so(quantization
 def test_a_merge_at_another_strength_is_refused(tiny_llama, tmp_path, monkeypatch):
     adapter = adapter_for(tiny_llama, tmp_path / "adapter", target_modules="attention", scale=0.003)
     delta = LoRALinear.delta_weight
-    monkeypatch.setattr(LoRALinear, "delta_weight", lambda self: 1.5 * delta(self))
+    monkeypatch.setattr(LoRALinear, "delta_weight", lambda self, rows: 1.5 * delta(self, rows))
     with pytest.raises(CheckFailed, match="report this"):
         merge(adapter, tmp_path / "merged")
 

@@ -21,7 +21,7 @@ from lora_cli.base.load import load_model
 from lora_cli.base.source import find_base
 from lora_cli.base.storage.int4 import Int4Linear
 from lora_cli.base.storage.registry import KINDS, part_of, storage_named, storage_of
-from lora_cli.base.stored import dense_tensor, parameters_stored
+from lora_cli.base.stored import dense_tensor, parameters_stored, parts_of
 from lora_cli.base.weight_files import stored_tensors
 from lora_cli.merging.compare import make_dense
 from lora_cli.planning.memory import estimate_memory, shape_of
@@ -73,7 +73,7 @@ def test_a_stored_tensor_is_what_its_layer_computes_with_bit_for_bit(
     for layer_name, layer in loaded.named_modules():
         if (kind := storage_of(layer)) is None or f"{layer_name}.weight" not in stored:
             continue
-        dense = dense_tensor(stored, f"{layer_name}.weight")
+        dense = dense_tensor(stored, f"{layer_name}.weight", parts_of(stored))
         as_stored = kind.name == quantization == "none" and stored_transposed(layer)
         assert torch.equal(dense.T if as_stored else dense, dense_weight(layer)), layer_name
         assert dense.std() > 0  # not all zero

@@ -13,9 +13,11 @@ from transformers import FalconConfig, GPT2Config
 
 from lora_cli.adapters.file import save_adapter
 from lora_cli.adapters.opened import open_model
+from lora_cli.base import tensor_files
 from lora_cli.base.source import find_base
 from lora_cli.errors import CheckFailed
 from lora_cli.merging import merge as merging
+from lora_cli.merging import streamed
 from lora_cli.merging.merge import merge
 
 
@@ -50,6 +52,23 @@ def test_streamed_weights_are_those_of_the_opened_model(kind, quantization, onto
     assert any("asked for by this test" in each for each in opened.notes)
     assert opened.replayed == report.replayed
     assert _bytes(tmp_path / "streamed") == _bytes(tmp_path / "opened")
+
+
+@pytest.mark.parametrize(("quantization", "dtype"), [("none", "keep"), ("none", "fp16"), ("nf4", "fp32")])
+@pytest.mark.parametrize("kind", ["tiny_llama", "tiny_gpt2"])
+def test_a_few_rows_at_a_time_give_the_same_weights(kind, quantization, dtype, tmp_path, request, monkeypatch):
+    base = request.getfixturevalue(kind)
+    adapter = _adapter(base, tmp_path / "adapter", quantization, torch.bfloat16)
+    merge(adapter, tmp_path / "whole", dtype=dtype, proof="replay")
+    taken = []
+    monkeypatch.setattr(tensor_files, "_NUMBERS", 200)
+    monkeypatch.setattr(streamed, "is_finite", lambda made: taken.append(len(made)) or True)
+    merge(adapter, tmp_path / "rows", dtype=dtype, proof="replay")
+    one, other = (load_file(tmp_path / name / "model.safetensors") for name in ("whole", "rows"))
+    assert one.keys() == other.keys()
+    for name, each in one.items():  # products of fewer rows may round in another way
+        torch.testing.assert_close(other[name], each, rtol=torch.finfo(each.dtype).eps, atol=1e-7, check_dtype=True)
+    assert kind == "tiny_gpt2" or max(taken) < 10
 
 
 def test_a_tensor_that_was_written_wrong_is_found_by_the_replay(tiny_llama, tmp_path, monkeypatch):

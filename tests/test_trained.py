@@ -18,6 +18,7 @@ from lora_cli.adapters.attach import attach, leave_out
 from lora_cli.adapters.layer import LoRALinear
 from lora_cli.adapters.targets import Target
 from lora_cli.adapters.trained import (
+    ALL,
     Trained,
     adapters_disabled,
     cast_once,
@@ -54,8 +55,8 @@ class Scaled(Trained):
     def is_neutral(self) -> bool:
         return not bool(self.gain.any())
 
-    def merged(self, weight: Tensor) -> Tensor:
-        return weight.float() * (1 + self.gain).unsqueeze(1)
+    def merged(self, weight: Tensor, rows: slice = ALL) -> Tensor:
+        return weight.float() * (1 + self.gain[rows]).unsqueeze(1)
 
     def to_peft(self, alpha: float) -> dict[str, Tensor]:
         return {"gain": self.state()["gain"] / alpha}

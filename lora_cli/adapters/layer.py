@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 
 from lora_cli.adapters.dropout import dropped, feature_keys
-from lora_cli.adapters.trained import Trained
+from lora_cli.adapters.trained import ALL, Trained
 from lora_cli.base.linear import features, is_linear
 from lora_cli.base.remade import how_made
 from lora_cli.errors import LoraError
@@ -152,16 +152,16 @@ class LoRALinear(OverLinear, Trained):
     def is_neutral(self) -> bool:
         return not bool(self.lora_B.any())
 
-    def delta_weight(self) -> Tensor:
-        """Dense update this adapter adds to its base layer: scaling · B @ A.
+    def delta_weight(self, rows: slice = ALL) -> Tensor:
+        """Dense update this adapter adds to its base layer, or some rows of it: scaling · B @ A.
 
         Returns (out_features, in_features) in fp32, whatever the base dtype or storage order.
         Source: Hu et al. 2021, arXiv:2106.09685, section 4.1.
         """
-        return (self._masked_B() @ self.spread_A()).mul_(self.scaling)
+        return (self._masked_B(rows) @ self.spread_A()).mul_(self.scaling)
 
-    def merged(self, weight: Tensor) -> Tensor:
-        return self.delta_weight().add_(weight)  # in fp32, without a copy of the weight
+    def merged(self, weight: Tensor, rows: slice = ALL) -> Tensor:
+        return self.delta_weight(rows).add_(weight)  # in fp32, without a copy of the weight
 
     @torch.no_grad()
     def update_norm(self, weight: Tensor) -> float:
@@ -206,8 +206,9 @@ class LoRALinear(OverLinear, Trained):
         if tokens is not None and self.dropout and self.feature_keys is None:
             self.feature_keys = feature_keys(name, features(self.base_layer)[0]).to(self.lora_A.device)
 
-    def _masked_B(self) -> Tensor:
-        return self.lora_B if self.output_mask is None else self.lora_B * self.output_mask  # type: ignore[operator]
+    def _masked_B(self, rows: slice = ALL) -> Tensor:
+        B, mask = self.lora_B[rows], self.output_mask
+        return B if mask is None else B * mask[rows]  # type: ignore[index]
 
     def extra_repr(self) -> str:
         return f"rank={self.rank}, alpha={self.alpha}, dropout={self.dropout}"

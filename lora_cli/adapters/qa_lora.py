@@ -9,6 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from lora_cli.adapters.layer import LoRALinear
+from lora_cli.adapters.trained import ALL
 from lora_cli.base.linear import features
 from lora_cli.base.storage.int4 import Int4Linear, with_offsets
 from lora_cli.errors import LoraError
@@ -46,14 +47,15 @@ class QALoRALinear(LoRALinear):
     def spread_A(self) -> Tensor:
         return self.lora_A.repeat_interleave(self.group_size, 1)
 
-    def merged_offsets(self) -> Tensor:
+    def merged_offsets(self, rows: slice = ALL) -> Tensor:
         """m + scaling · B A, rounded to fp16: (out_features, groups). With it `q4_1_blocks` is the merged weight."""
-        change = self.scaling * (self._masked_B() @ self.lora_A)
-        return (self.grid[1].float() + change.detach().float()).half()
+        change = self.scaling * (self._masked_B(rows) @ self.lora_A)
+        return (self.grid[1][rows].float() + change.detach().float()).half()
 
-    def merged(self, weight: Tensor) -> Tensor:
+    def merged(self, weight: Tensor, rows: slice = ALL) -> Tensor:
         """d · q + merged_offsets: what a file of 4 bits holds."""
-        return with_offsets(weight, *self.grid, self.merged_offsets())
+        d, m = self.grid
+        return with_offsets(weight, d[rows], m[rows], self.merged_offsets(rows))
 
     @classmethod
     def misfit(cls, base_layer: nn.Module | None, tensors: Mapping[str, Tensor]) -> str | None:

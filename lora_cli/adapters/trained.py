@@ -14,6 +14,8 @@ from typing import Any, ClassVar
 import torch
 from torch import Tensor, nn
 
+ALL = slice(None)
+
 
 class Trained(nn.Module, ABC):
     """A module in the place of one of the base's: `base_layer`, which stays frozen, and what is trained beside it.
@@ -47,10 +49,11 @@ class Trained(nn.Module, ABC):
         """Whether the model still computes what its base computes."""
 
     @abstractmethod
-    def merged(self, weight: Tensor) -> Tensor:
+    def merged(self, weight: Tensor, rows: slice = ALL) -> Tensor:
         """The weight of a plain layer that computes the same, in fp32.
 
-        weight: that of `base_layer`, dense, in any dtype: (out_features, in_features), as is the result.
+        weight: that of `base_layer`, dense, in any dtype: (out_features, in_features), or some `rows` of it, as is the
+        result.
         """
 
     def update_norm(self, weight: Tensor) -> float:

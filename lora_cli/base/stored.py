@@ -2,14 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 
 import torch
 from torch import Tensor
 
 from lora_cli.base.gguf import KEPT, require_kept
 from lora_cli.base.source import BaseSource
-from lora_cli.base.storage.registry import INT4, PLAIN, is_known, part_of, storage_stated
+from lora_cli.base.storage.registry import INT4, PLAIN, Part, is_known, part_of, storage_stated
 from lora_cli.base.tensor_files import read_tensor
 from lora_cli.base.weight_files import StoredTensor
 from lora_cli.errors import LoraError
@@ -65,12 +65,22 @@ def parameters_stored(stored: Mapping[str, StoredTensor]) -> int:
     return sum(several.get(name, 1) * size for name, size in sizes.items())
 
 
-def dense_tensor(tensors: Mapping[str, StoredTensor], name: str) -> Tensor:
+def parts_of(names: Iterable[str]) -> dict[str, dict[str, Part]]:
+    """Of each weight that is stored quantized, what is stored beside it, by the tensors' names."""
+    found: dict[str, dict[str, Part]] = {}
+    for name in names:
+        if (part := part_of(name)) is not None:
+            found.setdefault(part.weight, {})[name] = part
+    return found
+
+
+def dense_tensor(tensors: Mapping[str, StoredTensor], name: str, parts: Mapping[str, Mapping[str, Part]]) -> Tensor:
     """A stored weight as numbers, read without its model, bit for bit what the loaded layer computes with.
 
-    (out_features, in_features) of a quantized weight, whatever the layer was; of others as they are stored.
+    parts: as `parts_of` gives them. (out_features, in_features) of a quantized weight, whatever the layer was; of
+    others as they are stored.
     """
-    parts = [(part, each) for each in tensors if (part := part_of(each)) is not None and part.weight == name]
-    kind = parts[0][0].kind if parts else PLAIN
-    beside = {part.name: read_tensor(tensors[each]) for part, each in parts}
+    own = parts.get(name, {})
+    kind = next((each.kind for each in own.values()), PLAIN)
+    beside = {part.name: read_tensor(tensors[each]) for each, part in own.items()}
     return kind.dense_stored(read_tensor(tensors[name]), beside)

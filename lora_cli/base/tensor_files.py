@@ -6,8 +6,9 @@ The library's own writer orders metadata at random and, from 0.8.1 on, makes fil
 from __future__ import annotations
 
 import json
+import math
 import struct
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -23,6 +24,7 @@ NAMES |= {torch.int64: "I64", torch.int32: "I32", torch.int8: "I8", torch.uint8:
 _DTYPES = {name: dtype for dtype, name in NAMES.items()}
 
 _PIECE = 2**16  # bytes
+_NUMBERS = 2**18  # of which everything that is made of them stays in a cache
 
 
 @dataclass(frozen=True)
@@ -59,10 +61,10 @@ def write_tensors(path: Path, tensors: Mapping[str, Tensor], metadata: Mapping[s
     write_entries(path, entries, metadata)
 
 
-def read_bytes(own: StoredTensor) -> bytearray:
-    data = bytearray(own.size_bytes)
+def read_bytes(own: StoredTensor, start: int = 0, end: int | None = None) -> bytearray:
+    data = bytearray((own.size_bytes if end is None else end) - start)
     with own.file.open("rb") as stream:
-        stream.seek(own.start)
+        stream.seek(own.start + start)
         del data[stream.readinto(data) :]
     return data
 
@@ -74,6 +76,28 @@ def read_tensor(own: StoredTensor) -> Tensor:
     data = read_bytes(own)
     dtype = _DTYPES[own.dtype]
     return torch.frombuffer(data, dtype=dtype).reshape(own.shape) if data else torch.empty(own.shape, dtype=dtype)
+
+
+class Rows:
+    """A stored tensor of which only the rows that are asked for are read: `rows[a:b]`, or `rows[:]` for all."""
+
+    def __init__(self, own: StoredTensor):
+        self.own, self.shape = own, torch.Size(own.shape)
+
+    def __getitem__(self, rows: slice) -> Tensor:
+        if self.own.in_blocks or not self.own.size_bytes or not self.shape:
+            return read_tensor(self.own)[rows if self.shape else ...]
+        first, last, _ = rows.indices(self.shape[0])
+        row_bytes = self.own.size_bytes // self.shape[0]
+        data = read_bytes(self.own, first * row_bytes, last * row_bytes)
+        return torch.frombuffer(data, dtype=_DTYPES[self.own.dtype]).reshape(last - first, *self.shape[1:])
+
+
+def some_rows(shape: Sequence[int]) -> Iterator[slice]:
+    """Slices that make up all rows, of so few numbers each that a processor's cache holds what is made of them."""
+    count = shape[0] if shape else 1
+    each = max(1, _NUMBERS // max(1, math.prod(shape[1:])))
+    return (slice(at, min(at + each, count)) for at in range(0, count, each))
 
 
 def put_bytes(tensor: Tensor, out: BinaryIO) -> None:

@@ -9,7 +9,6 @@ import torch
 from torch import Tensor, nn
 
 from lora_cli.base.linear import stored_transposed
-from lora_cli.base.stored import dense_tensor
 from lora_cli.merging.streamed import Skeleton
 
 
@@ -37,7 +36,7 @@ def compute_in_place(found: Skeleton, dtype: torch.dtype | None) -> Any | None:
         return None
     for name, now in found.places.parameters.items():
         if name in found.own and not isinstance(buffer := _get(model, now), nn.Parameter):
-            buffer.copy_(dense_tensor(found.stored, found.own[name]))
+            buffer.copy_(found.read(found.own[name]))
     for unit, places in (each for each in units if each[1]):
         _empty(places)
         unit.register_forward_pre_hook(lambda *_, places=places: _fill(found, dtype, places))
@@ -68,10 +67,10 @@ def _fill(found: Skeleton, dtype: torch.dtype | None, places: Sequence[_Place]) 
     for module, key, name in places:
         layer, _, last = name.rpartition(".")
         if last == "weight":
-            value = found.weight_of(module, layer)
+            value = found.weight_of(module, layer)[:]
             value = value.T if stored_transposed(module) else value
         else:
-            value = dense_tensor(found.stored, found.own[name])
+            value = found.read(found.own[name])
         quantized = last == "weight" and layer in found.rounded  # its bias is not
         if dtype is not None and not quantized:
             value = value.to(dtype)

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from collections.abc import Collection, Mapping
 from dataclasses import dataclass
-from functools import partial
 from typing import Any
 
 from torch import Tensor
@@ -81,7 +80,7 @@ class Places:
             if not parameters & changed.keys():
                 continue
             values = {
-                each: changed[each].make() if each in changed else self.model.get_parameter(self.parameters[each])
+                each: changed[each].whole() if each in changed else self.model.get_parameter(self.parameters[each])
                 for each in parameters & self.parameters.keys()
             }
             found |= self._as_stored(values, names)
@@ -110,7 +109,7 @@ class Places:
             model._weight_conversions = own
         places = {name.removeprefix(prefix): name for name in names}
         found = {
-            places[name.removeprefix(prefix)]: Fresh(tuple(value.shape), partial(Tensor.float, value))
+            places[name.removeprefix(prefix)]: Fresh(tuple(value.shape), lambda value=value: iter([value.float()]))
             for name, value in written.items()
             if name.removeprefix(prefix) in places
         }

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Collection, Mapping
+from collections.abc import Callable, Collection, Iterator, Mapping
 from dataclasses import dataclass
 from functools import partial
 from typing import Any
@@ -13,20 +13,20 @@ from transformers.pytorch_utils import Conv1D
 
 from lora_cli.adapters.file import AdapterFile, attach_adapter
 from lora_cli.adapters.metadata import AdapterMetadata
-from lora_cli.adapters.trained import Trained
+from lora_cli.adapters.trained import ALL, Trained
 from lora_cli.base.device import DTYPES
 from lora_cli.base.linear import features, stored_transposed
 from lora_cli.base.load import model_config, require_weights_fit, skeleton_of
 from lora_cli.base.source import BaseSource
-from lora_cli.base.storage.registry import is_known, part_of, storage_named
-from lora_cli.base.stored import dense_tensor
-from lora_cli.base.tensor_files import is_finite
+from lora_cli.base.storage.registry import is_known, storage_named
+from lora_cli.base.stored import dense_tensor, parts_of
+from lora_cli.base.tensor_files import Rows, is_finite, some_rows
 from lora_cli.base.weight_files import StoredTensor
 from lora_cli.errors import CheckFailed, LoraError
 from lora_cli.merging.names import Places
 from lora_cli.merging.tensors import Fresh
 
-WeightOf = Callable[[nn.Module, str], Tensor]
+WeightOf = Callable[[nn.Module, str], Tensor | Rows]  # of both, some rows can be taken
 
 
 def why_whole(adapter: AdapterFile, quantization: str, held: str | None) -> str | None:
@@ -46,7 +46,8 @@ def why_whole(adapter: AdapterFile, quantization: str, held: str | None) -> str 
 class Skeleton:
     """A model on the device meta, with its adapter if any, and what reads its weights.
 
-    rounded: layers whose weights are quantized ones. own: stored tensors by parameter, where one holds it alone.
+    rounded: layers whose weights are quantized ones. own: stored tensors by parameter, where one holds it alone. read:
+    a stored tensor as numbers.
     """
 
     model: Any
@@ -54,6 +55,7 @@ class Skeleton:
     stored: Mapping[str, StoredTensor]
     rounded: Collection[str]
     own: Mapping[str, str]
+    read: Callable[[str], Tensor]
     weight_of: WeightOf
 
 
@@ -75,17 +77,35 @@ def skeleton_from_files(
     require_weights_fit(source, config, model)
     if adapter is not None:
         attach_adapter(model, adapter, source)
-    places = Places.of(model, stored)
+    places, parts = Places.of(model, stored), parts_of(stored)
     if held is not None:
-        weights = {part.weight for name in stored if (part := part_of(name)) is not None}
-        rounded = {places.direct[name].removesuffix(".weight") for name in weights if name in places.direct}
+        rounded = {places.direct[name].removesuffix(".weight") for name in parts if name in places.direct}
     elif quantization == "none" or adapter is None:
         rounded = set()
     else:
         rounded = _rounded_layers(model, adapter)
     own = {parameter: name for name, parameter in places.direct.items()}
     rounding = quantization if held is None else "none"
-    return Skeleton(model, places, stored, rounded, own, _reader(adapter, stored, own, rounding, rounded))
+    metadata = adapter.metadata if adapter is not None else AdapterMetadata()
+
+    def read(name: str) -> Tensor:
+        return dense_tensor(stored, name, parts)
+
+    def weight_of(layer: nn.Module, name: str) -> Tensor | Rows:
+        """As the loaded layer computes with it: (out_features, in_features)."""
+        tensor = own[f"{name}.weight"]
+        turned = stored_transposed(layer) and tensor not in parts
+        if rounding == "none" and tensor not in parts and not turned:
+            return Rows(stored[tensor])
+        weight = read(tensor).T if turned else read(tensor)
+        if rounding == "none":
+            return weight
+        weight = weight.to(DTYPES[metadata.compute_dtype or "fp32"])
+        if name not in rounded:
+            return weight
+        return storage_named(rounding).rounded(weight.contiguous(), metadata.double_quantization is not False)
+
+    return Skeleton(model, places, stored, rounded, own, read, weight_of)
 
 
 def fresh_from_files(found: Skeleton) -> tuple[Any, Places, dict[str, Fresh]] | None:
@@ -109,31 +129,6 @@ def _rounded_layers(model: Any, adapter: AdapterFile) -> set[str]:
     return names - kept
 
 
-def _reader(
-    adapter: AdapterFile | None,
-    stored: Mapping[str, StoredTensor],
-    own: Mapping[str, str],
-    quantization: str,
-    rounded: Collection[str],
-) -> WeightOf:
-    """What gives a layer's weight as the loaded layer computes with it: (out_features, in_features)."""
-    metadata = adapter.metadata if adapter is not None else AdapterMetadata()
-
-    def weight_of(layer: nn.Module, name: str) -> Tensor:
-        tensor = own[f"{name}.weight"]
-        weight = dense_tensor(stored, tensor)
-        if stored_transposed(layer) and not any((part := part_of(each)) and part.weight == tensor for each in stored):
-            weight = weight.T
-        if quantization == "none":
-            return weight
-        weight = weight.to(DTYPES[metadata.compute_dtype or "fp32"])
-        if name not in rounded:
-            return weight
-        return storage_named(quantization).rounded(weight.contiguous(), metadata.double_quantization is not False)
-
-    return weight_of
-
-
 def changed(model: Any, quantized: Collection[str], weight_of: WeightOf) -> dict[str, Fresh]:
     """Of every adapted and every quantized layer, the weight that the merged model has, by parameter name.
 
@@ -146,21 +141,22 @@ def changed(model: Any, quantized: Collection[str], weight_of: WeightOf) -> dict
             continue
         frozen: Any = layer.base_layer if isinstance(layer, Trained) else layer
         shape = features(frozen) if stored_transposed(frozen) else features(frozen)[::-1]
-        make = partial(_merged_weight, layer, name, weight_of)
+        make = partial(_merged, layer, name, weight_of)
         found[f"{name}.weight"] = made.setdefault(id(layer), Fresh(shape, make))
     return found
 
 
-@torch.no_grad()
-def _merged_weight(layer: Any, name: str, weight_of: WeightOf) -> Tensor:
-    """In fp32, laid out as the checkpoint stores it."""
+def _merged(layer: Any, name: str, weight_of: WeightOf) -> Iterator[Tensor]:
+    """In fp32, laid out as the checkpoint stores it, some rows at a time."""
     frozen = layer.base_layer if isinstance(layer, Trained) else layer
-    weight = weight_of(frozen, name)
-    weight = layer.merged(weight) if isinstance(layer, Trained) else weight.float()
-    if not is_finite(weight):
-        fix = "copy adapter and base model again, and train again"
-        raise CheckFailed(f"the merged weight of {name} holds NaN or infinity", fix=fix)
-    return weight.T if stored_transposed(frozen) else weight
+    weight, turned = weight_of(frozen, name), stored_transposed(frozen)
+    for rows in [ALL] if turned else some_rows(weight.shape):
+        with torch.no_grad():
+            made = layer.merged(weight[rows], rows) if isinstance(layer, Trained) else weight[rows].float()
+        if not is_finite(made):
+            fix = "copy adapter and base model again, and train again"
+            raise CheckFailed(f"the merged weight of {name} holds NaN or infinity", fix=fix)
+        yield made.T if turned else made
 
 
 def require_own_head(model: Any) -> None:

@@ -23,7 +23,7 @@ from lora_cli.adapters.low_rank import pairs_of, singular_values
 from lora_cli.adapters.opened import adapter_folder
 from lora_cli.adapters.update_size import weight_norm
 from lora_cli.base.source import BaseSource, find_base
-from lora_cli.base.stored import dense_tensor
+from lora_cli.base.stored import dense_tensor, parts_of
 from lora_cli.base.weight_files import StoredTensor, stored_tensors
 from lora_cli.errors import LoraError, home_expanded
 from lora_cli.files import write_bytes
@@ -174,7 +174,7 @@ def weight_beside(
     if own not in stored and len(ends) != 1:
         return None
     tensor = own if own in stored else ends[0]
-    weight = dense_tensor(stored, tensor)
+    weight = dense_tensor(stored, tensor, parts_of(stored))
     if tuple(weight.shape) not in (shape, shape[::-1]):
         what = f"{name}: the update is {shape}, but the weight of {base.name} is {tuple(weight.shape)}"
         raise LoraError(what, fix="name the base model that the adapter was trained on with --base")
