@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import re
+import shutil
 from pathlib import Path
 from typing import Any
 
@@ -13,9 +14,11 @@ import numpy as np
 import pytest
 import torch
 from chat_families import FAMILIES, family_tokenizer
+from conftest import refusal
 from hypothesis import given
 from hypothesis import strategies as st
 from safetensors.numpy import load_file
+from transformers import AutoTokenizer
 
 from lora_cli.data.chat.template import chat_template
 from lora_cli.errors import CheckFailed, LoraError
@@ -290,16 +293,63 @@ def test_how_the_merge_on_the_way_is_proved_can_be_chosen_and_is_said(lora, reci
     assert (said.code, "weights; not compared" in said.text) == (0, True)
 
 
-def test_stop_tokens_are_quoted_as_ollama_reads_them():
-    """Its parser takes what lies between the quotes as it is, and ends a value at the line where the quotes end."""
-    stops = ["<|end|>", 'say "x"', "a\nb", 'three """ quotes']
+def read_as_ollama_does(text: str) -> list[tuple[str, str]]:
+    """Commands and values: parser/parser.go, for the commands that are written here."""
+    found, name, value = [], "", None
+    for each in text + "\n":
+        if value is None:  # in a name, a comment, or between commands
+            name = "" if each == "\n" else name + each
+            if name.count(" ") == (2 if name.startswith("PARAMETER ") else 1) and not name.startswith("#"):
+                value = ""
+            continue
+        held = value.strip()
+        quotes = '"""' if held.startswith('"""') else '"' if held.startswith('"') else ""
+        closed = len(held) >= 2 * len(quotes) and held.endswith(quotes)
+        if each == "\n" and closed:
+            found.append((name.strip(), held[len(quotes) : len(held) - len(quotes)]))
+            name, value = "", None
+        elif each in " \t\r\n" or each.isprintable():
+            value += each
+    return found
+
+
+def test_what_is_written_is_what_ollama_reads():
+    """It takes what lies between quotes as it is, but for characters that cannot be printed, which it drops."""
+    stops = ["<|end|>", 'say "x"', "a\nb", "{x}", '"']
     text = ollama.modelfile("m.gguf", None, raw=False, stops=stops)
-    assert re.findall(r'^PARAMETER stop ("""|")((?s:.*?))\1$', text, re.MULTILINE) == [
-        ('"', "<|end|>"),
-        ('"""', 'say "x"'),
-        ('"""', "a\nb"),
-    ]
-    assert text.endswith('# A stop token that no quotes of a Modelfile can hold: "three \\"\\"\\" quotes"\n')
+    assert read_as_ollama_does(text) == [("FROM", "./m.gguf"), *(("PARAMETER stop", each) for each in stops)]
+    for lost in ("\u3000", "a\x00", "\u200b<|end|>", 'three """ quotes'):
+        assert "--to gguf" in str(refusal(lambda lost=lost: ollama.require_stops([*stops, lost])).fix)
+    ollama.require_stops(stops)
+
+
+@pytest.mark.parametrize("around", [("{", "}"), ("\u3000", "\u200d🙂\U000e0067"), ('"""\n', '"'), ("{{ x }}", "\x0b")])
+def test_marks_of_go_and_characters_that_ollama_drops_reach_the_model(around):
+    before, after = around
+    tokenizer = family_tokenizer(next(iter(FAMILIES.values())))
+    turn = f"{{{{ {before!r} }}}}{{{{ m.role }}}}:{{{{ m.content }}}}{{{{ {after!r} }}}}"
+    end = f"{{% if add_generation_prompt %}}{{{{ {before!r} }}}}assistant:{{% endif %}}"
+    tokenizer.chat_template = f"{{% for m in messages %}}{turn}{{% endfor %}}{end}"
+    template = chat_template(tokenizer, None, "the model")
+    found = ollama.around(template, "")
+    assert found is not None
+    ((_, _), (name, go)) = read_as_ollama_does(ollama.modelfile("m.gguf", found, raw=False, stops=[]))
+    assert (name, go) == ("TEMPLATE", found.in_go())
+    turns = [{"role": role, "content": role} for role in ("system", "user", "assistant", "user")]
+    written = jinja2.Environment(keep_trailing_newline=True).from_string(in_jinja(go)).render(messages=turns)
+    assert written == template.render(turns, "here", generation_prompt=True)
+
+
+def test_a_stop_token_that_would_be_lost_stops_before_the_conversion(lora, tiny_llama, tmp_path, converter):
+    model = tmp_path / "model"
+    shutil.copytree(tiny_llama, model)
+    tokenizer: Any = AutoTokenizer.from_pretrained(model)
+    tokenizer.add_special_tokens({"eos_token": "<\u3000>"})
+    tokenizer.save_pretrained(model)
+    (model / "chat_template.jinja").unlink()
+    said = lora("export", model, "--to", "ollama", "--output", tmp_path / "out")
+    assert (said.code, "cannot hold the stop token '<\\u3000>'" in said.text) == (2, True), said.text
+    assert not converter
 
 
 def test_a_folder_for_ollama_prompts_as_trained_and_stops(lora, recipe_file, tmp_path, converter):

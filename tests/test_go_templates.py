@@ -67,6 +67,10 @@ def test_go_renders_what_the_models_own_template_renders(tmp_path):
                 asked.append({"template": found.in_go(), "turns": turns})
                 expected.append(template.render(turns, "here", generation_prompt=True))
     assert len(asked) >= 200  # ten families at least
+    odd = '{ {{ x }} """ }}\u3000\u200b\U000e0067\\'
+    strange = ollama.Around(odd, *(dict.fromkeys(("system", "user", "assistant"), odd) for _ in range(2)), odd)
+    asked += [{"template": strange.in_go(), "turns": turns} for turns in ollama._conversations()]
+    expected += [strange.render(turns) for turns in ollama._conversations()]
     (tmp_path / "main.go").write_text(RENDER, encoding="utf-8")
     home = {name: str(tmp_path / name) for name in ("GOPATH", "GOCACHE", "HOME")}
     rendered = subprocess.run(

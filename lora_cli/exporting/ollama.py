@@ -7,13 +7,12 @@ out, and Ollama then looks for a template it knows that resembles the file's (se
 
 from __future__ import annotations
 
-import json
 from collections.abc import Sequence
 from dataclasses import dataclass
 from itertools import takewhile
 
 from lora_cli.data.chat.template import ChatTemplate
-from lora_cli.errors import LoraError
+from lora_cli.errors import LoraError, refuse_if
 
 Turn = dict[str, str]
 _TEXTS = ("How many rows?", "Zwei Zeilen:\n\n  `a < b` & {{ c }} <|x|>", "日本語 🙂 1234", "x")
@@ -37,11 +36,32 @@ class Around:
 
     def in_go(self) -> str:
         def of(role: str) -> str:
-            return f'eq .Role "{role}" }}}}{self.before[role]}{{{{ .Content }}}}{self.after[role]}'
+            return f'eq .Role "{role}" }}}}{_in_go(self.before[role])}{{{{ .Content }}}}{_in_go(self.after[role])}'
 
-        first = f'{{{{ if ne (index .Messages 0).Role "system" }}}}{self.start}{{{{ end }}}}' if self.start else ""
+        start = _in_go(self.start)
+        first = f'{{{{ if ne (index .Messages 0).Role "system" }}}}{start}{{{{ end }}}}' if start else ""
         roles = f"{{{{ if {of('system')}{{{{ else if {of('user')}{{{{ else if {of('assistant')}{{{{ end }}}}"
-        return f"{first}{{{{ range .Messages }}}}{roles}{{{{ end }}}}{self.end}"
+        return f"{first}{{{{ range .Messages }}}}{roles}{{{{ end }}}}{_in_go(self.end)}"
+
+
+def _in_go(text: str) -> str:
+    """As a Go template and a Modelfile both read it: marks of theirs, and what Ollama's parser drops, as Go strings."""
+    return "".join(f'{{{{ "\\U{ord(each):08x}" }}}}' if each in '{"' or _is_dropped(each) else each for each in text)
+
+
+def _is_dropped(character: str) -> bool:
+    """parser/parser.go keeps spaces, tabs, line ends, and what strconv.IsPrint takes: what Python prints."""
+    return not character.isprintable() and character not in "\t\r\n"
+
+
+def require_stops(stops: Sequence[str]) -> None:
+    """Raises LoraError for a stop token that a Modelfile cannot hold, as nothing is escaped in its values."""
+    for stop in stops:
+        refuse_if(
+            '"""' in stop or any(map(_is_dropped, stop)),
+            f"a Modelfile of Ollama cannot hold the stop token {stop!a}",
+            fix="use --to gguf, and give the token where the file is used",
+        )
 
 
 def around(template: ChatTemplate, bos: str) -> Around | None:
@@ -61,10 +81,6 @@ def around(template: ChatTemplate, bos: str) -> Around | None:
         before = {"system": pieces[0], "user": ask, "assistant": pieces[2]}
         after = {"system": pieces[1].removesuffix(ask), "user": "", "assistant": pieces[3].removesuffix(ask)}
         found = Around(first.removesuffix(ask), before, after, end)
-        written = "".join([found.start, found.end, *before.values(), *after.values()])
-        go = found.in_go()
-        if "{{" in written or "}}" in written or '"""' in go or '"' in (go[:1], go[-1:]):  # it ends Ollama's quotes
-            return None
         same = all(_rendered(template, turns, bos) == found.render(turns) for turns in _conversations())
     except (LoraError, ValueError):  # it refuses a conversation, or changes what is in it
         return None
@@ -84,10 +100,7 @@ def modelfile(file: str, template: Around | None, *, raw: bool, stops: Sequence[
         ]
     for stop in stops:
         quote = '"""' if '"' in stop or "\n" in stop else '"'  # nothing is escaped between them (parser/parser.go)
-        if '"""' in stop:
-            lines.append(f"# A stop token that no quotes of a Modelfile can hold: {json.dumps(stop)}")
-        else:
-            lines.append(f"PARAMETER stop {quote}{stop}{quote}")
+        lines.append(f"PARAMETER stop {quote}{stop}{quote}")
     return "\n".join(lines) + "\n"
 
 
