@@ -18,8 +18,9 @@ from lora_cli.errors import LoraError, command
 SIGHUP: signal.Signals | None = getattr(signal, "SIGHUP", None)  # Windows has none
 _ENDINGS = tuple(each for each in (signal.SIGTERM, SIGHUP) if each is not None)
 
+_PREFIX, _LOCK = "lora-", ".lock"
 _received: list[int] = []
-_temporary: set[Path] = set()
+_temporary: dict[Path, int | None] = {}  # with the lock that says that its process lives
 _exit_code = 0
 
 
@@ -64,8 +65,7 @@ def let_go(exit_code: int) -> None:
     """At the very end: remove what is temporary. After it signals end the program at once."""
     global _exit_code  # noqa: PLW0603 - for the end of the interpreter
     _exit_code = exit_code
-    for folder in list(_temporary):
-        remove_temporary(folder)
+    _remove_all()
     for each in (signal.SIGINT, *_ENDINGS):
         if signal.getsignal(each) != signal.SIG_IGN:
             signal.signal(each, signal.SIG_DFL)
@@ -73,15 +73,56 @@ def let_go(exit_code: int) -> None:
 
 
 def make_temporary() -> Path:
-    """A folder that only this user can open; removed when the program ends, at the latest."""
-    folder = Path(tempfile.mkdtemp(prefix="lora-"))
-    _temporary.add(folder)
+    """A folder that only this user can open; removed when the program ends, at the latest. What processes that were
+    killed left of theirs goes now."""
+    _remove_leftovers()
+    made = Path(tempfile.mkdtemp(prefix=_PREFIX)).resolve()
+    folder = made / "files"
+    folder.mkdir(mode=0o700)
+    _temporary[folder] = _held(made)
     return folder
 
 
 def remove_temporary(folder: Path) -> None:
-    shutil.rmtree(folder, ignore_errors=True)
-    _temporary.discard(folder)
+    if folder in _temporary:
+        if (handle := _temporary.pop(folder)) is not None:
+            os.close(handle)
+        shutil.rmtree(folder.parent, ignore_errors=True)
+
+
+@atexit.register
+def _remove_all() -> None:
+    for folder in list(_temporary):
+        remove_temporary(folder)
+
+
+def _held(made: Path) -> int | None:
+    """Its lock, which is there from the start as one that is held. None on Windows, where folders stay after a kill."""
+    if os.name == "nt":
+        return None
+    handle = os.open(made / "new", os.O_RDWR | os.O_CREAT, 0o600)
+    with suppress(OSError):  # a drive without locks: as on Windows
+        if _lock(handle):
+            (made / "new").rename(made / _LOCK)
+    return handle
+
+
+def _remove_leftovers() -> None:
+    """Temporary folders of this user whose lock nobody holds."""
+    for lock in Path(tempfile.gettempdir()).glob(f"{_PREFIX}*/{_LOCK}"):
+        with suppress(OSError):
+            if lock.parent.lstat().st_uid != os.geteuid():  # another's folder, or link
+                continue
+            handle = os.open(lock, os.O_RDWR | os.O_NOFOLLOW | os.O_NONBLOCK)
+            if _lock(handle):
+                shutil.rmtree(lock.parent, ignore_errors=True)
+            os.close(handle)
+
+
+def _lock(handle: int) -> bool:
+    from filelock import lock_descriptor
+
+    return lock_descriptor(handle, blocking=False)
 
 
 def require_temporary_folder(*others: Path) -> None:

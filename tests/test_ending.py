@@ -286,9 +286,39 @@ def test_data_are_prepared_without_a_thread_where_none_can_be_started(run_recipe
 
 def test_temporary_folders_are_for_this_user_alone():
     folder = ending.make_temporary()
-    assert folder.stat().st_mode & 0o777 == 0o700
+    assert folder.stat().st_mode & 0o777 == folder.parent.stat().st_mode & 0o777 == 0o700
     ending.remove_temporary(folder)
-    assert not folder.exists()
+    assert not folder.parent.exists()
+
+
+def test_what_killed_processes_left_goes_and_what_living_ones_use_stays(monkeypatch, tmp_path):
+    monkeypatch.setattr(tempfile, "tempdir", str(tmp_path))
+    code = "from lora_cli.ending import make_temporary; print(make_temporary(), flush=True); input()"
+
+    def begin() -> tuple[subprocess.Popen[str], Path]:
+        words, pipe = [sys.executable, "-c", code], subprocess.PIPE
+        process = subprocess.Popen(
+            words, env=os.environ | {"TMPDIR": str(tmp_path)}, stdin=pipe, stdout=pipe, text=True
+        )
+        assert process.stdout is not None
+        return process, Path(process.stdout.readline().strip())
+
+    (killed, left), (living, used) = begin(), begin()
+    (left / "rows.bin").write_bytes(b"rows")
+    foreign = tmp_path / "lora-of-another-program"
+    foreign.mkdir()
+    killed.kill()
+    killed.communicate()
+    assert left.is_dir()
+    own = ending.make_temporary()
+    assert not left.parent.exists()
+    assert used.is_dir()
+    ending.make_temporary()
+    assert own.is_dir()
+    assert foreign.is_dir()
+    living.communicate("\n")
+    ending._remove_all()
+    assert list(tmp_path.iterdir()) == [foreign]
 
 
 def test_an_interrupt_that_comes_before_the_hook_is_left_is_sent_again(monkeypatch: pytest.MonkeyPatch):

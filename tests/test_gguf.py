@@ -15,6 +15,7 @@ import transformers as hf
 from conftest import quiet_console, refusal
 from safetensors.torch import load_file
 
+from lora_cli import ending
 from lora_cli.adapters.opened import open_model
 from lora_cli.base import gguf as own
 from lora_cli.base.load import load_model, load_tokenizer
@@ -126,7 +127,9 @@ def test_the_tokenizer_is_the_files_or_that_of_a_folder(files: Any, folder: Path
     made: Any = load_tokenizer(find_base(str(files["Q4_1"])))
     assert [made(text).input_ids for text in texts] == [theirs(text).input_ids for text in texts]
     assert made.chat_template == CHAT_TEMPLATE
-    assert "not compared with llama.cpp's" in find_base(str(files["Q4_1"])).notes[0]
+    source = find_base(str(files["Q4_1"]))
+    assert "not compared with llama.cpp's" in source.notes[0]
+    assert source.folder.parent in ending._temporary  # it goes with the process, however that ends
     other = tmp_path / "other"
     theirs.add_tokens(["count from"])
     theirs.save_pretrained(other)

@@ -7,12 +7,9 @@ process, which the rest of the program takes for the model's.
 
 from __future__ import annotations
 
-import atexit
 import copy
 import mmap
-import shutil
 import struct
-import tempfile
 from collections import Counter
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -31,6 +28,7 @@ from lora_cli.base.storage.int4 import BLOCK, of_q4_0, of_q4_1
 from lora_cli.base.storage.registry import INT4, PLAIN
 from lora_cli.base.tensor_files import read_bytes
 from lora_cli.base.weight_files import StoredTensor, stand_for
+from lora_cli.ending import make_temporary
 from lora_cli.errors import LoraError, command, reading, refuse_if
 from lora_cli.files import require_regular
 from lora_cli.limits import LimitReached
@@ -105,9 +103,7 @@ def _opened(file: Path, tokenizer: Path | None, *_: int) -> GgufFile:
         )
         raise LoraError(what, where=file, fix="use the model it was made from: a folder or hub id with safetensors")
     require_modest_config({k: v for k, v in header.scalars.items() if "token" not in k}, file, list(header.tensors))
-    made = Path(tempfile.mkdtemp(prefix="lora-")).resolve()
-    atexit.register(shutil.rmtree, made, ignore_errors=True)
-    folder = made / file.name
+    folder = make_temporary() / file.name
     folder.mkdir()
     notes: list[str] = []
     with reading("the GGUF file's model cannot be read", file, _AGAIN):
