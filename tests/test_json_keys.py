@@ -81,9 +81,13 @@ FROZEN = {
     "convert": {"output", "to", "notes"},
     "diff": {"output", "notes", "not_held", "error", "norm", "layers"},
     "diff layers": {"name", "was", "rank", "norm", "lost"},
-    "sweep": {"recipe", "output", "seeds", "same_parameters", "points", "best", "recommended", "recommendation"},
+    "sweep": {"recipe", "output", "seeds", "same_parameters", "points", "best", "recommended", "recommendation"}
+    | {"budget"},
+    "sweep budget": {"hours", "hours_used", "rungs"},
+    "sweep budget rungs": {"part", "points", "kept"},
     "sweep points": {"name", "settings", "state", "why", "folders", "trained_parameters", "seconds", "seed_losses"}
-    | {"loss", "gain", "behind"},
+    | {"loss", "gain", "behind", "rungs"},
+    "sweep points rungs": {"step", "loss", "behind"},
     "sweep points gain": {"before", "after", "gain", "low", "high", "examples", "targets"},
     "push": {"repository", "private", "files", "left_out", "card", "url"},
     "export": {"output", "to", "type", "bytes", "error", "template", "notes"},
@@ -111,7 +115,7 @@ def parts(documents: dict[str, Any]) -> dict[str, Any]:
 def test_keys_of_documents_and_files_only_grow(recipe_file, tiny_llama, sums, tmp_path, capsys, monkeypatch):
     monkeypatch.chdir(tmp_path)
     recipe = recipe_file(data={"validation": 0.25}, train={"max_steps": 4, "eval_every": 2, "sample_every": 4})
-    run, asked = tmp_path / "run", tmp_path / "asked.jsonl"
+    run, asked, swept = tmp_path / "run", tmp_path / "asked.jsonl", tmp_path / "swept"
     asked.write_text(json.dumps({"prompt": "one", "adapter": str(run)}))
     documents = {
         "check": lora(capsys, "check", recipe),
@@ -124,9 +128,9 @@ def test_keys_of_documents_and_files_only_grow(recipe_file, tiny_llama, sums, tm
         "inspect": lora(capsys, "inspect", run, "--base", tiny_llama),
         "resize": lora(capsys, "resize", run, "--rank", "2", "--output", tmp_path / "small"),
         "combine": lora(capsys, "combine", run, f"{run}:-0.5", "--output", tmp_path / "sum"),
-        "diff": lora(capsys, "diff", tiny_llama, tmp_path / "merged", "--rank", 1, "--output", tmp_path / "diff"),
+        "diff": lora(capsys, "diff", tiny_llama, tmp_path / "merged", "--rank", "1", "--output", tmp_path / "diff"),
         "convert": lora(capsys, "convert", run, "--to", "mlx", "--output", tmp_path / "mlx"),
-        "sweep": lora(capsys, "sweep", recipe, "--vary", "adapter.rank=1", "--output", tmp_path / "swept"),
+        "sweep": lora(capsys, "sweep", recipe, "--vary", "adapter.rank=1", "--output", swept, "--budget", "1"),
         "compared": lora(capsys, "eval", "--adapter", run, "--adapter", tmp_path / "small"),
         "answers": lora(capsys, "generate", "--adapters", asked, "--max-new-tokens", "2"),
         "push": lora(capsys, "push", run, "--to", "me/it", "--base", "me/llama", "--dry-run"),

@@ -15,8 +15,9 @@ from lora_cli.base import kept
 from lora_cli.errors import Interrupted
 from lora_cli.evaluation.gain import paired_gain
 from lora_cli.recipe import load_recipe
+from lora_cli.studies import halving, sweep_words
 from lora_cli.studies import sweep as sweeping
-from lora_cli.studies import sweep_words
+from lora_cli.studies.halving import how_many
 from lora_cli.studies.sweep import Sweep, axes_of, sweep
 from lora_cli.studies.sweep_result import recommendation
 from lora_cli.training.checkpoint import read_losses
@@ -122,7 +123,7 @@ def test_a_point_that_fails_ends_neither_the_others_nor_silently(recipe_file, su
     assert document["recommended"] == document["best"] == done["name"]
     # Both seeds have the same validation rows: an example is their mean, not two examples
     stored = [read_losses(each) for each in sorted((tmp_path / "swept").glob("*-0.001_seed-*/checkpoints/step_000002"))]
-    mean = sum(each["validation.best"].double() for each in stored) / 2
+    mean = torch.stack([each["validation.best"].double() for each in stored]).mean(0)
     targets = stored[0]["validation.targets"]
     expected = paired_gain(stored[0]["validation.base"].double(), mean, targets)
     assert done["gain"]["examples"] == 3
@@ -170,6 +171,63 @@ def test_what_is_asked_for_is_checked_before_anything_is_trained(recipe, recipe_
     (tmp_path / "mine" / "letter.txt").write_text("dear")
     taken = lora("sweep", recipe, "--vary", "adapter.rank=4", "--output", tmp_path / "mine")
     assert "already holds other files" in taken.error
+
+
+def test_how_many_points_go_on():
+    four = [100.0] * 4  # seconds of a whole training
+    assert how_many(four, (0.25, 0.5), 300) == 4, "all have time to go to the end: 4 · 75"
+    assert how_many(four, (0.25, 0.5), 299) == 2
+    assert how_many(four, (0.25, 0.5), 100) == 2, "two go on to a half, one of them to the end: 2 · 25 + 50"
+    assert how_many(four, (0.25, 0.5), 99) == 1
+    assert how_many(four, (0.5,), -5) == 1, "the best is always finished"
+    assert how_many([10.0, 500.0, 10.0], (0.5,), 6) == 1, "each takes its own time"
+
+
+def test_a_budget_stops_the_worse_points_and_they_can_go_on(recipe_file, tmp_path, monkeypatch):
+    recipe = recipe_file(data={"validation": 0.25}, adapter={"dropout": 0.1}, train={"max_steps": 8, "eval_every": 4})
+    out, vary = tmp_path / "swept", "train.learning_rate=1e-2,1e-3,1e-7"
+    monkeypatch.setattr(halving, "how_many", lambda seconds, *_: (len(seconds) + 1) // 2)
+    found = swept(recipe, out, vary, hours=99.0)
+    states = {each["settings"]["train.learning_rate"]: each["state"] for each in found["points"]}
+    assert states == {0.01: "done", 0.001: "stopped", 1e-07: "stopped"}
+    assert [(each["part"], each["points"], len(each["kept"])) for each in found["budget"]["rungs"]] == [
+        (0.25, 3, 2),
+        (0.5, 2, 1),
+    ]
+    first, *_, last = found["points"]
+    assert [each["step"] for each in first["rungs"]] == [2, 4]
+    assert [each["step"] for each in last["rungs"]] == [2]
+    behind = last["rungs"][0]["behind"]
+    assert behind["gain"] == pytest.approx(last["rungs"][0]["loss"] - first["rungs"][0]["loss"], abs=1e-9)
+    assert f"stopped at step 2: its loss there is {behind['gain']:.4f}" in last["why"]
+    page = (out / "sweep.html").read_text()
+    assert last["why"] in page
+    assert f"<td class=n>4<td class=n>{first['rungs'][1]['loss']:.4f}<td class=n>" in page
+    lines = [json.loads(line) for line in Path(first["folders"][0], "metrics.jsonl").read_text().splitlines()]
+    assert first["rungs"][1]["loss"] == pytest.approx(lines[3]["validation_loss"], abs=1e-6)
+    found = swept(recipe, out, vary)
+    assert {each["state"] for each in found["points"]} == {"done"}
+    assert [len(each["rungs"]) for each in found["points"]] == [2, 2, 1]
+    assert_as_trained_alone(Path(found["points"][2]["folders"][0]), tmp_path / "alone")
+
+
+def test_a_budget_that_suffices_stops_nothing_and_one_that_does_not_is_refused(recipe, tmp_path, lora):
+    given = ("sweep", recipe, "--vary", "adapter.rank=1,2", "--output", tmp_path / "swept", "--budget")
+    few = lora(*given, "1e-6")
+    assert few.code == 2
+    assert "hours are too few: about 0:0" in few.error
+    assert "write --budget 0.0" in few.error
+    assert not list(tmp_path.glob("swept/*/report.json"))
+    assert "hours are too few" in lora(*given, "1e-6").error, "also before anything is trained, once it is known"
+    enough = lora(*given, "1", "--json")
+    assert enough.code == 0
+    document = json.loads(enough.out)
+    assert [each["state"] for each in document["points"]] == ["done", "done"]
+    assert [each["kept"] for each in document["budget"]["rungs"]][-1] == [
+        each["name"] for each in sorted(document["points"], key=lambda each: each["rungs"][-1]["loss"])
+    ]
+    assert "planned for 1 hours: 2 to step 1, 2 to step 2, 2 to step 3" in enough.text
+    assert_as_trained_alone(tmp_path / "swept" / "rank-2", tmp_path / "alone")
 
 
 def point(rank: int, loss: float, behind: float | None, half: float) -> dict[str, Any]:

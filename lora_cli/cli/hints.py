@@ -51,6 +51,7 @@ EXAMPLES = {
         "lora sweep recipe.yaml --vary adapter.rank=1,4,16,64 --output runs/ranks",
         "lora sweep recipe.yaml --vary 'adapter.projections=[q],[v],[q,v]' --same-parameters --output runs/matrices",
         "lora sweep recipe.yaml --vary train.learning_rate=1e-4,3e-4,1e-3 --seeds 3 --output runs/rates",
+        "lora sweep recipe.yaml --vary adapter.rank=1,2,4,8,16,32 --budget 8 --output runs/ranks",
     ),
     "export": (
         "lora export runs/my-run --to gguf --output my-run.gguf",

@@ -26,6 +26,12 @@ def sweep(
     same_parameters: Annotated[
         bool, typer.Option("--same-parameters", help="Choose each rank so that all train about as many parameters.")
     ] = False,
+    budget: Annotated[
+        float | None,
+        typer.Option(
+            help="Hours for all: compare points on the way, and train only the better ones to the end.", metavar="HOURS"
+        ),
+    ] = None,
     yes: Annotated[bool, typer.Option("--yes", help="Also start very many trainings.")] = False,
     as_json: Json = False,
 ) -> None:
@@ -38,13 +44,15 @@ def sweep(
     axes = sweeping.axes_of(vary)
     fixed = same_parameters and "adapter.rank" in axes
     refuse_if(fixed, "--same-parameters chooses the ranks", fix="remove it, or do not vary adapter.rank")
-    asked = sweeping.Sweep(recipe, overrides or [], axes, output, seeds, same_parameters)
+    wrong = budget is not None and not 0 < budget < 1e6
+    refuse_if(wrong, f"--budget is {budget}, but must be above 0", fix="for example --budget 7.5")
+    asked = sweeping.Sweep(recipe, overrides or [], axes, output, seeds, same_parameters, budget)
     many = asked.size > sweeping.MOST_POINTS and not yes
     refuse_if(many, f"these are {asked.size:,} trainings", fix="name fewer values, or add --yes if they are intended")
     boundary.keep_tracebacks_in(output)
     found = sweeping.sweep(asked, console())
     print_table = heavy("lora_cli.studies.sweep_words").print_sweep
-    if failed := [each["name"] for each in found["points"] if each["state"] != "done"]:
+    if failed := [each["name"] for each in found["points"] if each["state"] not in ("done", "stopped")]:
         error = CheckFailed(
             f"{len(failed)} of {len(found['points'])} points failed: {', '.join(failed[:10])}",
             where=output,

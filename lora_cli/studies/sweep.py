@@ -12,6 +12,7 @@ import re
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -28,17 +29,20 @@ from lora_cli.recipe import Recipe, all_keys, load_recipe
 from lora_cli.recipe.peers import hint
 from lora_cli.recipe.yaml import NO_VALUE, parse_value
 from lora_cli.screen import say_on
+from lora_cli.studies.halving import Halving, Notes, read_notes, rungs_of
 from lora_cli.studies.sweep_result import Point, compare
 from lora_cli.studies.sweep_words import write_page
+from lora_cli.training.loop import Run
 from lora_cli.training.opening import loading, open_device
 from lora_cli.training.resume import changes_of_recipe
 from lora_cli.training.run_folder import RunFolder
 from lora_cli.training.run_lock import LOCK, locked
+from lora_cli.training.stopping import Stop
 from lora_cli.training.train import train
 from lora_cli.training.verdict import duration
 
 MOST_POINTS = 100  # trainings that nobody has to confirm
-RESULT, PAGE = "sweep.json", "sweep.html"
+RESULT, PAGE, NOTES = "sweep.json", "sweep.html", "rungs.json"
 _KEYS = {".".join(key): key[-1] for key in all_keys() if key[0] in ("adapter", "train")}
 _NAME = 60  # characters
 
@@ -48,6 +52,7 @@ class Sweep:
     """recipe: its file. overrides: of --set. axes: values by key. seeds: how many runs each combination has.
 
     same_parameters: rank follows from the others, so that all points train about as many parameters as the recipe.
+    hours: for successive halving, see `Halving`; None trains all points to their end.
     """
 
     recipe: Path
@@ -56,6 +61,7 @@ class Sweep:
     output: Path
     seeds: int = 1
     same_parameters: bool = False
+    hours: float | None = None
 
     @property
     def size(self) -> int:
@@ -112,22 +118,31 @@ def sweep(asked: Sweep, console: Console) -> dict[str, Any]:
     with locked(asked.output, say):
         _claim(asked.output)
         base = KeptBase()
-        budget = _Counted(base, base_recipe) if asked.same_parameters else None
-        points = list(_points(asked, base_recipe, budget, say))
+        counted = _Counted(base, base_recipe) if asked.same_parameters else None
+        points = list(_points(asked, base_recipe, counted, say))
         for point in points:
             _require_same_runs(point)
-        _written(asked, points)  # from now on the folder is that of a sweep
+        notes, budget = read_notes(asked.output / NOTES, points), None
+        _written(asked, points, notes, budget)  # from now on the folder is that of a sweep
         try:
-            _train_all(points, base, console)
+            if asked.hours is None:
+                _train_all(points, base, console)
+            else:
+                train_one = partial(_train, base=base, console=console)
+                halving = Halving(points, asked.hours, notes, asked.output / NOTES, train_one, say)
+                budget = halving.to_the_end()
         finally:
-            found = _written(asked, points)
+            found = _written(asked, points, notes, budget)
             write_page(asked.output / PAGE, found)
     return found
 
 
-def _written(asked: Sweep, points: Sequence[Point]) -> dict[str, Any]:
-    about = {"recipe": str(asked.recipe), "output": str(asked.output), "seeds": asked.seeds}
-    found = about | {"same_parameters": asked.same_parameters} | compare(points)
+def _written(asked: Sweep, points: Sequence[Point], notes: Notes, budget: dict[str, Any] | None) -> dict[str, Any]:
+    about = {"recipe": str(asked.recipe), "output": str(asked.output), "seeds": asked.seeds, "budget": budget}
+    found: dict[str, Any] = about | {"same_parameters": asked.same_parameters} | compare(points)
+    rungs = rungs_of(points, notes)
+    for each in found["points"]:
+        each["rungs"] = rungs[each["name"]]
     write_json(asked.output / RESULT, found)
     return found
 
@@ -150,25 +165,43 @@ def _train_all(points: Sequence[Point], base: KeptBase, console: Console) -> Non
     for number, (point, at) in enumerate(left):
         mean = (time.monotonic() - began) / number if number else None
         about = f", about {duration(mean * (len(left) - number))} left" if mean else ""
-        folder = point.folders[at]
-        say(f"sweep    run {number + 1} of {len(left)}: {folder.path.name}{about}")
-        try:
-            train(point.recipes[at], console, resume=folder.recipe.exists(), load=base.load)
-        except Interrupted as stopped:
-            stopped.fix = "give the same command again: finished runs are kept, and this one goes on"
+        say(f"sweep    run {number + 1} of {len(left)}: {point.folders[at].path.name}{about}")
+        _train(point, at, base=base, console=console)
+
+
+def _train(
+    point: Point, at: int, after_step: Callable[[Run], None] = lambda _: None, *, base: KeptBase, console: Console
+) -> None:
+    """A run of a point, to its end or to where `after_step` asks it to stop. What makes it fail is noted and said."""
+    folder = point.folders[at]
+    stops: list[Stop] = []
+
+    def watched(run: Run) -> None:
+        if not run.stop.requested:
+            after_step(run)
+            stops.extend([run.stop] if run.stop.requested else [])
+
+    try:
+        train(point.recipes[at], console, resume=folder.recipe.exists(), load=base.load, after_step=watched)
+    except Interrupted as stopped:
+        signal = next((each.first for each in stops), None)
+        if stops and signal is None:
+            return
+        stopped.exit_code = stopped.exit_code if signal is None else 128 + signal
+        stopped.fix = "give the same command again: finished runs are kept, and this one goes on"
+        raise
+    except BaseException as error:
+        if not is_error(error):
             raise
-        except BaseException as error:
-            if not is_error(error):
-                raise
-            if not folder.report.exists():  # one that learned nothing is a result
-                point.why = reason_of(error) if not isinstance(error, LoraError) else error.what
-                say(error.render() if isinstance(error, LoraError) else f"error: {folder.path}: {point.why}")
+        if not folder.report.exists():  # one that learned nothing is a result
+            point.why = reason_of(error) if not isinstance(error, LoraError) else error.what
+            say_on(console)(error.render() if isinstance(error, LoraError) else f"error: {folder.path}: {point.why}")
 
 
 # ── the points ──────────────────────────────────────────────────────────────────────────────────────────────────
 
 
-def _points(asked: Sweep, base: Recipe, budget: _Counted | None, say: Callable[[str], None]) -> Iterator[Point]:
+def _points(asked: Sweep, base: Recipe, counted: _Counted | None, say: Callable[[str], None]) -> Iterator[Point]:
     """In the order of the axes, the last one fastest. Raises LoraError where one is not a valid recipe."""
     names: set[str] = set()
     cache = base.data.cache or str(asked.output.absolute() / "prepared")
@@ -181,10 +214,10 @@ def _points(asked: Sweep, base: Recipe, budget: _Counted | None, say: Callable[[
         fix = "name each value once"
         refuse_if(name in names, f"the point {name} is named twice", where="--vary", fix=fix)
         names.add(name)
-        if budget is not None:
-            rank = budget.rank_for(recipe)
+        if counted is not None:
+            rank = counted.rank_for(recipe)
             varied.append(f"adapter.rank={rank}")
-            say(f"sweep    {name}: rank {rank}, to train about {budget.parameters:,} parameters")
+            say(f"sweep    {name}: rank {rank}, to train about {counted.parameters:,} parameters")
             settings["adapter.rank"] = rank
         recipes = []
         for seed in range(base.train.seed, base.train.seed + asked.seeds):

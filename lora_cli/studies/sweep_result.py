@@ -21,18 +21,21 @@ from lora_cli.training.run_folder import RunFolder
 
 @dataclass
 class Point:
-    """One combination of values, with a run for each seed. why: what ended it, where it failed."""
+    """One combination of values, with a run for each seed. why: what ended it, where it failed or was stopped."""
 
     name: str
     settings: dict[str, Any]
     recipes: list[Recipe]
     folders: list[RunFolder]
     why: str | None = None
+    stopped: bool = False  # early, for its losses
 
     @property
     def state(self) -> str:
         if all(each.report.exists() for each in self.folders):
             return "done"
+        if self.stopped:
+            return "stopped"
         return "not finished" if self.why is None else "failed"
 
 
@@ -95,16 +98,16 @@ def _losses(point: Point) -> _Losses:
         of_seeds.append(stored)
         environment = folder.stored_environment()
         rows.append([environment.get(name) for name in ("data_fingerprint", "base_fingerprint")])
-    targets = [each["validation.targets"] for each in of_seeds]
-    same = bool(point.recipes[0].data.held_out)  # else each seed holds other rows out
-
-    def joined(name: str) -> Tensor:
-        values = [each[name].double() for each in of_seeds]
-        return torch.stack(values).mean(0) if same else torch.cat(values)
-
-    return _Losses(
-        joined("validation.base"), joined("validation.best"), targets[0] if same else torch.cat(targets), rows
+    base, kept, targets = (
+        joined([each[f"validation.{name}"] for each in of_seeds], point) for name in ("base", "best", "targets")
     )
+    return _Losses(base, kept, targets, rows)
+
+
+def joined(of_seeds: Sequence[Tensor], point: Point) -> Tensor:
+    """The mean over seeds for each example; where each seed holds other rows out, the examples of all."""
+    same = bool(point.recipes[0].data.held_out)
+    return torch.stack([each.double() for each in of_seeds]).mean(0) if same else torch.cat(list(of_seeds))
 
 
 def _require_same_rows(losses: Mapping[str, _Losses], point: Point) -> None:

@@ -67,6 +67,11 @@ def write_page(path: Path, found: Mapping[str, Any]) -> None:
         columns=COLUMNS,
         rows=rows,
         problems=problems(found),
+        rungs=[
+            (label(each), count(at["step"]), loss(at["loss"]), interval(at["behind"]) if at["behind"]["gain"] else "")
+            for each in found["points"]
+            for at in each["rungs"]
+        ],
         found=found,
         **encoded,
     )

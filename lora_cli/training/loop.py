@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 import random
 import time
-from collections.abc import Generator, Iterator, Sequence
+from collections.abc import Callable, Generator, Iterator, Sequence
 from contextlib import suppress
 from dataclasses import dataclass
 from functools import partial
@@ -46,7 +46,7 @@ _REWINDS = 3
 
 @dataclass
 class Run:
-    """One run from its first or resumed step to its last."""
+    """One run from its first or resumed step to its last. after_step: called after each, and may ask `stop` to end."""
 
     session: Session
     folder: RunFolder
@@ -54,6 +54,7 @@ class Run:
     console: Console
     stop: Stop
     environment: dict[str, Any]
+    after_step: Callable[[Run], None] = lambda _: None
 
     def __post_init__(self) -> None:
         session, folder, accelerator, stop = self.session, self.folder, self.accelerator, self.stop
@@ -104,8 +105,7 @@ class Run:
     def to_the_end(self) -> dict[str, Any]:
         self._say_state("running")
         try:
-            feed = self.session.feed
-            progress = Progress(self.console, feed.total_steps, self.state.step + 1, feed.epochs)
+            progress = Progress(self.console, self.session.total_steps, self.state.step + 1, self.session.feed.epochs)
             reporting = self.accelerator.is_main_process
             with process_lost_errors(self.folder.resume_command()):
                 with open_trackers(self.session.recipe, progress.say, active=reporting) as track, progress:
@@ -132,8 +132,7 @@ class Run:
             self._complete(self.state.pending, progress, track)
         first = self.accelerator.is_main_process
         if self.recipe.on_nan == "rewind" and any_process(self.accelerator, first and not self.writer.planned()):
-            # There must be something to go back to.
-            self.writer.planned_too = self.state.step
+            self.writer.planned_too = self.state.step  # there must be something to go back to
             self.writer.checkpoint(self.state)
         reset_peak_memory(self.session.device)
         if not self.tried:
@@ -149,6 +148,7 @@ class Run:
             began = time.monotonic()
             self._one_step(self.state.step + 1, progress, track)
             self.stop.watch_the_clock(time.monotonic() - began)
+            self.after_step(self)
 
     def _one_step(self, step: int, progress: Progress, track: Any) -> None:
         started = time.monotonic()

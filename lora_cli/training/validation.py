@@ -32,14 +32,14 @@ class Validator:
     def score_base(self, state: State) -> float:
         """Loss of the model without its adapter, which the run has to beat. Raises EvaluationStopped."""
         with adapters_disabled(self.session.model):
-            losses, targets = self._example_losses(state.parts)
+            losses, targets = self.losses(state)
         state.tensors |= {"validation.base": losses, "validation.targets": targets}
         state.base_validation_loss = losses.sum().item() / int(targets.sum())
         return state.base_validation_loss
 
     def score_step(self, state: State) -> tuple[float, bool]:
         """(loss of the current adapter, whether it is the best so far). Raises EvaluationStopped."""
-        losses, targets = self._example_losses(state.parts)
+        losses, targets = self.losses(state)
         loss = losses.sum().item() / int(targets.sum())
         state.last_validation_loss = loss
         best = math.isfinite(loss) and (state.best_validation_loss is None or loss < state.best_validation_loss)
@@ -67,11 +67,12 @@ class Validator:
         if state.pending is not None:
             state.pending.pop("validation_loss", None)
 
-    def _example_losses(self, parts: int) -> tuple[Tensor, Tensor]:
+    def losses(self, state: State) -> tuple[Tensor, Tensor]:
+        """Nats of each validation example and its target tokens, noted nowhere. Raises EvaluationStopped."""
         session, accelerator = self.session, self.accelerator
         examples = session.feed.validation
         train = session.recipe.train
-        rows = math.ceil(rows_per_micro_batch(session.recipe) / parts)
+        rows = math.ceil(rows_per_micro_batch(session.recipe) / state.parts)
         budget = train.tokens_per_micro_batch or rows * session.recipe.data.max_seq_len
         with cast_once(session.layers, session.dtype):
             losses, targets = example_losses(
