@@ -13,15 +13,16 @@ DEFAULT: Quantization = "nf4"
 @dataclass(frozen=True)
 class Rules:
     """double, groups: whether double_quantization and group_size mean something. not_sharded: why shard_base is
-    refused; None: it is not."""
+    refused; None: it is not. written: whether a merged model can be written so."""
 
     double: bool = False
     groups: bool = False
+    written: bool = False
     not_sharded: str | None = None
 
 
 RULES: dict[str, Rules] = {
-    "nf4": Rules(double=True),
+    "nf4": Rules(double=True, written=True),
     "int8": Rules(
         not_sharded="bitsandbytes keeps 8-bit weights outside the parameter, where they cannot be spread over processes"
     ),

@@ -63,7 +63,7 @@ FROZEN = {
     "compared pairs": {"of", "to", "gain", "low", "high"},
     "answers": {"prompt", "adapter", "completion", "prompting", "stop", "new_tokens", "system"},
     "merge": {"output", "onto", "dtype", "layers", "tokens_compared", "kl", "adapter_effect", "top1_agreement", "kept"}
-    | {"largest_difference", "block_by_block", "bases_compared", "kl_trained"},
+    | {"largest_difference", "block_by_block", "bases_compared", "kl_trained", "quantized"},
     "generate": {"prompt", "completion", "prompting", "stop", "new_tokens", "system"},
     "runs": {"name", "folder", "state", "step", "total_steps", "why", "loss", "validation_loss", "tokens", "hours"}
     | {"cost", "last_activity", "result"},

@@ -26,7 +26,11 @@ EXAMPLES = {
         "lora eval runs/my-run --data data/other.jsonl --json",
         "lora eval --adapter runs/one --adapter runs/two",
     ),
-    "merge": ("lora merge runs/my-run --output merged", "lora merge runs/my-run --output merged --onto original"),
+    "merge": (
+        "lora merge runs/my-run --output merged",
+        "lora merge runs/my-run --output merged --onto original",
+        "lora merge runs/my-run --output merged-4bit --quantize nf4",
+    ),
     "generate": (
         "lora generate runs/my-run 'How long is the warranty?'",
         "lora generate merged 'Once upon' --raw --temperature 0.7",

@@ -9,6 +9,7 @@ import typer
 
 from lora_cli.cli.common import Json, RemoteCode, heavy, home
 from lora_cli.errors import command
+from lora_cli.quantization import named
 from lora_cli.streams import print_json, print_note
 
 
@@ -39,6 +40,15 @@ def merge(
         ),
     ] = "full",
     max_shard_size: Annotated[str, typer.Option(help="The most that one weight file may hold.")] = "5GB",
+    quantize: Annotated[
+        str | None,
+        typer.Option(
+            metavar="KIND",
+            help=f"Round the merged weights to {named(lambda rules: rules.written)} at the end, as bitsandbytes stores "
+            "them, and measure on the run's held-out rows what that loses.",
+            show_default=False,
+        ),
+    ] = None,
     trust_remote_code: RemoteCode = False,
     as_json: Json = False,
 ) -> None:
@@ -55,6 +65,7 @@ def merge(
         onto=onto,
         proof=proof,
         max_shard_size=max_shard_size,
+        quantize=quantize,
         trust_remote_code=trust_remote_code,
         say=print_note,
     )

@@ -52,23 +52,30 @@ def paired_gain(before: Tensor, after: Tensor, targets: Tensor) -> Gain:
     n, total = int(drawn.sum()), int(targets.sum())
     if not n:
         raise ValueError("no example has a target token")
-    before, after, counts = before[drawn].double(), after[drawn].double(), targets[drawn].double()
-    difference = before - after
-    gain = difference.sum() / total
-    half = math.nan
-    if n > 1:
-        without_one = (difference - gain * counts) / (total - counts)  # what leaving each out takes from the gain
-        half = t_quantile(0.5 + CONFIDENCE / 2, n - 1) * math.sqrt((n - 1) / n * (without_one**2).sum())
-    known = math.isfinite(half)
+    before, after = before[drawn].double(), after[drawn].double()
     return Gain(
-        before=(before.sum() / total).item(),
-        after=(after.sum() / total).item(),
-        gain=gain.item(),
-        low=gain.item() - half if known else None,
-        high=gain.item() + half if known else None,
-        examples=n,
-        targets=total,
+        (before.sum() / total).item(), (after.sum() / total).item(), *_ratio(before - after, targets[drawn]), n, total
     )
+
+
+def share_kept(before: Tensor, after: Tensor, other: Tensor) -> tuple[float, float | None, float | None]:
+    """(share, low, high): what `other` has of the gain of `after` over `before`, with its interval; 1 is all of it.
+
+    Each (examples,), nats summed over an example's target tokens. Σ (beforeᵢ - otherᵢ) / Σ (beforeᵢ - afterᵢ), a ratio
+    of sums as in `paired_gain`. It means something only where the gain is surely above zero.
+    """
+    return _ratio(before - other, before - after)
+
+
+def _ratio(above: Tensor, below: Tensor) -> tuple[float, float | None, float | None]:
+    """Σ above / Σ below over the examples, and the ends of its interval, as `paired_gain` says."""
+    above, below, n = above.double(), below.double(), len(above)
+    ratio, half = above.sum() / below.sum(), math.nan
+    if n > 1:
+        without_one = (above - ratio * below) / (below.sum() - below)  # what leaving each out takes from it
+        half = t_quantile(0.5 + CONFIDENCE / 2, n - 1) * math.sqrt((n - 1) / n * (without_one**2).sum())
+    low, high = (ratio.item() - half, ratio.item() + half) if math.isfinite(half) else (None, None)
+    return ratio.item(), low, high
 
 
 def t_quantile(probability: float, freedom: int) -> float:

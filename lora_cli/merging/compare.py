@@ -14,7 +14,7 @@ from torch import Tensor
 from transformers import AutoModelForCausalLM
 
 from lora_cli.base.device import DTYPES, free_memory_bytes
-from lora_cli.base.linear import is_quantized, plain_layer
+from lora_cli.base.linear import is_quantized, plain_layer, settle_layers
 from lora_cli.base.source import BaseSource
 from lora_cli.base.text import positions, vocabulary
 from lora_cli.base.weight_files import StoredTensor
@@ -45,12 +45,23 @@ def make_dense(model: Any) -> None:
 
 
 def reopened(place: Path, *, fp32: bool, trust_remote_code: bool) -> Any:
-    """The written model, opened as a stranger would: by transformers alone. Raises LoraError if it does not open."""
+    """The written model, opened as a stranger would: by transformers alone. Raises LoraError if it does not open.
+
+    fp32: whether it computes in fp32, with the weights that it has; else as its settings say.
+    """
     what = "the merged model, with the settings of its base, does not open in transformers"
     with reading(what, fix="correct config.json and generation_config.json of the base model, and merge again"):
-        return AutoModelForCausalLM.from_pretrained(
-            place, dtype=torch.float32 if fp32 else "auto", trust_remote_code=trust_remote_code, local_files_only=True
+        model = AutoModelForCausalLM.from_pretrained(
+            place,
+            dtype=torch.float32 if fp32 else "auto",
+            device_map={"": "cpu"},
+            trust_remote_code=trust_remote_code,
+            local_files_only=True,
         ).eval()
+    settle_layers(model, model.dtype)
+    if fp32:
+        make_dense(model)
+    return model
 
 
 def comparison_tokens(source: Path, model: Any) -> tuple[Tensor, str]:

@@ -9,6 +9,7 @@ on the run's held-out rows. The difference from base + adapter is measured on re
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from dataclasses import replace
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -43,6 +44,7 @@ from lora_cli.merging.compare import (
 from lora_cli.merging.in_place import compute_in_place
 from lora_cli.merging.names import Places
 from lora_cli.merging.onto import better_base, held_out, losses_of
+from lora_cli.merging.quantized import Rounding, rounding_lines, rows_to_measure
 from lora_cli.merging.report import NOISE, MergeReport, require_number, require_same
 from lora_cli.merging.streamed import (
     Skeleton,
@@ -65,18 +67,20 @@ def merge(
     trust_remote_code: bool = False,
     proof: str = "full",
     max_shard_size: str = SHARD_SIZE,
+    quantize: str | None = None,
     say: Callable[[str], None] = lambda _: None,
 ) -> MergeReport:
     """Merge the adapter of a run folder or adapter folder into its base and write the model to `output`.
 
     dtype: of the written weights: bf16, fp16, fp32, or keep for that of each tensor of the base. proof: `full` makes
     every written tensor again and compares the opened models, `replay` opens none, `none` does neither.
-    max_shard_size: of a weight file, such as 5GB. say: prints what is slow or left out. Weights are read and written a
+    max_shard_size: of a weight file, such as 5GB. quantize: the kind that linear layers are rounded to at the end, with
+    the loss that this costs on held-out rows. say: prints what is slow or left out. Weights are read and written a
     tensor at a time, where the adapter and the architecture allow it. Works on the CPU. Raises CheckFailed, leaving
     `output` as it was, if the written model does not compute what base + adapter compute.
     """
     place, shard_bytes = files.require_place(output), parse_shard_size(max_shard_size)
-    job = _Merge(source, base, dtype, onto, trust_remote_code, proof, say)
+    job = _Merge(source, base, dtype, onto, trust_remote_code, proof, say, quantize)
     files.require_outside(place, job.source.folder)
     files.require_outside_adapter(place, job.folder)
     examples = job.to_compare(source) if onto == "auto" else []
@@ -106,13 +110,15 @@ def merge(
     del opened  # its memory is needed for the merged model
     layers = len(trained_modules(changes[0]))
     with written_whole(place) as temporary:
-        added = job.write(temporary, shard_bytes, *changes)
+        plain = temporary if job.rounding is None else temporary / ".plain"  # no file of the base has a dot
+        plain.mkdir(exist_ok=True)
+        added = job.write(plain, shard_bytes, *changes)
         replayed = 0
         if proof != "none":
-            replayed = replay_weights(job.source, temporary, changes[2], dtype=job.dtype, dense=job.dense)
+            replayed = replay_weights(job.source, plain, changes[2], dtype=job.dtype, dense=job.dense)
         del changes
         if tokens is not None and reference is not None and trained is not None:
-            merged = logits_of(job.reopened(temporary), tokens)
+            merged = job.logits_of_merged(plain, tokens)
             same = (reference.argmax(-1) == merged.argmax(-1)).float().mean().item()
             measured |= {"kl": divergence(reference, merged), "top1_agreement": same}
             measured["largest_difference"] = (reference - merged).abs().max().item()
@@ -132,6 +138,10 @@ def merge(
             **measured,
         )
         require_same(report, job.folder)
+        if job.rounding is not None:
+            reopened = partial(job.reopened, temporary)
+            facts = job.rounding.finish(plain, temporary, job.dense, shard_bytes, reopened, job.block_by_block)
+            report = replace(report, quantized=facts)
         job.write_notes(temporary, report)
     return report
 
@@ -139,7 +149,9 @@ def merge(
 class _Merge:
     """One merge on its way: what was read of adapter and base before any weight is."""
 
-    def __init__(self, path: Path, base: str | None, dtype: str, onto: str, code: bool, proof: str, say: Any):
+    def __init__(
+        self, path: Path, base: str | None, dtype: str, onto: str, code: bool, proof: str, say: Any, kind: str | None
+    ):
         self.folder, self.say, self.code, self.proof = adapter_folder(path), say, code, proof
         self.load = partial(open_model, base, path, device="cpu", trust_remote_code=code)
         self.adapter: AdapterFile = read_adapter(self.folder)
@@ -178,10 +190,16 @@ class _Merge:
             self._note(note)
         parameters = parameters_stored(self.stored)
         widest = max((each.shape[0] for each in self.stored.values() if len(each.shape) == 2), default=0)  # of logits
-        self.fp32 = fits_in_fp32(parameters, widest, held_besides=0 if self.quantization == "none" else 1.2)
+        in_16_bits = self.quantization == "none" and kind is None
+        self.fp32 = fits_in_fp32(parameters, widest, held_besides=0 if in_16_bits else 1.2)
         kept = self.dense if self.held is not None else commonest_dtype(self.stored)
         self.written_dtype = next((name for name, each in DTYPES.items() if each == (self.dtype or kept)), "fp64")
         self.block_by_block = proof == "full" and not self.fp32  # until it turns out that it cannot be
+        self.rounding: Rounding | None = None
+        if kind is not None:
+            rows = rows_to_measure(kind, proof, self.adapter.metadata.method, path)
+            compute = DTYPES.get(self.adapter.metadata.compute_dtype or "", self.dense)
+            self.rounding = Rounding(kind, self.source, self.stored, compute, code, rows)
         self._require_room(parameters)
 
     @property
@@ -202,6 +220,8 @@ class _Merge:
         largest = max(parameters * self.dense.itemsize, as_stored)
         beside = sum((self.source.folder / name).stat().st_size for name in self.taken)
         self.needed_bytes = largest + beside + 10_000_000
+        if self.rounding is not None:
+            self.needed_bytes += self.rounding.room(largest, beside, self.dense, self.say)
         if self.proof != "full":
             return
         if parameters > 1e9:
@@ -251,7 +271,8 @@ class _Merge:
         if not self.block_by_block:
             return reopened(place, fp32=self.fp32, trust_remote_code=self.code)
         written = BaseSource(str(place), place)
-        how: Any = {"quantization": "none", "held": None, "trust_remote_code": self.code}
+        held = stored_quantization(written)
+        how: Any = {"quantization": held or "none", "held": held, "trust_remote_code": self.code}
         return compute_in_place(skeleton_from_files(written, None, stored_tensors(place), **how), None)
 
     def to_compare(self, run: Path) -> Sequence[Example]:
@@ -274,7 +295,15 @@ class _Merge:
         with adapters_disabled(model):
             effect = divergence(found, logits_of(model, tokens))
         require_number(effect, self.folder)
+        if self.rounding is not None:
+            self.rounding.measure_trained(model, self.block_by_block)
         return found, effect
+
+    def logits_of_merged(self, place: Path, tokens: Tensor) -> Tensor:
+        model = self.reopened(place)
+        if self.rounding is not None:
+            self.rounding.measure("merged", model, self.block_by_block)
+        return logits_of(model, tokens)
 
     def choose(self, model: Any, examples: Sequence[Example], trained: Tensor, targets: Tensor) -> dict[str, Any]:
         """Merge onto the original weights if they are surely better than the trained ones; what was measured.
@@ -363,4 +392,6 @@ class _Merge:
         facts |= self.adapter.metadata.model_dump(include={"prompting", "system", "method"})
         del facts["output"]
         said = [f"Merged by `lora merge`: {report.effect} (how: merge.json)."]
+        if report.quantized is not None:
+            said += [f"{line[0].upper()}{line[1:]}." for line in rounding_lines(report.quantized)]
         files.write_notes(place, {"format": 1, **facts}, self.source, [*measured_of(self.adapter.folder), *said])

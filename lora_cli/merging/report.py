@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from lora_cli.errors import CheckFailed
+from lora_cli.merging.quantized import rounding_lines
 
 _KEPT_AT_LEAST = 0.9  # share of the adapter's effect that a merge must keep
 # KL that arithmetic alone can explain, nats a token: in fp32 (measured 1e-12 to 1e-11), and in 16 bits
@@ -28,6 +29,7 @@ class MergeReport:
     time and found in the files, bit for bit. streamed: whether the base was read a tensor at a time.
     bases_compared: losses on held-out rows, merged onto the trained and onto the original weights, and what the
     original ones gain, with its interval (`paired_gain`); None where they were not compared.
+    quantized: of a folder whose layers were rounded, `Rounding.facts`; the other figures are of the model before that.
     """
 
     output: str
@@ -49,6 +51,7 @@ class MergeReport:
     largest_difference: float | None = None
     block_by_block: bool = False
     kl_trained: float | None = None
+    quantized: dict[str, Any] | None = None
 
     @property
     def kept(self) -> float | None:
@@ -67,11 +70,13 @@ class MergeReport:
             return "the merged model was not compared with base + adapter"
         if not self.adapter_effect:
             return "the adapter changes nothing"
-        return f"keeps {self.kept:.2%} of the adapter's effect"
+        before = "" if self.quantized is None else "before rounding, it "
+        return f"{before}keeps {self.kept:.2%} of the adapter's effect"
 
     def lines(self) -> list[str]:
         """What was written, and how near it is to base + adapter."""
-        first = f"merged {self.layers} layers onto the {self.onto} weights, in {self.dtype}: {self.output}"
+        dtype = self.dtype if self.quantized is None else f"{self.dtype}, then in {self.quantized['kind']}"
+        first = f"merged {self.layers} layers onto the {self.onto} weights, in {dtype}: {self.output}"
         again = f"{self.replayed} tensors made again from base and adapter are in the files, bit for bit"
         if self.kl is None:
             return [first, *([again] if self.replayed else []), f"{self.effect} (--proof {self.proof})"]
@@ -83,6 +88,7 @@ class MergeReport:
             f"{self.tokens}, KL {self.kl:.2g} nats a token (the adapter itself changes {self.adapter_effect:.2g}), "
             f"same top token at {self.top1_agreement:.1%}, logits at most {self.largest_difference:.2g} apart{other}",
             again,
+            *([] if self.quantized is None else rounding_lines(self.quantized)),
         ]
 
 

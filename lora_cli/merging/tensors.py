@@ -8,7 +8,7 @@ the merge changes and those that only a quantized form needs.
 from __future__ import annotations
 
 import json
-from collections.abc import Callable, Collection, Iterator, Mapping
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -76,7 +76,12 @@ def replay_weights(
     source: BaseSource, place: Path, fresh: Mapping[str, Fresh], *, dtype: torch.dtype | None, dense: torch.dtype
 ) -> int:
     """Make every tensor that `write_weights` wrote again and compare it bit for bit; returns how many there are."""
-    entries = {each.name: each for each in _entries(source, fresh, dtype, dense)}
+    return replay_entries(place, _entries(source, fresh, dtype, dense))
+
+
+def replay_entries(place: Path, made: Iterable[Entry]) -> int:
+    """Compare every tensor in the files of `place` with what its entry writes, bit for bit; returns how many."""
+    entries = {each.name: each for each in made}
     written = {name: each for file in weight_files(place) for name, each in read_header(file)[0].items()}
     if written.keys() != entries.keys():
         name = min(written.keys() ^ entries.keys())
@@ -103,20 +108,27 @@ def write_weights(
     quantized form. shard_bytes: the most of one file, but for a tensor that is larger, which gets a file of its own;
     names and index are those of transformers. Raises CheckFailed for a number that its new dtype cannot hold.
     """
-    entries = {each.name: each for each in _entries(source, fresh, dtype, dense)}
+    write_files(
+        source.folder, place, {each.name: [each] for each in _entries(source, fresh, dtype, dense)}, shard_bytes
+    )
+
+
+def write_files(source: Path, place: Path, groups: Mapping[str, Sequence[Entry]], shard_bytes: int) -> None:
+    """Weight files and their index, with the metadata of those in `source`. A group's tensors are in one file."""
     split = split_state_dict_into_shards_factory(
-        entries,
-        get_storage_size=lambda each: each.size_bytes,
+        dict(groups),
+        get_storage_size=lambda group: sum(each.size_bytes for each in group),
         filename_pattern="model{suffix}.safetensors",
         max_shard_size=shard_bytes,
     )
     metadata = {}
-    for file in weight_files(source.folder):
+    for file in weight_files(source):
         metadata |= read_header(file)[1]
     for name, tensors in split.filename_to_tensors.items():
-        write_entries(place / name, [entries[each] for each in tensors], metadata)
+        write_entries(place / name, [entry for each in tensors for entry in groups[each]], metadata)
     if split.is_sharded:
-        index = {"metadata": split.metadata, "weight_map": split.tensor_to_filename}
+        files = {entry.name: file for name, file in split.tensor_to_filename.items() for entry in groups[name]}
+        index = {"metadata": split.metadata, "weight_map": files}
         (place / INDEX).write_text(json.dumps(index, indent=2) + "\n", encoding="utf-8")
 
 
@@ -141,10 +153,15 @@ def _plan(
         elif dtype is not None and own.dtype in FLOATS and FLOATS[own.dtype] != dtype:
             target, shape, make = dtype, own.shape, partial(_read, own)
         else:
-            yield Entry(name, own.dtype, own.shape, own.size_bytes, partial(_copy, own))
+            yield as_stored(name, own)
             continue
         size = torch.Size(shape).numel() * target.itemsize
         yield Entry(name, NAMES[target], shape, size, partial(_write_tensor, name, make, target))
+
+
+def as_stored(name: str, own: StoredTensor) -> Entry:
+    """A tensor of a checkpoint as it is."""
+    return Entry(name, own.dtype, own.shape, own.size_bytes, partial(_copy, own))
 
 
 def is_beside(name: str, fresh: Collection[str]) -> bool:

@@ -8,11 +8,14 @@ from collections.abc import Mapping
 from typing import Any
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 
 from lora_cli.base.storage.kind import Storage, is_a, whole
 
 _BLOCK = 64
+_AT_ONCE = 2**20  # weights, of which bitsandbytes makes 20 times their bytes
+_SETTINGS = 256  # bytes
 _PART = re.compile(r"(.+)\.(absmax|quant_map|nested_absmax|nested_quant_map|quant_state\..+)")
 
 
@@ -70,9 +73,28 @@ class Bnb4(Storage):
         return _dequantized(weight, QuantState.from_dict(dict(beside), weight.device))
 
     def rounded(self, weight: Tensor, double: bool) -> Tensor:
-        from bitsandbytes.functional import quantize_4bit
+        return _dequantized(*_quantized(weight, double, self.name))
 
-        return _dequantized(*quantize_4bit(weight, compress_statistics=double, quant_type=self.name, blocksize=_BLOCK))
+    def packed(self, weight: Tensor) -> dict[str, Tensor]:
+        """With scales that are quantized as well. The settings, which are JSON, end in spaces, so that their length
+        follows from no number in them."""
+        packed, state = _quantized(weight, True, self.name)
+        parts = state.as_dict(packed=True)
+        for name in (each for each in parts if each.startswith("quant_state.")):
+            assert len(parts[name]) <= _SETTINGS
+            parts[name] = F.pad(parts[name], (0, _SETTINGS - len(parts[name])), value=ord(" "))
+        return {"": packed} | {f".{name}": each for name, each in parts.items()}
+
+    def packed_as(self, numbers: int) -> dict[str, Tensor]:
+        blocks = -(-numbers // _BLOCK)
+        shapes = {"": (-(-numbers // 2), 1), ".absmax": (blocks,), ".quant_map": (16,)}
+        shapes |= {".nested_absmax": (-(-blocks // 256),), ".nested_quant_map": (256,)}
+        shapes |= {f".quant_state.bitsandbytes__{self.name}": (_SETTINGS,)}
+        numbers_in = {name: torch.float32 for name in shapes if "nested" in name or "map" in name}
+        return {
+            name: torch.empty(shape, dtype=numbers_in.get(name, torch.uint8), device="meta")
+            for name, shape in shapes.items()
+        }
 
     def bits(self, value_bytes: int, double: bool, group_size: int = 32) -> float:
         """A scale a block, in fp32; or in 8 bits, with an fp32 scale of their own for 256 of them."""
@@ -87,6 +109,19 @@ class Bnb4(Storage):
 def _state(layer: nn.Module) -> Any:
     """Scales and shape, with the weight or, once that is sharded, with the module."""
     return getattr(layer.weight, "quant_state", None) or getattr(layer, "quant_state", None)
+
+
+def _quantized(weight: Tensor, double: bool, kind: str) -> tuple[Tensor, Any]:
+    """What bitsandbytes makes of the whole weight, made of pieces of it, and its state."""
+    from bitsandbytes.functional import quantize_4bit, quantize_blockwise
+
+    pieces = [quantize_4bit(each, quant_type=kind, blocksize=_BLOCK) for each in weight.reshape(-1).split(_AT_ONCE)]
+    state = pieces[0][1]
+    state.shape, state.absmax = weight.shape, torch.cat([each.absmax for _, each in pieces])
+    if double:
+        state.nested, state.offset = True, state.absmax.mean()
+        state.absmax, state.state2 = quantize_blockwise(state.absmax - state.offset, blocksize=256)
+    return torch.cat([packed for packed, _ in pieces]), state
 
 
 def _dequantized(stored: Tensor, state: Any) -> Tensor:

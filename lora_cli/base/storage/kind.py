@@ -79,6 +79,18 @@ class Storage(ABC):
         """
         return weight
 
+    def packed(self, weight: Tensor) -> dict[str, Tensor]:
+        """What a checkpoint stores of a plain weight (out_features, in_features), by what a name has after that of the
+        weight: "" is the weight itself.
+
+        Asked only of the kinds that are `written` (quantization.py).
+        """
+        raise AssertionError(f"no checkpoint is written in {self.name}")
+
+    def packed_as(self, numbers: int) -> dict[str, Tensor]:
+        """Of a weight of so many numbers what `packed` gives, on the device meta: shapes and dtypes alone."""
+        raise AssertionError(f"no checkpoint is written in {self.name}")
+
     # ── bytes ───────────────────────────────────────────────────────────────────────────────────────────────────
 
     @abstractmethod
