@@ -6,7 +6,7 @@
 BASE: a model folder; or `1b` or `3b`, Llama shapes of random weights in bf16, which are written into FOLDER in files
 of 1 GB and removed again; or `70b`, whose files are sparse: of its merge the first 40 tensors are made and written to
 nowhere. The adapter: rank 16 on all linear layers, random; on plain weights, and on NF4 ones.
-rounded: what `lora merge --quantize nf4` loses of 30 steps of text-to-SQL (160 rows, rank 16 on all linear layers,
+rounded: what `lora merge --quantize nf4` loses of text-to-SQL (30 steps of 16 rows, rank 16 on all linear layers,
 rate 1e-3, one seed) on SmolLM2 moved off its grid by 0.1, trained in bf16 and on NF4: its losses, and that of the
 written folder in plain transformers, on the answers of the same held-out rows, about databases of their own.
 """
@@ -177,8 +177,8 @@ def trained(base: Path, folder: Path, quantization: str) -> Path:
         "base_model": str(base),
         "quantization": quantization,
         "adapter": {"rank": 16, "alpha": 32, "target_modules": "all-linear"},
-        "data": {"train": str(folder / "train.jsonl"), "validation": str(folder / "held-out.jsonl")},
-        "train": {"epochs": 3, "max_steps": 30, "learning_rate": 1e-3, "micro_batch_size": 8},
+        "data": {"train": str(folder / "train.jsonl"), "validation": str(folder / "held-out.jsonl"), "packing": False},
+        "train": {"epochs": 3, "learning_rate": 1e-3, "micro_batch_size": 16, "gradient_accumulation_steps": 1},
         "output": str(folder / quantization),
     }
     path = folder / f"{quantization}.yaml"

@@ -209,7 +209,7 @@ def rounding_lines(facts: dict[str, Any]) -> list[str]:
     share = facts["weights"] / facts["weights_of_model"]
     if kept["share"] is None:
         said = (
-            "that base + adapter are better than the base is not sure on these rows, so how much of it is kept neither"
+            "these rows do not show for sure that base + adapter are better than the base: no share of it can be said"
         )
     else:
         interval = f"95 % interval {kept['low']:.0%} to {kept['high']:.0%}"
