@@ -43,7 +43,7 @@ def rows_to_measure(kind: str, proof: str, method: str | None, source: Path) -> 
     rules = RULES.get(kind)
     fix = f"write {named(lambda each: each.written)}"
     refuse_if(rules is None or not rules.written, f"a merge cannot be rounded to {kind}", fix=fix)
-    what = "a qa_lora model is in 4 bits already, and rounding it once more would lose what it learned"
+    what = "a qa_lora model is in 4 bits already, and rounding it again would lose what it learned"
     fix = f"write those bits: {command('lora', 'export', source, '--to', 'gguf', '--type', 'q4_1')} --output FILE.gguf"
     refuse_if(method == "qa_lora", what, where=source, fix=fix)
     what = f"--quantize {kind} is written with its measured loss alone, and --proof {proof} measures nothing"

@@ -76,8 +76,8 @@ class Bnb4(Storage):
         return _dequantized(*_quantized(weight, double, self.name))
 
     def packed(self, weight: Tensor) -> dict[str, Tensor]:
-        """With scales that are quantized as well. The settings, which are JSON, end in spaces, so that their length
-        follows from no number in them."""
+        """With scales that are quantized as well. The settings, which are JSON, end in spaces, so that their length is
+        always the same."""
         packed, state = _quantized(weight, True, self.name)
         parts = state.as_dict(packed=True)
         for name in (each for each in parts if each.startswith("quant_state.")):
