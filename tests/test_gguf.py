@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 import random
 from pathlib import Path
 from typing import Any
@@ -55,7 +56,9 @@ def write_gguf(path: Path, folder: Path, kind: str = "Q4_1", **changes: Any) -> 
     writer.add_head_count(config.num_attention_heads)
     writer.add_head_count_kv(config.num_key_value_heads)
     writer.add_rope_freq_base(config.rope_parameters["rope_theta"])
-    writer.add_rope_dimension_count(config.hidden_size // config.num_attention_heads)
+    head = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
+    writer.add_rope_dimension_count(changes.get("rotated", head))
+    writer.add_key_length(head)
     writer.add_layer_norm_rms_eps(config.rms_norm_eps)
     if "scaling" in changes:
         writer.add_rope_scaling_type(gguf.RopeScalingType(changes["scaling"]))
@@ -70,7 +73,7 @@ def write_gguf(path: Path, folder: Path, kind: str = "Q4_1", **changes: Any) -> 
     writer.add_eos_token_id(0)
     writer.add_pad_token_id(0)
     writer.add_chat_template(CHAT_TEMPLATE)
-    names = gguf.get_tensor_name_map(gguf.MODEL_ARCH.LLAMA, config.num_hidden_layers)
+    names = gguf.get_tensor_name_map(gguf.MODEL_ARCH[arch.upper()], config.num_hidden_layers)
     for name, value in model.state_dict().items():
         stem, _, last = name.rpartition(".")
         data = value.numpy()
@@ -80,7 +83,9 @@ def write_gguf(path: Path, folder: Path, kind: str = "Q4_1", **changes: Any) -> 
         of = TYPES[changes.get("down", kind)] if "down_proj" in name else of
         writer.add_tensor(f"{names.get_name(stem)}.{last}", gguf.quantize(data, of), raw_dtype=of)
     if "rope" in changes:
-        writer.add_tensor("rope_freqs.weight", np.ones(8, np.float32))
+        writer.add_tensor("rope_freqs.weight", np.array(changes["rope"], np.float32))
+    if "softcap" in changes:
+        writer.add_final_logit_softcapping(30.0)
     writer.write_header_to_file()
     writer.write_kv_data_to_file()
     writer.write_tensors_to_file()
@@ -119,6 +124,49 @@ def test_blocks_are_kept_bit_for_bit_in_the_order_of_the_original_model(kind: st
     for how in ("int4", "none"):
         ours = load_model(source, quantization=how, dtype=torch.float32, device=CPU)
         assert torch.equal(ours(input_ids=ROWS).logits, theirs(input_ids=ROWS).logits)
+
+
+LLAMA_3 = {"rope_type": "llama3", "rope_theta": 1e4, "factor": 8.0, "low_freq_factor": 1.0, "high_freq_factor": 4.0}
+LLAMA_3 |= {"original_max_position_embeddings": 8192}
+
+
+def factors(config: Any) -> list[float]:
+    """As llama.cpp's converter computes them (`LlamaModel.generate_extra_tensors`)."""
+    found, (low, high) = [], (8192 / 1.0, 8192 / 4.0)
+    for at in range(0, config.head_dim, 2):
+        length = 2 * math.pi * 1e4 ** (at / config.head_dim)
+        smooth = (8192 / length - 1) / 3
+        found.append(1 if length < high else 8 if length > low else 1 / ((1 - smooth) / 8 + smooth))
+    return found
+
+
+@pytest.mark.parametrize(
+    "config",
+    [
+        hf.Qwen2Config(**IDS, **SMALL, rope_theta=1e6),
+        hf.Qwen3Config(**IDS, **SMALL | {"tie_word_embeddings": True}, head_dim=32),
+        hf.LlamaConfig(**IDS, **SMALL | {"max_position_embeddings": 2**17}, head_dim=32, rope_parameters=LLAMA_3),
+    ],
+)
+def test_other_architectures_compute_what_the_original_computes_on_the_same_blocks(config, tmp_path):
+    """The judge is the original's own configuration, with its weights quantized here."""
+    folder = save_tiny(config, tmp_path / "tiny")
+    original: Any = hf.AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32)
+    with torch.no_grad():
+        for name, value in original.named_parameters():
+            value.add_(torch.randn_like(value), alpha=0.1)  # norms and biases that do something
+            assert value.abs().max() > 0, name
+    original.save_pretrained(folder)
+    more = {"rope": factors(config)} if config.model_type == "llama" else {}
+    path = write_gguf(tmp_path / "x.gguf", folder, "Q4_1", **more)
+    with torch.no_grad():
+        for name, value in original.named_parameters():
+            if value.ndim == 2:
+                of = TYPES.Q4_1 if "layers" in name else TYPES.Q8_0
+                value.copy_(torch.from_numpy(gguf.dequantize(gguf.quantize(value.numpy(), of), of)))
+    ours = load_model(find_base(str(path)), quantization="int4", dtype=torch.float32, device=CPU)
+    assert sum(isinstance(each, Int4Linear) for each in ours.modules()) == 14
+    assert torch.equal(ours(input_ids=ROWS).logits, original(input_ids=ROWS).logits)
 
 
 def test_the_tokenizer_is_the_files_or_that_of_a_folder(files: Any, folder: Path, recipe_file: Any, tmp_path: Path):
@@ -191,7 +239,9 @@ def test_what_a_file_does_not_give_is_refused_with_what_to_write(files: Any, fol
     assert str(mixed.fix).startswith("write quantization: none")
     assert "architecture 'mamba'" in said("mamba", changes={"architecture": "mamba"}).what
     assert "positions are scaled (linear)" in said("scaled", changes={"scaling": "linear"}).what
-    assert "the first is rope_freqs.weight" in said("rope", changes={"rope": True}).what
+    assert "another way than those of Llama 3" in said("rope", changes={"rope": [1, 1, 1, 2, 2, 2, 2, 3]}).what
+    assert "its rope.dimension_count is 8" in said("rotated", changes={"rotated": 8}).what
+    assert "says llama.final_logit_softcapping" in said("softcap", changes={"softcap": True}).what
     many = said("many", changes={"blocks": 10**7})
     assert "10,000,000; 300 is the limit" in many.what
     check(load_recipe(recipe_file(base_model=str(tmp_path / "mixed.gguf"), quantization="none")))  # the fix, followed

@@ -35,7 +35,11 @@ from lora_cli.limits import LimitReached
 
 # Whose rows, names and numbers were compared with the original model's (tests/test_gguf.py). Others read as well with
 # transformers, but order or shift weights in ways that were not.
-ARCHITECTURES = ("llama",)
+ARCHITECTURES = ("llama", "qwen2", "qwen3")
+# Of what a file says of its architecture: what is read. Anything else would make another model of it.
+_READ = {f"attention.{name}" for name in ("head_count", "head_count_kv", "layer_norm_rms_epsilon", "key_length")}
+_READ |= {"block_count", "context_length", "embedding_length", "feed_forward_length", "vocab_size", "rope.freq_base"}
+_READ |= {"attention.value_length", "rope.dimension_count", "tensor_data_layout"}  # held to the others, or idle
 KEPT = {"Q4_0": of_q4_0, "Q4_1": of_q4_1}  # types of blocks that int4 holds as they are
 _SCALARS = {0: "B", 1: "b", 2: "H", 3: "h", 4: "I", 5: "i", 6: "f", 7: "?", 10: "Q", 11: "q", 12: "d"}
 _TEXT, _ARRAY = 8, 9
@@ -234,6 +238,10 @@ def _config(header: _Header, file: Path, folder: Path) -> Any:
         raise LoraError(
             f"its positions are scaled ({str(scaling)[:40]}), which is not read from GGUF", where=file, fix=_AGAIN
         )
+    named = [*header.scalars.items(), *header.lengths.items()]
+    for name in (name for name, value in named if value and name.startswith(f"{architecture}.")):
+        known = name.removeprefix(f"{architecture}.") in _READ or name.endswith(".rope.scaling.type")
+        refuse_if(not known, f"it says {name[:80]}, which is not read from GGUF", where=file, fix=_AGAIN)
     short = folder / "header.gguf"
     writer = gguf.GGUFWriter(short, architecture)
     for name, value in header.scalars.items():
@@ -245,6 +253,17 @@ def _config(header: _Header, file: Path, folder: Path) -> Any:
     writer.close()
     config = AutoConfig.from_pretrained(folder, gguf_file=short.name, local_files_only=True)
     short.unlink()
+    given = {name.removeprefix(f"{architecture}."): value for name, value in header.scalars.items()}
+    config.head_dim = given.get("attention.key_length") or config.hidden_size // config.num_attention_heads
+    for name in ("attention.value_length", "rope.dimension_count"):
+        refuse_if(
+            given.get(name, config.head_dim) != config.head_dim,
+            f"its {name} is {given.get(name)}, not that of a head ({config.head_dim}), which is not read from GGUF",
+            where=file,
+            fix=_AGAIN,
+        )
+    if (scaled := header.tensors.get(_ROPE)) is not None:
+        _set_llama_3_positions(config, scaled, file)
     config.vocab_size = header.tensors["token_embd.weight"][1][0]
     config.tie_word_embeddings = "output.weight" not in header.tensors
     config.dtype = torch.bfloat16  # of a merged model
@@ -254,6 +273,27 @@ def _config(header: _Header, file: Path, folder: Path) -> Any:
     return config
 
 
+def _set_llama_3_positions(config: Any, of: tuple[str, tuple[int, ...], int, int], file: Path) -> None:
+    """The scaling of Llama 3.1 and later, of which a file holds the factors alone. Raises LoraError for any other."""
+    from transformers.modeling_rope_utils import ROPE_INIT_FUNCTIONS
+
+    kind, _, first, size = of
+    with file.open("rb") as stream:
+        stream.seek(first)
+        factors = np.frombuffer(stream.read(size), np.float32)
+    plain, dims = config.rope_parameters, config.head_dim
+    theta = float(plain["rope_theta"])
+    frequencies = 1.0 / theta ** (torch.arange(0, dims, 2, dtype=torch.float32) / dims)
+    parameters = {"rope_type": "llama3", "rope_theta": theta, "factor": float(factors.max()), "low_freq_factor": 1.0}
+    parameters |= {"high_freq_factor": 4.0, "original_max_position_embeddings": 8192}  # of all that Meta made
+    config.rope_parameters = parameters
+    own = frequencies / ROPE_INIT_FUNCTIONS["llama3"](config, torch.device("cpu"))[0]
+    same = kind == "F32" and own.shape == factors.shape and np.allclose(own.numpy(), factors, rtol=1e-5)
+    what = f"its positions are scaled ({_ROPE}) in another way than those of Llama 3, which is not read from GGUF"
+    refuse_if(not same, what, where=file, fix=_AGAIN)
+
+
+_ROPE = "rope_freqs.weight"
 _IDS = {f"tokenizer.ggml.{name}_token_id" for name in ("bos", "eos", "unknown", "padding")}
 
 
@@ -271,12 +311,13 @@ def _placed(header: _Header, file: Path, config: Any) -> tuple[dict[str, StoredT
         stem, _, last = name.rpartition(".")
         names[f"{own.get_name(stem)}.{last}"] = name
     ordered = theirs.TENSOR_PROCESSORS.get(architecture, theirs.TensorProcessor)(config=config.to_dict())
-    strange = [name for name in header.tensors if name not in names]
+    found = {name: each for name, each in header.tensors.items() if name != _ROPE}
+    strange = [name for name in found if name not in names]
     if strange:
         what = f"{len(strange)} tensors of the file have no place in the model, the first is {strange[0][:80]}"
         raise LoraError(what, where=file, fix="use the model it was made from: a folder or hub id with safetensors")
     tensors: dict[str, StoredTensor] = {}
-    for name, (of, shape, first, size) in header.tensors.items():
+    for name, (of, shape, first, size) in found.items():
         place = lambda values, name=name: ordered.process(values, name=name).weights  # noqa: E731
         tensors[names[name]] = GgufTensor(file, of, shape, first, first + size, place)
     head = model.get_output_embeddings()
