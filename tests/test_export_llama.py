@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import json
+import math
 import os
 import subprocess
+import sys
 import sysconfig
 from pathlib import Path
 from typing import Any
@@ -14,6 +16,10 @@ import pytest
 import torch
 from conftest import ROOT
 from environments import environment
+
+sys.path.insert(0, str(ROOT / "benchmarks"))
+from export import general_pieces, perplexity_of
+from in_llama_cpp import ask
 
 from lora_cli.exporting.blocks import _copy_fields
 from lora_cli.exporting.converter import PINS
@@ -33,31 +39,6 @@ TEXTS = [
 ]
 CHAT = [{"role": "user", "content": "How many rows?"}, {"role": "assistant", "content": "Two."}]
 CHAT += [{"role": "user", "content": "And now?"}]
-SERVER = """
-import json, sys, urllib.request
-import xllamacpp as llama
-model, adapter, texts, chat = sys.argv[1:]
-params = llama.CommonParams()
-params.model.path, params.n_ctx, params.n_parallel, params.warmup = model, 512, 1, False
-params.cpuparams.n_threads = 2
-if adapter:
-    info = llama.CommonAdapterLoraInfo()
-    info.path, info.scale = adapter, 1.0
-    params.lora_adapters = [info]
-server = llama.Server(params)
-def ask(path, **body):
-    request = urllib.request.Request(server.listening_address + path, json.dumps(body).encode(),
-                                     {"Content-Type": "application/json"})
-    return json.load(urllib.request.urlopen(request))
-told = {"tokens": [], "likely": [], "prompt": ask("/apply-template", messages=json.loads(chat))["prompt"]}
-for text in json.loads(texts):
-    tokens = ask("/tokenize", content=text, add_special=False, parse_special=True)["tokens"]
-    asked = ask("/completion", prompt=tokens, n_predict=1, n_probs=10, temperature=0, cache_prompt=False)
-    told["tokens"].append(tokens)
-    first = asked["completion_probabilities"][0]["top_logprobs"]
-    told["likely"].append({each["id"]: each["logprob"] for each in first})
-print(json.dumps(told))
-"""
 
 
 @pytest.fixture(scope="module")
@@ -82,10 +63,14 @@ def lora(python: Path, *words: str | Path) -> str:
 
 
 def in_llama_cpp(python: Path, model: Path, adapter: Path | str = "") -> dict[str, Any]:
-    words = [python, "-c", SERVER, model, adapter, json.dumps(TEXTS), json.dumps(CHAT)]
-    done = subprocess.run(words, capture_output=True, text=True, check=False)
-    assert done.returncode == 0, done.stderr[-3000:]
-    return json.loads(done.stdout.splitlines()[-1])
+    return ask(python, model, adapter=str(adapter), texts=TEXTS, chat=CHAT)
+
+
+def perplexity_beside(python: Path, file: Path, model: Any, tokenizer: Any) -> float:
+    """Of 2,040 tokens, in llama.cpp over that of the model here."""
+    pieces = general_pieces(tokenizer)
+    losses = [each for piece in ask(python, file, sequences=pieces)["losses"] for each in piece]
+    return math.exp(sum(losses) / len(losses)) / perplexity_of(model, pieces)
 
 
 def in_fp32(source: Path, target: Path) -> Path:
@@ -139,6 +124,7 @@ def test_llama_cpp_computes_what_was_trained(python, real_model, tmp_path):
     merged = in_llama_cpp(python, tmp_path / "merged.gguf")
     assert largest_difference(model, merged) < 0.03  # weights and activations in fp16
     tokenizer: Any = AutoTokenizer.from_pretrained(real_model)
+    assert perplexity_beside(python, tmp_path / "merged.gguf", model, tokenizer) == pytest.approx(1, abs=0.005)
     assert merged["tokens"] == [tokenizer(text, add_special_tokens=False)["input_ids"] for text in TEXTS]
     assert merged["prompt"] == tokenizer.apply_chat_template(CHAT, tokenize=False, add_generation_prompt=True)
     said = lora(
@@ -151,7 +137,7 @@ def test_llama_cpp_computes_what_was_trained(python, real_model, tmp_path):
 def test_a_qa_lora_run_is_in_llama_cpp_what_it_is_here(python, real_model, tmp_path):
     """The 4-bit file holds the trained blocks: in fp32 arithmetic its numbers are those of the merged model. With the
     blocks themselves llama.cpp also rounds activations to 8 bits."""
-    from transformers import AutoModelForCausalLM
+    from transformers import AutoModelForCausalLM, AutoTokenizer
 
     rows = [{"prompt": f"{a} + 2 =", "completion": f" {a + 2}"} for a in range(32)]
     (tmp_path / "rows.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
@@ -167,6 +153,8 @@ def test_a_qa_lora_run_is_in_llama_cpp_what_it_is_here(python, real_model, tmp_p
     lora(python, "merge", tmp_path / "run", "--output", tmp_path / "merged", "--dtype", "fp32")
     merged = AutoModelForCausalLM.from_pretrained(tmp_path / "merged", dtype=torch.float32)
     assert largest_difference(merged, told) < 0.1  # keys and values are in fp16 there
+    tokenizer = AutoTokenizer.from_pretrained(real_model)
+    assert perplexity_beside(python, tmp_path / "f32.gguf", merged, tokenizer) == pytest.approx(1, abs=0.005)
     assert in_llama_cpp(python, tmp_path / "run.gguf")["tokens"] == told["tokens"]
 
 
