@@ -13,6 +13,7 @@ import subprocess
 import sys
 import urllib.request
 from concurrent.futures import ThreadPoolExecutor
+from importlib import import_module
 from pathlib import Path
 from typing import Any
 
@@ -30,8 +31,7 @@ def ask(python: Path | str, model: Path, **asked: Any) -> dict[str, Any]:
 
 class _Server:
     def __init__(self, model: str, adapter: str):
-        import xllamacpp as llama
-
+        llama: Any = import_module("xllamacpp")
         params = llama.CommonParams()
         params.model.path, params.n_parallel, params.n_ctx, params.warmup = model, AT_ONCE, 512 * AT_ONCE, False
         params.cpuparams.n_threads = 1
@@ -76,9 +76,9 @@ class _Settings(ctypes.Structure):
 def losses(model: str, sequences: list[list[int]]) -> list[list[float]]:
     """Nats of all tokens but the first, by the C functions of llama.h: the server tells no losses of a prompt."""
     import numpy as np
-    import xllamacpp
 
-    llama = ctypes.CDLL(xllamacpp.xllamacpp.__file__)
+    xllamacpp: Any = import_module("xllamacpp")
+    llama: Any = ctypes.CDLL(xllamacpp.xllamacpp.__file__)
     pointers = {"llama_model_load_from_file": [ctypes.c_char_p, _Settings]}
     pointers |= {"llama_init_from_model": [ctypes.c_void_p, _Settings]}
     pointers |= {"llama_get_memory": [ctypes.c_void_p], "llama_model_get_vocab": [ctypes.c_void_p]}
