@@ -1,10 +1,8 @@
 """What int4 costs a base, and what is left of an update after merging into 4 bits, on a model off its grid.
 
     python benchmarks/qa_lora.py [--base build/smollm2-135m-instruct] [--spread 0.1] [--rows 40] [--update 0.01]
-    python benchmarks/qa_lora.py --train        # instead: QA-LoRA and LoRA on int4, merged, and in 4 bits again
 
 Prints two tables. Losses: nats a token of SQL answers on databases that no training row uses, of the base alone.
---train: 30 steps on 160 rows, rank 16 on all linear layers, rate 1e-3, one seed; losses on 24 rows of other databases.
 Updates: random, with `--update` of the weight's norm, on all layers of three blocks; the error of a merged weight over
 the norm of the update, root mean square over layers. Everything in fp32 on the CPU.
 """
@@ -13,7 +11,6 @@ from __future__ import annotations
 
 import argparse
 import json
-import subprocess
 import sys
 import tempfile
 import time
@@ -25,18 +22,17 @@ import torch
 import torch.nn.functional as F
 from off_grid import move_off_grid
 from torch import Tensor, nn
-from transformers import AutoModelForCausalLM
 
 sys.path.insert(0, str(Path(__file__).parent.parent / "scripts"))
 
-from lora_cli.adapters.opened import open_model
 from lora_cli.base.linear import dense_weight, held_bytes
 from lora_cli.base.load import load_model, load_tokenizer, quiet_libraries
 from lora_cli.base.source import find_base
 from lora_cli.base.storage.int4 import dequantize, quantize, with_offsets
-from lora_cli.merging.merge import merge
+from lora_cli.merging.calibrate import calibrate
 
 HOLD = [("none", 32), ("int8", 32), ("int4", 32), ("rounded", 32), ("int4", 64), ("int4", 128), ("nf4", 32)]
+HOLD += [("prose", 32), ("rows", 32)]  # int4 of what `lora calibrate` wrote, with this text
 RANK = 16
 
 
@@ -47,7 +43,7 @@ def loss_of(model: Any, tokenizer: Any, rows: list[dict[str, str]]) -> Tensor:
         prompt, answer = (tokenizer(row[key], add_special_tokens=False).input_ids for key in ("prompt", "completion"))
         ids = torch.tensor([prompt + answer])
         with torch.no_grad():
-            logits = model(input_ids=ids).logits[0, len(prompt) - 1 : -1].float()
+            logits = model(input_ids=ids, logits_to_keep=len(answer) + 1).logits[0, :-1].float()
         found.append([F.cross_entropy(logits, ids[0, len(prompt) :], reduction="sum").item(), len(answer)])
     return torch.tensor(found, dtype=torch.float64)
 
@@ -91,44 +87,9 @@ def round_layers(model: Any, how: Callable[[Tensor], Tensor]) -> Any:
     return model
 
 
-def trained(method: str, base: Path, folder: Path, rows: list[dict[str, str]]) -> Path:
-    run = folder / method
-    held = folder / "held.jsonl"
-    train, steps = write_rows(folder / "train.jsonl", rows), {"max_steps": 30, "micro_batch_size": 1}
-    recipe = {"base_model": str(base), "quantization": "int4", "dtype": "fp32", "output": str(run)}
-    recipe |= {"adapter": {"method": method, "target_modules": "all-linear", "rank": 16, "alpha": 32}}
-    recipe |= {"data": {"train": str(train), "validation": str(held), "max_seq_len": 256}}
-    recipe |= {"train": steps | {"gradient_accumulation_steps": 1, "learning_rate": 1e-3}}
-    (folder / "recipe.yaml").write_text(json.dumps(recipe))
-    subprocess.run([sys.executable, "-m", "lora_cli", "train", folder / "recipe.yaml"], check=True)
-    return run
-
-
 def write_rows(path: Path, rows: list[dict[str, str]]) -> Path:
     path.write_text("".join(json.dumps({key: row[key] for key in ("prompt", "completion")}) + "\n" for row in rows))
     return path
-
-
-def compare_trainings(base: Path, folder: Path, make_rows: Callable[..., list[dict[str, str]]]) -> None:
-    tokenizer, rows = load_tokenizer(find_base(str(base))), make_rows(24, 0, held_out=True)
-    write_rows(folder / "held.jsonl", rows)
-    lines = []
-
-    def say(name: str, model: Any) -> None:
-        losses, tokens = loss_of(model, tokenizer, rows).unbind(1)
-        lines.append(f"  {name:44} {losses.sum() / tokens.sum():.4f}")
-
-    for method in ("qa_lora", "lora"):
-        run = trained(method, base, folder, make_rows(160, 1, held_out=False))
-        say(f"{method}: base + adapter", open_model(None, run, device="cpu", dtype="fp32").model)
-        for dtype in ("fp32", "bf16"):
-            report = merge(run, folder / f"{method}-{dtype}", dtype=dtype, onto="trained")
-            opened = AutoModelForCausalLM.from_pretrained(report.output, dtype=torch.float32)
-            say(f"{method}: merged in {dtype} (KL {report.kl:.1e})", opened)
-        for name, how in (("rounding", rounded), ("least squares", lambda w: dequantize(*quantize(w)))):
-            say(f"{method}: merged, then 4 bits by {name}", round_layers(opened, how))
-            opened = AutoModelForCausalLM.from_pretrained(report.output, dtype=torch.float32)
-    print("\n".join(lines))
 
 
 def main() -> None:
@@ -139,23 +100,24 @@ def main() -> None:
     parser.add_argument("--spread", type=float, default=0.1)
     parser.add_argument("--rows", type=int, default=40)
     parser.add_argument("--update", type=float, default=0.01)
-    parser.add_argument("--train", action="store_true")
     given = parser.parse_args()
     quiet_libraries()
     torch.manual_seed(0)
     with tempfile.TemporaryDirectory() as folder:
         move_off_grid(given.base, Path(folder) / "off", spread=given.spread)
-        if given.train:
-            compare_trainings(Path(folder) / "off", Path(folder), make_rows)
-            return
         source = find_base(str(Path(folder) / "off"))
         tokenizer, rows = load_tokenizer(source), make_rows(given.rows, 0, held_out=True)
+        text = Path(folder) / "rows.txt"
+        text.write_text("\n\n".join(row["prompt"] + row["completion"] for row in make_rows(160, 1, held_out=False)))
 
         def opened(kind: str, size: int) -> Any:
             if kind == "rounded":
                 return round_layers(opened("none", size), rounded)
-            device = torch.device("cpu")
-            return load_model(source, quantization=kind, dtype=torch.float32, device=device, group_size=size)
+            of = source
+            if kind in ("prose", "rows"):
+                calibrate(source.name, Path(folder) / kind, text=text if kind == "rows" else None, group_size=size)
+                of, kind = find_base(str(Path(folder) / kind)), "int4"
+            return load_model(of, quantization=kind, dtype=torch.float32, device=torch.device("cpu"), group_size=size)
 
         plain = opened("none", 32)
         names = [f"model.layers.{at}." for at in (0, len(plain.model.layers) // 2, len(plain.model.layers) - 1)]
@@ -171,11 +133,11 @@ def main() -> None:
         of_squares = [((dequantize(*quantize(w)) - w).norm() / w.norm()).item() for w in weights]
         print(f"\nerror of weights: {sum(of_rounding) / len(weights):.2%} by rounding, ", end="")
         print(f"{sum(of_squares) / len(weights):.2%} by least squares", flush=True)
-        start = time.perf_counter()
+        start = time.process_time()
         for layer in plain.model.layers.modules():
             if isinstance(layer, nn.Linear):
                 quantize(layer.weight.data)
-        print(f"quantizing all layers: {time.perf_counter() - start:.1f} s", flush=True)
+        print(f"quantizing all layers: {time.process_time() - start:.1f} s of processor time", flush=True)
         base = None
         for kind, size in HOLD:
             model = plain if kind == "none" else opened(kind, size)
@@ -183,9 +145,11 @@ def main() -> None:
             base = losses if base is None else base
             cost = (losses - base) / tokens.sum()
             half = 1.96 * (cost - cost.mean()).square().sum().sqrt().item()
-            name = {"int4": f"int4, groups of {size}", "rounded": "4 bits by rounding"}.get(kind, kind)
+            named = {"int4": f"int4, groups of {size}", "rounded": "4 bits by rounding"}
+            named |= {"prose": "int4, calibrated", "rows": "int4, calibrated on training rows"}
+            name = named.get(kind, kind)
             print(
-                f"  {name:20} {losses.sum() / tokens.sum():.4f} ({cost.sum():+.3f} ± {half:.3f}), "
+                f"  {name:34} {losses.sum() / tokens.sum():.4f} ({cost.sum():+.3f} ± {half:.3f}), "
                 f"{held_bytes(model) / 2**20:.0f} MiB",
                 flush=True,
             )

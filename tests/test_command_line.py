@@ -148,6 +148,7 @@ WITH = {
     "analyze": ["{}", "{}"],
     "selftest": ["--model", "{}"],
     "export": ["{}", "--to", "gguf", "--output", "out.gguf"],
+    "calibrate": ["{}", "--output", "out"],
 }
 USAGE = [
     [],

@@ -100,6 +100,7 @@ FROZEN = {
     "selftest equalities": {"name", "says", "bound", "suspects", "seconds", "difference", "holds", "why"},
     "push": {"repository", "private", "files", "left_out", "card", "url"},
     "export": {"output", "to", "type", "bytes", "error", "template", "notes"},
+    "calibrate": {"output", "layers", "group_size"},
 }
 
 
@@ -139,6 +140,7 @@ def test_keys_of_documents_and_files_only_grow(recipe_file, tiny_llama, sums, tm
         "resize": lora(capsys, "resize", run, "--rank", "2", "--output", tmp_path / "small"),
         "combine": lora(capsys, "combine", run, f"{run}:-0.5", "--output", tmp_path / "sum"),
         "diff": lora(capsys, "diff", tiny_llama, tmp_path / "merged", "--rank", "1", "--output", tmp_path / "diff"),
+        "calibrate": lora(capsys, "calibrate", tiny_llama, "--output", tmp_path / "moved"),
         "convert": lora(capsys, "convert", run, "--to", "mlx", "--output", tmp_path / "mlx"),
         "sweep": lora(capsys, "sweep", recipe, "--vary", "adapter.rank=1", "--output", swept, "--budget", "1"),
         "compared": lora(capsys, "eval", "--adapter", run, "--adapter", tmp_path / "small"),

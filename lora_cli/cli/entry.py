@@ -46,7 +46,7 @@ for name, run in (
     *(("diff", values.diff), ("convert", values.convert)),
     *(("export", export.export), ("push", share.push)),
     *(("analyze", study.analyze), ("selftest", study.selftest)),
-    ("sweep", sweep.sweep),
+    *(("sweep", sweep.sweep), ("calibrate", merge.calibrate)),
 ):
     app.command(name, epilog=hints.help_of(name))(run)
 

@@ -31,6 +31,10 @@ EXAMPLES = {
         "lora merge runs/my-run --output merged --onto original",
         "lora merge runs/my-run --output merged-4bit --quantize nf4",
     ),
+    "calibrate": (
+        "lora calibrate Qwen/Qwen3-0.6B --output for-int4",
+        "lora calibrate Qwen/Qwen3-0.6B --text manuals.txt --group-size 64 --output for-int4",
+    ),
     "generate": (
         "lora generate runs/my-run 'How long is the warranty?'",
         "lora generate merged 'Once upon' --raw --temperature 0.7",

@@ -1,4 +1,4 @@
-"""`lora merge`."""
+"""`lora merge`, and `lora calibrate`: folders that are ordinary models."""
 
 from __future__ import annotations
 
@@ -75,3 +75,28 @@ def merge(
     for line in report.lines():
         print_note(line)
     print_note(f"next: {command('lora', 'chat', output)}     other programs: docs/serving.md")
+
+
+def calibrate(
+    model: Annotated[str, typer.Argument(help="The model: a folder or a hub id.", show_default=False)],
+    output: Annotated[
+        Path, typer.Option(callback=home, help="Folder to write the moved model to.", show_default=False)
+    ],
+    text: Annotated[
+        Path | None,
+        typer.Option(callback=home, help="UTF-8 text like what the model will read. Default: English prose."),
+    ] = None,
+    group_size: Annotated[Literal["32", "64", "128"], typer.Option(help="The recipe's group_size.")] = "32",
+    as_json: Json = False,
+) -> None:
+    """Move a model's weights to where quantization: int4 loses little of it.
+
+    Writes an ordinary Hugging Face folder for base_model. Holds the model in fp32, on the CPU.
+    """
+    calibrating = heavy("lora_cli.merging.calibrate", output)
+    layers = calibrating.calibrate(model, output, text=text, group_size=int(group_size))
+    if as_json:
+        print_json({"output": str(output), "layers": layers, "group_size": int(group_size)})
+        return
+    print_note(f"{layers} layers moved to 4-bit weights in groups of {group_size}, in {output}")
+    print_note(f"next: base_model: {output} and quantization: int4 in a recipe; then lora check --compare-quantization")

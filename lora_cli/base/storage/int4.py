@@ -7,6 +7,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from functools import cache
+from itertools import product
 from typing import Any
 
 import torch
@@ -16,8 +17,8 @@ from lora_cli.base.storage.kind import DequantizedProduct, Storage, whole
 from lora_cli.errors import LoraError
 
 BLOCK = 32  # weights that Q4_1 packs together, whatever the group: byte i holds weight i and, above it, weight i + 16
-_SHRUNK = (1.0, 0.98, 0.95, 0.92, 0.88, 0.84, 0.8)  # ranges that are tried, of a group's own
-_AT_ONCE = 2**19  # weights
+_CUT = (0.0, 0.06, 0.12)  # what is tried to cut off a group's range, at its lower and its upper end
+_AT_ONCE = 2**16  # weights: what is made of them stays in a cache
 _LEAST = 1e-12  # of a range; below it a group counts as equal numbers
 
 
@@ -100,47 +101,84 @@ def dequantize(packed: Tensor, d: Tensor, m: Tensor) -> Tensor:
     return (q.float() * d.float().unsqueeze(-1) + m.float().unsqueeze(-1)).view(rows, -1)
 
 
-def quantize(weight: Tensor, group_size: int = BLOCK) -> tuple[Tensor, Tensor, Tensor]:
-    """(packed, d, m) of a weight (out_features, in_features), near it in squares.
+def quantize(
+    weight: Tensor, group_size: int = BLOCK, importance: Tensor | None = None
+) -> tuple[Tensor, Tensor, Tensor]:
+    """(packed, d, m) of a weight (out_features, in_features), near it in weighted squares.
 
-    For each of several ranges around the middle of a group the nearest q is taken, then d and m by least squares in q,
-    then q again for these, rounded to fp16; the best of all is kept. The idea is that of llama.cpp's quantizers. The
-    group's whole range, without least squares, is one of them: what is kept is never worse than rounding.
-    Sums are made in float64, so that all devices choose alike. Of numbers beyond fp16 d and m are infinite.
+    importance: what an error counts for, by input, above 0; nothing takes a guess of the weight alone (`_guessed`), in
+    groups of 32. In larger ones it costs more than it gains (docs/qa-lora.md), and all errors count alike.
+    For each of several ranges of a group the nearest q is taken, then d and m by least squares in q, then q again for
+    these, rounded to fp16; the best of all is kept, then with d and m of its own q. The idea is that of llama.cpp's
+    quantizers. The group's whole range, without least squares, is one of them: what is kept is never worse than
+    rounding. Sums are made in float64, so that all devices choose alike. Of numbers beyond fp16 d and m are infinite.
     """
     outputs, inputs = weight.shape
-    groups = weight.detach().reshape(-1, group_size)
-    made = [_quantized(part.float()) for part in groups.split(max(1, _AT_ONCE // group_size))]
+    guess = importance is None and group_size == BLOCK
+    by_column = importance if importance is not None else _columns(weight) if guess else weight.new_ones(inputs)
+    made = []
+    for part in weight.detach().split(max(1, _AT_ONCE // inputs)):
+        counts, x = (each.float().reshape(-1, group_size) for each in (by_column.expand_as(part), part))
+        counts = _guessed(x, counts) if guess else counts
+        made.append(_quantized(x, counts.bfloat16().float()))  # few digits: the sums are exact, in any order
     q, d, m = (torch.cat(each) for each in zip(*made, strict=True))
     low, high = q.view(-1, 2, BLOCK // 2).unbind(1)
     return (low | high << 4).view(outputs, inputs // 2), d.view(outputs, -1), m.view(outputs, -1)
 
 
-def _quantized(x: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-    """q, d, m of groups (groups, group_size), in uint8 and fp16."""
+def _guessed(x: Tensor, columns: Tensor) -> Tensor:
+    """What errors count for, as far as weights tell: where these are small, inputs tend to be large.
+
+    columns: root mean square of each weight's column, over the largest.
+    """
+    size = x.double().square().mean(-1, keepdim=True).sqrt().float() + x.abs()
+    return 1 / (columns * size / size.amax(-1, keepdim=True).clamp(min=_LEAST)).clamp(min=1e-4)
+
+
+def _columns(weight: Tensor) -> Tensor:
+    """Root mean square of each column, over the largest: of sums of whole numbers, the same in any order."""
+    largest = weight.abs().max().float().clamp(min=_LEAST)
+    parts = weight.detach().split(max(1, _AT_ONCE // weight.shape[1]))
+    squares = sum((part.float() / largest * 2**20).round_().long().square_().sum(0) for part in parts).float()  # type: ignore[union-attr]
+    return (squares / squares.max().clamp(min=1)).sqrt()
+
+
+def _quantized(x: Tensor, counts: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """q, d, m of groups (groups, group_size), in uint8 and fp16. counts: of each error's square."""
     low, high = x.amin(-1, keepdim=True), x.amax(-1, keepdim=True)
-    middle, half, n = (low + high) / 2, (high - low) / 2, x.shape[-1]
-    mean = x.sum(-1, keepdim=True, dtype=torch.float64) / n
-    candidates = [(low, (high - low) / 15)]
-    for share in _SHRUNK:
-        q = _nearest(x, middle - share * half, half * (2 * share / 15))
-        mean_q = q.mean(-1, keepdim=True).double()
-        spread = q.square().sum(-1, keepdim=True).double() - n * mean_q.square()
-        together = (q * x).sum(-1, keepdim=True, dtype=torch.float64) - n * mean_q * mean
+    counted, span = counts * x, high - low
+
+    def total(values: Tensor) -> Tensor:
+        return values.sum(-1, keepdim=True, dtype=torch.float64)
+
+    number, mean_x = total(counts), total(counted) / total(counts)
+
+    def fitted(q: Tensor) -> tuple[Tensor, Tensor]:
+        """d and m, by least squares."""
+        mean_q = total(counts * q) / number
+        spread = total(counts * q.square()) - number * mean_q.square()
+        together = total(counted * q) - number * mean_q * mean_x
         d = torch.where(spread > 0, together / spread.clamp(min=1e-9), 0.0)
-        candidates.append(((mean - d * mean_q).float(), d.float()))
-    kept: tuple[Tensor, Tensor, Tensor, Tensor] | None = None
-    for m, d in ((each.half() for each in pair) for pair in candidates):
-        q = _nearest(x, m.float(), d.float())
-        error = (q * d.float() + m.float() - x).square_().sum(-1, keepdim=True, dtype=torch.float64)
-        new = (error, q.to(torch.uint8), d, m)
-        better = None if kept is None else error < kept[0]
-        kept = new if better is None else tuple(torch.where(better, a, b) for a, b in zip(new, kept, strict=True))  # type: ignore[assignment]
-    assert kept is not None
-    return kept[1:]
+        return d.float(), (mean_x - d * mean_q).float()
+
+    def tried(d: Tensor, m: Tensor) -> tuple[Tensor, ...]:
+        """Error, q, d and m with these, rounded."""
+        d, m = d.half(), m.half()
+        q = nearest(x, m.float(), d.float())
+        return total(counts * (q * d.float() + m.float() - x).square_()), q.to(torch.uint8), d, m
+
+    def better(one: tuple[Tensor, ...], other: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
+        return tuple(torch.where(other[0] < one[0], b, a) for a, b in zip(one, other, strict=True))
+
+    kept = tried(span / 15, low)
+    for below, above in product(_CUT, _CUT):
+        q = nearest(x, low + below * span, span * ((1 - below - above) / 15))
+        kept = better(kept, tried(*fitted(q)))
+    _, q, d, m = better(kept, tried(*fitted(kept[1].float())))
+    return q, d, m
 
 
-def _nearest(x: Tensor, low: Tensor, step: Tensor) -> Tensor:
+def nearest(x: Tensor, low: Tensor, step: Tensor) -> Tensor:
     return ((x - low) / step.clamp(min=_LEAST)).round_().clamp_(0, 15)
 
 
