@@ -7,7 +7,6 @@ say that they can (GPTQ: Frantar et al. 2022, arXiv:2210.17323). What is written
 
 from __future__ import annotations
 
-from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -51,7 +50,9 @@ def calibrate(base: str, output: Path, *, text: Path | None = None, group_size: 
     ids = torch.tensor([each for each in rows if len(each) == len(rows[0])])
     model = load_model(source, quantization="none", dtype=torch.float32, device=torch.device("cpu"))
     chosen = choose_weights(model, ids, group_size)
-    fresh = {f"{name}.weight": Fresh(tuple(each.shape), partial(Tensor.float, each)) for name, each in chosen.items()}
+    fresh = {
+        f"{name}.weight": Fresh(tuple(each.shape), lambda each=each: iter([each])) for name, each in chosen.items()
+    }
     taken, _ = files.base_files(source.folder, code=False)
     with written_whole(place) as temporary:
         stored = Places.of(model, stored_tensors(source.folder)).fresh(fresh)
