@@ -13,7 +13,8 @@ import torch
 import transformers as hf
 from conftest import open_base, randomize_adapter, save_tiny
 from rich.console import Console
-from safetensors.torch import load_file
+from safetensors import safe_open
+from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
 from lora_cli.adapters.attach import attach
@@ -302,6 +303,11 @@ def test_a_run_of_qa_lora_is_trained_saved_read_and_merged(base: str, run_recipe
         merge(run, tmp_path / "other", onto="original")
     with pytest.raises(LoraError, match="does not fit"):
         open_model(None, run, quantization="none", device="cpu", dtype="fp32")
+    file = run / "adapter" / "adapter_model.safetensors"
+    with safe_open(file, "pt") as own:
+        save_file(stored, file, {key: value for key, value in own.metadata().items() if key != "search"})
+    with pytest.raises(LoraError, match="trained on int4 weights that another version of lora chose in another way"):
+        open_model(None, run, device="cpu", dtype="fp32")  # made before there was more than one
 
 
 def dense_of(folder: Path, group_size: int) -> Any:

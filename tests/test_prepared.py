@@ -99,7 +99,7 @@ def test_what_is_not_to_be_kept_is_nowhere_and_goes_away(recipe, tokenizer, tmp_
     (tmp_path / "temporary").mkdir()
     data = prepare(recipe, tokenizer)
     assert whole(data.folder)
-    assert data.folder.parent == tmp_path / "temporary"
+    assert data.folder.parent.parent == tmp_path / "temporary"
     assert not Path(recipe.output).exists()
     kept = data.train
     del data

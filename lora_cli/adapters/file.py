@@ -29,6 +29,7 @@ from lora_cli.adapters.trained import Trained, trained_modules
 from lora_cli.base.device import DTYPES
 from lora_cli.base.linear import is_linear, stored_transposed, unquantized_layers
 from lora_cli.base.source import BaseSource
+from lora_cli.base.storage.registry import storage_named, storage_of
 from lora_cli.base.tensor_files import write_tensors
 from lora_cli.errors import LoraError, command, reading
 from lora_cli.foreign import Shape
@@ -122,6 +123,7 @@ def save_adapter(
         quantization=quantization,  # type: ignore[arg-type]
         double_quantization=double_quantization,
         group_size=group_size,  # type: ignore[arg-type]
+        search=storage_named(quantization).search,
         compute_dtype=next((name for name, dtype in DTYPES.items() if dtype == compute), None),  # type: ignore[arg-type]
         unquantized_modules=_unquantized(model) if quantization != "none" else None,
         method=next(name for name, kind in KINDS.items() if any(type(layer) is kind for layer in layers.values())),
@@ -232,6 +234,7 @@ def attach_adapter(model: Any, adapter: AdapterFile, base: BaseSource) -> dict[s
     or when any tensor has no place or any place no tensor.
     """
     require_same_base(adapter, base)
+    _require_same_search(model, adapter, base)
     modules = dict(model.named_modules())
     _require_base_weights(model, adapter)
     problems = _misfits(modules, adapter) + _unfilled(model, adapter)
@@ -254,6 +257,18 @@ def require_same_base(adapter: AdapterFile, base: BaseSource) -> None:
         what = f"the adapter was trained on another base model: on {adapter.base_model}, not on {base.name}"
         revision = f" at revision {adapter.base_revision}" if adapter.base_revision else ""
         raise LoraError(what, where=str(adapter.folder), fix=f"use the base model {adapter.base_model}{revision}")
+
+
+def _require_same_search(model: Any, adapter: AdapterFile, base: BaseSource) -> None:
+    """Raises LoraError where the base's weights, as they are held, were chosen in another way for the training."""
+    quantization, search = adapter.metadata.quantization, adapter.metadata.search
+    kind = storage_named(quantization) if quantization is not None else None
+    if kind is None or search == kind.search or base.gguf is not None:  # whose blocks are taken as they are
+        return
+    if any(storage_of(each) is kind for each in model.modules()):
+        what = f"the adapter was trained on {kind.name} weights that another version of lora chose in another way"
+        fix = "train it again, or use it with the version that made it"
+        raise LoraError(what, where=str(adapter.folder), fix=fix)
 
 
 def _require_base_weights(model: Any, adapter: AdapterFile) -> None:

@@ -36,7 +36,7 @@ class AdapterMetadata(BaseModel):
     """Values of adapter_model.safetensors' metadata. None: the adapter was made before this was kept, or elsewhere.
 
     base_fingerprint: see `weight_files.fingerprint`. tokenizer: a folder, where a GGUF file's own was not used.
-    compute_dtype: of the base's layers in training.
+    search: see `Storage.search`. compute_dtype: of the base's layers in training.
     unquantized_modules: linear layers that a quantized base held as they are. prompting: through a chat template, or
     raw. system: the system prompt that training put before conversations. alpha: the one of all layers. made_of: of
     which adapters, or which model, it was computed, in words without a path.
@@ -52,6 +52,7 @@ class AdapterMetadata(BaseModel):
     quantization: Quantization | None = None
     double_quantization: Annotated[bool | None, BeforeValidator(_from_json)] = None
     group_size: Annotated[Literal[32, 64, 128] | None, BeforeValidator(_from_json)] = None
+    search: Annotated[int | None, BeforeValidator(_from_json)] = None
     compute_dtype: Literal["bf16", "fp16", "fp32"] | None = None
     unquantized_modules: Annotated[list[str] | None, BeforeValidator(_from_json)] = None
     method: Annotated[str | None, AfterValidator(_a_kind)] = None

@@ -18,12 +18,14 @@ from lora_cli.errors import LoraError
 
 BLOCK = 32  # weights that Q4_1 packs together, whatever the group: byte i holds weight i and, above it, weight i + 16
 _CUT = (0.0, 0.06, 0.12)  # what is tried to cut off a group's range, at its lower and its upper end
+_CUT_ALIKE = (0.0, 0.01, 0.025, 0.04, 0.06, 0.08, 0.1)  # the same at both ends, for larger groups
 _AT_ONCE = 2**16  # weights: what is made of them stays in a cache
 _LEAST = 1e-12  # of a range; below it a group counts as equal numbers
 
 
 class Int4(Storage):
     name = "int4"
+    search = 2
     rounds_alone = False  # an update is added to offsets that the loaded layer holds
     weights_per_number = 2
 
@@ -109,9 +111,10 @@ def quantize(
     importance: what an error counts for, by input, above 0; nothing takes a guess of the weight alone (`_guessed`), in
     groups of 32. In larger ones it costs more than it gains (docs/qa-lora.md), and all errors count alike.
     For each of several ranges of a group the nearest q is taken, then d and m by least squares in q, then q again for
-    these, rounded to fp16; the best of all is kept, then with d and m of its own q. The idea is that of llama.cpp's
-    quantizers. The group's whole range, without least squares, is one of them: what is kept is never worse than
-    rounding. Sums are made in float64, so that all devices choose alike. Of numbers beyond fp16 d and m are infinite.
+    these, rounded to fp16; the best of all is kept, in groups of 32 with d and m fitted to its own q. The idea is
+    that of llama.cpp's quantizers. The group's whole range, without least squares, is one of them: what is kept is
+    never worse than rounding. Whatever changes the result is another `Int4.search`. Sums are made in float64, so that
+    all devices choose alike. Of numbers beyond fp16 d and m are infinite.
     """
     outputs, inputs = weight.shape
     guess = importance is None and group_size == BLOCK
@@ -170,11 +173,11 @@ def _quantized(x: Tensor, counts: Tensor) -> tuple[Tensor, Tensor, Tensor]:
     def better(one: tuple[Tensor, ...], other: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
         return tuple(torch.where(other[0] < one[0], b, a) for a, b in zip(one, other, strict=True))
 
-    kept = tried(span / 15, low)
-    for below, above in product(_CUT, _CUT):
+    kept, large = tried(span / 15, low), x.shape[-1] > BLOCK
+    for below, above in zip(_CUT_ALIKE, _CUT_ALIKE, strict=True) if large else product(_CUT, _CUT):
         q = nearest(x, low + below * span, span * ((1 - below - above) / 15))
         kept = better(kept, tried(*fitted(q)))
-    _, q, d, m = better(kept, tried(*fitted(kept[1].float())))
+    _, q, d, m = kept if large else better(kept, tried(*fitted(kept[1].float())))
     return q, d, m
 
 

@@ -22,6 +22,7 @@ class Storage(ABC):
     name: str  # in recipes and adapter files
     weights_per_number = 1  # in a stored tensor
     rounds_alone = True  # whether `rounded` needs no layer and no settings beyond it
+    search: int | None = None  # the version of how its numbers are chosen, where that is ours: others make another base
     rounded_note = ""  # of layers that hold their values instead, because `same_on` is False; {dtype} is filled in
 
     # ── layers ──────────────────────────────────────────────────────────────────────────────────────────────────
