@@ -24,7 +24,7 @@ from lora_cli.merging import merge as merging
 from lora_cli.merging import quantized
 from lora_cli.merging.merge import merge
 from lora_cli.merging.onto import held_out
-from lora_cli.merging.quantized import rounding_lines
+from lora_cli.merging.quantized import Rounding, rounding_lines
 
 TOKENS = torch.tensor([[5, 9, 2, 77, 301, 40, 8, 8, 19, 250]])
 WIDE = {"vocab_size": 512, "bos_token_id": 0, "eos_token_id": 0, "pad_token_id": 0, "hidden_size": 64}
@@ -162,6 +162,17 @@ def test_a_share_is_the_ratio_of_sums_and_its_interval_that_of_each_row_left_out
     half = 3.182446 * (3 / 4 * ((without - share) ** 2).sum().item()) ** 0.5  # the jackknife's, t of 3 degrees
     assert (low, high) == (pytest.approx(share - half, rel=1e-5), pytest.approx(share + half, rel=1e-5))
     assert share_kept(before[:1], after[:1], other[:1])[1:] == (None, None)
+
+
+def test_the_cost_is_that_of_rounding_alone_and_the_share_is_of_what_was_learned():
+    one = Rounding.__new__(Rounding)
+    one.kind, one.layers, one.weights, one.targets = "nf4", {"layer.weight": False}, (3, 4), torch.tensor([2, 2, 2])
+    sums = {"base": [9.0, 8, 10], "adapter": [4.0, 3, 6], "merged": [4.5, 3.5, 6.5], "quantized": [5.5, 4.5, 8]}
+    one.losses = {name: torch.tensor(each) for name, each in sums.items()}
+    facts = one.facts(9)
+    assert facts["cost"]["gain"] == pytest.approx((5.5 + 4.5 + 8 - 4.5 - 3.5 - 6.5) / 6)
+    assert facts["learned"]["gain"] == pytest.approx((27 - 13) / 6)
+    assert facts["kept"]["share"] == pytest.approx((27 - 18) / (27 - 13))
 
 
 def test_what_is_not_sure_has_no_share(tmp_path):
