@@ -130,6 +130,12 @@ def test_a_table_of_other_groups_is_not_taken(asked, recipe_file, tiny_llama):
         own = known.model_copy(update={"group_size": size})
         assert (quantization_cost.kept_costs(own, source, kept["data_fingerprint"]) is not None) == found
         assert (quantization_cost.found_costs(Path(known.output).parent, source, size) is not None) == found
+    file = next(Path(known.output).rglob("quantization.json"))
+    file.write_text(
+        json.dumps({key: value for key, value in kept.items() if key != "search"})
+    )  # of other 4-bit weights
+    assert quantization_cost.kept_costs(known, source, kept["data_fingerprint"]) is None
+    assert quantization_cost.found_costs(Path(known.output).parent, source, 64) is None
 
 
 def test_a_way_that_does_not_fit_is_left_out_and_without_the_unquantized_base_nothing_can_be_compared(

@@ -332,6 +332,9 @@ def test_another_version_of_what_computes_is_refused_and_other_threads_are_told(
     run, straight = crashed()
     path = run / "environment.json"
     own = json.loads(path.read_text())
+    path.write_text(json.dumps(own | {"search": 1}))
+    with pytest.raises(LoraError, match="version of how the base's weights are quantized: 1 → "):
+        resume(run)
     path.write_text(json.dumps(own | {"torch": "1.0", "device": "cpu (64 threads)"}))
     with pytest.raises(LoraError, match=r"version of torch: 1\.0 → "):
         resume(run)

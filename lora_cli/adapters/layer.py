@@ -158,7 +158,7 @@ class LoRALinear(OverLinear, Trained):
         Returns (out_features, in_features) in fp32, whatever the base dtype or storage order.
         Source: Hu et al. 2021, arXiv:2106.09685, section 4.1.
         """
-        return (self._masked_B(rows) @ self.spread_A()).mul_(self.scaling)
+        return (self._masked_B()[rows] @ self.spread_A()).mul_(self.scaling)
 
     def merged(self, weight: Tensor, rows: slice = ALL) -> Tensor:
         return self.delta_weight(rows).add_(weight)  # in fp32, without a copy of the weight
@@ -206,9 +206,8 @@ class LoRALinear(OverLinear, Trained):
         if tokens is not None and self.dropout and self.feature_keys is None:
             self.feature_keys = feature_keys(name, features(self.base_layer)[0]).to(self.lora_A.device)
 
-    def _masked_B(self, rows: slice = ALL) -> Tensor:
-        B, mask = self.lora_B[rows], self.output_mask
-        return B if mask is None else B * mask[rows]  # type: ignore[index]
+    def _masked_B(self) -> Tensor:
+        return self.lora_B if self.output_mask is None else self.lora_B * self.output_mask  # type: ignore[operator]
 
     def extra_repr(self) -> str:
         return f"rank={self.rank}, alpha={self.alpha}, dropout={self.dropout}"

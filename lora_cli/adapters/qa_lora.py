@@ -49,7 +49,7 @@ class QALoRALinear(LoRALinear):
 
     def merged_offsets(self, rows: slice = ALL) -> Tensor:
         """m + scaling · B A, rounded to fp16: (out_features, groups). With it `q4_1_blocks` is the merged weight."""
-        change = self.scaling * (self._masked_B(rows) @ self.lora_A)
+        change = self.scaling * (self._masked_B()[rows] @ self.lora_A)
         return (self.grid[1][rows].float() + change.detach().float()).half()
 
     def merged(self, weight: Tensor, rows: slice = ALL) -> Tensor:

@@ -22,6 +22,7 @@ from lora_cli.base.device import free_memory_bytes, pick_device, pick_dtype
 from lora_cli.base.linear import held_bytes
 from lora_cli.base.load import load_model
 from lora_cli.base.source import BaseSource
+from lora_cli.base.storage.registry import INT4
 from lora_cli.base.stored import parameters_stored, stored_quantization
 from lora_cli.base.weight_files import stored_tensors
 from lora_cli.data.batches import collate
@@ -72,7 +73,11 @@ class Costs(BaseModel):
     examples: int
     target_tokens: int
     group_size: int = 32  # of those kinds that have groups
+    search: int | None = None  # see `Storage.search`
     costs: list[Cost]
+
+    def is_of(self, source: BaseSource, group_size: int) -> bool:
+        return (self.base_fingerprint, self.group_size, self.search) == (source.fingerprint, group_size, INT4.search)
 
     def of(self, quantization: str) -> Cost | None:
         return next((each for each in self.costs if each.quantization == quantization), None)
@@ -140,6 +145,7 @@ def compare_quantizations(
         examples=len(examples),
         target_tokens=int(targets.sum()),
         group_size=recipe.group_size,
+        search=INT4.search,
         costs=costs,
     )
 
@@ -163,8 +169,7 @@ def kept_costs(recipe: Recipe, source: BaseSource, fingerprint: str) -> Costs | 
     found = None
     with suppress(LoraError):  # damaged, or somebody else's: it is measured again
         found = read_json(path, Costs, fix="remove it") if is_real_file(path) else None
-    wanted = (source.fingerprint, fingerprint, recipe.group_size)
-    known = found is not None and (found.base_fingerprint, found.data_fingerprint, found.group_size) == wanted
+    known = found is not None and found.is_of(source, recipe.group_size) and found.data_fingerprint == fingerprint
     return found if known else None
 
 
@@ -175,7 +180,7 @@ def found_costs(runs: Path, source: BaseSource, group_size: int = 32) -> Costs |
         for path in sorted(tables, key=lambda path: path.stat().st_mtime, reverse=True):
             with suppress(LoraError):  # damaged, or weights that are not here
                 found = read_json(path, Costs, fix="remove it")
-                if (found.base_fingerprint, found.group_size) == (source.fingerprint, group_size):
+                if found.is_of(source, group_size):
                     return found
     return None
 

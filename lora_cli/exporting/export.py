@@ -105,13 +105,13 @@ def export(
             kept = f"keeps {report.kept:.2%} of the adapter's effect" if report.kept is not None else "not compared"
             say(f"merged onto the {report.onto} weights; {kept}")
             model, notes = find_base(str(merged), trust_remote_code=trust_remote_code), report.notes
-        prompting, stops = _stops(model) if to == "ollama" else (None, [])
+        prompted = _prompted(model) if to == "ollama" else None
         _require_room(model, place, kind, exact)
         say(f"converting to {kind}")
         plain = model.folder if trust_remote_code else without_code(model.folder, work / f"{model.folder.name} plain")
         made, error = _model_file(converters, plain, work, kind, exact)
         result = Exported(str(output), to, kind, made.stat().st_size, error, notes=notes)
-        return _placed(made, place, result) if to == "gguf" else _ollama(made, place, result, model, prompting, stops)
+        return _placed(made, place, result) if prompted is None else _ollama(made, place, result, *prompted)
 
 
 def result_lines(made: Exported) -> list[str]:
@@ -214,25 +214,21 @@ def _placed(made: Path, place: Path, result: Exported) -> Exported:
     return result
 
 
-def _stops(model: BaseSource) -> tuple[str | None, list[str]]:
-    """How the model was prompted in training, and the tokens that end its answers. Raises LoraError for one that a
-    Modelfile cannot hold."""
+def _prompted(model: BaseSource) -> tuple[Any, bool, list[str]]:
+    """The tokenizer, whether the model was prompted without a template in training, and what ends its answers.
+
+    Raises LoraError for a stop token that a Modelfile cannot hold.
+    """
     tokenizer: Any = load_tokenizer(model)
     prompting, _ = recorded_prompting(find_named(str(model.folder)), None, model.folder)
-    ids = [
-        each for each in trained_stops(tokenizer, prompting) if each is not None
-    ]  # a tokenizer may have no end token
+    ids = [each for each in trained_stops(tokenizer, prompting) if each is not None]  # there may be no end token
     stops = [str(each) for each in tokenizer.convert_ids_to_tokens(ids)]
     ollama.require_stops(stops)
-    return prompting, stops
+    return tokenizer, prompting == "raw" or not tokenizer.chat_template, stops
 
 
-def _ollama(
-    made: Path, place: Path, result: Exported, model: BaseSource, prompting: str | None, stops: list[str]
-) -> Exported:
-    tokenizer: Any = load_tokenizer(model)
+def _ollama(made: Path, place: Path, result: Exported, tokenizer: Any, raw: bool, stops: list[str]) -> Exported:
     template = None
-    raw = prompting == "raw" or not tokenizer.chat_template
     if not raw:
         writes_bos = bool(tokenizer.bos_token) and _adds_bos(made)
         template = ollama.around(chat_template(tokenizer, None, "the model"), tokenizer.bos_token if writes_bos else "")

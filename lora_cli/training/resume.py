@@ -11,6 +11,7 @@ from typing import Any, NamedTuple
 
 from lora_cli import __version__
 from lora_cli.base.device import describe_device
+from lora_cli.base.storage.registry import storage_named
 from lora_cli.errors import LoraError
 from lora_cli.recipe import Recipe, all_keys, differences
 from lora_cli.training.session import Session
@@ -40,6 +41,7 @@ def environment_of(session: Session, processes: int) -> dict[str, Any]:
         "processes": processes,
         "base_revision": session.source.revision,
         "base_fingerprint": session.source.fingerprint,
+        "search": storage_named(session.recipe.quantization).search if session.source.gguf is None else None,
         "data_fingerprint": session.feed.summary.fingerprint,
         "data_files": session.feed.summary.files,
     }
@@ -61,6 +63,7 @@ def changes_of_environment(began: dict[str, Any], now: dict[str, Any]) -> list[C
         found += [Change("data", f"data: {each}") for each in files or ["other tokens from the same files"]]
     compared = {"base_fingerprint": ("base_model", "base weights"), "dtype": ("dtype", "compute dtype")}
     compared |= {name: ("versions", f"version of {name}") for name in COMPUTING}
+    compared["search"] = ("versions", "version of how the base's weights are quantized")
     for key, (allow, what) in compared.items():
         if began.get(key) != now[key]:
             found.append(Change(allow, f"{what}: {began.get(key)} → {now[key]}"))
