@@ -18,7 +18,7 @@ from lora_cli.errors import LoraError, command
 SIGHUP: signal.Signals | None = getattr(signal, "SIGHUP", None)  # Windows has none
 _ENDINGS = tuple(each for each in (signal.SIGTERM, SIGHUP) if each is not None)
 
-_PREFIX, _LOCK = "lora-", ".lock"
+_PREFIX, _LOCK, _FILES = "lora-", "of-a-lora-process.lock", "files"
 _received: list[int] = []
 _temporary: dict[Path, int | None] = {}  # with the lock that says that its process lives
 _exit_code = 0
@@ -77,7 +77,7 @@ def make_temporary() -> Path:
     killed left of theirs goes now."""
     _remove_leftovers()
     made = Path(tempfile.mkdtemp(prefix=_PREFIX)).resolve()
-    folder = made / "files"
+    folder = made / _FILES
     folder.mkdir(mode=0o700)
     _temporary[folder] = _held(made)
     return folder
@@ -108,10 +108,12 @@ def _held(made: Path) -> int | None:
 
 
 def _remove_leftovers() -> None:
-    """Temporary folders of this user whose lock nobody holds."""
+    """Temporary folders of this user whose lock nobody holds, and that hold nothing else: others keep locks, too."""
     for lock in Path(tempfile.gettempdir()).glob(f"{_PREFIX}*/{_LOCK}"):
         with suppress(OSError):
             if lock.parent.lstat().st_uid != os.geteuid():  # another's folder, or link
+                continue
+            if not {each.name for each in lock.parent.iterdir()} <= {_LOCK, _FILES}:
                 continue
             handle = os.open(lock, os.O_RDWR | os.O_NOFOLLOW | os.O_NONBLOCK)
             if _lock(handle):

@@ -305,8 +305,11 @@ def test_what_killed_processes_left_goes_and_what_living_ones_use_stays(monkeypa
 
     (killed, left), (living, used) = begin(), begin()
     (left / "rows.bin").write_bytes(b"rows")
-    foreign = tmp_path / "lora-of-another-program"
-    foreign.mkdir()
+    foreign = {tmp_path / f"lora-{each}" for each in ("of-another-program", "env", "notes")}
+    for each, name in zip(sorted(foreign), (".lock", "notes.txt", "pyvenv.cfg"), strict=True):
+        each.mkdir()
+        (each / name).touch()
+        (each / (ending._LOCK if name != ".lock" else "locked")).touch()
     killed.kill()
     killed.communicate()
     assert left.is_dir()
@@ -315,10 +318,10 @@ def test_what_killed_processes_left_goes_and_what_living_ones_use_stays(monkeypa
     assert used.is_dir()
     ending.make_temporary()
     assert own.is_dir()
-    assert foreign.is_dir()
+    assert all(len(list(each.iterdir())) == 2 for each in foreign)
     living.communicate("\n")
     ending._remove_all()
-    assert list(tmp_path.iterdir()) == [foreign]
+    assert {*tmp_path.iterdir()} == foreign
 
 
 def test_an_interrupt_that_comes_before_the_hook_is_left_is_sent_again(monkeypatch: pytest.MonkeyPatch):

@@ -47,7 +47,7 @@ def parse_shard_size(text: str) -> int:
 class Fresh:
     """A tensor that the merge makes: its shape as stored, and what computes it, some rows at a time, in fp32 or wider.
 
-    A few rows stay in the processor's cache from reading to writing, which takes a third of the time.
+    A few rows stay in the processor's cache from reading to writing.
     """
 
     shape: tuple[int, ...]
