@@ -140,11 +140,11 @@ def measured(how: str, base: Path, folder: Path) -> None:
 
 def first_tensors(base: Path, folder: Path) -> None:
     from lora_cli.base.load import quiet_libraries
-    from lora_cli.merging import merge as merging
-    from lora_cli.merging import tensors
+    from lora_cli.merging import job, tensors
+    from lora_cli.merging.merge import merge
 
     quiet_libraries()
-    merging.require_space = lambda *_: None
+    job.require_space = lambda *_: None
     before, start, made = peak_kib(), time.perf_counter(), 0
 
     def to_nowhere(_: Path, entries: Any, __: Any) -> None:
@@ -161,7 +161,7 @@ def first_tensors(base: Path, folder: Path) -> None:
 
     tensors.write_entries = to_nowhere
     try:
-        merging.merge(folder / "plain", folder / "merged", base=str(base), proof="none")
+        merge(folder / "plain", folder / "merged", base=str(base), proof="none")
     except KeyboardInterrupt:
         return
 

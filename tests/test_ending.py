@@ -188,9 +188,7 @@ def test_a_merge_that_is_ended_leaves_no_half_of_it(run_recipe, monkeypatch, tmp
         os.kill(os.getpid(), signal.SIGTERM)
         time.sleep(5)
 
-    monkeypatch.setattr("lora_cli.merging.merge.open_model", verify, raising=False)
-    monkeypatch.setattr("safetensors.torch.save_file", verify)
-    monkeypatch.setattr("lora_cli.merging.merge.save_file", verify, raising=False)
+    monkeypatch.setattr("lora_cli.merging.job.open_model", verify)
     monkeypatch.setattr(sys, "argv", ["lora", "merge", str(run), "--output", str(tmp_path / "merged" / "model")])
     with pytest.raises(SystemExit) as end:
         main()

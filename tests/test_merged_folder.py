@@ -28,7 +28,7 @@ from lora_cli.base.load import load_model
 from lora_cli.base.source import find_base
 from lora_cli.errors import CheckFailed, LoraError
 from lora_cli.exporting import export
-from lora_cli.merging import merge as merging
+from lora_cli.merging import job as merging
 from lora_cli.merging.merge import merge
 
 TOKENS = torch.tensor([[5, 9, 2, 77, 301, 40, 8, 8, 19, 250]])

@@ -20,7 +20,7 @@ from lora_cli.adapters.trained import adapters_disabled
 from lora_cli.base.storage.bnb4 import Bnb4
 from lora_cli.errors import CheckFailed, DiskError
 from lora_cli.evaluation.gain import share_kept
-from lora_cli.merging import merge as merging
+from lora_cli.merging import job as merging
 from lora_cli.merging import quantized
 from lora_cli.merging.merge import merge
 from lora_cli.merging.onto import held_out

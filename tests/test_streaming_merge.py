@@ -16,7 +16,7 @@ from lora_cli.adapters.opened import open_model
 from lora_cli.base import tensor_files
 from lora_cli.base.source import find_base
 from lora_cli.errors import CheckFailed
-from lora_cli.merging import merge as merging
+from lora_cli.merging import job as merging
 from lora_cli.merging import streamed
 from lora_cli.merging.merge import merge
 
