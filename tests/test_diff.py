@@ -9,6 +9,8 @@ from typing import Any
 
 import pytest
 import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
 from safetensors.torch import load_file, save_file
 
 from lora_cli.adapters.file import read_adapter
@@ -74,6 +76,23 @@ def test_what_is_lost_and_what_cannot_be_held_is_said(tiny_llama: Path, tmp_path
     assert "model.embed_tokens.weight, model.norm.weight" in shown
 
 
+def test_energy_gives_each_layer_the_fewest_directions(tiny_llama: Path, tmp_path: Path, lora: Any):
+    torch.manual_seed(0)
+    names = [MLP, "model.layers.1.self_attn.q_proj.weight"]
+    other = tuned(tiny_llama, tmp_path / "tuned", lambda it: [add(it, names[0], rank=3), add(it, names[1])])
+    words, was, now = ("diff", tiny_llama, other), *(load_file(it / "model.safetensors") for it in (tiny_llama, other))
+    said = json.loads(lora(*words, "--energy", 0.9, "--output", tmp_path / "out", "--json").out)
+    for each in said["layers"]:
+        weight = f"{each['name']}.weight"
+        held = torch.linalg.svdvals((now[weight] - was[weight]).double()).square().cumsum(0) / each["norm"] ** 2
+        assert each["rank"] == 1 + int((held < 0.9).sum())
+        assert (each["lost"] / each["norm"]) ** 2 == pytest.approx(1 - held[each["rank"] - 1].item(), abs=1e-5)
+    assert [each["rank"] <= 3 for each in said["layers"]] == [True, False]
+    assert read_adapter(tmp_path / "out").metadata.made_of.endswith("with 0.9 of the energy of each layer")
+    said = json.loads(lora(*words, "--energy", 0.9, "--rank", 2, "--output", tmp_path / "both", "--json").out)
+    assert {each["rank"] for each in said["layers"]} == {2}
+
+
 def test_gpt2_stores_its_weights_transposed(tiny_gpt2: Path, tmp_path: Path, lora: Any):
     torch.manual_seed(0)
     stored = load_file(tiny_gpt2 / "model.safetensors")
@@ -98,8 +117,25 @@ def test_random_projection_finds_what_is_there():
     torch.testing.assert_close(nearest(update, 8)[0][0], A, rtol=0, atol=0)
 
 
+@settings(max_examples=15, deadline=None)
+@given(st.floats(0.05, 0.999), st.floats(0.9, 0.99), st.integers(0, 9))
+def test_energy_is_held_where_directions_are_projected(energy: float, decay: float, seed: int):
+    """More than the 64 that are looked at first, and few enough that the matrix is not decomposed whole."""
+    draw = torch.Generator().manual_seed(seed)
+    U, V = (torch.linalg.qr(torch.randn(size, 400, generator=draw)).Q for size in (500, 400))
+    values = decay ** torch.arange(400)
+    update = U * values @ V.T
+    (A, B), norm, lost = nearest(update, None, energy)
+    fewest = 1 + int((values.double().square().cumsum(0) < energy * values.double().square().sum()).sum())
+    assert lost**2 <= (1 - energy + 1e-5) * norm**2
+    assert fewest <= len(A) <= fewest + 1 + fewest // 20
+    assert (update - B @ A).norm().item() == pytest.approx(lost, rel=1e-5)
+
+
 def test_mistakes(tiny_llama: Path, tiny_gpt2: Path, tmp_path: Path, lora: Any):
     out = ["--rank", 2, "--output", tmp_path / "x"]
+    assert "how small?" in lora("diff", tiny_llama, tiny_gpt2, "--output", tmp_path / "x").error
+    assert "--energy is 0.0" in lora("diff", tiny_llama, tiny_gpt2, "--energy", 0, "--output", tmp_path / "x").error
     assert "no linear layer differs" in lora("diff", tiny_llama, tiny_llama, *out).error
     assert "is not a fine-tune of" in lora("diff", tiny_llama, tiny_gpt2, *out).error
     longer = tuned(tiny_llama, tmp_path / "longer", lambda it: it.update({MLP: it[MLP].repeat(2, 1)}))

@@ -14,6 +14,7 @@ from lora_cli.errors import LoraError
 Factors = tuple[Tensor, Tensor]  # A (rank, in) and B (out, rank)
 
 _A, _B = "lora_A.weight", "lora_B.weight"
+_SOUGHT = 64  # directions of an update that are looked at first
 
 
 def pairs_of(adapter: AdapterFile, *, fix: str) -> dict[str, Factors]:
@@ -95,7 +96,22 @@ def product_norm(A: Tensor, B: Tensor) -> float:
     return math.sqrt(max(0.0, torch.sum((B.T @ B) * (A @ A.T)).item()))
 
 
-def nearest(update: Tensor, rank: int) -> tuple[Factors, float, float]:
-    """A and B of the `largest` directions of a dense (out, in) matrix, its norm, and that of what they lack."""
-    A, B = factors_of(*largest(update, rank), rank)
-    return (A, B), torch.linalg.vector_norm(update).item(), torch.linalg.vector_norm(update - B @ A).item()
+def holding(values: Tensor, energy: float, norm: float) -> int:
+    """How many of the largest singular values hold `energy`, a share of norm²; all, if they do not."""
+    return min(len(values), int((values.double().square().cumsum(0) < energy * norm**2).sum()) + 1)
+
+
+def nearest(update: Tensor, rank: int | None, energy: float | None = None) -> tuple[Factors, float, float]:
+    """A and B of the `largest` directions of a dense (out, in) matrix, its norm, and that of what they lack.
+
+    rank: how many, at most; energy: as few as hold that share of ‖ΔW‖², sought among twice as many each time.
+    """
+    norm = torch.linalg.vector_norm(update).item()
+    most = min(rank or len(update), *update.shape)
+    tried = most if energy is None else min(_SOUGHT, most)
+    U, values, V = largest(update, tried)
+    while energy is not None and tried < most and values.double().square().sum() < energy * norm**2:
+        tried = min(2 * tried, most)
+        U, values, V = largest(update, tried)
+    A, B = factors_of(U, values, V, tried if energy is None else holding(values, energy, norm))
+    return (A, B), norm, torch.linalg.vector_norm(update - B @ A).item()

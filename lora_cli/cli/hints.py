@@ -52,7 +52,10 @@ EXAMPLES = {
         "lora convert runs/my-run --to mlx --output for-mlx",
         "lora convert adapters --to peft --output for-peft",
     ),
-    "diff": ("lora diff Qwen/Qwen3-4B my-full-finetune --rank 32 --output adapter",),
+    "diff": (
+        "lora diff Qwen/Qwen3-4B my-full-finetune --rank 32 --output adapter",
+        "lora diff Qwen/Qwen3-4B my-full-finetune --energy 0.9 --rank 128 --output adapter",
+    ),
     "analyze": ("lora analyze runs/my-run", "lora analyze runs/rank-8 runs/rank-64 --output analysis"),
     "selftest": ("lora selftest", "lora selftest --model Qwen/Qwen3-0.6B --json"),
     "sweep": (

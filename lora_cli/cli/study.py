@@ -12,6 +12,10 @@ from lora_cli.errors import command, home_expanded, refuse_if
 from lora_cli.streams import print_json, print_result
 
 Source = Annotated[str, typer.Argument(help="A run or an adapter (lora's or PEFT's).", show_default=False)]
+Rank = Annotated[int | None, typer.Option(min=1, help="Largest rank of a layer.", show_default=False)]
+Energy = Annotated[
+    float | None, typer.Option(help="Keep this share of each layer's energy, such as 0.95.", show_default=False)
+]
 
 
 def inspect(
@@ -60,18 +64,21 @@ def resize(
     output: Annotated[
         Path, typer.Option("--output", callback=home, help="Folder to write the adapter to.", show_default=False)
     ],
-    rank: Annotated[int | None, typer.Option(min=1, help="Largest rank of a layer.", show_default=False)] = None,
-    energy: Annotated[
-        float | None, typer.Option(help="Keep this share of each layer's energy, such as 0.95.", show_default=False)
-    ] = None,
+    rank: Rank = None,
+    energy: Energy = None,
     as_json: Json = False,
 ) -> None:
     """Write the nearest adapter of a smaller rank, and say how far it is."""
+    require_size(rank, energy)
+    resizing = heavy("lora_cli.studies.resize", output)
+    say_made(resizing.resize(source, output, rank=rank, energy=energy), output, as_json=as_json)
+
+
+def require_size(rank: int | None, energy: float | None) -> None:
+    """Raises LoraError where neither is given, or `energy` is not a share."""
     refuse_if(rank is None and energy is None, "how small?", fix="add --rank 8, or --energy 0.95, or both")
     wrong = energy is not None and not 0 < energy <= 1
     refuse_if(wrong, f"--energy is {energy}, but must be above 0 and at most 1", fix="for example --energy 0.95")
-    resizing = heavy("lora_cli.studies.resize", output)
-    say_made(resizing.resize(source, output, rank=rank, energy=energy), output, as_json=as_json)
 
 
 def say_made(made: Any, output: Path, *, as_json: bool) -> None:

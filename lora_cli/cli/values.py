@@ -8,7 +8,7 @@ from typing import Annotated, Literal
 import typer
 
 from lora_cli.cli.common import Json, RemoteCode, heavy, home
-from lora_cli.cli.study import Source, say_made
+from lora_cli.cli.study import Energy, Rank, Source, require_size, say_made
 from lora_cli.errors import refuse_if
 from lora_cli.streams import print_json, print_result
 
@@ -50,7 +50,8 @@ def diff(
     base: Annotated[str, typer.Argument(help="The base model: a folder or a hub id.", show_default=False)],
     tuned: Annotated[str, typer.Argument(help="What a full fine-tune made of it.", show_default=False)],
     output: Output,
-    rank: Annotated[int, typer.Option(min=1, help="Largest rank of a layer.", show_default=False)],
+    rank: Rank = None,
+    energy: Energy = None,
     trust_remote_code: RemoteCode = False,
     as_json: Json = False,
 ) -> None:
@@ -58,8 +59,9 @@ def diff(
 
     Reads a tensor of each model at a time.
     """
+    require_size(rank, energy)
     differing = heavy("lora_cli.studies.diff", output)
-    made = differing.diff(base, tuned, output, rank=rank, trust_remote_code=trust_remote_code)
+    made = differing.diff(base, tuned, output, rank=rank, energy=energy, trust_remote_code=trust_remote_code)
     say_made(made, output, as_json=as_json)
 
 

@@ -28,10 +28,13 @@ from lora_cli.merging.names import Places
 from lora_cli.studies.made import Layer, Made, write_card
 
 
-def diff(base: str, tuned: str, output: Path, *, rank: int, trust_remote_code: bool = False) -> Made:
-    """Write the adapter of `rank` that is nearest to tuned - base in every linear layer; a tensor pair at a time.
+def diff(
+    base: str, tuned: str, output: Path, *, rank: int | None, energy: float | None, trust_remote_code: bool = False
+) -> Made:
+    """Write the adapter that is nearest to tuned - base in every linear layer; a tensor pair at a time.
 
-    Raises LoraError for models whose tensors differ in name or shape, for quantized ones, and where nothing changed.
+    rank: the largest of a layer. energy: as few directions of each as hold this share of ‖ΔW‖². Raises LoraError for
+    models whose tensors differ in name or shape, for quantized ones, and where nothing changed.
     """
     place = require_place(output)
     sources = [find_base(name, trust_remote_code=trust_remote_code) for name in (base, tuned)]
@@ -58,17 +61,18 @@ def diff(base: str, tuned: str, output: Path, *, rank: int, trust_remote_code: b
             continue
         name, layer = linear[parameter]
         update = update.T.contiguous() if stored_transposed(layer) else update
-        kept = min(rank, *update.shape)
-        factors, norm, lost = nearest(update, kept)
+        factors, norm, lost = nearest(update, rank, energy)
         states[name] = layer_state(factors)
-        layers.append(Layer(name, min(update.shape), kept, norm, lost))
+        layers.append(Layer(name, min(update.shape), len(factors[0]), norm, lost))
     refuse_if(not layers, f"no linear layer differs between {base} and {tuned}", fix="compare a model with its base")
     targets = [Target(each.name, each.rank, float(each.rank)) for each in layers]
     for name, module in attach(model, targets).items():
         module.leave_meta()
         module.load(states[name])
     made = Made(layers, _not_held(not_held, layers), {"not_held": not_held})
-    _write(place, model, sources, rank, made, trust_remote_code)
+    size = [f"at rank {rank}"] if rank else []
+    size += [f"with {energy:.4g} of the energy of each layer"] if energy else []
+    _write(place, model, sources, ", ".join(size), made, trust_remote_code)
     return made
 
 
@@ -84,9 +88,9 @@ def _not_held(norms: dict[str, float], layers: list[Layer]) -> list[str]:
     return [f"{what}; base + adapter lacks what they do"]
 
 
-def _write(place: Path, model: Any, sources: list[BaseSource], rank: int, made: Made, code: bool) -> None:
+def _write(place: Path, model: Any, sources: list[BaseSource], size: str, made: Made, code: bool) -> None:
     one, other = sources
-    made_of = f"the change from {public_name(one)} to {escaped(public_name(other))}, at rank {rank}"
+    made_of = f"the change from {public_name(one)} to {escaped(public_name(other))}, {size}"
     own, template = (load_tokenizer(each, trust_remote_code=code).chat_template for each in sources)
     with written_whole(place) as temporary:
         save_adapter(

@@ -2,12 +2,9 @@
 
 from __future__ import annotations
 
-import math
 from pathlib import Path
 
-import torch
-
-from lora_cli.adapters.low_rank import Factors, decomposed, factors_of
+from lora_cli.adapters.low_rank import Factors, decomposed, factors_of, holding
 from lora_cli.studies.made import Layer, Made, open_part, write_made
 
 
@@ -23,11 +20,10 @@ def resize(source: str, output: Path, *, rank: int | None, energy: float | None)
     for name in part.pairs:
         A, B = part.factors(name, part.group)
         U, values, V = decomposed(A, B, 1.0)
-        held = values.square().cumsum(0)
-        most = len(values) if rank is None else min(rank, len(values))
-        kept = most if energy is None else int(torch.searchsorted(held, energy * held[-1]).clamp(max=most - 1)) + 1
+        norm, most = values.norm().item(), len(values) if rank is None else min(rank, len(values))
+        kept = most if energy is None else holding(values[:most], energy, norm)
         made[name] = factors_of(U, values, V, kept)
-        layers.append(Layer(name, len(A), kept, math.sqrt(held[-1]), values[kept:].norm().item()))
+        layers.append(Layer(name, len(A), kept, norm, values[kept:].norm().item()))
     ranks = {each.name: each.rank for each in layers}
     made_of = f"{part.name}, at a smaller rank"
     write_made(output, [part], ranks, made.__getitem__, made_of=made_of, measured=Made(layers).lines)
