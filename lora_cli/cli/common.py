@@ -12,7 +12,7 @@ from lora_cli import quantization as quantizations
 from lora_cli.errors import home_expanded
 from lora_cli.surroundings import settle
 
-RecipeFile = Annotated[Path, typer.Argument(help="The YAML recipe.", show_default=False)]
+RecipeFile = Annotated[Path, typer.Argument(help="The YAML recipe.")]
 Overrides = Annotated[list[str] | None, typer.Option("--set", help="Override a setting: key.path=value. Repeatable.")]
 Json = Annotated[bool, typer.Option("--json", help="Print one JSON document on stdout and nothing else there.")]
 Device = Annotated[Literal["auto", "cpu", "cuda", "mps", "xpu"], typer.Option(help="Where to compute.")]
@@ -24,15 +24,11 @@ RemoteCode = Annotated[
     bool, typer.Option("--trust-remote-code", help="Run Python code that the model's repository ships.")
 ]
 
-Source = Annotated[
-    str | None, typer.Argument(help="A run or adapter folder, or a model: a folder or a hub id.", show_default=False)
-]
-Base = Annotated[
-    str | None, typer.Option("--base", help="Base model. Default: the one that the adapter names.", show_default=False)
-]
+Source = Annotated[str | None, typer.Argument(help="A run or adapter folder, or a model: a folder or a hub id.")]
+Base = Annotated[str | None, typer.Option(help="Base model. Default: the one that the adapter names.")]
 Program = Annotated[
     Literal["vllm", "llama.cpp", "ollama", "mlx", "peft", "transformers"] | None,
-    typer.Option("--for", help="Say what this program would refuse of the adapter.", show_default=False),
+    typer.Option("--for", help="Say what this program would refuse of the adapter."),
 ]
 # Of earlier releases: SOURCE says it all.
 OldModel = Annotated[str | None, typer.Option("--model", hidden=True)]

@@ -14,7 +14,7 @@ from lora_cli.streams import print_json, print_note
 
 def evaluate(
     source: Source = None,
-    data: Annotated[Path | None, typer.Option("--data", help="Data file. Default: the run's validation data.")] = None,
+    data: Annotated[Path | None, typer.Option(help="Data file. Default: the run's validation data.")] = None,
     base: Base = None,
     stride: Annotated[
         int | None, typer.Option(help="On long text: tokens to move the window by. Default: half of it.")

@@ -12,33 +12,25 @@ from lora_cli.streams import print_json, print_note
 
 
 def export(
-    source: Annotated[
-        str, typer.Argument(help="A run or adapter folder, or a model: a folder or a hub id.", show_default=False)
-    ],
+    source: Annotated[str, typer.Argument(help="A run or adapter folder, or a model: a folder or a hub id.")],
     to: Annotated[
         Literal["gguf", "gguf-adapter", "ollama"],
-        typer.Option(
-            "--to", help="A model's file, an adapter's alone, or a folder with a Modelfile.", show_default=False
-        ),
+        typer.Option(help="A model's file, an adapter's alone, or a folder with a Modelfile."),
     ],
-    output: Annotated[
-        Path, typer.Option(callback=home, help="File to write; for ollama a folder.", show_default=False)
-    ],
+    output: Annotated[Path, typer.Option(callback=home, help="File to write; for ollama a folder.")],
     kind: Annotated[
         str | None,
         typer.Option(
-            "--type",
-            help="f32, f16, bf16, q8_0, q4_0, q4_1, q5_0 or q5_1. Default: q8_0; of a QA-LoRA adapter q4_1.",
-            show_default=False,
+            "--type", help="f32, f16, bf16, q8_0, q4_0, q4_1, q5_0 or q5_1. Default: q8_0; of a QA-LoRA adapter q4_1."
         ),
     ] = None,
     onto: Annotated[
         Literal["auto", "trained", "original"] | None,
-        typer.Option(help="Of an adapter: the weights to add its update to, as for merge.", show_default=False),
+        typer.Option(help="Of an adapter: the weights to add its update to, as for merge."),
     ] = None,
     proof: Annotated[
         Literal["full", "replay", "none"] | None,
-        typer.Option(help="Of an adapter: how its merge is proved, as for merge.", show_default=False),
+        typer.Option(help="Of an adapter: how its merge is proved, as for merge."),
     ] = None,
     base: Base = None,
     trust_remote_code: RemoteCode = False,

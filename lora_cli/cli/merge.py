@@ -14,12 +14,8 @@ from lora_cli.streams import print_json, print_note
 
 
 def merge(
-    source: Annotated[
-        Path, typer.Argument(help="A run folder or an adapter folder (lora's or PEFT's).", show_default=False)
-    ],
-    output: Annotated[
-        Path, typer.Option(callback=home, help="Folder to write the merged model to.", show_default=False)
-    ],
+    source: Annotated[Path, typer.Argument(help="A run folder or an adapter folder (lora's or PEFT's).")],
+    output: Annotated[Path, typer.Option(callback=home, help="Folder to write the merged model to.")],
     base: Annotated[str | None, typer.Option(help="Base model. Default: the one the adapter names.")] = None,
     dtype: Annotated[
         Literal["keep", "bf16", "fp16", "fp32"],
@@ -46,7 +42,6 @@ def merge(
             metavar="KIND",
             help=f"Round the merged weights to {named(lambda rules: rules.written)} at the end, as bitsandbytes stores "
             "them, and measure on the run's held-out rows what that loses.",
-            show_default=False,
         ),
     ] = None,
     trust_remote_code: RemoteCode = False,
@@ -78,10 +73,8 @@ def merge(
 
 
 def calibrate(
-    model: Annotated[str, typer.Argument(help="The model: a folder or a hub id.", show_default=False)],
-    output: Annotated[
-        Path, typer.Option(callback=home, help="Folder to write the moved model to.", show_default=False)
-    ],
+    model: Annotated[str, typer.Argument(help="The model: a folder or a hub id.")],
+    output: Annotated[Path, typer.Option(callback=home, help="Folder to write the moved model to.")],
     text: Annotated[
         Path | None,
         typer.Option(callback=home, help="UTF-8 text like what the model will read. Default: English prose."),

@@ -26,19 +26,15 @@ from lora_cli.streams import print_json, print_note, print_result
 
 
 def init(
-    model: Annotated[str | None, typer.Argument(help="Hub id or folder of the base model.", show_default=False)] = None,
-    data: Annotated[
-        list[str] | None, typer.Argument(help="Data: files, folders of files, or globs in quotes.", show_default=False)
-    ] = None,
+    model: Annotated[str | None, typer.Argument(help="Hub id or folder of the base model.")] = None,
+    data: Annotated[list[str] | None, typer.Argument(help="Data: files, folders of files, or globs in quotes.")] = None,
     columns: Annotated[
-        str | None, typer.Option(help="What columns mean, such as question=Frage,answer=Antwort.", show_default=False)
+        str | None, typer.Option(help="What columns mean, such as question=Frage,answer=Antwort.")
     ] = None,
     system: Annotated[
-        str | None, typer.Option(help="System prompt, put before every conversation that has none.", show_default=False)
+        str | None, typer.Option(help="System prompt, put before every conversation that has none.")
     ] = None,
-    drop: Annotated[
-        list[str] | None, typer.Option(help="Leave out rows with these problems: data.drop.", show_default=False)
-    ] = None,
+    drop: Annotated[list[str] | None, typer.Option(help="Leave out rows with these problems: data.drop.")] = None,
     gpu: Annotated[
         str | None, typer.Option(help="Memory of the GPU to train on, such as 12GB. Default: what is in this machine.")
     ] = None,
@@ -147,8 +143,7 @@ def check(
     overrides: Overrides = None,
     show: Annotated[int, typer.Option(min=0, help="How many examples to show, token by token.")] = 3,
     row: Annotated[
-        str | None,
-        typer.Option(help="Show this row alone, such as 8 or faq.csv:8: values, findings, tokens.", show_default=False),
+        str | None, typer.Option(help="Show this row alone, such as 8 or faq.csv:8: values, findings, tokens.")
     ] = None,
     html: Annotated[Path | None, typer.Option(callback=home, help="Also write the preview to an HTML file.")] = None,
     prepare: Annotated[bool, typer.Option("--prepare", help="Keep the prepared tokens for `lora train`.")] = False,

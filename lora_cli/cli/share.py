@@ -11,12 +11,9 @@ from lora_cli.streams import print_json, print_note, print_result
 
 
 def push(
-    source: Annotated[str, typer.Argument(help="A run, an adapter or a merged folder.", show_default=False)],
-    to: Annotated[str, typer.Option("--to", help="Repository on the hub: owner/name.", show_default=False)],
-    base: Annotated[
-        str | None,
-        typer.Option("--base", help="Name of the base on the hub, if it was a folder here.", show_default=False),
-    ] = None,
+    source: Annotated[str, typer.Argument(help="A run, an adapter or a merged folder.")],
+    to: Annotated[str, typer.Option(help="Repository on the hub: owner/name.")],
+    base: Annotated[str | None, typer.Option(help="Name of the base on the hub, if it was a folder here.")] = None,
     public: Annotated[bool, typer.Option("--public", help="Let everybody read it. Default: private.")] = False,
     dry_run: Annotated[bool, typer.Option("--dry-run", help="Print files and card; use no network.")] = False,
     trust_remote_code: Annotated[

@@ -15,7 +15,7 @@ Through = Annotated[
         "--template/--raw", help="Prompt through the chat template, or as the text is. Default: as it was trained."
     ),
 ]
-System = Annotated[str | None, typer.Option("--system", help="System message.", show_default=False)]
+System = Annotated[str | None, typer.Option(help="System message.")]
 NewTokens = Annotated[int, typer.Option(min=1, help="Longest answer in tokens.")]
 Temperature = Annotated[float, typer.Option(min=0.0, help="0 is greedy: always the likeliest token.")]
 TopP = Annotated[float, typer.Option(min=0.0, max=1.0, help="Sample from the likeliest tokens of this probability.")]
@@ -27,9 +27,7 @@ OldRun = Annotated[str | None, typer.Option("--run", hidden=True)]
 
 def generate(
     source: Source = None,
-    prompt: Annotated[
-        str | None, typer.Argument(help="The prompt; - or nothing reads it from stdin.", show_default=False)
-    ] = None,
+    prompt: Annotated[str | None, typer.Argument(help="The prompt; - or nothing reads it from stdin.")] = None,
     base: Base = None,
     through_template: Through = None,
     system: System = None,
@@ -44,14 +42,9 @@ def generate(
     device: Device = "auto",
     trust_remote_code: RemoteCode = False,
     as_json: Json = False,
-    adapters: Annotated[
-        str | None,
-        typer.Option("--adapters", help="File whose rows are prompts, each for its own adapter.", show_default=False),
-    ] = None,
-    batch_size: Annotated[
-        int | None, typer.Option(min=1, help="Rows of --adapters at once. Default: 8.", show_default=False)
-    ] = None,
-    model: Annotated[str | None, typer.Option("--model", help="The base of --adapters, as --base.")] = None,
+    adapters: Annotated[str | None, typer.Option(help="File whose rows are prompts, each for its own adapter.")] = None,
+    batch_size: Annotated[int | None, typer.Option(min=1, help="Rows of --adapters at once. Default: 8.")] = None,
+    model: Annotated[str | None, typer.Option(help="The base of --adapters, as --base.")] = None,
     adapter: OldAdapter = None,
     run: OldRun = None,
     chat: Annotated[bool, typer.Option("--chat", hidden=True)] = False,
@@ -69,18 +62,9 @@ def generate(
         both = run is not None and adapter is not None
         refuse_if(both, "--run and --adapter both name an adapter", fix="give one of them")
         source, prompt, base = named, source, base or (model if named != model else None)
-    speaking = _speaking(
-        max_new_tokens=max_new_tokens,
-        temperature=temperature,
-        top_p=top_p,
-        top_k=top_k,
-        repetition_penalty=repetition_penalty,
-        seed=seed,
-        quantization=quantization,
-        dtype=dtype,
-        device=device,
-        trust_remote_code=trust_remote_code,
-    )
+    sampling = {"temperature": temperature, "top_p": top_p, "top_k": top_k, "repetition_penalty": repetition_penalty}
+    opening = {"quantization": quantization, "dtype": dtype, "device": device, "trust_remote_code": trust_remote_code}
+    speaking = _speaking(seed, sampling | {"max_new_tokens": max_new_tokens}, opening)
     if adapters is not None:
         requests: dict[str, Any] = {"system": system, "through_template": through_template, "as_json": as_json}
         requests["batch_size"] = batch_size or 8
@@ -109,30 +93,18 @@ def chat(
     trust_remote_code: RemoteCode = False,
 ) -> None:
     """Talk to a model in the terminal."""
-    speaking = _speaking(
-        max_new_tokens=max_new_tokens,
-        temperature=temperature,
-        top_p=top_p,
-        top_k=top_k,
-        repetition_penalty=repetition_penalty,
-        seed=seed,
-        quantization=quantization,
-        dtype=dtype,
-        device=device,
-        trust_remote_code=trust_remote_code,
-    )
+    sampling = {"temperature": temperature, "top_p": top_p, "top_k": top_k, "repetition_penalty": repetition_penalty}
+    opening = {"quantization": quantization, "dtype": dtype, "device": device, "trust_remote_code": trust_remote_code}
+    speaking = _speaking(seed, sampling | {"max_new_tokens": max_new_tokens}, opening)
     found = _found(source, base, "lora chat SOURCE")
     heavy("lora_cli.evaluation.chat").chat(found, system=system, through_template=through_template, **speaking)
 
 
-def _speaking(
-    *, seed: int, quantization: str | None, dtype: str, device: str, trust_remote_code: bool, **sampling: Any
-) -> dict[str, Any]:
+def _speaking(seed: int, sampling: dict[str, Any], opening: dict[str, Any]) -> dict[str, Any]:
     """Arguments of `Speaker`. Raises LoraError for options of sampling that greedy decoding would ignore."""
     greedy = sampling["temperature"] == 0 and (sampling["top_p"] < 1 or sampling["top_k"] > 0)
     what = "--top-p and --top-k are for sampling, but --temperature 0 is greedy"
     refuse_if(greedy, what, fix="add --temperature 1")
-    opening = {"quantization": quantization, "dtype": dtype, "device": device, "trust_remote_code": trust_remote_code}
     return {"seed": seed, "sampling": sampling, **opening}
 
 

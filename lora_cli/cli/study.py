@@ -11,22 +11,16 @@ from lora_cli.cli.common import Base, Json, Program, console, heavy, home, statu
 from lora_cli.errors import command, home_expanded, refuse_if
 from lora_cli.streams import print_json, print_result
 
-Source = Annotated[str, typer.Argument(help="A run or an adapter (lora's or PEFT's).", show_default=False)]
-Rank = Annotated[int | None, typer.Option(min=1, help="Largest rank of a layer.", show_default=False)]
-Energy = Annotated[
-    float | None, typer.Option(help="Keep this share of each layer's energy, such as 0.95.", show_default=False)
-]
+Source = Annotated[str, typer.Argument(help="A run or an adapter (lora's or PEFT's).")]
+Output = Annotated[Path, typer.Option(callback=home, help="Folder to write the adapter to.")]
+Rank = Annotated[int | None, typer.Option(min=1, help="Largest rank of a layer.")]
+Energy = Annotated[float | None, typer.Option(help="Keep this share of each layer's energy, such as 0.95.")]
 
 
 def inspect(
     source: Source,
-    base: Annotated[
-        str | None,
-        typer.Option("--base", help="Base model whose weights the updates are compared with.", show_default=False),
-    ] = None,
-    picture: Annotated[
-        Path | None, typer.Option("--picture", callback=home, help="Also draw it, to a PNG file.", show_default=False)
-    ] = None,
+    base: Annotated[str | None, typer.Option(help="Base model whose weights the updates are compared with.")] = None,
+    picture: Annotated[Path | None, typer.Option(callback=home, help="Also draw it, to a PNG file.")] = None,
     program: Program = None,
     as_json: Json = False,
 ) -> None:
@@ -59,15 +53,7 @@ def _for_program(source: str, base: str | None, program: str, *, as_json: bool) 
         print_result(said)
 
 
-def resize(
-    source: Source,
-    output: Annotated[
-        Path, typer.Option("--output", callback=home, help="Folder to write the adapter to.", show_default=False)
-    ],
-    rank: Rank = None,
-    energy: Energy = None,
-    as_json: Json = False,
-) -> None:
+def resize(source: Source, output: Output, rank: Rank = None, energy: Energy = None, as_json: Json = False) -> None:
     """Write the nearest adapter of a smaller rank, and say how far it is."""
     require_size(rank, energy)
     resizing = heavy("lora_cli.studies.resize", output)
@@ -92,14 +78,9 @@ def say_made(made: Any, output: Path, *, as_json: bool) -> None:
 
 
 def analyze(
-    sources: Annotated[
-        list[str], typer.Argument(help="Runs or adapters of one base (lora's or PEFT's).", show_default=False)
-    ],
+    sources: Annotated[list[str], typer.Argument(help="Runs or adapters of one base (lora's or PEFT's).")],
     base: Base = None,
-    output: Annotated[
-        Path | None,
-        typer.Option("--output", callback=home, help="Folder for a page, pictures and numbers.", show_default=False),
-    ] = None,
+    output: Annotated[Path | None, typer.Option(callback=home, help="Folder for a page, pictures and numbers.")] = None,
     as_json: Json = False,
 ) -> None:
     """Show what adapters amplify of their base, and which directions they share: section 7 of the LoRA paper.
@@ -118,9 +99,7 @@ def analyze(
 
 
 def selftest(
-    model: Annotated[
-        str | None, typer.Option("--model", help="Base model to measure on. Default: a tiny one.", show_default=False)
-    ] = None,
+    model: Annotated[str | None, typer.Option(help="Base model to measure on. Default: a tiny one.")] = None,
     as_json: Json = False,
 ) -> None:
     """Measure on this machine what lora promises: E1 to E15 of docs/design.md. Takes about a minute.

@@ -18,9 +18,7 @@ def sweep(
     vary: Annotated[
         list[str], typer.Option(help="A setting and its values: adapter.rank=1,4,16. Repeatable: all combinations.")
     ],
-    output: Annotated[
-        Path, typer.Option("--output", callback=home, help="Folder for the runs and the result.", show_default=False)
-    ],
+    output: Annotated[Path, typer.Option(callback=home, help="Folder for the runs and the result.")],
     overrides: Overrides = None,
     seeds: Annotated[int, typer.Option(min=1, max=100, help="Runs of each combination, with seeds that differ.")] = 1,
     same_parameters: Annotated[

@@ -10,16 +10,13 @@ from typing import Annotated
 import typer
 
 from lora_cli import boundary
-from lora_cli.cli.common import Json, Overrides, console, heavy, status, trusted_recipe
+from lora_cli.cli.common import Json, Overrides, console, heavy, trusted_recipe
 from lora_cli.errors import LoraError, command, refuse_if
 from lora_cli.streams import print_json
-from lora_cli.surroundings import settle
 
 
 def train(
-    recipe: Annotated[
-        Path, typer.Argument(help="The YAML recipe; with --resume also the run's folder.", show_default=False)
-    ],
+    recipe: Annotated[Path, typer.Argument(help="The YAML recipe; with --resume also the run's folder.")],
     overrides: Overrides = None,
     resume: Annotated[bool, typer.Option("--resume", help="Continue the run from its newest checkpoint.")] = False,
     allow: Annotated[
@@ -36,14 +33,9 @@ def train(
     refuse_if(bool(allow) and not resume, "--allow is for --resume", fix="add --resume, or remove it")
     wrong = max_hours is not None and not 0 < max_hours < 1e6
     refuse_if(wrong, f"--max-hours is {max_hours}, but must be above 0", fix="for example --max-hours 7.5")
-    screen = console()
-    settle(Path(loaded.output))
-    with status("loading libraries"):
-        from lora_cli.base.load import quiet_libraries
-        from lora_cli.training.train import train as run
-    quiet_libraries()
+    training = heavy("lora_cli.training.train", Path(loaded.output))
     boundary.keep_tracebacks_in(Path(loaded.output))
-    report = run(loaded, screen, resume=resume, allow=allow or [], max_hours=max_hours)
+    report = training.train(loaded, console(), resume=resume, allow=allow or [], max_hours=max_hours)
     if as_json and boundary.is_first_process():
         print_json(report)
 
@@ -68,8 +60,7 @@ def _of_a_run(path: Path, overrides: list[str], resume: bool) -> tuple[Path, lis
 
 def runs(
     folders: Annotated[
-        list[Path] | None,
-        typer.Argument(help="A folder of runs, by default runs; or two runs to compare.", show_default=False),
+        list[Path] | None, typer.Argument(help="A folder of runs, by default runs; or two runs to compare.")
     ] = None,
     per_hour: Annotated[
         float | None, typer.Option(min=0.0, help="Price of one hour of the machine; adds a column for the cost.")

@@ -2,38 +2,27 @@
 
 from __future__ import annotations
 
-from pathlib import Path
 from typing import Annotated, Literal
 
 import typer
 
-from lora_cli.cli.common import Json, RemoteCode, heavy, home
-from lora_cli.cli.study import Energy, Rank, Source, require_size, say_made
+from lora_cli.cli.common import Json, RemoteCode, heavy
+from lora_cli.cli.study import Energy, Output, Rank, Source, require_size, say_made
 from lora_cli.errors import refuse_if
 from lora_cli.streams import print_json, print_result
 
-Output = Annotated[
-    Path, typer.Option("--output", callback=home, help="Folder to write the adapter to.", show_default=False)
-]
-
 
 def combine(
-    adapters: Annotated[
-        list[str], typer.Argument(help="Runs or adapters of one base, each as ADAPTER:WEIGHT.", show_default=False)
-    ],
+    adapters: Annotated[list[str], typer.Argument(help="Runs or adapters of one base, each as ADAPTER:WEIGHT.")],
     output: Output,
-    rank: Annotated[
-        int | None, typer.Option(min=1, help="Largest rank of a layer. Default: the sum, exact.", show_default=False)
-    ] = None,
+    rank: Annotated[int | None, typer.Option(min=1, help="Largest rank of a layer. Default: the sum, exact.")] = None,
     method: Annotated[
         Literal["linear", "ties", "dare"], typer.Option(help="How to add: all, by elected signs, or a random share.")
     ] = "linear",
     density: Annotated[
-        float | None, typer.Option(help="Share of each update that ties (0.2) or dare (0.5) keeps.", show_default=False)
+        float | None, typer.Option(help="Share of each update that ties (0.2) or dare (0.5) keeps.")
     ] = None,
-    seed: Annotated[
-        int | None, typer.Option(min=0, max=2**32 - 1, help="Of what dare drops. Default: 0.", show_default=False)
-    ] = None,
+    seed: Annotated[int | None, typer.Option(min=0, max=2**32 - 1, help="Of what dare drops. Default: 0.")] = None,
     as_json: Json = False,
 ) -> None:
     """Write one adapter that adds the weighted sum of several, and say how exactly."""
@@ -47,8 +36,8 @@ def combine(
 
 
 def diff(
-    base: Annotated[str, typer.Argument(help="The base model: a folder or a hub id.", show_default=False)],
-    tuned: Annotated[str, typer.Argument(help="What a full fine-tune made of it.", show_default=False)],
+    base: Annotated[str, typer.Argument(help="The base model: a folder or a hub id.")],
+    tuned: Annotated[str, typer.Argument(help="What a full fine-tune made of it.")],
     output: Output,
     rank: Rank = None,
     energy: Energy = None,
@@ -67,7 +56,7 @@ def diff(
 
 def convert(
     source: Source,
-    to: Annotated[Literal["peft", "mlx"], typer.Option("--to", help="The layout to write.", show_default=False)],
+    to: Annotated[Literal["peft", "mlx"], typer.Option(help="The layout to write.")],
     output: Output,
     as_json: Json = False,
 ) -> None:
