@@ -18,7 +18,6 @@ from lora_cli.base.source import find_base
 from lora_cli.data.batches import collate
 from lora_cli.errors import LoraError
 from lora_cli.evaluation.forgetting import MOST_TOKENS, general_text, measure_forgetting
-from lora_cli.evaluation.perplexity import EvaluationStopped
 
 
 @pytest.fixture
@@ -155,11 +154,3 @@ def test_one_window_gives_no_interval(adapted, tokenizer, tmp_path):
     assert len(text.windows) == 1
     found = measure_forgetting(adapted, text, LAY_OUT)
     assert (found["low"], found["high"]) == (None, None)
-
-
-def test_it_can_be_stopped_and_leaves_the_adapter_on(adapted, tokenizer, page):
-    text = general_text(tokenizer, adapted.config, page)
-    assert text is not None
-    with pytest.raises(EvaluationStopped):
-        measure_forgetting(adapted, text, LAY_OUT, should_stop=lambda: True)
-    assert all(layer.active for layer in trained_modules(adapted).values())

@@ -5,6 +5,7 @@ from __future__ import annotations
 import bisect
 import math
 from collections import Counter
+from dataclasses import replace
 from itertools import chain, pairwise
 from types import SimpleNamespace
 from typing import Any
@@ -413,7 +414,7 @@ def by_hand(model: Any, example: Example) -> tuple[float, float, float]:
 def test_the_loss_of_a_micro_batch_is_the_weighted_sum_by_hand(model, packed, made):
     batch = collate(made, packed=packed, pad_id=0, device=CPU)
     with torch.no_grad():
-        loss, plain = (float(summed_loss(model, batch, weighted=weighted)) for weighted in (True, False))
+        loss, plain = (float(summed_loss(model, each)) for each in (batch, replace(batch, weights=None)))
         parts = [by_hand(model, example) for example in made]
         unweighted = [
             by_hand(model, Example(each.ids, [(a, b, 1.0) for a, b, _ in each.spans], "a", 1))[0] for each in made
@@ -500,7 +501,7 @@ def test_cross_entropy_is_what_the_closed_form_says_for_a_uniform_model():
     made = [Example([1, 2, 3, 4], [(1, 3, 0.5), (3, 4, 4.0)], "a", 1), Example([5, 6], [(0, 2, 1.0)], "a", 2)]
     for packed in (True, False):
         batch = collate(made, packed=packed, pad_id=0, device=CPU)
-        weighted, plain = (summed_loss(Uniform(), batch, weighted=on).item() for on in (True, False))
+        weighted, plain = (summed_loss(Uniform(), each).item() for each in (batch, replace(batch, weights=None)))
         assert weighted == pytest.approx((0.5 * 2 + 4 + 1) * math.log(11), rel=1e-6)
         assert plain == pytest.approx(4 * math.log(11), rel=1e-6)
 

@@ -82,9 +82,9 @@ def test_int8_has_one_loss_for_every_grouping_in_training_and_evaluation(real_mo
 def test_it_answers_in_its_own_chat_template(real_model):
     opened = open_model(str(real_model), None)
     turns = [{"role": "user", "content": "What is the capital of France? Answer in one word."}]
-    prompt = opened.tokenizer.apply_chat_template(turns, tokenize=False, add_generation_prompt=True)
+    prompt = opened.tokenizer.apply_chat_template(turns, add_generation_prompt=True, return_dict=False)
     config = generation_config(opened.model, opened.tokenizer, max_new_tokens=12)
-    (completion,) = complete(opened.model, opened.tokenizer, [prompt], config, special_tokens=False)
+    (completion,) = complete(opened.model, opened.tokenizer, [prompt], config)
     assert "Paris" in completion.text
 
 

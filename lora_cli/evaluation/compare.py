@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from functools import partial
 from itertools import combinations
 from pathlib import Path
 from typing import Any
@@ -18,7 +17,6 @@ from lora_cli.data.encode import target_bytes
 from lora_cli.data.prepare import prepare
 from lora_cli.errors import LoraError
 from lora_cli.evaluation.evaluate import file_examples, longest_window, measuring, score_table
-from lora_cli.evaluation.gain import Gain, paired_gain
 from lora_cli.evaluation.perplexity import Score
 from lora_cli.recipe import Recipe, load_recipe
 from lora_cli.streams import print_note
@@ -31,23 +29,15 @@ class Compared:
     base: Score
     scores: dict[str, Score]
 
-    def gain(self, over: Score, of: str) -> Gain:
-        """Paired, example by example."""
-        (before, targets), (after, _) = over.examples, self.scores[of].examples
-        return paired_gain(before, after, targets)
-
     def as_dict(self) -> dict[str, Any]:
         """For --json. Gains are in nats a token: of each adapter over the base, and in each pair of `to` over `of`."""
-        adapters = {name: each.as_dict() | _numbers(self.gain(self.base, name)) for name, each in self.scores.items()}
+        scores = self.scores
+        adapters = {name: each.as_dict() | each.gain_over(self.base).interval() for name, each in scores.items()}
         pairs = [
-            {"of": one, "to": other} | _numbers(self.gain(self.scores[one], other))
-            for one, other in combinations(self.scores, 2)
+            {"of": one, "to": other} | scores[other].gain_over(scores[one]).interval()
+            for one, other in combinations(scores, 2)
         ]
         return {"base": self.base.as_dict(), "adapters": adapters, "pairs": pairs}
-
-
-def _numbers(gain: Gain) -> dict[str, Any]:
-    return {"gain": gain.gain, "low": gain.low, "high": gain.high}
 
 
 def evaluate_several(
@@ -79,9 +69,8 @@ def evaluate_several(
     templates = [adapter_template(stored.folder) or opened.tokenizer.chat_template for _, stored in found.values()]
     opened.tokenizer.chat_template = templates[0]  # type: ignore[assignment]
     if any(each != templates[0] for each in templates):
-        print_note(
-            f"note: the adapters have different chat templates: conversations are scored in that of {sources[0]}"
-        )
+        scored = f"conversations are scored in that of {sources[0]}"
+        print_note(f"note: the adapters have different chat templates: {scored}")
     if data is None:
         assert recipe is not None
         examples = prepare(recipe, opened.tokenizer).validation
@@ -107,17 +96,11 @@ def print_compared(compared: Compared, console: Console) -> None:
     """A table, and each adapter beside the best of them."""
     console.print(score_table({"base": compared.base, **compared.scores}))
     best = min(compared.scores, key=lambda name: compared.scores[name].loss)
-    said = partial(_sentence, compared, console, best)
-    said("the base", compared.base)
-    for name, score in compared.scores.items():
-        if name != best:
-            said(name, score)
-
-
-def _sentence(compared: Compared, console: Console, best: str, name: str, score: Score) -> None:
-    gain = compared.gain(score, best)
-    text = f"{best} is {gain.gain:.4f} nats a token better than {name}"
-    if gain.low is not None and gain.high is not None:
-        sure = "" if gain.low > 0 else ": not surely better"
-        text += f"; 95 % interval {gain.low:+.4f} to {gain.high:+.4f}{sure}"
-    console.print(text, markup=False)
+    others = {name: score for name, score in compared.scores.items() if name != best}
+    for name, score in {"the base": compared.base, **others}.items():
+        gain = compared.scores[best].gain_over(score)
+        text = f"{best} is {gain.gain:.4f} nats a token better than {name}"
+        if gain.low is not None and gain.high is not None:
+            sure = "" if gain.low > 0 else ": not surely better"
+            text += f"; 95 % interval {gain.low:+.4f} to {gain.high:+.4f}{sure}"
+        console.print(text, markup=False)

@@ -25,7 +25,6 @@ from lora_cli.data.gate import Findings
 from lora_cli.data.prepare import prepare
 from lora_cli.data.row_encoder import RowEncoder, fit_length
 from lora_cli.errors import LoraError, shown
-from lora_cli.evaluation.gain import Gain, paired_gain
 from lora_cli.evaluation.perplexity import Score, score
 from lora_cli.recipe import DataRecipe, SourceRecipe, load_recipe
 from lora_cli.recipe.schema import OWN
@@ -112,15 +111,15 @@ def as_dict(scores: dict[str, Score]) -> dict[str, Any]:
     """For --json. With an adapter also its gain over the base in nats a token, and the 95 % interval of that."""
     document: dict[str, Any] = {name: each.as_dict() for name, each in scores.items()}
     if "adapter" in scores:
-        gain = gain_of(scores)
-        document |= {"gain": gain.gain, "low": gain.low, "high": gain.high}
+        document |= scores["adapter"].gain_over(scores["base"]).interval()
     return document
 
 
 def print_scores(scores: dict[str, Score], console: Console) -> None:
     console.print(score_table(scores if "adapter" in scores else {"model": scores["base"]}))
     if "adapter" in scores:
-        change, gain = 1 - scores["adapter"].perplexity / scores["base"].perplexity, gain_of(scores)
+        base, adapter = scores["base"], scores["adapter"]
+        change, gain = 1 - adapter.perplexity / base.perplexity, adapter.gain_over(base)
         console.print(f"perplexity {abs(change):.1%} {'lower' if change >= 0 else 'higher'} with the adapter")
         if gain.low is not None and gain.high is not None:
             console.print(f"{gain.gain:.4f} nats a token better; 95 % interval {gain.low:.4f} to {gain.high:.4f}")
@@ -134,12 +133,6 @@ def score_table(scores: Mapping[str, Score]) -> Table:
         numbers = (f"{each.loss:.4f}", f"{each.perplexity:.3f}", f"{each.bits_per_byte:.4f}", f"{each.target_tokens:,}")
         table.add_row(escape(shown(name)), *numbers)
     return table
-
-
-def gain_of(scores: dict[str, Score]) -> Gain:
-    """Of the adapter over the base, compared example by example."""
-    (before, targets), (after, _) = scores["base"].examples, scores["adapter"].examples
-    return paired_gain(before, after, targets)
 
 
 def file_examples(

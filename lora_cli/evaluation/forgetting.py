@@ -65,7 +65,6 @@ def measure_forgetting(
     text: GeneralText,
     collate: Collate,
     *,
-    should_stop: Callable[[], bool] | None = None,
     share: tuple[int, int] = (0, 1),
     summed: Callable[[Tensor], Tensor] = lambda own: own,
 ) -> dict[str, Any]:
@@ -74,12 +73,12 @@ def measure_forgetting(
     before, after: nats per token. change = after - before, above zero where something was forgotten; low, high: ends of
     its 95 % interval, by window, or None for a single one. tokens: targets. source.
 
-    One window a forward. should_stop, share: see `example_losses`. summed: of a tensor, its sum over all processes.
+    One window a forward. share: see `example_losses`. summed: of a tensor, its sum over all processes.
     """
     longest = max(len(window.ids) for window in text.windows)
 
     def losses() -> tuple[Tensor, Tensor]:
-        own = example_losses(model, text.windows, collate, longest, should_stop=should_stop, share=share)
+        own = example_losses(model, text.windows, collate, longest, share=share)
         return summed(own[0]), summed(own[1])
 
     with adapters_disabled(model):

@@ -27,6 +27,10 @@ class Gain:
     examples: int
     targets: int
 
+    def interval(self) -> dict[str, float | None]:
+        """For --json: the gain and its ends."""
+        return {"gain": self.gain, "low": self.low, "high": self.high}
+
 
 def paired_gain(before: Tensor, after: Tensor, targets: Tensor) -> Gain:
     """Gain of `after` over `before`; each (examples,): nats summed over an example's target tokens, and their number.
@@ -53,9 +57,8 @@ def paired_gain(before: Tensor, after: Tensor, targets: Tensor) -> Gain:
     if not n:
         raise ValueError("no example has a target token")
     before, after = before[drawn].double(), after[drawn].double()
-    return Gain(
-        (before.sum() / total).item(), (after.sum() / total).item(), *_ratio(before - after, targets[drawn]), n, total
-    )
+    mean, ratio = (before.sum() / total).item(), _ratio(before - after, targets[drawn])
+    return Gain(mean, (after.sum() / total).item(), *ratio, n, total)
 
 
 def share_kept(before: Tensor, after: Tensor, other: Tensor) -> tuple[float, float | None, float | None]:

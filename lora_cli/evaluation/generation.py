@@ -80,13 +80,8 @@ class _EachRow(LogitsProcessor):
     """
 
     def __init__(self, rows: Sequence[Sampling], padding: list[int], longest: list[int], ends: Any, device: Any):
-        self.rows, self.padding, self.longest, self.end, self.step = (
-            rows,
-            padding,
-            longest,
-            next(iter(ends or []), None),
-            0,
-        )
+        self.rows, self.padding, self.longest, self.step = rows, padding, longest, 0
+        self.end = next(iter(ends or []), None)
         self.random = [torch.Generator(device).manual_seed(each.seed) for each in rows]
         self.further = [_processors(each) for each in rows]
 
@@ -146,7 +141,7 @@ def generation_config(
         do_sample=temperature > 0,
         repetition_penalty=repetition_penalty,
         eos_token_id=sorted(stops),
-        pad_token_id=tokenizer.pad_token_id if tokenizer.pad_token_id is not None else tokenizer.eos_token_id,
+        pad_token_id=own_end if tokenizer.pad_token_id is None else tokenizer.pad_token_id,
         use_cache=True,
         **sampling,
     )
@@ -177,21 +172,16 @@ def complete(
     prompts: Sequence[str | Sequence[int]],
     config: GenerationConfig,
     *,
-    special_tokens: bool = True,
     emit: Callable[[str], None] | None = None,
     each_row: Sequence[Sampling] | None = None,
 ) -> list[Completion]:
     """Completions of the prompts, generated as one batch (padded on the left, as causal models need it).
 
-    prompts: texts, or their token ids. special_tokens: whether the tokenizer adds its BOS to texts; not wanted after a
-    chat template, which brings its own.
-    emit: called with each piece of text as it comes; for a single prompt only. each_row: settings of each prompt; of
-    `config` then only the end tokens count. Raises CheckFailed for a model whose output is not finite.
+    prompts: texts, which the tokenizer puts its BOS before, or token ids. emit: called with each piece of text as it
+    comes; for a single prompt only. each_row: settings of each prompt; of `config` then only the end tokens count.
+    Raises CheckFailed for a model whose output is not finite.
     """
-    encoded: Any = [
-        tokenizer(each, add_special_tokens=special_tokens)["input_ids"] if isinstance(each, str) else each
-        for each in prompts
-    ]
+    encoded: Any = [tokenizer(each)["input_ids"] if isinstance(each, str) else each for each in prompts]
     rows = [torch.tensor(each, dtype=torch.long, device=model.device) for each in encoded]
     pad_left = partial(pad_sequence, batch_first=True, padding_side="left")
     inputs = {"input_ids": pad_left(rows, padding_value=config.pad_token_id or 0)}
@@ -207,9 +197,8 @@ def complete(
         wanted = zip(rows, each_row, strict=True)
         longest = [within_positions(len(row), own.max_new_tokens, model.config) for row, own in wanted]
         config.max_new_tokens = max(longest)
-        choosing.append(
-            _EachRow(each_row, [width - len(row) for row in rows], longest, config.eos_token_id, model.device)
-        )
+        padding = [width - len(row) for row in rows]
+        choosing.append(_EachRow(each_row, padding, longest, config.eos_token_id, model.device))
     streamer = _Streamer(tokenizer, emit) if emit is not None else None
     further: Any = {"streamer": streamer, "logits_processor": choosing}
     with _no_other_settings(model):

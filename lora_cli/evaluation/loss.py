@@ -17,27 +17,22 @@ from lora_cli.data.batches import MicroBatch
 _rules: WeakKeyDictionary[Any, LogitRule | None] = WeakKeyDictionary()
 
 
-def summed_loss(model: Any, batch: MicroBatch, *, weighted: bool = True) -> Tensor:
-    """Sum of the cross-entropy of all target tokens of a micro-batch, in nats, fp32; times their weights if asked for.
+def summed_loss(model: Any, batch: MicroBatch) -> Tensor:
+    """Sum of the cross-entropy of all target tokens of a micro-batch, times their weights, in nats, fp32.
 
     A sum and not a mean: divided once by the target tokens of the whole step, the gradient does not depend on how the
     step is split. The output head sees only the hidden states that predict a target, so logits of prompts and padding
     are never made.
     """
-    return training_loss(model, batch, weighted=weighted)[0]
+    return training_loss(model, batch)[0]
 
 
-def training_loss(
-    model: Any, batch: MicroBatch, *, weighted: bool = True, z_loss: float = 0.0
-) -> tuple[Tensor, Tensor]:
+def training_loss(model: Any, batch: MicroBatch, *, z_loss: float = 0.0) -> tuple[Tensor, Tensor]:
     """(what is minimized, the cross-entropy in it), both as `summed_loss`. z_loss: see `linear_cross_entropy`."""
-    weights = batch.weights if weighted else None
-    rule = logit_rule(model)
+    weights, rule = batch.weights, logit_rule(model)
     if rule is not None:
-        hidden = _target_hidden(model, batch)
-        return linear_cross_entropy(
-            model.get_output_embeddings(), hidden, batch.targets, weights, rule=rule, z_loss=z_loss
-        )
+        head, hidden = model.get_output_embeddings(), _target_hidden(model, batch)
+        return linear_cross_entropy(head, hidden, batch.targets, weights, rule=rule, z_loss=z_loss)
     logits = target_logits(model, batch).float()
     cross_entropy = F.cross_entropy(logits, batch.targets, reduction="none")
     loss = cross_entropy + z_loss * logits.logsumexp(-1) ** 2 if z_loss else cross_entropy

@@ -16,6 +16,7 @@ from lora_cli.data.batches import MicroBatch, similar_length_batches
 from lora_cli.data.example import Example
 from lora_cli.data.store import Examples
 from lora_cli.errors import CheckFailed
+from lora_cli.evaluation.gain import Gain, paired_gain
 from lora_cli.evaluation.generation import require_token
 from lora_cli.evaluation.loss import target_losses
 
@@ -37,6 +38,10 @@ class Score:
 
     def as_dict(self) -> dict[str, float | int]:
         return {name: value for name, value in vars(self).items() if name != "examples"}
+
+    def gain_over(self, before: Score) -> Gain:
+        """Compared example by example; both scores are of the same."""
+        return paired_gain(before.examples[0], self.examples[0], self.examples[1])
 
 
 class EvaluationStopped(Exception):

@@ -156,21 +156,19 @@ def _cost(kind: str, plain: Tensor, losses: Tensor, targets: Tensor, weights: in
     return Cost(quantization=kind, loss=found.before, weights=weights, cost=found.gain, low=low, high=high)
 
 
-def keep_costs(recipe: Recipe, costs: Costs) -> Path:
+def keep_costs(recipe: Recipe, costs: Costs) -> None:
     """Write the table beside the prepared data, where training and later checks find it."""
-    path = cache_folder(recipe) / _FILE
-    write_bytes(path, costs.model_dump_json(indent=2).encode())
-    return path
+    write_bytes(cache_folder(recipe) / _FILE, costs.model_dump_json(indent=2).encode())
 
 
 def kept_costs(recipe: Recipe, source: BaseSource, fingerprint: str) -> Costs | None:
     """The table that was kept, if it is of this base, these data and groups."""
     path = cache_folder(recipe) / _FILE
-    found = None
     with suppress(LoraError):  # damaged, or somebody else's: it is measured again
         found = read_json(path, Costs, fix="remove it") if is_real_file(path) else None
-    known = found is not None and found.is_of(source, recipe.group_size) and found.data_fingerprint == fingerprint
-    return found if known else None
+        if found and found.is_of(source, recipe.group_size) and found.data_fingerprint == fingerprint:
+            return found
+    return None
 
 
 def found_costs(runs: Path, source: BaseSource, group_size: int = 32) -> Costs | None:

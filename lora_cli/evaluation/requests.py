@@ -74,22 +74,6 @@ class _Request:
         }
 
 
-class _Adapters:
-    """Those that rows name, each read once."""
-
-    def __init__(self, base: str | None):
-        self.base = base
-        self.found: dict[str, tuple[Named, AdapterFile]] = {}
-
-    def read(self, name: str) -> None:
-        if name not in self.found:
-            self.found[name] = read_named(name, self.base)
-
-    @property
-    def files(self) -> list[AdapterFile]:
-        return [stored for _, stored in self.found.values()]
-
-
 def answer_file(
     file: str,
     base: str | None,
@@ -108,16 +92,19 @@ def answer_file(
     seed, sampling: for rows that do not say. opening: further arguments of `open_base`. Raises LoraError with every row
     that cannot be answered, before a model is loaded.
     """
-    rows, adapters = list(read_file(Path(home_expanded(file)))), _Adapters(base)
+    rows = list(read_file(Path(home_expanded(file))))
+    adapters: dict[str, tuple[Named, AdapterFile]] = {}  # each read once
 
     def asked(row: Row) -> tuple[Row, _Asked, Sampling]:
         found = _asked(row)
         for each in found.mix:
-            adapters.read(each)
+            if each not in adapters:
+                adapters[each] = read_named(each, base)
         return row, found, _sampling(found, Sampling(**sampling, seed=seed))
 
     looked_at = _of_each(file, rows, asked)
-    name, revision = (base, None) if base is not None else base_of(adapters.files)
+    stored = {each: own for each, (_, own) in adapters.items()}
+    name, revision = (base, None) if base is not None else base_of([*stored.values()])
     source = find_base(name, revision, trust_remote_code=trust_remote_code)
     tokenizer = load_tokenizer(source, trust_remote_code=trust_remote_code)
     config = model_config(source, trust_remote_code)
@@ -131,9 +118,9 @@ def answer_file(
 
     def request(looked_at: tuple[Row, _Asked, Sampling]) -> _Request:
         row, found, own = looked_at
-        parts = [adapters.found[each] for each in found.mix]
-        for _, stored in parts:
-            require_same_base(stored, source)
+        parts = [adapters[each] for each in found.mix]
+        for _, own_file in parts:
+            require_same_base(own_file, source)
         if tuple(found.mix) not in prompted:
             make: Any = partial(Prompting, tokenizer, through_template=through_template, default="raw")
             ways = [make(*part, source.folder, say=lambda _: None).way for part in parts]
@@ -152,10 +139,10 @@ def answer_file(
         return _Request(found.adapter, found.mix, own, prompting, turns, ids)
 
     requests = _of_each(file, looked_at, request)
-    opened = open_base(base, adapters.files, trust_remote_code=trust_remote_code, **opening)
+    opened = open_base(base, [*stored.values()], trust_remote_code=trust_remote_code, **opening)
     several = Several(opened.model, opened.source)
-    several.add({each: stored for each, (_, stored) in adapters.found.items()})
-    for note in [*opened.notes, *(note for _, each in adapters.found.values() for note in other_base(each, base))]:
+    several.add(stored)
+    for note in [*opened.notes, *(note for each in stored.values() for note in other_base(each, base))]:
         say(f"note: {note}")
     _print(requests, _answers(opened, several, requests, batch_size, say), as_json=as_json)
 
