@@ -3,7 +3,11 @@
 from __future__ import annotations
 
 import json
+import os
 import shutil
+import signal
+import subprocess
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -228,6 +232,67 @@ def test_a_budget_that_suffices_stops_nothing_and_one_that_does_not_is_refused(r
     ]
     assert "planned for 1 hours: 2 to step 1, 2 to step 2, 2 to step 3" in enough.text
     assert_as_trained_alone(tmp_path / "swept" / "rank-2", tmp_path / "alone")
+
+
+KILLED = """
+import os, signal, sys
+from lora_cli.__main__ import main
+from lora_cli.studies import halving
+name, at = sys.argv.pop(1), int(sys.argv.pop(1))
+real, calls = getattr(halving, name), []
+def killing(*given):
+    calls.append(given)
+    if len(calls) == at:
+        if name == "write_json":  # noted, and the run not yet asked to stop
+            real(*given)
+        os.kill(os.getpid(), signal.SIGKILL)
+    return real(*given)
+setattr(halving, name, killing)
+main()
+"""
+
+
+@pytest.mark.parametrize(
+    ("name", "at"),
+    [
+        ("SIGINT", 2),
+        *(
+            pytest.param(*each, marks=pytest.mark.slow)
+            for each in (("SIGINT", 3), ("averaged_weights", 2), ("averaged_weights", 3), ("write_json", 1))
+        ),
+    ],
+)
+def test_a_sweep_that_is_ended_while_a_point_is_compared_goes_on_the_same(name, at, recipe_file, tmp_path, monkeypatch):
+    """At the first rung of the second point, or the second rung of the first, each with a checkpoint of its step."""
+    train = {"max_steps": 4, "checkpoint_every": 1, "gradient_accumulation_steps": 1}
+    recipe, vary = recipe_file(data={"validation": 0.25}, train=train), "train.learning_rate=1e-2,1e-7"
+    monkeypatch.setattr(halving, "how_many", lambda seconds, *_: (len(seconds) + 1) // 2)
+    straight, out = swept(recipe, tmp_path / "straight", vary, hours=99.0), tmp_path / "swept"
+    if name == "SIGINT":
+        compared, own = [], halving.averaged_weights
+
+        def signalled(optimizer: Any) -> Any:
+            compared.append(optimizer)
+            if len(compared) == at:
+                os.kill(os.getpid(), signal.SIGINT)
+            return own(optimizer)
+
+        monkeypatch.setattr(halving, "averaged_weights", signalled)
+        with pytest.raises(Interrupted) as stopped:
+            swept(recipe, out, vary, hours=99.0)
+        assert stopped.value.exit_code == 130
+    else:
+        words = ["sweep", recipe, "--vary", vary, "--budget", 99, "--output", out]
+        command = [sys.executable, "-c", KILLED, name, at, *words]
+        done = subprocess.run([*map(str, command)], capture_output=True, text=True, check=False)
+        assert done.returncode == -signal.SIGKILL, done.stderr
+    found = swept(recipe, out, vary, hours=99.0)
+    assert found["budget"]["rungs"] == straight["budget"]["rungs"]
+    assert [each["state"] for each in found["points"]] == ["done", "stopped"]
+    for one, other in zip(found["points"], straight["points"], strict=True):
+        assert one["rungs"] == other["rungs"]
+    done, alone = (Path(each["points"][0]["folders"][0]) / ADAPTER for each in (found, straight))
+    assert done.read_bytes() == alone.read_bytes()
 
 
 def point(rank: int, loss: float, behind: float | None, half: float) -> dict[str, Any]:

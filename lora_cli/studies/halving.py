@@ -108,7 +108,7 @@ def _needed(seconds: Sequence[float], rungs: Sequence[float]) -> float:
 class Halving:
     """Trains points as far as their losses and the hours go.
 
-    train: takes a point, the number of its run, and maybe an `after_step`, see `Run`; returns when the run has ended or
+    train: takes a point, the number of its run, and maybe a `before_step`, see `Run`; returns when the run has ended or
     was asked to stop by that, and notes in the point what made it fail. file: where `notes` are kept.
     """
 
@@ -202,7 +202,7 @@ class Halving:
 
 
 class _Watch:
-    """Called after each step of a run on its way to a rung."""
+    """Called before each step of a run on its way to a rung, so that one that goes on from it is compared, too."""
 
     def __init__(self, of: Halving, name: str, rung: float):
         self.of, self.name, self.rung = of, name, rung
@@ -213,10 +213,10 @@ class _Watch:
     def __call__(self, run: Run) -> None:
         step, total = run.state.step, run.session.total_steps
         if self.before is None:
-            self.before = time.monotonic() - self.began - run.state.seconds / step
+            self.before = time.monotonic() - self.began
         rung = int(Noted(total=total, seconds=0, targets=[]).step(self.rung))
         first = not self.of.estimated and step >= min(_FIRST, rung)
-        if step >= total or not (first or step == rung):
+        if step == 0 or not (first or step == rung):
             return
         began = time.monotonic()
         try:

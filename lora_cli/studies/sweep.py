@@ -170,19 +170,19 @@ def _train_all(points: Sequence[Point], base: KeptBase, console: Console) -> Non
 
 
 def _train(
-    point: Point, at: int, after_step: Callable[[Run], None] = lambda _: None, *, base: KeptBase, console: Console
+    point: Point, at: int, before_step: Callable[[Run], None] = lambda _: None, *, base: KeptBase, console: Console
 ) -> None:
-    """A run of a point, to its end or to where `after_step` asks it to stop. What makes it fail is noted and said."""
+    """A run of a point, to its end or to where `before_step` asks it to stop. What makes it fail is noted and said."""
     folder = point.folders[at]
     stops: list[Stop] = []
 
     def watched(run: Run) -> None:
         if not run.stop.requested:
-            after_step(run)
+            before_step(run)
             stops.extend([run.stop] if run.stop.requested else [])
 
     try:
-        train(point.recipes[at], console, resume=folder.recipe.exists(), load=base.load, after_step=watched)
+        train(point.recipes[at], console, resume=folder.recipe.exists(), load=base.load, before_step=watched)
     except Interrupted as stopped:
         signal = next((each.first for each in stops), None)
         if stops and signal is None:

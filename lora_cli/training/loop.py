@@ -46,7 +46,7 @@ _REWINDS = 3
 
 @dataclass
 class Run:
-    """One run from its first or resumed step to its last. after_step: called after each, and may ask `stop` to end."""
+    """One run from its first or resumed step to its last. before_step: called before each; may ask `stop` to end."""
 
     session: Session
     folder: RunFolder
@@ -54,7 +54,7 @@ class Run:
     console: Console
     stop: Stop
     environment: dict[str, Any]
-    after_step: Callable[[Run], None] = lambda _: None
+    before_step: Callable[[Run], None] = lambda _: None
 
     def __post_init__(self) -> None:
         session, folder, accelerator, stop = self.session, self.folder, self.accelerator, self.stop
@@ -139,6 +139,7 @@ class Run:
             self.state.parts = self.micro_batches.try_largest(self.state.step + 1, self.state.parts, progress.say)
         self.writer.start_clock()
         while not self._is_over():
+            self.before_step(self)
             stop, due = asked(self.accelerator, self.stop, due=self.writer.is_due())
             if stop or (due and self.state.step):
                 self.writer.checkpoint(self.state)
@@ -148,7 +149,6 @@ class Run:
             began = time.monotonic()
             self._one_step(self.state.step + 1, progress, track)
             self.stop.watch_the_clock(time.monotonic() - began)
-            self.after_step(self)
 
     def _one_step(self, step: int, progress: Progress, track: Any) -> None:
         started = time.monotonic()

@@ -39,12 +39,12 @@ def train(
     allow: Sequence[str] = (),
     max_hours: float | None = None,
     load: Callable[..., Any] = load_model,
-    after_step: Callable[[Run], None] = lambda _: None,
+    before_step: Callable[[Run], None] = lambda _: None,
 ) -> dict[str, Any]:
     """Run a recipe to its end; returns the report that is also written to report.json.
 
     allow: settings, sections, `data` or `versions` that may have changed since a resumed run began.
-    load: where the base comes from, see `open_model`. after_step: see `Run`.
+    load: where the base comes from, see `open_model`. before_step: see `Run`.
     Raises Interrupted after Ctrl+C, SIGTERM, SIGHUP or max_hours, with a checkpoint written; CheckFailed when the loss
     is not finite or nothing was learned; DiskError when a checkpoint, metrics or the adapter cannot be written.
     """
@@ -69,7 +69,7 @@ def train(
                 folder.clear_after_a_kill()
             accelerator.wait_for_everyone()
             run = _open(recipe, folder, accelerator, console, stop, resume, allow, load)
-            run.after_step = after_step
+            run.before_step = before_step
             return run.to_the_end()
         except KeyboardInterrupt:
             if not stop.requested:
