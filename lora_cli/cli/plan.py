@@ -63,8 +63,7 @@ def init(
         return
     usage = "lora init MODEL DATA… [--gpu 12GB]; for a recipe that comes with lora: lora init --list; "
     usage += "for editors: lora init --schema > recipe.schema.json"
-    if model is None or not data:
-        raise LoraError("which model, and which data?", fix=usage)
+    refuse_if(model is None or not data, "which model, and which data?", fix=usage)
     meanings = _meanings(columns) if columns is not None else None
     dropped = _dropped(drop or [])
     planning = heavy("lora_cli.planning.first_recipe", output)
@@ -122,9 +121,8 @@ def _meanings(text: str) -> dict[str, str | None]:
     if not found or len(found) < len(parts) or not all(found.values()) or not fields.issuperset(found):
         what = f"--columns {text} does not say what columns mean"
         details = [f"fields: {', '.join(sorted(fields))}"]
-        raise LoraError(
-            what, details=details, fix="write field=column, such as --columns question=Frage,answer=Antwort"
-        )
+        fix = "write field=column, such as --columns question=Frage,answer=Antwort"
+        raise LoraError(what, details=details, fix=fix)
     return found
 
 

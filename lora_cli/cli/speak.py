@@ -7,7 +7,7 @@ from typing import Annotated, Any
 import typer
 
 from lora_cli.cli.common import Base, Device, Dtype, Json, OldAdapter, Quantization, RemoteCode, Source, heavy
-from lora_cli.errors import LoraError, refuse_if
+from lora_cli.errors import refuse_if
 
 Through = Annotated[
     bool | None,
@@ -109,6 +109,5 @@ def _speaking(seed: int, sampling: dict[str, Any], opening: dict[str, Any]) -> d
 
 
 def _found(source: str | None, base: str | None, usage: str) -> Any:
-    if source is None:
-        raise LoraError("which model?", fix=f"name a run, an adapter or a model: {usage}")
+    refuse_if(source is None, "which model?", fix=f"name a run, an adapter or a model: {usage}")
     return heavy("lora_cli.adapters.named").find_named(source, base)

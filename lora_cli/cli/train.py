@@ -45,15 +45,13 @@ def _of_a_run(path: Path, overrides: list[str], resume: bool) -> tuple[Path, lis
     if not path.is_dir():
         return path, overrides
     recipe, found = path / "recipe.yaml", sorted(path.glob("*.y*ml"))[:1]
-    if not recipe.is_file():
-        fix = command("lora", "train", *found) if found else "name a recipe: lora train RECIPE; lora init writes one"
-        raise LoraError("this folder holds no run, as it has no recipe.yaml", where=path, fix=fix)
+    fix = command("lora", "train", *found) if found else "name a recipe: lora train RECIPE; lora init writes one"
+    refuse_if(not recipe.is_file(), "this folder holds no run, as it has no recipe.yaml", where=path, fix=fix)
     if not any((path / name).exists() for name in ("environment.json", "status.json")):
         what = "this folder holds a recipe, but no run that could go on"
         raise LoraError(what, where=path, fix=f"train it with: {command('lora', 'train', recipe)}")
-    if not resume:
-        fix = f"continue it with: {command('lora', 'train', path, '--resume')}"
-        raise LoraError("this is the folder of a run, not a recipe", where=path, fix=fix)
+    fix = f"continue it with: {command('lora', 'train', path, '--resume')}"
+    refuse_if(not resume, "this is the folder of a run, not a recipe", where=path, fix=fix)
     here = json.dumps(os.path.abspath(path).replace("$", "$$"))
     return recipe, [f"output={here}", *overrides]
 

@@ -39,7 +39,7 @@ from lora_cli.data.row_encoder import (
 )
 from lora_cli.data.store import ExampleWriter, PreparedData, Summary, open_prepared, write_arrays, write_summary
 from lora_cli.ending import make_temporary, remove_temporary
-from lora_cli.errors import LoraError
+from lora_cli.errors import LoraError, refuse_if
 from lora_cli.files import disk_errors, free_name, written_whole
 from lora_cli.foreign import kind, remove_ours
 from lora_cli.recipe import DataRecipe, Recipe, SourceRecipe
@@ -272,8 +272,7 @@ class Preparation:
         """repeats: what a row is called that has the content of a training row."""
         data, rows = self.data, source.rows()
         head = list(islice(rows, ROWS_TO_DETECT))
-        if not head:
-            raise LoraError("the source has no rows", where=source.name, fix="check what wrote it")
+        refuse_if(not head, "the source has no rows", where=source.name, fix="check what wrote it")
         reader = RowEncoder(data, self.tokenizer, head, own, several=len(self.sources) > 1)
         self._template = reader.template or self._template
         trained = (own, source) in self.training

@@ -20,7 +20,7 @@ from lora_cli.data.files.sources import Source
 from lora_cli.data.formats import Format, detect_format, require_present
 from lora_cli.data.gate import Encoded, Finding, Findings
 from lora_cli.data.turns import Columns
-from lora_cli.errors import LoraError, reading
+from lora_cli.errors import LoraError, reading, refuse_if
 from lora_cli.recipe import DataRecipe, SourceRecipe
 
 ROWS_TO_DETECT = 1000  # that show a source's format
@@ -127,10 +127,9 @@ def trained_system(data: DataRecipe, systems: Iterable[str | None]) -> str | Non
 def require_template_used(data: DataRecipe, template: ChatTemplate | None) -> None:
     """Raises LoraError if the recipe says something of a chat template, but no source goes through one."""
     for name, empty in (("template", "null"), ("template_arguments", "{}"), ("system", "null")):
-        if getattr(data, name) and template is None:
-            what = f"data.{name} is set, but no row goes through a chat template"
-            fix = f"remove it (--set data.{name}={empty}), or give the rows as messages or instructions"
-            raise LoraError(what, fix=fix)
+        what = f"data.{name} is set, but no row goes through a chat template"
+        fix = f"remove it (--set data.{name}={empty}), or give the rows as messages or instructions"
+        refuse_if(getattr(data, name) and template is None, what, fix=fix)
 
 
 def fit_length(
@@ -150,9 +149,8 @@ def fit_length(
     error = LoraError(f"{len(example.ids)} tokens, but max_seq_len is {max_seq_len}", where=where, fix=fix)
     findings.add("too_long", (example.file, example.row, example.line), error)
     if too_long == "split":
-        if data_format != "text":
-            what = "too_long: split is for text; a conversation cannot be cut"
-            raise LoraError(what, where=where, fix="choose drop or truncate")
+        what = "too_long: split is for text; a conversation cannot be cut"
+        refuse_if(data_format != "text", what, where=where, fix="choose drop or truncate")
         return windows(example, max_seq_len, stride or max_seq_len)
     return [short] if too_long == "truncate" else []
 
@@ -177,10 +175,9 @@ def require_columns(columns: Columns, sources: Sequence[tuple[SourceRecipe, Sour
 
 def _require_train_on(data: DataRecipe, form: Format, where: str) -> None:
     known = ("completion", *TRAIN_ON["chat"]) if form.pair else TRAIN_ON[form.name]
-    if data.train_on is not None and data.train_on not in known:
-        what = f"data.train_on: {data.train_on} has no meaning for the format {form.name}"
-        fix = f"write one of {', '.join(known)}, or remove it; a source may have a train_on of its own"
-        raise LoraError(what, where=where, fix=fix)
+    what = f"data.train_on: {data.train_on} has no meaning for the format {form.name}"
+    fix = f"write one of {', '.join(known)}, or remove it; a source may have a train_on of its own"
+    refuse_if(data.train_on is not None and data.train_on not in known, what, where=where, fix=fix)
 
 
 # ── working ahead ─────────────────────────────────────────────────────────────────────────────────────────────────────

@@ -180,9 +180,8 @@ class StreamFeed:
                 yield [units[place] for place in shuffled]
                 self._require_unchanged()
                 at, given = at + len(window), given or len(units) > 0
-            if not given:
-                fix = "raise data.max_seq_len, or look at what train: false and data.drop leave out"
-                raise LoraError("no row of the stream is left to train on", where=self._sources[0][1].name, fix=fix)
+            fix = "raise data.max_seq_len, or look at what train: false and data.drop leave out"
+            refuse_if(not given, "no row of the stream is left to train on", where=self._sources[0][1].name, fix=fix)
 
     def _encoded(self, rows: list[tuple[int, Row]]) -> list[Example]:
         """Examples of a window's rows, source by source."""

@@ -11,7 +11,7 @@ from typing import Any
 
 from lora_cli.adapters.named import Named, read_named
 from lora_cli.ending import interrupted_by_ctrl_c
-from lora_cli.errors import LoraError, home_expanded
+from lora_cli.errors import LoraError, home_expanded, refuse_if
 from lora_cli.evaluation.generate import Speaker
 from lora_cli.evaluation.generation import Completion
 from lora_cli.streams import print_note, print_piece
@@ -140,10 +140,8 @@ class _Conversation:
             return
         if name in ("none", "null", "base"):
             if not speaker.prompted:
-                raise LoraError(
-                    "this model has no adapter",
-                    fix="load one with /adapter NAME, or start with a run or an adapter: lora chat RUN",
-                )
+                fix = "load one with /adapter NAME, or start with a run or an adapter: lora chat RUN"
+                raise LoraError("this model has no adapter", fix=fix)
             speaker.use(None)
             print_note("the base model alone answers")
             return
@@ -158,8 +156,7 @@ class _Conversation:
             print_note(f"note: it was trained with a system prompt: /system {speaker.prompting.system} begins with it")
 
     def _save(self, name: str) -> None:
-        if not name:
-            raise LoraError("/save needs a file name", fix="for example /save chat.jsonl")
+        refuse_if(not name, "/save needs a file name", fix="for example /save chat.jsonl")
         path = Path(home_expanded(name))
         content = json.dumps({"messages": self.turns}, ensure_ascii=False) + "\n"
         try:

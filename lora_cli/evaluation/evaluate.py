@@ -24,7 +24,7 @@ from lora_cli.data.formats import NoFormat
 from lora_cli.data.gate import Findings
 from lora_cli.data.prepare import prepare
 from lora_cli.data.row_encoder import RowEncoder, fit_length
-from lora_cli.errors import LoraError, shown
+from lora_cli.errors import LoraError, refuse_if, shown
 from lora_cli.evaluation.perplexity import Score, score
 from lora_cli.recipe import DataRecipe, SourceRecipe, load_recipe
 from lora_cli.recipe.schema import OWN
@@ -46,9 +46,8 @@ def evaluate_run(
     trust_remote_code: from the command line; the run's own recipe may be a stranger's.
     """
     file = run / "recipe.yaml"
-    if not file.is_file():
-        fix = "name a run folder, or use --model and --data"
-        raise LoraError("this is not a run folder: recipe.yaml is missing", where=str(run), fix=fix)
+    fix = "name a run folder, or use --model and --data"
+    refuse_if(not file.is_file(), "this is not a run folder: recipe.yaml is missing", where=run, fix=fix)
     recipe = load_recipe(file)
     if recipe.trust_remote_code and not trust_remote_code:
         what = f"this run asks to execute the Python code of {recipe.base_model}, and a run may be a stranger's"
@@ -81,9 +80,8 @@ def evaluate_model(
 def longest_window(opened: Opened, max_seq_len: int | None) -> int:
     """Tokens of context: those asked for, or 1024. Raises LoraError for more than the model can see."""
     longest = positions(opened.model.config) or _DEFAULT_LENGTH
-    if max_seq_len is not None and max_seq_len > longest:
-        what = f"--max-seq-len {max_seq_len} is above what the model can see ({longest})"
-        raise LoraError(what, fix=f"use {longest} or less")
+    what = f"--max-seq-len {max_seq_len} is above what the model can see ({longest})"
+    refuse_if(max_seq_len is not None and max_seq_len > longest, what, fix=f"use {longest} or less")
     return max_seq_len or min(longest, _DEFAULT_LENGTH)
 
 

@@ -20,7 +20,7 @@ from lora_cli.adapters.opened import adapter_template, open_base, other_base
 from lora_cli.adapters.several import Several
 from lora_cli.data.chat.template import ChatTemplate, chat_template, system_first
 from lora_cli.data.row_encoder import quoted
-from lora_cli.errors import LoraError, reading
+from lora_cli.errors import LoraError, reading, refuse_if
 from lora_cli.evaluation.generation import Completion, complete, generation_config, prompt_ids, stop_id
 from lora_cli.streams import print_json, print_note, print_piece
 
@@ -79,9 +79,8 @@ class Prompting:
         Raises LoraError for one without a template.
         """
         if self.template is None:
-            if system:
-                fix = "add --template, or remove it"
-                raise LoraError("--system is for prompts through a chat template", fix=fix)
+            what = "--system is for prompts through a chat template"
+            refuse_if(bool(system), what, fix="add --template, or remove it")
             return []
         if system is None and self.system:
             system = self.system
@@ -183,8 +182,7 @@ class Speaker:
 def generate(prompt: str | None, named: Named, *, system: str | None, as_json: bool, **speaking: Any) -> None:
     """Print a completion. prompt: None reads it from stdin. speaking: further arguments of `Speaker`."""
     text = _from_stdin() if prompt is None else prompt
-    if not text.strip():
-        raise LoraError("the prompt is empty", fix="give it as an argument or on stdin")
+    refuse_if(not text.strip(), "the prompt is empty", fix="give it as an argument or on stdin")
     speaker = Speaker(named, default="raw", **speaking)
     prompting = speaker.prompting
     turns = [*(opening := prompting.opening(system)), {"role": "user", "content": text}]

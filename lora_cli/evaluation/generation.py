@@ -23,7 +23,7 @@ from transformers.generation.streamers import TextStreamer
 
 from lora_cli.base.text import positions
 from lora_cli.data.chat.template import ChatTemplate, wants_bos
-from lora_cli.errors import CheckFailed, LoraError
+from lora_cli.errors import CheckFailed, LoraError, refuse_if
 
 
 @dataclass(frozen=True)
@@ -54,10 +54,8 @@ class _Finite(LogitsProcessor):
 
     def __call__(self, input_ids: Any, scores: Tensor) -> Tensor:  # type: ignore[override]
         if not torch.isfinite(scores.amax(-1)).all() or scores.isnan().any():
-            raise CheckFailed(
-                "the model's output is NaN or infinite",
-                fix="copy the adapter and download the base model again; with --dtype fp16, try --dtype bf16 or fp32",
-            )
+            fix = "copy the adapter and download the base model again; with --dtype fp16, try --dtype bf16 or fp32"
+            raise CheckFailed("the model's output is NaN or infinite", fix=fix)
         return scores
 
 
@@ -225,18 +223,16 @@ def within_positions(prompt: int, wanted: int, config: Any) -> int:
     seen = positions(config)
     if not seen or prompt + wanted <= seen:
         return wanted
-    if prompt >= seen:
-        fix = "shorten the prompt, or use a model with a longer context"
-        raise LoraError(f"the prompt has {prompt:,} tokens, but the model sees {seen:,} at most", fix=fix)
+    fix = "shorten the prompt, or use a model with a longer context"
+    refuse_if(prompt >= seen, f"the prompt has {prompt:,} tokens, but the model sees {seen:,} at most", fix=fix)
     return seen - prompt
 
 
 def require_token(largest: int, model: Any) -> None:
     """Raises LoraError for an id without an embedding in the model: the tokenizer is not the model's own."""
     known = model.get_input_embeddings().weight.shape[0]
-    if largest >= known:
-        fix = "use the model's own tokenizer: copy or download tokenizer.json again"
-        raise LoraError(f"the tokenizer gives token {largest}, but the model has {known} tokens", fix=fix)
+    fix = "use the model's own tokenizer: copy or download tokenizer.json again"
+    refuse_if(largest >= known, f"the tokenizer gives token {largest}, but the model has {known} tokens", fix=fix)
 
 
 @contextmanager

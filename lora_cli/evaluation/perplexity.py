@@ -97,9 +97,7 @@ def score(
     count = int(targets.sum())
     loss = losses.sum().item() / count
     if not math.isfinite(loss):
-        raise CheckFailed(
-            f"the loss of the {name} is {loss}: its weights are damaged, or too large for its dtype",
-            fix="try --dtype fp32; if that does not help, copy or download it again",
-        )
+        what = f"the loss of the {name} is {loss}: its weights are damaged, or too large for its dtype"
+        raise CheckFailed(what, fix="try --dtype fp32; if that does not help, copy or download it again")
     bits_per_byte = loss * count / math.log(2) / text_bytes if text_bytes else math.inf
     return Score(loss, math.exp(min(loss, 700)), bits_per_byte, count, (losses, targets))

@@ -29,7 +29,7 @@ from lora_cli.data.batches import collate
 from lora_cli.data.cache import cache_folder
 from lora_cli.data.example import Example
 from lora_cli.data.feed import Feed
-from lora_cli.errors import LoraError
+from lora_cli.errors import LoraError, refuse_if
 from lora_cli.evaluation.gain import paired_gain
 from lora_cli.evaluation.perplexity import example_losses
 from lora_cli.files import human_bytes, write_bytes
@@ -100,9 +100,8 @@ def compare_quantizations(
     stored quantized, which has no other form, and where the base does not fit as the recipe has it, or unquantized.
     """
     held = stored_quantization(source)
-    if held is not None:
-        what = f"the checkpoint is stored in {held}: there are no 16-bit weights to compare with"
-        raise LoraError(what, where=str(source.folder), fix="name the unquantized model as base_model")
+    what = f"the checkpoint is stored in {held}: there are no 16-bit weights to compare with"
+    refuse_if(held is not None, what, where=source.folder, fix="name the unquantized model as base_model")
     device = pick_device(recipe.device)
     dtype, _ = pick_dtype(recipe.dtype, device)
     held_out = len(feed.validation) > 0

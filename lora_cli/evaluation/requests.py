@@ -21,7 +21,7 @@ from lora_cli.base.source import find_base
 from lora_cli.base.text import positions
 from lora_cli.base.trials import ordinary_tokens
 from lora_cli.data.files.readers import Row, read_file
-from lora_cli.errors import LoraError, RecipeErrors, home_expanded
+from lora_cli.errors import LoraError, RecipeErrors, home_expanded, refuse_if
 from lora_cli.evaluation.generate import Prompting
 from lora_cli.evaluation.generation import Completion, Sampling, complete, generation_config, within_positions
 from lora_cli.evaluation.samples import turns_of
@@ -130,8 +130,7 @@ def answer_file(
             prompted[tuple(found.mix)] = make(*one, source.folder, say=say)
         prompting = prompted[tuple(found.mix)]
         turns, answer = turns_of(row, prompting.template)
-        if answer is not None:
-            raise LoraError("the last turn is an answer already", fix="end messages with the user's turn")
+        refuse_if(answer is not None, "the last turn is an answer already", fix="end messages with the user's turn")
         if turns[0]["role"] != "system":
             turns = [*prompting.opening(system), *turns]
         ids = prompting.ids(turns, row.where)

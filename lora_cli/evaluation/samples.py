@@ -17,7 +17,7 @@ from lora_cli.data.files.readers import Row, kind_of
 from lora_cli.data.files.sources import open_source
 from lora_cli.data.store import Summary
 from lora_cli.data.turns import Reader, decoded
-from lora_cli.errors import LoraError, shortened
+from lora_cli.errors import LoraError, refuse_if, shortened
 from lora_cli.evaluation.generation import prompt_ids, stop_id
 from lora_cli.recipe import MOST_SAMPLES, Recipe, SourceRecipe
 
@@ -52,9 +52,8 @@ def sample_prompts(recipe: Recipe, tokenizer: PreTrainedTokenizerBase, feed: Fee
     stop = stop_id(tokenizer, template)
     if isinstance(samples, str):
         found = [_of_row(row, tokenizer, template, stop, positions(config)) for row in _rows(samples)]
-        if len(found) > MOST_SAMPLES:
-            what = f"{len(found)} prompts, but samples are made of {MOST_SAMPLES} at most"
-            raise LoraError(what, where=samples, fix="keep those that say most")
+        what = f"{len(found)} prompts, but samples are made of {MOST_SAMPLES} at most"
+        refuse_if(len(found) > MOST_SAMPLES, what, where=samples, fix="keep those that say most")
         return found
     examples, frame = feed.validation, _frame(template)
     count = min(samples, len(examples))
@@ -108,14 +107,12 @@ def turns_of(row: Row, template: ChatTemplate | None) -> tuple[list[dict[str, An
     if not isinstance(given, list) or not given:
         fix = 'write {"prompt": "…"}, or {"messages": [{"role": "user", "content": "…"}]}'
         raise LoraError("the row has neither prompt nor messages", where=row.where, fix=fix)
-    if template is None:
-        what = "messages are for a model that is prompted through a chat template, and this one is not"
-        raise LoraError(what, where=row.where, fix="write its text as prompt")
+    what = "messages are for a model that is prompted through a chat template, and this one is not"
+    refuse_if(template is None, what, where=row.where, fix="write its text as prompt")
     reader = Reader({}, row.where, filled=row.filled)
     turns = [reader.turn(each, f"turn {number}")[0] for number, each in enumerate(given, 1)]
     wanted = turns.pop()["content"] if turns[-1]["role"] == "assistant" else None
-    if not turns:
-        raise LoraError("the row has an answer alone", where=row.where, fix="write the turns before it, too")
+    refuse_if(not turns, "the row has an answer alone", where=row.where, fix="write the turns before it, too")
     return turns, wanted
 
 

@@ -24,10 +24,8 @@ def copy_recipe(card: str, output: Path) -> None:
     name = f"{int(found[1])}GB" if found else ""
     if name not in sizes:
         smaller = [each for each in sizes if found and int(each[:-2]) < int(found[1])] or sizes[:1]
-        raise LoraError(
-            f"--card {card}: there are recipes for {', '.join(sizes[:-1])} and {sizes[-1]}",
-            fix=f"--card {smaller[-1]}; or for any GPU, with your data: lora init MODEL DATA --gpu 10GB",
-        )
+        fix = f"--card {smaller[-1]}; or for any GPU, with your data: lora init MODEL DATA --gpu 10GB"
+        raise LoraError(f"--card {card}: there are recipes for {', '.join(sizes[:-1])} and {sizes[-1]}", fix=fix)
     again = command("lora", "init", "--card", name, "--output", f"{output.stem}-{name}.yaml")
     require_new(output, fix=f"name another: {again}")
     write_bytes(output, (_FOLDER / f"{name}.yaml").read_bytes())

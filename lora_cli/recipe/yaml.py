@@ -12,7 +12,7 @@ from typing import Any
 import yaml
 
 from lora_cli import limits
-from lora_cli.errors import LoraError
+from lora_cli.errors import LoraError, refuse_if
 from lora_cli.files import human_bytes, require_regular
 
 # What PyYAML lets through of a value that looks like a date or is tagged as a number, and is none
@@ -124,8 +124,7 @@ def _text_of(path: Path) -> str:
     """Raises LoraError for what cannot be a recipe by its kind or size, before reading: a device has no end."""
     try:
         entry = path.stat()
-        if stat.S_ISDIR(entry.st_mode):
-            raise LoraError("this is a folder, not a recipe", where=path, fix="name the YAML file")
+        refuse_if(stat.S_ISDIR(entry.st_mode), "this is a folder, not a recipe", where=path, fix="name the YAML file")
         require_regular(path)  # besides, paths in a recipe start at its folder, which a pipe does not have
         if entry.st_size > limits.RECIPE_BYTES:
             what = f"{human_bytes(entry.st_size)} are too much for a recipe"

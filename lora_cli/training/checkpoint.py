@@ -104,11 +104,8 @@ def load_checkpoint(folder: Path, model: nn.Module, optimizer: Any) -> State:
     stored, randoms, losses = _read_state(folder)
     adapter, tensors = _load(folder / "adapter.safetensors"), _load(folder / "optimizer.safetensors")
     if problem := _unlike(adapter, state_of(model), "tensor"):
-        raise LoraError(
-            f"the checkpoint holds another adapter than the recipe describes: {problem}",
-            where=str(folder),
-            fix="resume with the recipe of the run",
-        )
+        what = f"the checkpoint holds another adapter than the recipe describes: {problem}"
+        raise LoraError(what, where=folder, fix="resume with the recipe of the run")
     described = _optimizer_state(stored.optimizer, tensors, optimizer, folder)
     load_state(model, adapter)
     optimizer.load_state_dict(described)
@@ -207,11 +204,9 @@ def _optimizer_state(values: Any, tensors: dict[str, Tensor], optimizer: Any, fo
     except (KeyError, TypeError, ValueError, AttributeError, IndexError, RecursionError) as error:
         described, problem = {}, f"it cannot be read ({type(error).__name__})"
     if problem is not None:
-        raise LoraError(
-            f"the checkpoint holds the state of another optimizer than the recipe names: {problem}",
-            where=str(folder),
-            fix="resume with the recipe of the run; or remove this checkpoint, to go on from the one before it",
-        )
+        what = f"the checkpoint holds the state of another optimizer than the recipe names: {problem}"
+        fix = "resume with the recipe of the run; or remove this checkpoint, to go on from the one before it"
+        raise LoraError(what, where=folder, fix=fix)
     return described
 
 

@@ -95,11 +95,8 @@ class Run:
             self.writer.written(lambda: self.folder.samples.unlink(missing_ok=True))
         self.validator.require_fit(self.state)
         if self._is_over() and self.state.pending is None and self.folder.report.exists():
-            raise LoraError(
-                "this run is finished",
-                where=str(self.folder.path),
-                fix=f"its adapter is in adapter/; to train it longer: {self.folder.longer_command()}",
-            )
+            fix = f"its adapter is in adapter/; to train it longer: {self.folder.longer_command()}"
+            raise LoraError("this run is finished", where=self.folder.path, fix=fix)
         self.say(f"resuming after step {self.state.step} of {self.session.total_steps}")
 
     def to_the_end(self) -> dict[str, Any]:
@@ -366,12 +363,9 @@ class Run:
 
     def _interrupted(self) -> Interrupted:
         done = f"after step {self.state.step} of {self.session.total_steps}; a checkpoint is written"
-        return Interrupted(
-            f"stopped {done if self.state.step else 'before step 1: nothing was trained yet'} ({self.stop.why})",
-            exit_code=self.stop.exit_code,
-            where=str(self.folder.path),
-            fix=f"continue with: {self.folder.resume_command()}",
-        )
+        what = f"stopped {done if self.state.step else 'before step 1: nothing was trained yet'} ({self.stop.why})"
+        fix = f"continue with: {self.folder.resume_command()}"
+        return Interrupted(what, exit_code=self.stop.exit_code, where=self.folder.path, fix=fix)
 
     def _say_state(self, state: str, why: str | None = None) -> None:
         if not self.accelerator.is_main_process:

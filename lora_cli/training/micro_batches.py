@@ -17,7 +17,7 @@ from lora_cli.base.device import free_memory_bytes
 from lora_cli.data.batches import MicroBatch
 from lora_cli.data.example import Example
 from lora_cli.data.feed import Feed
-from lora_cli.errors import LoraError, reason_of
+from lora_cli.errors import LoraError, reason_of, refuse_if
 from lora_cli.evaluation.loss import training_loss
 from lora_cli.files import human_bytes
 from lora_cli.training.processes import any_process, sum_over_processes
@@ -137,10 +137,9 @@ class MicroBatches:
         largest = cut(batches, max(splits, self._fewest_splits(len(batches))))[0]
         if self.recipe.shard_base:
             raise self._too_large_to_share(largest, str(problem))
-        if len(largest) == 1:
-            what = f"a single example of {len(largest[0].ids):,} tokens does not fit into memory ({problem})"
-            fix = f"use {self._more_recomputing(', ')}a smaller data.max_seq_len, or quantization: nf4"
-            raise LoraError(what, where=largest[0].source, fix=fix)
+        what = f"a single example of {len(largest[0].ids):,} tokens does not fit into memory ({problem})"
+        fix = f"use {self._more_recomputing(', ')}a smaller data.max_seq_len, or quantization: nf4"
+        refuse_if(len(largest) == 1, what, where=largest[0].source, fix=fix)
         while len(cut(batches, splits)[0]) >= len(largest):
             splits *= 2
         return splits

@@ -204,10 +204,9 @@ def _kept_of_a_token(session: Session) -> list[float]:
         except Exception as error:
             if not session.recipe.train.compile:
                 raise
-            raise LoraError(
-                f"train.compile: the blocks cannot be compiled: {str(error).strip().splitlines()[0][:200]}",
-                fix="write train.compile: false, or see whether a C++ compiler (g++) is missing",
-            ) from error
+            what = f"train.compile: the blocks cannot be compiled: {str(error).strip().splitlines()[0][:200]}"
+            fix = "write train.compile: false, or see whether a C++ compiler (g++) is missing"
+            raise LoraError(what, fix=fix) from error
     model.train(training)
     return [each / len(sample.ids) for each in kept]
 

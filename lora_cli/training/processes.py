@@ -32,10 +32,8 @@ def start_accelerator(recipe: Recipe) -> Accelerator:
     accelerator = Accelerator(mixed_precision="no", cpu=pick_device(recipe.device).type == "cpu")
     micro_batches = micro_batches_per_step(recipe)
     if recipe.train.batch_size is None and accelerator.num_processes > micro_batches:
-        raise LoraError(
-            f"{accelerator.num_processes} processes, but {micro_batches} micro-batches a step",
-            fix="raise train.gradient_accumulation_steps to the number of processes or more",
-        )
+        what = f"{accelerator.num_processes} processes, but {micro_batches} micro-batches a step"
+        raise LoraError(what, fix="raise train.gradient_accumulation_steps to the number of processes or more")
     if accelerator.num_processes > 1 and recipe.train.on_write_error == "pause":
         raise LoraError(  # the others would wait for the one that writes, and give up
             f"train.on_write_error: pause is for one process, but there are {accelerator.num_processes}",

@@ -83,10 +83,8 @@ def require_known(allow: Sequence[str]) -> None:
     for name in allow:
         if name not in known:
             near = difflib.get_close_matches(name, known, n=1)
-            raise LoraError(
-                f"--allow {name} is neither a setting nor a section of the recipe",
-                fix=f"did you mean {near[0]}?" if near else "for example --allow train.epochs, data, or versions",
-            )
+            fix = f"did you mean {near[0]}?" if near else "for example --allow train.epochs, data, or versions"
+            raise LoraError(f"--allow {name} is neither a setting nor a section of the recipe", fix=fix)
 
 
 def refuse_other_run(changes: Sequence[Change], allow: Sequence[str], where: Path) -> None:
@@ -95,12 +93,9 @@ def refuse_other_run(changes: Sequence[Change], allow: Sequence[str], where: Pat
     if not refused:
         return
     names = list(dict.fromkeys(each.allow for each in refused))
-    raise LoraError(
-        "this is no longer the run that was started: these have changed",
-        where=str(where),
-        details=[each.said for each in refused],
-        fix=f"undo these changes; or, if they are intended, add {' '.join(f'--allow {name}' for name in names)}",
-    )
+    what = "this is no longer the run that was started: these have changed"
+    fix = f"undo these changes; or, if they are intended, add {' '.join(f'--allow {name}' for name in names)}"
+    raise LoraError(what, where=where, details=[each.said for each in refused], fix=fix)
 
 
 def _file_changes(before: dict[str, str], after: dict[str, str]) -> list[str]:

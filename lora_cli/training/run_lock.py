@@ -14,7 +14,7 @@ from pathlib import Path
 from filelock import lock_descriptor
 from pydantic import ValidationError
 
-from lora_cli.errors import LoraError
+from lora_cli.errors import LoraError, refuse_if
 from lora_cli.files import disk_errors
 from lora_cli.foreign import open_descriptor
 from lora_cli.training.stored import Holder
@@ -78,11 +78,9 @@ def _acquire(folder: Path) -> int:
             opened.callback(os.close, handle)
             holder = _holder(handle)
             if not _taken(handle, holder):
-                raise LoraError(
-                    f"another process is writing to this run folder{_described(holder)}",
-                    where=str(folder),
-                    fix="wait for it or stop it; for a separate run choose another output (--set output=…)",
-                )
+                what = f"another process is writing to this run folder{_described(holder)}"
+                fix = "wait for it or stop it; for a separate run choose another output (--set output=…)"
+                raise LoraError(what, where=folder, fix=fix)
             if os.path.samestat(os.fstat(handle), os.lstat(path)):
                 _require_ours(handle, path)
                 opened.pop_all()
@@ -94,8 +92,7 @@ def _require_ours(handle: int, path: Path) -> None:
     fix = "move it elsewhere, or choose another output (--set output=…)"
     if os.fstat(handle).st_nlink > 1:
         raise LoraError("this file has a second name (a hard link), so it is not a lock", where=str(path), fix=fix)
-    if _holder(handle) is None:
-        raise LoraError("this file is not a lock that lora wrote", where=str(path), fix=fix)
+    refuse_if(_holder(handle) is None, "this file is not a lock that lora wrote", where=path, fix=fix)
 
 
 def _taken(handle: int, holder: Holder | None) -> bool:

@@ -74,9 +74,8 @@ def train(
         except KeyboardInterrupt:
             if not stop.requested:
                 raise
-            raise Interrupted(
-                f"stopped: {stop.why}", exit_code=stop.exit_code, where=str(folder.path), fix="start it again"
-            ) from None
+            what = f"stopped: {stop.why}"
+            raise Interrupted(what, exit_code=stop.exit_code, where=folder.path, fix="start it again") from None
 
 
 def _open(

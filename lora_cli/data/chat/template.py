@@ -19,7 +19,7 @@ from typing import Any
 from transformers import PreTrainedTokenizerBase
 
 from lora_cli.data.chat.jinja import BoundedTemplate, Refused
-from lora_cli.errors import LoraError, reading
+from lora_cli.errors import LoraError, reading, refuse_if
 from lora_cli.files import require_regular
 from lora_cli.limits import LimitReached
 from lora_cli.recipe import TEMPLATES
@@ -93,10 +93,9 @@ class ChatTemplate:
             why = "leaves out" if system.strip() not in self.render([_system(system), *turns], self.name) else ""
         except CannotRender:
             why = "refuses"
-        if why:
-            what = f"the chat template ({self.name}) {why} a system turn, so system would not be trained with"
-            fix = "remove it, and write what it says into the first user turn; or name another data.template"
-            raise LoraError(what, where="data.system", fix=fix)
+        what = f"the chat template ({self.name}) {why} a system turn, so system would not be trained with"
+        fix = "remove it, and write what it says into the first user turn; or name another data.template"
+        refuse_if(bool(why), what, where="data.system", fix=fix)
 
     def special_in_text(self, turns: Turns, tools: Any = None) -> tuple[int, str] | None:
         """The first turn (counted from 1; 0 is the tools) whose text holds a special token, and that token."""

@@ -19,7 +19,7 @@ from pathlib import Path
 from typing import Any
 
 from lora_cli.data.files.readers import Row, kind_of, read_file
-from lora_cli.errors import LoraError
+from lora_cli.errors import LoraError, refuse_if
 
 _MOST_FILES = 100_000  # that are looked at in a folder or for a pattern, data or not
 _SHOWN = 5
@@ -98,14 +98,12 @@ def find_files(name: str, *, held_out: bool = False, written: Sequence[Path] = (
         fixed = Path(*takewhile(lambda part: not glob.has_magic(part), path.parts))
         matched = _outside_runs(map(Path, glob.iglob(name, recursive=True)), fixed, written)
         found = [each for each in sorted(matched) if each.is_file()]
-        if not found:
-            raise LoraError("no file matches this pattern", where=name, fix="check the pattern; ** goes into folders")
+        refuse_if(not found, "no file matches this pattern", where=name, fix="check the pattern; ** goes into folders")
         left = {str(each): _DESCRIBES for each in found if _is_metadata(each)}
         return FileSource(name, tuple(each for each in found if str(each) not in left), left=left)
     if not path.exists():
         raise LoraError("no such data file", where=name, fix=_nearby(path))
-    if _is_metadata(path):
-        raise LoraError(f"this file {_DESCRIBES}", where=name, fix=f"name the data files, or {path.parent}")
+    refuse_if(_is_metadata(path), f"this file {_DESCRIBES}", where=name, fix=f"name the data files, or {path.parent}")
     return FileSource(name, (path,), one=True)
 
 

@@ -22,7 +22,7 @@ from typing import Any, BinaryIO
 from lora_cli import limits
 from lora_cli.data.files.encodings import NAMES, Recoded, is_utf8, is_western, marked
 from lora_cli.data.files.tables import TABLE_KINDS, Values
-from lora_cli.errors import LoraError, command
+from lora_cli.errors import LoraError, command, refuse_if
 from lora_cli.files import require_regular
 from lora_cli.limits import LimitReached
 
@@ -91,8 +91,7 @@ def read_file(path: Path) -> Iterator[Row]:
     Raises LoraError for a file that is empty, of an unknown kind, not UTF-8, or broken (with the line).
     """
     kind = require_kind(path)
-    if path.stat().st_size == 0:
-        raise LoraError("the data file is empty", where=str(path), fix="check what wrote it")
+    refuse_if(path.stat().st_size == 0, "the data file is empty", where=path, fix="check what wrote it")
     if path.suffix.lower() in _UNPACK:
         entry = path.stat()
         _require_modest(path, entry.st_size, entry.st_mtime_ns)
@@ -101,8 +100,7 @@ def read_file(path: Path) -> Iterator[Row]:
     rows = ((None, values) for values in TABLE_KINDS[kind](path)) if table else _TEXT_KINDS[kind](path)
     for number, (line, values) in enumerate(rows, 1):
         yield Row(str(path), number, values, table, line)
-    if number == 0:
-        raise LoraError("the data file has no rows", where=str(path), fix="check what wrote it")
+    refuse_if(number == 0, "the data file has no rows", where=path, fix="check what wrote it")
 
 
 @lru_cache(maxsize=64)

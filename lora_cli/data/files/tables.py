@@ -16,7 +16,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from lora_cli import limits
-from lora_cli.errors import LoraError, reading
+from lora_cli.errors import LoraError, reading, refuse_if
 from lora_cli.limits import LimitReached, Unpacked
 
 if TYPE_CHECKING:
@@ -281,8 +281,7 @@ def _compressed(data: bytes, kind: str) -> Iterator[tuple[int, int]]:
 
 def require_possible_rows(rows: int, columns: int, path: Path) -> None:
     """Raises LoraError for a table without columns, LimitReached for more rows than so few bytes can mean."""
-    if columns == 0:
-        raise LoraError("the table has no columns", where=str(path), fix="check what wrote it")
+    refuse_if(columns == 0, "the table has no columns", where=path, fix="check what wrote it")
     most = limits.TABLE_ROWS + 100 * path.stat().st_size
     if rows > most:
         what = f"a file of {path.stat().st_size:,} bytes says that it has {rows:,} rows; {most:,} is the limit"
