@@ -24,7 +24,7 @@ from lora_cli.recipe import load_recipe
 from lora_cli.training import checkpoint, loop, micro_batches, opening, run_folder, run_lock, writer
 from lora_cli.training.divergence import what_is_wrong
 from lora_cli.training.random_states import restore_random_states
-from lora_cli.training.run_folder import RunFolder, read_metrics
+from lora_cli.training.run_folder import RunFolder, append, read_metrics
 from lora_cli.training.run_lock import locked
 from lora_cli.training.stopping import Stop
 from lora_cli.training.stored import Random
@@ -615,13 +615,13 @@ LINE = {"loss": 1.0, "learning_rate": 0.01, "grad_norm": 1.0, "target_tokens": 7
 
 def test_half_a_line_of_metrics_is_taken_back(tmp_path, monkeypatch):
     folder = RunFolder(tmp_path)
-    folder.append_metrics(LINE | {"step": 1})
+    append(folder.metrics, [LINE | {"step": 1}])
     real = json.dumps
     monkeypatch.setattr("lora_cli.training.run_folder.json.dumps", lambda value: real(value) + "\udcff")
     with pytest.raises(UnicodeEncodeError):
-        folder.append_metrics(LINE | {"step": 2})
+        append(folder.metrics, [LINE | {"step": 2}])
     monkeypatch.setattr("lora_cli.training.run_folder.json.dumps", real)
-    folder.append_metrics(LINE | {"step": 3})
+    append(folder.metrics, [LINE | {"step": 3}])
     assert [line["step"] for line in read_metrics(folder.metrics)] == [1, 3]
 
 

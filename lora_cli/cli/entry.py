@@ -11,7 +11,7 @@ from typing import Annotated
 import typer
 
 from lora_cli import __version__, boundary
-from lora_cli.cli import evaluate, export, hints, merge, plan, share, speak, study, sweep, train, values
+from lora_cli.cli import evaluate, export, hints, merge, plan, speak, study, sweep, train
 from lora_cli.ending import end_as_by_ctrl_c, let_go
 from lora_cli.streams import finish_results, guard_streams, print_result
 
@@ -42,9 +42,8 @@ def _root(
 for name, run in (
     *(("init", plan.init), ("train", train.train), ("check", plan.check), ("eval", evaluate.evaluate)),
     *(("merge", merge.merge), ("generate", speak.generate), ("chat", speak.chat), ("runs", train.runs)),
-    *(("inspect", study.inspect), ("resize", study.resize), ("combine", values.combine)),
-    *(("diff", values.diff), ("convert", values.convert)),
-    *(("export", export.export), ("push", share.push)),
+    *(("inspect", study.inspect), ("resize", study.resize), ("combine", study.combine)),
+    *(("diff", study.diff), ("convert", study.convert), ("export", export.export), ("push", export.push)),
     *(("analyze", study.analyze), ("selftest", study.selftest)),
     *(("sweep", sweep.sweep), ("calibrate", merge.calibrate)),
 ):

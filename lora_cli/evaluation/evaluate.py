@@ -8,7 +8,6 @@ from pathlib import Path
 from typing import Any
 
 from rich.console import Console
-from rich.markup import escape
 from rich.table import Table
 
 from lora_cli.adapters.opened import Opened, open_model
@@ -24,10 +23,11 @@ from lora_cli.data.formats import NoFormat
 from lora_cli.data.gate import Findings
 from lora_cli.data.prepare import prepare
 from lora_cli.data.row_encoder import RowEncoder, fit_length
-from lora_cli.errors import LoraError, refuse_if, shown
+from lora_cli.errors import LoraError, refuse_if
 from lora_cli.evaluation.perplexity import Score, score
 from lora_cli.recipe import DataRecipe, SourceRecipe, load_recipe
 from lora_cli.recipe.schema import OWN
+from lora_cli.screen import styled
 from lora_cli.streams import print_note
 
 _DEFAULT_LENGTH = 1024  # tokens of context, where nothing says more
@@ -46,8 +46,6 @@ def evaluate_run(
     trust_remote_code: from the command line; the run's own recipe may be a stranger's.
     """
     file = run / "recipe.yaml"
-    fix = "name a run folder, or use --model and --data"
-    refuse_if(not file.is_file(), "this is not a run folder: recipe.yaml is missing", where=run, fix=fix)
     recipe = load_recipe(file)
     if recipe.trust_remote_code and not trust_remote_code:
         what = f"this run asks to execute the Python code of {recipe.base_model}, and a run may be a stranger's"
@@ -129,7 +127,7 @@ def score_table(scores: Mapping[str, Score]) -> Table:
         table.add_column(column, justify="right")
     for name, each in scores.items():
         numbers = (f"{each.loss:.4f}", f"{each.perplexity:.3f}", f"{each.bits_per_byte:.4f}", f"{each.target_tokens:,}")
-        table.add_row(escape(shown(name)), *numbers)
+        table.add_row(styled(name), *numbers)
     return table
 
 

@@ -183,7 +183,7 @@ class Run:
         if self.sampler.is_due(step, last=self._is_over()):
             self._sample(step, progress, track)
         self.state.pending = None
-        self.writer.metrics(line)
+        self.writer.append(self.folder.metrics, [line])
         track(line, step)
         if self._is_over() or (self.recipe.checkpoint_every and step % self.recipe.checkpoint_every == 0):
             self.writer.checkpoint(self.state)

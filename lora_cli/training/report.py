@@ -49,7 +49,7 @@ def make_report(session: Session, state: State, folder: RunFolder, accelerator: 
     if "validation.best" in state.tensors:
         gain = paired_gain(*(state.tensors[f"validation.{name}"] for name in ("base", "best", "targets")))
     weights, sizes = session.feed.summary.weights, update_sizes(session.layers)
-    dropped = session.feed.summary.findings.dropped()
+    early = {"evaluations_since_best": state.evaluations_since_best, "planned_steps": session.total_steps}
     report = {
         "steps": state.step,
         **state.model_dump(include=_OF_THE_STATE),
@@ -58,10 +58,10 @@ def make_report(session: Session, state: State, folder: RunFolder, accelerator: 
         "reserved_memory_bytes": state.reserved_memory_bytes or None,
         "skipped_steps": state.skipped,
         "clipped_steps": state.clipped,
-        "ended_early": _ended_early(session, state),
+        "ended_early": early if state.step < session.total_steps else None,
         "rewound_from_steps": [step for step, _ in state.rewound],
         "weights": weights and vars(weights),
-        "dropped": dropped,
+        "dropped": session.feed.summary.findings.dropped(),
         "adapted_layers": len(session.layers),
         "trained_parameters": sum(parameter.numel() for parameter in trained_parameters(session.model)),
         "validation": None if gain is None else vars(gain),
@@ -114,14 +114,8 @@ def write_card(session: Session, report: dict[str, Any], folder: RunFolder) -> N
     use = USE.format(base=public_name(session.source))
     if (folder.adapter / CHAT_TEMPLATE).exists():
         use += f"# training went through the {CHAT_TEMPLATE} of this folder: set tokenizer.chat_template to its text\n"
-    card = model_card(
-        session.source,
-        library="peft",
-        relation="adapter",
-        said=[each for each in said if each],
-        settings=settings,
-        use=use,
-    )
+    kept = [each for each in said if each]
+    card = model_card(session.source, library="peft", relation="adapter", said=kept, settings=settings, use=use)
     with replacing(folder.adapter / CARD) as temporary:
         temporary.write_text(card, encoding="utf-8")
 
@@ -159,12 +153,6 @@ def _forgetting(session: Session, accelerator: Accelerator) -> dict[str, Any] | 
         share=(accelerator.process_index, accelerator.num_processes),
         summed=lambda own: sum_over_processes(accelerator, own).cpu(),
     )
-
-
-def _ended_early(session: Session, state: State) -> dict[str, int] | None:
-    if state.step >= session.total_steps:
-        return None
-    return {"evaluations_since_best": state.evaluations_since_best, "planned_steps": session.total_steps}
 
 
 def _warnings(report: dict[str, Any]) -> list[str]:

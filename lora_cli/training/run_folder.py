@@ -150,14 +150,6 @@ class RunFolder:
     def checkpoint(self, step: int) -> Path:
         return self.checkpoints / f"step_{step:06d}"
 
-    def append_metrics(self, line: dict[str, Any]) -> None:
-        """Raises DiskError, and then nothing of the line is written."""
-        _append(self.metrics, [line])
-
-    def append_samples(self, samples: list[Sample]) -> None:
-        """All of them or none. Raises DiskError."""
-        _append(self.samples, [each.model_dump() for each in samples])
-
     def say_state(self, state: str, **values: Any) -> None:
         """Update status.json, which `lora runs` reads. When the run started, and how long it took before, are kept."""
         own = {"pid": os.getpid(), "host": platform.node(), "updated": now()}
@@ -175,7 +167,8 @@ class RunFolder:
             return {}
 
 
-def _append(path: Path, lines: list[dict[str, Any]]) -> None:
+def append(path: Path, lines: list[dict[str, Any]]) -> None:
+    """Add lines of JSON to a file, all of them or none. Raises DiskError."""
     text = "".join(json.dumps(line) + "\n" for line in lines).encode("utf-8")
     with disk_errors(path), open_to_append(path) as stream:
         before = stream.seek(0, os.SEEK_END)

@@ -58,7 +58,7 @@ class Sampler:
             weights = nullcontext() if progress is None else averaged_weights(self.writer.optimizer)
             with weights, self._undisturbed(), nullcontext() if step else adapters_disabled(self.session.model):
                 found = [self._answer(step, number, prompt) for number, prompt in asked]
-            self.writer.samples(found)
+            self.writer.append(self.writer.folder.samples, [each.model_dump() for each in found])
             if track is not None and found:
                 track({}, step, found)
             for each in found:

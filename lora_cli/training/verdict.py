@@ -66,10 +66,8 @@ def judge(report: Mapping[str, Any]) -> Verdict:
         first, last = report.get("first_loss"), report.get("last_loss")
         moved, fell = "", False
         if is_number(first) and is_number(last):
-            moved, fell = (
-                f"Training loss {first:.4f} → {last:.4f} in {count(report.get('steps'))} steps. ",
-                last < first,
-            )
+            fell = last < first
+            moved = f"Training loss {first:.4f} → {last:.4f} in {count(report.get('steps'))} steps. "
         if hardly:
             return Verdict("hardly trained", hardly[0], moved + "There was no validation data.", hardly[1])
         outcome: Outcome = "learned"
@@ -149,10 +147,8 @@ def forgetting_words(report: Mapping[str, Any]) -> str | None:
     if not found or not is_number(found.get("change")):
         return None
     places = decimals(half_width(found))
-    text = (
-        f"loss on general text {found['before']:.{places}f} → {found['after']:.{places}f} "
-        f"({signed(found['change'], half_width(found))})"
-    )
+    before, after = (f"{found[name]:.{places}f}" for name in ("before", "after"))
+    text = f"loss on general text {before} → {after} ({signed(found['change'], half_width(found))})"
     if found.get("low") is None:
         return text
     if found["low"] > 0:

@@ -20,11 +20,10 @@ from lora_cli.foreign import copy_file, copy_files, is_real_folder
 from lora_cli.quantization import RULES
 from lora_cli.training.checkpoint import BEST, FILES, Damaged, link_or_copy, load_checkpoint, save_checkpoint, verify
 from lora_cli.training.optimizer import apply_settings, learning_rate
-from lora_cli.training.run_folder import RunFolder
+from lora_cli.training.run_folder import RunFolder, append
 from lora_cli.training.session import Session
 from lora_cli.training.state import State
 from lora_cli.training.stopping import Stop
-from lora_cli.training.stored import Sample
 
 _TRY_AGAIN_SECONDS = 10.0
 
@@ -50,11 +49,9 @@ class RunWriter:
         self.recipe = self.session.recipe.train
         self.start_clock()
 
-    def metrics(self, line: dict[str, Any]) -> None:
-        self.written(lambda: self.folder.append_metrics(line))
-
-    def samples(self, lines: list[Sample]) -> None:
-        self.written(lambda: self.folder.append_samples(lines))
+    def append(self, file: Path, lines: list[dict[str, Any]]) -> None:
+        """Add lines to metrics.jsonl or samples.jsonl."""
+        self.written(lambda: append(file, lines))
 
     def adapter(self, place: Path) -> None:
         """Ship the adapter as it is now, unless it is still neutral: nobody should take such a folder for a result."""

@@ -80,16 +80,16 @@ def prepare(folder: Path, workers: int) -> None:
 
 def interrupt_after(step: int) -> None:
     """Press Ctrl+C as soon as this step is logged."""
-    from lora_cli.training.run_folder import RunFolder
+    from lora_cli.training.writer import RunWriter
 
-    append = RunFolder.append_metrics
+    append = RunWriter.append
 
-    def appending(folder: Any, line: dict[str, Any]) -> None:
-        append(folder, line)
-        if line["step"] == step:
+    def appending(writer: Any, file: Path, lines: list[dict[str, Any]]) -> None:
+        append(writer, file, lines)
+        if file.name == "metrics.jsonl" and lines[-1]["step"] == step:
             os.kill(os.getpid(), signal.SIGINT)
 
-    RunFolder.append_metrics = appending
+    RunWriter.append = appending
 
 
 def make_case(seed: int, number: int, folder: Path) -> Case:
