@@ -43,6 +43,11 @@ def signal_received() -> int:
     return _received[0] if _received else signal.SIGINT
 
 
+def signalled() -> bool:
+    """Whether a signal has come that a run listens to, since it began."""
+    return bool(_received)
+
+
 def interrupted_by_ctrl_c() -> bool:
     """Whether a KeyboardInterrupt was a person's, and not a signal that ends the program."""
     return not _received

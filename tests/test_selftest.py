@@ -6,11 +6,13 @@ import importlib.util
 import json
 import re
 import shutil
+import signal
 from typing import Any
 
 import pytest
 import torch
 from conftest import ROOT
+from test_gguf import write_gguf
 
 from lora_cli.adapters.layer import LoRALinear
 from lora_cli.adapters.several import Several
@@ -100,6 +102,38 @@ def test_a_model_that_does_not_fit_is_no_broken_equality(tiny_gpt2, lora, monkey
     assert said.code == 0, said.text
     assert said.out.splitlines()[-1].endswith("not run: the model has no chat template")
     assert "model: gpt2" in said.out
+
+
+@pytest.mark.parametrize("name", ["E4", "E7"])
+def test_ctrl_c_within_a_training_ends_it(name, lora, monkeypatch):
+    """E7 stops runs itself, by the clock."""
+    train = equalities.train
+
+    def interrupted(*given: Any, **how: Any) -> Any:
+        return train(*given, **how, before_step=lambda run: signal.raise_signal(signal.SIGINT))
+
+    monkeypatch.setattr(equalities, "train", interrupted)
+    kept = [each for each in selftest.EQUALITIES if each.name in (name, "E15")]
+    monkeypatch.setattr(selftest, "EQUALITIES", kept)
+    said = lora("selftest")
+    assert said.code == 130
+    assert said.text.strip().endswith("stopped")
+    assert "do not hold" not in said.text
+
+
+def test_a_gguf_file_is_measured_but_where_transformers_would_open_it(tiny_llama, lora, monkeypatch, tmp_path):
+    path = write_gguf(tmp_path / "tiny.gguf", tiny_llama)
+    kept = [each for each in selftest.EQUALITIES if each.name in ("E1", "E5", "E8", "E9")]
+    monkeypatch.setattr(selftest, "EQUALITIES", kept)
+    said = json.loads(lora("selftest", "--model", path, "--json").out)
+    theirs = "of a GGUF file, transformers makes another model"
+    assert {each["says"] for each in said["equalities"] if each["why"] == theirs} == {
+        "loss in chunks = transformers' loss",
+        "PEFT reads ours",
+        "we read PEFT's",
+    }
+    held = [each["says"] for each in said["equalities"] if each["holds"]]
+    assert held == ["a fresh adapter changes nothing", "recomputed activations = kept ones", "merged = base + adapter"]
 
 
 def test_apart_sees_what_is_no_number_or_has_another_shape():

@@ -11,7 +11,6 @@ import copy
 import json
 import math
 from collections.abc import Iterable, Sequence
-from contextlib import suppress
 from dataclasses import dataclass, field
 from functools import partial
 from itertools import pairwise
@@ -41,6 +40,7 @@ from lora_cli.data.batches import MicroBatch, collate
 from lora_cli.data.example import Example
 from lora_cli.data.feed import open_feed
 from lora_cli.data.prepare import prepare
+from lora_cli.ending import signalled
 from lora_cli.errors import Interrupted, LoraError
 from lora_cli.evaluation.loss import logit_rule, summed_loss
 from lora_cli.evaluation.perplexity import example_losses
@@ -291,11 +291,13 @@ class Bench:
 
     def run(self, *, stops: int = 0, **settings: Any) -> Path:
         """The folder of a finished run, which was stopped and resumed that often on its way."""
-        recipe, console = self.recipe(**settings), Screen(stderr=True, quiet=True)
-        for at in range(stops):
-            with suppress(Interrupted):
-                train(recipe, console, max_hours=1e-9, resume=at > 0)  # one step
-        train(recipe, console, resume=stops > 0)
+        recipe = self.recipe(**settings)
+        for at in range(stops + 1):
+            try:
+                train(recipe, Screen(stderr=True, quiet=True), max_hours=1e-9 if at < stops else None, resume=at > 0)
+            except Interrupted:  # after one step; or by a signal, which asks for no checkpoint of what is only measured
+                if signalled():
+                    raise KeyboardInterrupt from None
         return Path(recipe.output)
 
     def adapter(self, model: Any, quantization: str = "none") -> Path:

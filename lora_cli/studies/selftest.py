@@ -100,6 +100,13 @@ def _quantized(bench: Bench, quantization: str) -> tuple[LoRALinear, Tensor]:
     return _random(base, bench, torch.float32)
 
 
+def _by_transformers(bench: Bench) -> Any:
+    """The base without lora. Raises LoraError for a GGUF file, which is read here as transformers does not read it."""
+    if bench.source.gguf is not None:
+        raise LoraError("of a GGUF file, transformers makes another model")
+    return by_transformers(bench.source.folder, bench.device)
+
+
 def _like_peft(bench: Bench) -> float:
     layer, x = _layer(bench)
     return equalities.like_peft(layer, equalities.peft_layer(layer, layer.base_layer), x)
@@ -119,7 +126,7 @@ def _recomputed(bench: Bench) -> float:
 
 
 def _loss(bench: Bench) -> float:
-    theirs = by_transformers(bench.source.folder, bench.device)
+    theirs = _by_transformers(bench)
     return equalities.loss(bench.open(), theirs, examples(*_LENGTHS))
 
 
@@ -133,7 +140,7 @@ def _opened_by_peft(bench: Bench) -> float:
     import peft
 
     model = adapted(bench.open(), "all-linear")
-    plain = by_transformers(bench.source.folder, bench.device)
+    plain = _by_transformers(bench)
     return equalities.opened_by_peft(model, peft.PeftModel.from_pretrained(plain, bench.adapter(model)))
 
 
@@ -142,7 +149,7 @@ def _opened_by_us(bench: Bench) -> float:
 
     settings: dict[str, Any] = {"use_rslora": True, "target_modules": "all-linear", "init_lora_weights": False}
     config = peft.LoraConfig(r=4, lora_alpha=6, **settings)
-    theirs = peft.get_peft_model(by_transformers(bench.source.folder, bench.device), config)
+    theirs = peft.get_peft_model(_by_transformers(bench), config)
     return equalities.opened_by_us(theirs, bench.place / "theirs", bench.open(), bench.source)
 
 
