@@ -278,10 +278,12 @@ KINDS = {
 
 @pytest.mark.filterwarnings("ignore::UserWarning")
 @pytest.mark.parametrize("kind", KINDS)
-def test_the_fix_for_what_only_peft_computes_gives_a_model_that_computes_it(kind, tiny_llama, tmp_path, monkeypatch):
+def test_the_fix_for_what_only_peft_computes_gives_a_model_that_computes_it(
+    kind, tiny_llama, tmp_path, monkeypatch, lora
+):
     model = theirs(tiny_llama, tmp_path / "their adapter", config=KINDS[kind]())
     error = refusal(lambda: open_model(None, tmp_path / "their adapter", device="cpu"))
-    command = shlex.split(str(error.fix).split("`merged`: ")[1])
+    command = shlex.split(re.sub(".*: python", "python", str(error.fix)))
     assert command[:2] == ["python", "-c"]
     monkeypatch.chdir(tmp_path)
     exec(command[2])
@@ -289,6 +291,14 @@ def test_the_fix_for_what_only_peft_computes_gives_a_model_that_computes_it(kind
     before = logits(AutoModelForCausalLM.from_pretrained(tiny_llama, dtype=torch.float32))
     assert (logits(model) - before).abs().max() > 1e-3, "the adapter does something"
     assert_close(logits(opened.model), logits(model), rtol=0, atol=1e-4)
+    assert ("lora diff" in str(error.fix)) == (kind == "dora")
+    if kind == "dora":  # its dense update, as an adapter that can be combined
+        words = shlex.split(str(error.fix).split("magnitudes: lora ")[1].split("): python")[0])
+        assert lora(*words).code == 0
+        assert lora("combine", "FOLDER", "--output", tmp_path / "again").code == 0
+        again = load(tiny_llama)
+        attach_adapter(again, read_adapter(tmp_path / "again"), find_base(str(tiny_llama)))
+        assert (logits(again) - logits(model)).abs().max() < 0.3 * (before - logits(model)).abs().max()
 
 
 def test_prompt_tuning_is_said_to_be_no_change_of_weights(tiny_llama, tmp_path):

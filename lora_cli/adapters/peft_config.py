@@ -100,7 +100,9 @@ def elsewhere(folder: Path, config: Mapping[str, Any]) -> str:
         f"T.from_pretrained({base!r}).save_pretrained('merged')"
     )
     install, run = command("pip", "install", TESTED_PEFT), command("python", "-c", code)
-    return f"merge it with PEFT ({install}), then use the folder `merged`: {run}"
+    again = command("lora", "diff", base, "merged", "--rank", "32", "--output", "FOLDER")
+    more = f" (for an adapter without magnitudes: {again})" if config.get("use_dora") else ""
+    return f"merge it with PEFT ({install}), then use the folder `merged`{more}: {run}"
 
 
 def alphas(config: dict[str, Any], ranks: dict[str, int], folder: Path) -> dict[str, float]:
