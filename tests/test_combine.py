@@ -162,6 +162,7 @@ def test_ties_and_dare_are_those_of_the_papers():
     # of each the three largest; signs of 5, 2, 0 and 0 are +, +, none; the mean of those that agree
     assert_close(_ties(own, 0.75), torch.tensor([[2.5, 5.0, 0.0, 0.0]]))
     assert_close(_ties(own, 1.0), torch.tensor([[2.5, 5.0, 0.15, 0.0]]))
+    assert_close(_ties(own[::-1], 0.75), _ties(own, 0.75))
     assert not _ties(own, 0.01).any()
     wide = [(torch.full((300, 300), 2.0), drawn(1, 1, seed)) for seed in (1, 2)]
     for seed in (0, 1):
@@ -190,6 +191,15 @@ def test_peft_agrees_where_it_is_right(tiny_llama: Path, tmp_path: Path, lora: A
     for how, mine in (("cat", []), ("svd", ["--rank", 5])):
         assert lora("combine", *words, *mine, "--output", tmp_path / how).code == 0
         assert_same(updates(tmp_path / how), in_peft(tiny_llama, [one, two], [0.7, -0.4], how, svd_rank=5), 1e-5)
+    # merged = merged one after the other
+    assert lora("combine", one, two, "--output", tmp_path / "both").code == 0
+    assert lora("merge", tmp_path / "both", "--output", tmp_path / "merged", "--proof", "none").code == 0
+    model: Any = AutoModelForCausalLM.from_pretrained(tiny_llama)
+    for folder in (one, two):
+        model = peft.PeftModel.from_pretrained(model, folder).merge_and_unload()
+    merged = AutoModelForCausalLM.from_pretrained(tmp_path / "merged").state_dict()
+    for name, weight in model.state_dict().items():
+        assert_close(merged[name], weight, rtol=0, atol=1e-6)
     full = ["--rank", 32, "--method", "ties", "--density", 0.5]  # PEFT fails where a layer is smaller than the rank
     assert lora("combine", one, two, *full, "--output", tmp_path / "ties").code == 0
     right = in_peft(tiny_llama, [one, two], [1.0, 1.0], "ties_svd", svd_rank=32, density=0.5)
