@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import json
 import re
+from collections.abc import Collection
 from pathlib import Path
 from typing import Any, Literal
 
@@ -23,7 +24,7 @@ from lora_cli.adapters.opened import adapter_folder, adapter_template
 from lora_cli.adapters.peft_config import CONFIG
 from lora_cli.base.bounds import read_object
 from lora_cli.base.tensor_files import write_tensors
-from lora_cli.errors import LoraError, home_expanded, reading, refuse_if
+from lora_cli.errors import LoraError, command, home_expanded, reading, refuse_if
 from lora_cli.files import written_whole
 from lora_cli.merging.files import require_outside_adapter, require_place
 
@@ -32,6 +33,14 @@ _PEFT = {"peft_type": "LORA", "task_type": "CAUSAL_LM", "bias": "none", "inferen
 _LARGEST_SCALE = 1e20
 _MERGE = "merge it, and use the merged folder there: lora merge ADAPTER --output FOLDER"
 _TRAINED = "convert what mlx_lm.lora wrote with fine_tune_type: lora"
+# The decoder blocks in transformers, in mlx-lm, and what some layer in them is called, where others have these names
+_BLOCKS = (
+    ("model.layers", "language_model.model.layers", r"\.linear_attn\.in_proj_qkv$"),  # Qwen3.5
+    ("model.layers", "model.layers", ""),
+    ("model.language_model.layers", "language_model.model.layers", ""),  # beside a vision tower, as in Gemma 3
+    ("gpt_neox.layers", "model.h", r"\.(query_key_value|dense\w*)$"),
+    ("transformer.h", "model.h", r"\.c_(attn|proj|fc)$|\d\.attn\.([qkv]|out)_proj$|\.fc_(in|out)$"),  # GPT-2, GPT-J
+)
 
 
 def convert(source: str, output: Path, *, to: Literal["peft", "mlx"]) -> list[str]:
@@ -69,10 +78,7 @@ def convert(source: str, output: Path, *, to: Literal["peft", "mlx"]) -> list[st
 def _to_mlx(adapter: AdapterFile, notes: list[str]) -> tuple[dict[str, Tensor], dict[str, Any]]:
     """Tensors and adapter_config.json of mlx-lm, with PEFT's settings kept beside for the way back."""
     pairs = pairs_of(adapter, fix=_MERGE)
-    keys = {name: re.fullmatch(r"model\.layers\.\d+\.(.+)", name) for name in pairs}
-    odd = [name for name, key in keys.items() if key is None or ".experts." in name]
-    what = f"mlx-lm has another name for {odd[0] if odd else ''}, which is not known here"
-    refuse_if(bool(odd), what, where=adapter.folder, fix=_MERGE)
+    names = _renamed(pairs, 0, adapter.folder, "mlx-lm has another name for {}, which is not known here", _MERGE)
     ranks = {name: len(A) for name, (A, _) in pairs.items()}
     rank, scales = max(ranks.values()), {name: adapter.alphas[name] / ranks[name] for name in pairs}
     scale = commonest(scales)
@@ -80,23 +86,39 @@ def _to_mlx(adapter: AdapterFile, notes: list[str]) -> tuple[dict[str, Tensor], 
     for name, (A, B) in pairs.items():
         scaled = B if scales[name] == scale else B.float() * (scales[name] / scale)
         more = (0, 0, 0, rank - len(A))  # rows of zeros: mlx-lm has one rank for all layers
-        tensors[f"{name}.lora_a"] = torch.nn.functional.pad(A, more).T
-        tensors[f"{name}.lora_b"] = torch.nn.functional.pad(scaled.T, more)
+        tensors[f"{names[name]}.lora_a"] = torch.nn.functional.pad(A, more).T
+        tensors[f"{names[name]}.lora_b"] = torch.nn.functional.pad(scaled.T, more)
     if len(set(ranks.values())) > 1:
         notes.append(f"mlx-lm has one rank for all layers: those below {rank} were filled up with zeros")
     if len(set(scales.values())) > 1:
         notes.append("mlx-lm has one scale for all layers: B carries what others had")
     parameters = {"rank": rank, "scale": scale, "dropout": adapter.config.get("lora_dropout") or 0.0}
-    parameters["keys"] = sorted({key[1] for key in keys.values() if key})
+    parameters["keys"] = sorted({re.split(r"\.\d+\.", name, maxsplit=1)[1] for name in names.values()})
     config = {"fine_tune_type": "lora", "num_layers": -1, "lora_parameters": parameters}  # -1: all, zeros elsewhere
     return tensors, config | {"model": adapter.base_model, "peft": adapter.config}
+
+
+def _renamed(names: Collection[str], source: int, folder: Path, unknown: str, fix: str) -> dict[str, str]:
+    """Layers' names in the other program. source: the column of _BLOCKS. Raises LoraError for `unknown` ones."""
+    known: set[str] = set()
+    for blocks in _BLOCKS:
+        start = re.compile(rf"{re.escape(blocks[source])}(?=\.\d+\.)")
+        found = {name for name in names if start.match(name) and not re.search(r"\.(experts|switch_\w+)\.", name)}
+        if any(re.search(blocks[2], name) for name in found):
+            if len(found) == len(names):
+                return {name: start.sub(blocks[1 - source], name) for name in names}
+            known |= found
+    odd = next((name for name in names if name not in known), next(iter(names)))
+    raise LoraError(unknown.format(odd), where=folder, fix=fix)
 
 
 def _of_mlx(folder: Path) -> AdapterFile:
     """Raises LoraError for anything but LoRA on linear layers, of one rank."""
     path, stored = folder / MLX, read_object(folder / CONFIG)
     kind, said = stored.get("fine_tune_type") or "lora", stored.get("lora_parameters")
-    refuse_if(kind != "lora", f"this is mlx-lm's {kind}, not lora", where=folder, fix=_TRAINED)
+    fusing = command("mlx_lm.fuse", "--model", "MODEL", "--adapter-path", folder, "--save-path", "FOLDER")
+    fuse = f"fuse it there, and use the fused folder: {fusing}"
+    refuse_if(kind != "lora", f"this is mlx-lm's {kind}, not lora", where=folder, fix=fuse)
     scale = said.get("scale") if isinstance(said, dict) else None
     wrong = not isinstance(scale, int | float) or not abs(scale) < _LARGEST_SCALE
     refuse_if(wrong, f"lora_parameters.scale is {scale!r}, not a finite number", where=folder / CONFIG, fix=_TRAINED)
@@ -107,9 +129,12 @@ def _of_mlx(folder: Path) -> AdapterFile:
             module, part = key[: -len(".lora_a")], key[-len(".lora_a") :]
             tensor = file.get_tensor(key)
             if part not in (".lora_a", ".lora_b") or tensor.ndim != 2 or "embed" in module:
-                raise LoraError(f"{key} is not the A or B of a linear layer", where=str(path), fix=_TRAINED)
+                what = f"{key} is not the A or B of a linear layer"
+                raise LoraError(what, where=str(path), fix=fuse)
             flat[f"{module}.lora_{part[-1].upper()}.weight"] = tensor.T.contiguous()
-    tensors, _ = by_module(flat, path, {}, _TRAINED)
+    of_mlx, _ = by_module(flat, path, {}, _TRAINED)
+    names = _renamed(of_mlx, 1, path, "what transformers calls mlx-lm's {} is not known here", fuse)
+    tensors = {names[name]: parts for name, parts in of_mlx.items()}
     ranks = ranks_of(tensors)
     refuse_if(len(set(ranks.values())) > 1, "its layers have several ranks", where=path, fix=_TRAINED)
     alpha = _whole(scale * commonest(ranks))  # type: ignore[operator]
