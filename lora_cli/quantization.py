@@ -6,18 +6,20 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Literal
 
-Quantization = Literal["nf4", "int8", "int4", "none"]
+Quantization = Literal["nf4", "int8", "int4", "gguf", "none"]
 DEFAULT: Quantization = "nf4"
 
 
 @dataclass(frozen=True)
 class Rules:
     """double, groups: whether double_quantization and group_size mean something. not_sharded: why shard_base is
-    refused; None: it is not. written: whether a merged model can be written so."""
+    refused; None: it is not. written: whether a merged model can be written so. of_file: whether it is what a GGUF file
+    holds, and can be made of no other base."""
 
     double: bool = False
     groups: bool = False
     written: bool = False
+    of_file: bool = False
     not_sharded: str | None = None
 
 
@@ -27,6 +29,7 @@ RULES: dict[str, Rules] = {
         not_sharded="bitsandbytes keeps 8-bit weights outside the parameter, where they cannot be spread over processes"
     ),
     "int4": Rules(groups=True),
+    "gguf": Rules(of_file=True),
     "none": Rules(),
 }
 

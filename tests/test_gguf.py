@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import math
 import random
+from collections import Counter
 from pathlib import Path
 from typing import Any
 
@@ -19,15 +20,21 @@ from safetensors.torch import load_file
 from lora_cli import ending
 from lora_cli.adapters.opened import open_model
 from lora_cli.base import gguf as own
+from lora_cli.base.linear import dense_weight, held_bytes, is_linear
 from lora_cli.base.load import load_model, load_tokenizer
 from lora_cli.base.source import find_base
 from lora_cli.base.storage.int4 import Int4Linear, with_offsets
+from lora_cli.base.storage.q8_0 import Q8Linear
 from lora_cli.errors import LoraError
 from lora_cli.exporting.blocks import _grid_blocks
+from lora_cli.merging import job as merging
 from lora_cli.merging.merge import merge
 from lora_cli.planning.check import check
+from lora_cli.planning.memory import estimate_memory, shape_of
+from lora_cli.planning.skeleton import look_at_model
 from lora_cli.recipe import load_recipe
 from lora_cli.studies.tiny import CHAT_TEMPLATE, save_tiny
+from lora_cli.training import loop
 from lora_cli.training.train import train
 
 CPU = torch.device("cpu")
@@ -80,7 +87,7 @@ def write_gguf(path: Path, folder: Path, kind: str = "Q4_1", **changes: Any) -> 
         if arch == "llama" and ("q_proj" in name or "k_proj" in name):
             data = permuted(data, config.num_attention_heads if "q_proj" in name else config.num_key_value_heads)
         of = TYPES.F32 if data.ndim == 1 else TYPES.Q8_0 if "layers" not in name else TYPES[kind]
-        of = TYPES[changes.get("down", kind)] if "down_proj" in name else of
+        of = TYPES[changes["types"].get(stem.split(".")[-1], of.name)] if "types" in changes else of
         writer.add_tensor(f"{names.get_name(stem)}.{last}", gguf.quantize(data, of), raw_dtype=of)
     if "rope" in changes:
         writer.add_tensor("rope_freqs.weight", np.array(changes["rope"], np.float32))
@@ -100,7 +107,9 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture(scope="module")
 def files(folder: Path) -> dict[str, Path]:
-    return {kind: write_gguf(folder.parent / f"{kind}.gguf", folder, kind) for kind in ("Q4_0", "Q4_1", "F16")}
+    made = {kind: write_gguf(folder.parent / f"{kind}.gguf", folder, kind) for kind in ("Q4_0", "Q4_1", "Q8_0", "F16")}
+    mixed = {"down_proj": "Q8_0", "up_proj": "F16", "v_proj": "Q4_1"}
+    return made | {"mixed": write_gguf(folder.parent / "mixed.gguf", folder, "Q4_0", types=mixed)}
 
 
 @pytest.mark.parametrize("kind", ["Q4_0", "Q4_1"])
@@ -124,6 +133,86 @@ def test_blocks_are_kept_bit_for_bit_in_the_order_of_the_original_model(kind: st
     for how in ("int4", "none"):
         ours = load_model(source, quantization=how, dtype=torch.float32, device=CPU)
         assert torch.equal(ours(input_ids=ROWS).logits, theirs(input_ids=ROWS).logits)
+
+
+@pytest.mark.parametrize("name", ["Q8_0", "mixed", "Q4_1"])
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32])
+def test_as_the_file_holds_it_each_layer_computes_with_what_gguf_reads(name: str, dtype: Any, files: Any):
+    """Bit for bit; as many bytes as the estimate says; forward and backward are those of the dense weight."""
+    source = find_base(str(files[name]))
+    model = load_model(source, quantization="gguf", dtype=dtype, device=CPU)
+    read = {each.name: each for each in gguf.GGUFReader(files[name]).tensors}
+    names = gguf.get_tensor_name_map(gguf.MODEL_ARCH.LLAMA, 2)
+    of = {name: layer for name, layer in model.named_modules() if is_linear(layer) and name != "lm_head"}
+    kinds = Counter(type(layer).__name__ for layer in of.values())
+    assert kinds == {"Q8_0": {"Q8Linear": 14}, "Q4_1": {"Int4Linear": 14}}.get(
+        name, {"Int4Linear": 10, "Q8Linear": 2, "Linear": 2}
+    )
+    for path, layer in of.items():
+        own = read[f"{names.get_name(path)}.weight"]
+        weight = gguf.dequantize(own.data, own.tensor_type)
+        if heads := {"q_proj": 4, "k_proj": 2}.get(path.split(".")[-1]):
+            weight = weight.reshape(heads, -1, 2, weight.shape[1]).swapaxes(1, 2).reshape(weight.shape)
+        expected = torch.from_numpy(weight.copy())
+        expected = expected.to(dtype) if isinstance(layer, torch.nn.Linear) else expected
+        assert torch.equal(dense_weight(layer), expected), path
+        if isinstance(layer, Q8Linear):
+            raw = gguf.quantize(dense_weight(layer).numpy(), TYPES.Q8_0).reshape(layer.out_features, -1, 34)
+            assert np.array_equal(layer.weight.numpy(), raw[..., 2:].reshape(layer.weight.shape).view(np.int8))
+            assert layer.weight.nbytes + layer.d.nbytes == raw.size
+    layer = model.model.layers[1].mlp.down_proj
+    x, y = (torch.randn(3, 96, dtype=dtype, generator=torch.Generator().manual_seed(0)) for _ in range(2))
+    for each, computed in ((x, layer), (y, lambda given: given @ dense_weight(layer).to(dtype).T)):
+        computed(each.requires_grad_(True)).square().sum().backward()
+    assert torch.equal(layer(x), torch.nn.functional.linear(x, dense_weight(layer).to(dtype)))
+    torch.testing.assert_close(x.grad, y.grad)
+    shape = shape_of(look_at_model(str(files[name])), {}, dtype, quantization="gguf", device="cpu")
+    nothing = {"tokens": 0, "target_tokens": 0, "gradient_checkpointing": "none"}
+    estimated = estimate_memory(shape, quantization="gguf", value_bytes=dtype.itemsize, **nothing).weights
+    held = held_bytes(model, frozen_alone=True)
+    assert estimated - shape.largest_layer * dtype.itemsize == pytest.approx(held, abs=2)
+
+
+@pytest.mark.parametrize("name", ["Q8_0", "mixed"])
+def test_trained_on_its_blocks_resumed_and_merged_by_each_road(
+    name: str, files: Any, run_recipe: Any, tmp_path: Path, monkeypatch: Any
+):
+    settings: dict[str, Any] = {"base_model": str(files[name]), "quantization": "gguf", "dtype": "fp32"}
+    settings |= {"adapter": {"target_modules": ["q_proj", "down_proj", "up_proj"], "rank": 4}}
+    settings["train"] = {"max_steps": 4, "learning_rate": 3e-2, "checkpoint_every": 2}
+    straight, _ = run_recipe(**settings, output=str(tmp_path / "straight"))
+    with monkeypatch.context() as patch:
+        real = loop.Run._optimize
+        patch.setattr(loop.Run, "_optimize", lambda self, step: real(self, step) if step < 4 else 1 / 0)
+        with pytest.raises(ZeroDivisionError):
+            run_recipe(**settings)
+    run, _ = run_recipe(**settings, resume=True)
+    weights = [(each / "adapter" / "adapter_model.safetensors").read_bytes() for each in (run, straight)]
+    assert weights[0] == weights[1]
+    opened = open_model(None, run, dtype="fp32", device="cpu")
+    metadata = opened.adapter.metadata
+    assert (opened.quantization, metadata.quantization, metadata.group_size) == ("gguf", "gguf", None)
+    assert len(metadata.unquantized_modules) == (2 if name == "mixed" else 0)
+    streamed = merge(run, tmp_path / "merged", dtype="fp32")
+    assert streamed.streamed
+    assert streamed.kl < 1e-9
+    assert streamed.kept > 0.9999
+    monkeypatch.setattr(merging, "fits_in_fp32", lambda *_, **__: False)
+    by_block = merge(run, tmp_path / "by-block", dtype="fp32")
+    assert by_block.block_by_block
+    assert by_block.kl < 1e-9
+    monkeypatch.setattr(merging, "fits_in_fp32", lambda *_, **__: True)
+    monkeypatch.setattr(merging, "why_whole", lambda *_: "said here")
+    assert not merge(run, tmp_path / "in-memory", dtype="fp32").streamed
+    one, *others = (load_file(tmp_path / each / "model.safetensors") for each in ("merged", "by-block", "in-memory"))
+    for key, weight in one.items():
+        assert all(torch.equal(weight, each[key]) for each in others), key
+    read = {each.name: each for each in gguf.GGUFReader(files[name]).tensors}
+    key, own = "model.layers.0.mlp.gate_proj.weight", read["blk.0.ffn_gate.weight"]  # not adapted
+    assert np.array_equal(gguf.dequantize(own.data, own.tensor_type), one[key].numpy())
+    assert np.array_equal(gguf.quantize(one[key].numpy(), own.tensor_type), own.data) or name == "mixed"
+    merged: Any = hf.AutoModelForCausalLM.from_pretrained(tmp_path / "merged", dtype=torch.float32)
+    assert (merged(input_ids=ROWS).logits - opened.model(input_ids=ROWS).logits).abs().max() < 1e-5
 
 
 LLAMA_3 = {"rope_type": "llama3", "rope_theta": 1e4, "factor": 8.0, "low_freq_factor": 1.0, "high_freq_factor": 4.0}
@@ -234,9 +323,21 @@ def test_what_a_file_does_not_give_is_refused_with_what_to_write(files: Any, fol
 
     assert str(said(quantization="nf4").fix).startswith("write quantization: int4")
     assert said(quantization="int4", group_size=64).fix == "write group_size: 32"
-    mixed = said("mixed", quantization="int4", changes={"down": "Q8_0"})
-    assert "12 in Q4_1, 2 in Q8_0" in mixed.what
-    assert str(mixed.fix).startswith("write quantization: none")
+    mixed = said("mixed", quantization="int4")
+    assert "8 in Q4_0, 2 in Q4_1, 2 in F16, 2 in Q8_0" in mixed.what
+    assert str(mixed.fix).startswith("write quantization: gguf, which keeps its blocks as they are (qa_lora needs Q4_1")
+    assert said("Q8_0", quantization="int8").fix == "write quantization: gguf, which keeps its blocks as they are"
+    assert said("F16", quantization="gguf").fix == own._NO_BLOCKS
+    others = said("others", quantization="gguf", changes={"types": {"down_proj": "Q5_0"}})
+    assert "12 in Q4_1, 2 in Q5_0" in others.what
+    assert others.fix == own._NO_BLOCKS
+    with pytest.raises(LoraError, match="qa_lora changes the offsets of groups, which only quantization: int4 has"):
+        said("Q8_0", quantization="gguf", adapter={"method": "qa_lora"})
+    elsewhere = refusal(
+        lambda: load_model(find_base(str(folder)), quantization="gguf", dtype=torch.float32, device=CPU)
+    )
+    assert elsewhere.what == f"quantization: gguf keeps the blocks of a GGUF file, and {folder} is none"
+    assert elsewhere.fix == "write quantization: nf4 or int8 or int4 or none"
     assert "architecture 'mamba'" in said("mamba", changes={"architecture": "mamba"}).what
     assert "positions are scaled (linear)" in said("scaled", changes={"scaling": "linear"}).what
     assert "another way than those of Llama 3" in said("rope", changes={"rope": [1, 1, 1, 2, 2, 2, 2, 3]}).what
@@ -244,7 +345,7 @@ def test_what_a_file_does_not_give_is_refused_with_what_to_write(files: Any, fol
     assert "says llama.final_logit_softcapping" in said("softcap", changes={"softcap": True}).what
     many = said("many", changes={"blocks": 10**7})
     assert "10,000,000; 300 is the limit" in many.what
-    check(load_recipe(recipe_file(base_model=str(tmp_path / "mixed.gguf"), quantization="none")))  # the fix, followed
+    check(load_recipe(recipe_file(base_model=str(tmp_path / "others.gguf"), quantization="none")))  # the fix, followed
 
 
 def test_damaged_files_are_refused_in_words(files: Any, tmp_path: Path):

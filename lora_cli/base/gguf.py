@@ -24,8 +24,11 @@ from torch import Tensor, nn
 
 from lora_cli import limits
 from lora_cli.base.bounds import require_modest_config
-from lora_cli.base.storage.int4 import BLOCK, of_q4_0, of_q4_1
-from lora_cli.base.storage.registry import INT4, PLAIN
+from lora_cli.base.storage.blocks import BLOCK, settings_class
+from lora_cli.base.storage.int4 import of_q4_0, of_q4_1
+from lora_cli.base.storage.kind import Storage
+from lora_cli.base.storage.q8_0 import of_q8_0
+from lora_cli.base.storage.registry import AS_IN_FILE, INT4, PLAIN
 from lora_cli.base.tensor_files import read_bytes
 from lora_cli.base.weight_files import StoredTensor, stand_for
 from lora_cli.ending import make_temporary
@@ -40,7 +43,13 @@ ARCHITECTURES = ("llama", "qwen2", "qwen3")
 _READ = {f"attention.{name}" for name in ("head_count", "head_count_kv", "layer_norm_rms_epsilon", "key_length")}
 _READ |= {"block_count", "context_length", "embedding_length", "feed_forward_length", "vocab_size", "rope.freq_base"}
 _READ |= {"attention.value_length", "rope.dimension_count", "tensor_data_layout"}  # held to the others, or idle
-KEPT = {"Q4_0": of_q4_0, "Q4_1": of_q4_1}  # types of blocks that int4 holds as they are
+# Types of blocks that are held as they are: by which kind of layer, and what makes its parts of their bytes.
+KEPT: dict[str, tuple[Storage, Callable[[Tensor], tuple[Tensor, ...]]]] = {
+    "Q4_0": (INT4, of_q4_0),
+    "Q4_1": (INT4, of_q4_1),
+    "Q8_0": (AS_IN_FILE, of_q8_0),
+}
+_DENSE = ("F32", "F16", "BF16")
 _SCALARS = {0: "B", 1: "b", 2: "H", 3: "h", 4: "I", 5: "i", 6: "f", 7: "?", 10: "Q", 11: "q", 12: "d"}
 _TEXT, _ARRAY = 8, 9
 _TOKENIZERS = ("gpt2", "llama")  # byte pairs and sentencepiece
@@ -63,21 +72,35 @@ class GgufTensor(StoredTensor):
         values = gguf.dequantize(raw, gguf.GGMLQuantizationType[self.dtype])
         return torch.from_numpy(np.array(self.place(values.reshape(self.shape)), np.float32))
 
-    def blocks(self) -> tuple[Tensor, Tensor, Tensor]:
-        """What an int4 layer holds, of the very same blocks."""
+    def blocks(self) -> tuple[Tensor, ...]:
+        """The parts of a layer that holds the very same blocks."""
         raw = np.frombuffer(read_bytes(self), np.uint8).reshape(self.shape[0], -1)
-        return KEPT[self.dtype](torch.from_numpy(np.array(self.place(raw))))
+        return KEPT[self.dtype][1](torch.from_numpy(np.array(self.place(raw))))
 
 
 @dataclass(frozen=True)
 class GgufFile:
-    """folder: with configuration and tokenizer. linear: the type of each linear layer that int4 would hold, by the name
-    of its weight. notes: what a person should hear."""
+    """folder: with configuration and tokenizer. linear: the type of each linear layer but the head, by the name of its
+    weight. notes: what a person should hear."""
 
     folder: Path
     tensors: dict[str, StoredTensor]
     linear: dict[str, str]
     notes: tuple[str, ...]
+
+    def kept(self, quantization: str) -> dict[str, Storage]:
+        """How layers are held whose blocks stay as they are, by the names of their weights."""
+        if quantization == PLAIN.name:
+            return {}
+        return {name: KEPT[of][0] for name, of in self.linear.items() if of in KEPT}
+
+    def ways(self) -> list[str]:
+        """The quantizations that keep its blocks, the one of least choice first; none where no kind holds them."""
+        types = {*self.linear.values()}
+        if not types & KEPT.keys() or types - KEPT.keys() - {*_DENSE}:
+            return []
+        four_bits = all(of in KEPT and KEPT[of][0] is INT4 for of in types)
+        return [INT4.name, AS_IN_FILE.name] if four_bits else [AS_IN_FILE.name]
 
     def types(self) -> str:
         """For a person: how many layers are stored in which type."""
@@ -327,29 +350,35 @@ def _placed(header: _Header, file: Path, config: Any) -> tuple[dict[str, StoredT
     }
 
 
-def load_state(file: GgufFile, quantization: str, dtype: torch.dtype) -> dict[str, Tensor]:
-    """What the model's parameters are loaded from: blocks of linear layers with int4, and numbers in `dtype`."""
+def load_state(file: GgufFile, quantization: str, dtype: torch.dtype) -> tuple[dict[str, Tensor], Any]:
+    """What the model's parameters are loaded from, kept blocks and numbers in `dtype`; and the settings for that."""
     state: dict[str, Tensor] = {}
+    kept = file.kept(quantization)
     with reading("the GGUF file cannot be read", next(iter(file.tensors.values())).file, _AGAIN):
         for name, tensor in file.tensors.items():
-            if quantization == INT4.name and name in file.linear:
-                parts = zip(("weight", "d", "m"), tensor.blocks(), strict=True)  # type: ignore[attr-defined]
+            if name in kept:
+                parts = zip(("weight", "d", "m"), tensor.blocks(), strict=False)  # type: ignore[attr-defined]
                 state |= {name.removesuffix("weight") + part: value for part, value in parts}
             else:
                 state[name] = tensor.read().to(dtype)  # type: ignore[attr-defined]
-    return state
+    kinds = {name.removesuffix(".weight"): kind.name for name, kind in kept.items()}
+    return state, settings_class()(kinds=kinds) if kinds else None
 
 
 def require_kept(file: GgufFile, quantization: str, group_size: int) -> None:
     """Raises LoraError where a recipe asks for weights that the file does not give."""
-    others = sorted(set(file.linear.values()) - KEPT.keys())
-    where = next(iter(file.tensors.values())).file
-    if quantization not in (INT4.name, PLAIN.name):
-        fix = "write quantization: none" if others else "write quantization: int4, which keeps its blocks as they are"
-        raise LoraError(f"the weights of a GGUF file are not held in {quantization}", where=where, fix=fix)
-    if quantization == INT4.name and others:
-        what = f"int4 keeps the blocks of Q4_0 and Q4_1, but the file's linear layers are {file.types()}"
-        fix = "write quantization: none; or make a file in Q4_1 or Q4_0"
+    ways, where = file.ways(), next(iter(file.tensors.values())).file
+    if quantization not in (PLAIN.name, *ways):
+        of_it = {
+            INT4.name: "Q4_0 and Q4_1",
+            AS_IN_FILE.name: f"{', '.join(KEPT)} and the numbers of {', '.join(_DENSE)}",
+        }
+        what = f"the weights of a GGUF file are not held in {quantization}"
+        if quantization in of_it:
+            what = f"{quantization} keeps {of_it[quantization]}, but the file's linear layers are {file.types()}"
+        fix = f"write quantization: {ways[0]}, which keeps its blocks as they are" if ways else _NO_BLOCKS
+        if quantization == INT4.name and ways:
+            fix += " (qa_lora needs Q4_1 or Q4_0: other blocks have no offsets)"
         raise LoraError(what, where=where, fix=fix)
     refuse_if(
         quantization == INT4.name and group_size != BLOCK,
@@ -357,6 +386,9 @@ def require_kept(file: GgufFile, quantization: str, group_size: int) -> None:
         where=where,
         fix=f"write group_size: {BLOCK}",
     )
+
+
+_NO_BLOCKS = f"write quantization: none, which makes numbers of all; or make a file in {', '.join(KEPT)}"
 
 
 # ── the tokenizer ───────────────────────────────────────────────────────────────────────────────────────────────

@@ -16,7 +16,7 @@ from lora_cli.base.bounds import require_modest_tokenizer, require_modest_tokeni
 from lora_cli.base.gguf import load_state
 from lora_cli.base.linear import settle_layers
 from lora_cli.base.source import BaseSource
-from lora_cli.base.storage.registry import INT4, storage_named
+from lora_cli.base.storage.registry import storage_named
 from lora_cli.base.stored import require_quantization, stored_quantization
 from lora_cli.base.weight_files import stored_tensors
 from lora_cli.errors import LoraError, reading
@@ -41,12 +41,11 @@ def load_model(
     """
     config = model_config(source, trust_remote_code)
     require_quantization(source, quantization, group_size)
-    as_stored = stored_quantization(source) is not None
+    as_stored = source.gguf is not None or stored_quantization(source) is not None
     settings = None if as_stored else storage_named(quantization).load_settings(dtype, double_quantization, group_size)
     state = None
     if source.gguf is not None:
-        state = load_state(source.gguf, quantization, dtype)
-        settings = INT4.load_settings(dtype, double_quantization, given=True) if quantization == INT4.name else None
+        state, settings = load_state(source.gguf, quantization, dtype)
     # A damaged config.json can fail anywhere in the code that builds a model.
     with reading("the base model cannot be loaded", source.folder, "check config.json, or download the model again"):
         try:

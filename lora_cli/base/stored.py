@@ -7,22 +7,24 @@ from collections.abc import Iterable, Mapping
 import torch
 from torch import Tensor
 
-from lora_cli.base.gguf import KEPT, require_kept
+from lora_cli.base.gguf import require_kept
 from lora_cli.base.source import BaseSource
-from lora_cli.base.storage.registry import INT4, PLAIN, Part, is_known, part_of, storage_stated
+from lora_cli.base.storage.registry import PLAIN, Part, is_known, part_of, storage_stated
 from lora_cli.base.tensor_files import read_tensor
 from lora_cli.base.weight_files import StoredTensor
 from lora_cli.errors import LoraError
-from lora_cli.quantization import DEFAULT
+from lora_cli.quantization import DEFAULT, RULES, named
 
 
-def stored_quantization(source: BaseSource) -> str | None:
+def stored_quantization(source: BaseSource, asked: str | None = None) -> str | None:
     """A recipe's word, another method by its own name, None for plain weights.
 
+    asked: in which way it is held; the blocks of a GGUF file can be held in several, or as numbers.
     Raises LoraError where config.json says that it is quantized, but not how.
     """
     if source.gguf is not None:
-        return INT4.name if source.gguf.linear and {*source.gguf.linear.values()} <= {*KEPT} else None
+        ways = [] if asked == PLAIN.name else source.gguf.ways()
+        return asked if asked in ways else next(iter(ways), None)
     stated = source.stated("quantization_config", "compression_config")
     if stated is None:
         return None
@@ -39,6 +41,9 @@ def require_quantization(source: BaseSource, quantization: str, group_size: int 
     if source.gguf is not None:
         require_kept(source.gguf, quantization, group_size)
         return
+    if RULES[quantization].of_file:
+        what = f"quantization: {quantization} keeps the blocks of a GGUF file, and {source.name} is none"
+        raise LoraError(what, fix=f"write quantization: {named(lambda rules: not rules.of_file)}")
     kind = stored_quantization(source)
     if kind in (None, quantization):
         return

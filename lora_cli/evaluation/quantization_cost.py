@@ -90,7 +90,7 @@ def compare_quantizations(
     tokenizer: Any,
     say: Callable[[str], None] = lambda _: None,
     *,
-    kinds: Collection[str] = tuple(RULES),
+    kinds: Collection[str] = tuple(name for name, rules in RULES.items() if not rules.of_file),
     most: int = MOST_EXAMPLES,
 ) -> Costs:
     """Loss of the base on at most `most` validation examples (without validation data the first that are trained on),

@@ -25,6 +25,7 @@ from lora_cli.exporting.converter import convert_adapter, convert_model, require
 from lora_cli.files import disk_errors, free_name, human_bytes, replacing, require_space, written_whole
 from lora_cli.merging.files import require_outside, require_outside_adapter, require_place, trained_stops
 from lora_cli.merging.merge import merge
+from lora_cli.quantization import RULES
 
 BY_CONVERTER = ("f32", "f16", "bf16", "q8_0")
 BY_BLOCKS = ("q4_0", "q4_1", "q5_0", "q5_1")
@@ -97,7 +98,7 @@ def export(
                 Path(home_expanded(source)),
                 merged,
                 base=base,
-                dtype="fp32" if exact else "keep",
+                dtype="fp32" if exact or _of_file(adapter) else "keep",
                 trust_remote_code=trust_remote_code,
                 say=say,
                 **more,
@@ -123,6 +124,12 @@ def result_lines(made: Exported) -> list[str]:
             "with `ollama show --template`"
         )
     return lines
+
+
+def _of_file(adapter: AdapterFile | None) -> bool:
+    """Whether its base's weights are those of a GGUF file: in bf16 they would not fall onto the file's grid again."""
+    held = adapter.metadata.quantization if adapter is not None else None
+    return held is not None and RULES[held].of_file
 
 
 def _require_options(

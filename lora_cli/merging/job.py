@@ -89,8 +89,8 @@ class Merge:
         words = self.adapter.tokenizer_for(name)
         self.source: BaseSource = find_base(name, revision, trust_remote_code=code, tokenizer=words)
         self.stored = stored_tensors(self.source.folder)
-        dense = self.source.gguf is not None and self.adapter.metadata.quantization == "none"  # its blocks as numbers
-        self.held = held = None if dense else stored_quantization(self.source)  # as the checkpoint itself is
+        # As the checkpoint itself is; of a GGUF file, as training held it.
+        self.held = held = stored_quantization(self.source, self.adapter.metadata.quantization)
         self.quantization = self.adapter.metadata.quantization or held or "none"
         where = str(self.source.folder)
         if held is not None and onto == "original":

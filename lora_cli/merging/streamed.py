@@ -79,7 +79,8 @@ def skeleton_from_files(
         attach_adapter(model, adapter, source)
     places, parts = Places.of(model, stored), parts_of(stored)
     if held is not None:
-        rounded = {places.direct[name].removesuffix(".weight") for name in parts if name in places.direct}
+        in_blocks = source.gguf.kept(held) if source.gguf is not None else parts
+        rounded = {places.direct[name].removesuffix(".weight") for name in in_blocks if name in places.direct}
     elif quantization == "none" or adapter is None:
         rounded = set()
     else:

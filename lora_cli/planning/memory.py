@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import re
 from dataclasses import dataclass
 
@@ -25,7 +26,7 @@ OVERHEAD = GIB  # context and kernels of the device, fragmentation: a guess
 
 @dataclass(frozen=True)
 class ModelShape:
-    """The numbers that memory follows from. All but `vocabulary`, `hidden` and `blocks` count parameters."""
+    """The numbers that memory follows from. The first four count parameters."""
 
     quantizable: int  # of linear layers, without the output head
     other: int  # embeddings, output head, norms, experts that are not linear layers
@@ -34,6 +35,7 @@ class ModelShape:
     vocabulary: int
     hidden: int
     blocks: tuple[Block, ...]
+    bits: float | None = None  # of a quantizable weight, where a GGUF file decides it
 
     @property
     def parameters(self) -> int:
@@ -76,8 +78,8 @@ def estimate_memory(
 
     With b = value_bytes (2 for bf16 and fp16, 4 for fp32), everything in bytes:
 
-    weights      quantizable · bits / 8 + other · b, with the bits of base/storage; and while a quantized layer
-                 computes, its dense weight: largest_layer · b
+    weights      quantizable · bits / 8 + other · b, with the bits of base/storage or of a GGUF file; and while a
+                 quantized layer computes, its dense weight: largest_layer · b
     adapter      adapter · (4 fp32 + 4 gradient + optimizer_bytes (8: two Adam moments) + b while it is applied)
     activations  tokens · Σ over blocks (token_bytes + scores · pair_bytes), measured by planning/blocks.py; with
                  gradient checkpointing `full` tokens · (blocks · hidden · b + the same of the largest block alone);
@@ -88,7 +90,8 @@ def estimate_memory(
     tokens, target_tokens: of a micro-batch. scores: tokens of a row, where attention scores are kept; 0 where a fused
     kernel computes attention. Not counted: what a kernel needs while it runs.
     """
-    bits = storage_named(quantization).bits(value_bytes, double_quantization)
+    own = shape.bits if quantization != "none" else None
+    bits = own or storage_named(quantization).bits(value_bytes, double_quantization)
     dequantized = shape.largest_layer * value_bytes if quantization != "none" else 0
     block_bytes = [block.token_bytes + scores * block.pair_bytes for block in shape.blocks]
     kept = sum(block_bytes)
@@ -123,7 +126,11 @@ def shape_of(
     """
     model, kind = base.skeleton, storage_named(quantization)
     sizes = {name: features(module) for name, module in linear_layers(model).items()}
-    quantizable = sum(a * b for a, b in sizes.values() if kind.same_on(a, device))
+    held = {name: kind for name, (inputs, _) in sizes.items() if kind.same_on(inputs, device)}
+    if base.source.gguf is not None:
+        held = {name.removesuffix(".weight"): each for name, each in base.source.gguf.kept(quantization).items()}
+    quantizable = sum(math.prod(sizes[name]) for name in held)
+    bits = sum(math.prod(sizes[name]) * each.bits(dtype.itemsize, True) for name, each in held.items())
     total = sum(parameter.numel() for parameter in model.parameters())
     return ModelShape(
         quantizable=quantizable,
@@ -133,6 +140,7 @@ def shape_of(
         vocabulary=vocabulary(model.config),
         hidden=hidden_size(model),
         blocks=measure_blocks(base, ranks, dtype),
+        bits=bits / quantizable if base.source.gguf is not None and quantizable else None,
     )
 
 

@@ -6,17 +6,16 @@ An update that is the same for all weights of a group is a change of m, so the m
 from __future__ import annotations
 
 from collections.abc import Mapping
-from functools import cache
 from itertools import product
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from lora_cli.base.storage.kind import DequantizedProduct, Storage, whole
+from lora_cli.base.storage.blocks import BLOCK, BlockLinear, dense_of, settings_class
+from lora_cli.base.storage.kind import Storage
 from lora_cli.errors import LoraError
 
-BLOCK = 32  # weights that Q4_1 packs together, whatever the group: byte i holds weight i and, above it, weight i + 16
 _CUT = (0.0, 0.06, 0.12)  # what is tried to cut off a group's range, at its lower and its upper end
 _CUT_ALIKE = (0.0, 0.01, 0.025, 0.04, 0.06, 0.08, 0.1)  # the same at both ends, for larger groups
 _AT_ONCE = 2**16  # weights: what is made of them stays in a cache
@@ -33,7 +32,7 @@ class Int4(Storage):
         return isinstance(module, Int4Linear)
 
     def dense(self, layer: nn.Module) -> Tensor:
-        return dequantize(*(whole(part) for part in layer.parts()))  # type: ignore[operator]
+        return dense_of(layer)
 
     def prepare(self, layer: Any) -> None:
         """Raises LoraError for a weight beyond what d and m can hold; transformers would hide that while it loads."""
@@ -45,9 +44,8 @@ class Int4(Storage):
         """Rows that are not whole blocks stay as they are, on every device."""
         return in_features % BLOCK == 0
 
-    def load_settings(self, dtype: torch.dtype, double: bool, group_size: int = BLOCK, given: bool = False) -> Any:
-        """given: the weights that are loaded are in int4 already, as weight, d and m."""
-        return _settings_class()(group_size, given)
+    def load_settings(self, dtype: torch.dtype, double: bool, group_size: int = BLOCK) -> Any:
+        return settings_class()(group_size)
 
     def dense_stored(self, weight: Tensor, beside: Mapping[str, Tensor]) -> Tensor:
         raise AssertionError("no checkpoint stores weights so")
@@ -56,12 +54,14 @@ class Int4(Storage):
         return 4 + 32 / group_size
 
 
-class Int4Linear(nn.Module):
-    """x Wᵀ + b with W = d · q + m, made in fp32 and rounded to the dtype of x, forward and backward; it is not kept.
+class Int4Linear(BlockLinear):
+    """W = d · q + m. weight: (out, in / 2) of uint8; d, m: (out, in / group_size) of fp16. transposed: whether the
+    checkpoint stores the layer as GPT-2 does, (in, out)."""
 
-    weight: (out, in / 2) of uint8; d, m: (out, in / group_size) of fp16. No gradients. transposed: whether the
-    checkpoint stores the layer as GPT-2 does, (in, out).
-    """
+    weight: nn.Parameter
+    d: nn.Parameter
+    m: nn.Parameter
+    names = ("weight", "d", "m")
 
     def __init__(
         self,
@@ -72,31 +72,26 @@ class Int4Linear(nn.Module):
         *,
         transposed: bool = False,
     ):
-        super().__init__()
-        self.in_features, self.out_features, self.transposed = in_features, out_features, transposed
-        self.weight = nn.Parameter(torch.empty(out_features, in_features // 2, dtype=torch.uint8), requires_grad=False)
-        scale = torch.empty(out_features, in_features // group_size, dtype=torch.float16)
-        self.d, self.m = (nn.Parameter(each, requires_grad=False) for each in (scale, scale.clone()))
-        self.bias = bias
+        groups = in_features // group_size
+        super().__init__(
+            in_features,
+            bias,
+            weight=torch.empty(out_features, in_features // 2, dtype=torch.uint8),
+            d=torch.empty(out_features, groups, dtype=torch.float16),
+            m=torch.empty(out_features, groups, dtype=torch.float16),
+        )
+        self.transposed = transposed
 
-    @property
-    def group_size(self) -> int:
-        return self.in_features // self.m.shape[1]
-
-    def parts(self) -> tuple[Tensor, Tensor, Tensor]:
-        return self.weight, self.d, self.m
-
-    def forward(self, x: Tensor) -> Tensor:
-        """x: (..., in_features) → (..., out_features), in the dtype of x."""
-        product: Any = DequantizedProduct.apply(x, dequantize, *self.parts())
-        return product if self.bias is None else product + self.bias.to(product.dtype)
-
-    def extra_repr(self) -> str:
-        return f"{self.in_features}, {self.out_features}, group_size={self.group_size}"
+    @staticmethod
+    def dequantized(*parts: Tensor) -> Tensor:
+        return dequantize(*parts)
 
 
 def dequantize(packed: Tensor, d: Tensor, m: Tensor) -> Tensor:
-    """d · q + m in fp32: (out_features, in_features), bit for bit what llama.cpp reads in these blocks."""
+    """d · q + m in fp32: (out_features, in_features), bit for bit what llama.cpp reads in these blocks.
+
+    packed: a block of 32 weights is 16 bytes, whatever the group: byte i holds weight i and, above it, weight i + 16.
+    """
     rows = len(packed)
     blocks = packed.view(rows, -1, 1, BLOCK // 2)
     q = torch.cat([blocks & 15, blocks >> 4], 2).view(rows, d.shape[1], -1)
@@ -216,63 +211,3 @@ def of_q4_0(blocks: Tensor) -> tuple[Tensor, Tensor, Tensor]:
     each = blocks.reshape(len(blocks), -1, 2 + BLOCK // 2)
     d = each[..., :2].contiguous().view(torch.float16).squeeze(-1)
     return each[..., 2:].flatten(1), d, -8 * d
-
-
-@cache
-def _settings_class() -> Any:
-    """What makes transformers build such layers and quantize each weight as it is read, as it does for bitsandbytes."""
-    from transformers.core_model_loading import ConversionOps
-    from transformers.pytorch_utils import Conv1D
-    from transformers.quantizers import HfQuantizer, register_quantization_config, register_quantizer
-    from transformers.quantizers.quantizers_utils import should_convert_module
-    from transformers.utils.quantization_config import QuantizationConfigMixin
-
-    method: Any = "lora_int4"
-
-    @register_quantization_config(method)
-    class Settings(QuantizationConfigMixin):
-        def __init__(self, group_size: int = BLOCK, given: bool = False):
-            self.quant_method, self.group_size, self.given = method, group_size, given
-
-    class Quantize(ConversionOps):
-        def convert(self, input_dict: dict[str, Any], model: Any = None, **more: Any) -> dict[str, Tensor]:  # type: ignore[override]
-            ((name, value),) = input_dict.items()
-            value = value[0] if isinstance(value, list) else value
-            prefix = name.removesuffix("weight")
-            layer = model.get_submodule(prefix.removesuffix("."))
-            parts = quantize(value.T if layer.transposed else value, layer.group_size)
-            return {f"{prefix}{key}": part for key, part in zip(("weight", "d", "m"), parts, strict=True)}
-
-    @register_quantizer(method)
-    class Quantizer(HfQuantizer):
-        def _process_model_before_weight_loading(self, model: Any, **more: Any) -> Any:
-            settings: Any = self.quantization_config
-            size = settings.group_size
-            kept = self.get_modules_to_not_convert(model, None, model._keep_in_fp32_modules)  # as for NF4
-            for name, layer in list(model.named_modules()):
-                transposed = isinstance(layer, Conv1D)
-                if not should_convert_module(name, kept) or not (transposed or type(layer) is nn.Linear):
-                    continue
-                inputs, outputs = layer.weight.shape if transposed else layer.weight.shape[::-1]
-                if inputs % size == 0:
-                    with torch.device("meta"):
-                        own = Int4Linear(inputs, outputs, layer.bias, size, transposed=transposed)
-                    model.set_submodule(name, own)
-            return model
-
-        def param_needs_quantization(self, model: Any, param_name: str, **more: Any) -> bool:
-            layer, _, name = param_name.rpartition(".")
-            settings: Any = self.quantization_config
-            return not settings.given and name == "weight" and isinstance(model.get_submodule(layer), Int4Linear)
-
-        def get_quantize_ops(self) -> Any:
-            return Quantize()
-
-        def is_serializable(self) -> bool:
-            return False
-
-        @property
-        def is_trainable(self) -> bool:
-            return True
-
-    return Settings

@@ -12,9 +12,10 @@ from lora_cli.base.storage.bnb8 import Bnb8
 from lora_cli.base.storage.int4 import Int4
 from lora_cli.base.storage.kind import Storage
 from lora_cli.base.storage.plain import Plain
+from lora_cli.base.storage.q8_0 import AsInFile
 
-PLAIN, INT4 = Plain(), Int4()
-KINDS: tuple[Storage, ...] = (Bnb4(), Bnb8(), INT4, PLAIN)
+PLAIN, INT4, AS_IN_FILE = Plain(), Int4(), AsInFile()
+KINDS: tuple[Storage, ...] = (Bnb4(), Bnb8(), INT4, AS_IN_FILE, PLAIN)
 _BY_NAME = {kind.name: kind for kind in KINDS}
 
 
