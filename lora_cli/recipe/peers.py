@@ -45,7 +45,7 @@ ANOTHER_VALUE = {
     "dtype: bf16, fp16 or fp32": "torch_dtype bnb_4bit_compute_dtype mixed_precision precision",
     "quantization: nf4": "load_in_4bit bnb_4bit_quant_type",
     "quantization: int8": "load_in_8bit",
-    "quantization: nf4, int8, int4 or none": "quantization_bit quantization_method quantize quant_bits",
+    "quantization: nf4, int8, int4, gguf or none": "quantization_bit quantization_method quantize quant_bits",
     "train.patience: 3, with train.eval_every": "early_stopping_patience",
     "double_quantization: true": "bnb_4bit_use_double_quant use_double_quant",
     "adapter.target_modules: all-linear": "lora_target_linear",

@@ -328,8 +328,8 @@ class Recipe(Section):
     """One run of `lora train`."""
 
     base_model: str = Field(min_length=1)
-    """Hub id, a local folder with config.json and safetensors weights, or a GGUF file (with quantization: int4 in Q4_1
-    or Q4_0, whose blocks are kept; with none any)."""
+    """Hub id, a local folder with config.json and safetensors weights, or a GGUF file (with quantization: gguf or int4
+    its blocks are kept; with none its numbers)."""
     revision: str | None = None
     """Hub branch, tag or commit of the base model. null: main."""
     tokenizer: str | None = Field(None, min_length=1)
@@ -338,7 +338,7 @@ class Recipe(Section):
     """Run Python code that the model's repository ships."""
     quantization: Quantization = DEFAULT
     """How the frozen base is held: 4-bit NF4 (Dettmers et al. 2023, section 3), 8-bit, int4 (4-bit in groups with a
-    scale and an offset, as GGUF's Q4_1), or as it is."""
+    scale and an offset, as GGUF's Q4_1), gguf (the blocks of a GGUF file, in Q8_0, Q4_1 and Q4_0), or as it is."""
     group_size: Literal[32, 64, 128] = 32
     """int4 only: weights that share a scale and an offset, which take 32 bits: 5, 4.5 or 4.25 bits a weight."""
     double_quantization: bool = True
