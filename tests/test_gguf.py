@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import math
 import random
+import struct
 from collections import Counter
 from pathlib import Path
 from typing import Any
@@ -20,6 +21,7 @@ from safetensors.torch import load_file
 from lora_cli import ending
 from lora_cli.adapters.opened import open_model
 from lora_cli.base import gguf as own
+from lora_cli.base.gguf_header import read_header
 from lora_cli.base.linear import dense_weight, held_bytes, is_linear
 from lora_cli.base.load import load_model, load_tokenizer
 from lora_cli.base.source import find_base
@@ -356,10 +358,10 @@ def test_damaged_files_are_refused_in_words(files: Any, tmp_path: Path):
     def opened(data: bytes) -> str:
         path.write_bytes(data)
         try:
-            own._read_header(path)
+            read_header(path)
         except (ValueError, KeyError, OverflowError, LoraError) as error:
             return str(error)
-        except own.struct.error as error:  # it goes on beyond the end
+        except struct.error as error:  # it goes on beyond the end
             return str(error)
         return ""
 

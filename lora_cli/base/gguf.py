@@ -1,20 +1,16 @@
 """A GGUF file as a base model: its configuration, its tokenizer, and its tensors under Hugging Face's names.
 
-The file is a stranger's: its header is read here first, within bounds, because the readers of gguf and transformers
-believe every number in it. Configuration and tokenizer are then transformers' own reading, put into a folder of this
-process, which the rest of the program takes for the model's.
+The file is a stranger's: its header is read first, within bounds (gguf_header.py). Configuration and tokenizer are then
+transformers' own reading, put into a folder of this process, which the rest of the program takes for the model's.
 """
 
 from __future__ import annotations
 
 import copy
-import mmap
-import struct
 from collections import Counter
 from collections.abc import Callable
 from dataclasses import dataclass
 from functools import cache
-from math import prod
 from pathlib import Path
 from typing import Any, ClassVar
 
@@ -22,8 +18,8 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from lora_cli import limits
 from lora_cli.base.bounds import require_modest_config
+from lora_cli.base.gguf_header import AGAIN, Header, library, read_header
 from lora_cli.base.storage.blocks import BLOCK, settings_class
 from lora_cli.base.storage.int4 import of_q4_0, of_q4_1
 from lora_cli.base.storage.kind import Storage
@@ -32,9 +28,8 @@ from lora_cli.base.storage.registry import AS_IN_FILE, INT4, PLAIN
 from lora_cli.base.tensor_files import read_bytes
 from lora_cli.base.weight_files import StoredTensor, stand_for
 from lora_cli.ending import make_temporary
-from lora_cli.errors import LoraError, command, reading, refuse_if
+from lora_cli.errors import LoraError, reading, refuse_if
 from lora_cli.files import require_regular
-from lora_cli.limits import LimitReached
 
 # Whose rows, names and numbers were compared with the original model's (tests/test_gguf.py). Others read as well with
 # transformers, but order or shift weights in ways that were not.
@@ -50,10 +45,7 @@ KEPT: dict[str, tuple[Storage, Callable[[Tensor], tuple[Tensor, ...]]]] = {
     "Q8_0": (AS_IN_FILE, of_q8_0),
 }
 _DENSE = ("F32", "F16", "BF16")
-_SCALARS = {0: "B", 1: "b", 2: "H", 3: "h", 4: "I", 5: "i", 6: "f", 7: "?", 10: "Q", 11: "q", 12: "d"}
-_TEXT, _ARRAY = 8, 9
 _TOKENIZERS = ("gpt2", "llama")  # byte pairs and sentencepiece
-_AGAIN = "download the file again, or use the model it was made from: a folder or hub id with safetensors"
 
 
 @dataclass(frozen=True)
@@ -67,7 +59,7 @@ class GgufTensor(StoredTensor):
 
     def read(self) -> Tensor:
         """The numbers that its blocks encode, in fp32."""
-        gguf = _library()
+        gguf = library()
         raw = np.frombuffer(read_bytes(self), np.uint8).reshape(*self.shape[:-1], -1)
         values = gguf.dequantize(raw, gguf.GGMLQuantizationType[self.dtype])
         return torch.from_numpy(np.array(self.place(values.reshape(self.shape)), np.float32))
@@ -120,9 +112,9 @@ def open_gguf(file: Path, tokenizer: str | None) -> GgufFile:
 
 @cache  # a command asks several times; the folder goes when the process ends
 def _opened(file: Path, tokenizer: Path | None, *_: int) -> GgufFile:
-    _library()
-    with reading("the GGUF file is damaged or incomplete", file, _AGAIN):
-        header = _read_header(file)
+    library()
+    with reading("the GGUF file is damaged or incomplete", file, AGAIN):
+        header = read_header(file)
     known = header.scalars.get("general.architecture")
     if known not in ARCHITECTURES:
         what = (
@@ -133,7 +125,7 @@ def _opened(file: Path, tokenizer: Path | None, *_: int) -> GgufFile:
     folder = make_temporary() / file.name
     folder.mkdir()
     notes: list[str] = []
-    with reading("the GGUF file's model cannot be read", file, _AGAIN):
+    with reading("the GGUF file's model cannot be read", file, AGAIN):
         config = _config(header, file, folder)
         tensors, linear = _placed(header, file, config)
     if tokenizer is not None:
@@ -147,124 +139,25 @@ def _opened(file: Path, tokenizer: Path | None, *_: int) -> GgufFile:
     return GgufFile(folder, tensors, linear, tuple(notes))
 
 
-def _library() -> Any:
-    try:
-        import gguf
-    except ImportError:
-        own = "or install this program with its extra: pip install '.[gguf]'"
-        fix = f"{command('pip', 'install', 'gguf==0.19.0')}, {own}"
-        raise LoraError("a GGUF file needs gguf, which is not installed", fix=fix) from None
-    return gguf
-
-
-# ── the header ──────────────────────────────────────────────────────────────────────────────────────────────────
-
-
-@dataclass
-class _Header:
-    """scalars: values that are not lists; of lists, how long they are. tensors: (type, shape, first byte, bytes)."""
-
-    scalars: dict[str, Any]
-    lengths: dict[str, int]
-    tensors: dict[str, tuple[str, tuple[int, ...], int, int]]
-
-
-class _Parts:
-    """Reads a header from its start. struct.error where it goes on beyond the end."""
-
-    def __init__(self, data: Any):
-        self.data, self.at, self.items = data, 0, 0
-
-    def take(self, form: str) -> tuple[Any, ...]:
-        found = struct.unpack_from(f"<{form}", self.data, self.at)
-        self.at += struct.calcsize(f"<{form}")
-        if self.at > limits.GGUF_HEADER_BYTES:
-            raise LimitReached(f"its header is longer than {limits.GGUF_HEADER_BYTES:,} bytes", fix=_AGAIN)
-        return found
-
-    def text(self) -> str:
-        (length,) = self.take("Q")
-        return self.take(f"{min(length, len(self.data))}s")[0].decode("utf-8")
-
-    def value(self, kind: int) -> Any:
-        """A scalar or a text; of a list, its length."""
-        if kind == _TEXT:
-            return self.text()
-        if kind in _SCALARS:
-            return self.take(_SCALARS[kind])[0]
-        if kind != _ARRAY:
-            raise ValueError(f"a value of the unknown kind {kind}")
-        of, count = self.take("IQ")
-        self.items += count
-        if self.items > limits.GGUF_ITEMS:
-            raise LimitReached(f"its lists have more than {limits.GGUF_ITEMS:,} items", fix=_AGAIN)
-        if of == _TEXT:
-            for _ in range(count):
-                self.text()
-        else:
-            self.take(f"{count}{_SCALARS[of]}")
-        return range(count)
-
-
-def _read_header(file: Path) -> _Header:
-    """What the file says of itself, each number held against the file's size."""
-    gguf = _library()
-    with file.open("rb") as stream, mmap.mmap(stream.fileno(), 0, access=mmap.ACCESS_READ) as data:
-        parts = _Parts(data)
-        magic, version, count, values = parts.take("4sIQQ")
-        if magic != b"GGUF" or version not in (2, 3):
-            raise ValueError("it does not begin as GGUF of version 2 or 3 does (little-endian)")
-        found: dict[str, Any] = {}
-        for _ in range(values):
-            name = parts.text()
-            if name in found:
-                raise ValueError(f"{name} is said twice")
-            found[name] = parts.value(parts.take("I")[0])
-        infos: dict[str, tuple[Any, tuple[int, ...], int]] = {}
-        for _ in range(count):
-            name, dims = parts.text(), parts.take("I")[0]
-            if name in infos or not 1 <= dims <= 4:
-                raise ValueError(f"{name[:80]!r} is there twice, or has {dims} dimensions")
-            shape = parts.take(f"{dims}Q")[::-1]
-            of, offset = parts.take("IQ")
-            infos[name] = (gguf.GGMLQuantizationType(of), shape, offset)
-        align = found.get("general.alignment", 32)
-        if not isinstance(align, int) or not 0 < align <= 2**16:
-            raise ValueError(f"its alignment is {align}")
-        start, tensors = -(-parts.at // align) * align, {}
-        for name, (of, shape, offset) in infos.items():
-            block, size = gguf.GGML_QUANT_SIZES[of]
-            if shape[-1] % block or not 0 < prod(shape) <= limits.GGUF_NUMBERS:
-                raise ValueError(f"{name[:80]} is {' × '.join(map(str, shape))} numbers in blocks of {block}")
-            tensors[name] = (of.name, shape, start + offset, prod(shape) // block * size)
-        ends = [start]
-        for name, (_, _, first, size) in sorted(tensors.items(), key=lambda each: each[1][2]):
-            if first < ends[-1] or first + size > len(data):
-                raise ValueError(f"{name[:80]} ends beyond the end of the file, or overlaps another tensor")
-            ends.append(first + size)
-    lists = {name: len(value) for name, value in found.items() if isinstance(value, range)}
-    return _Header({name: value for name, value in found.items() if name not in lists}, lists, tensors)
-
-
 # ── the model ───────────────────────────────────────────────────────────────────────────────────────────────────
 
 
-def _config(header: _Header, file: Path, folder: Path) -> Any:
+def _config(header: Header, file: Path, folder: Path) -> Any:
     """transformers' configuration of what the file says, also as config.json. Its reader sees a file of scalars alone,
     because it takes seconds for the words of a tokenizer."""
     from transformers import AutoConfig
     from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING
 
-    gguf, architecture = _library(), header.scalars["general.architecture"]
+    gguf, architecture = library(), header.scalars["general.architecture"]
     scaling = header.scalars.get(f"{architecture}.rope.scaling.type", "none")
     if scaling != "none":  # transformers leaves it out
         raise LoraError(
-            f"its positions are scaled ({str(scaling)[:40]}), which is not read from GGUF", where=file, fix=_AGAIN
+            f"its positions are scaled ({str(scaling)[:40]}), which is not read from GGUF", where=file, fix=AGAIN
         )
     named = [*header.scalars.items(), *header.lengths.items()]
     for name in (name for name, value in named if value and name.startswith(f"{architecture}.")):
         known = name.removeprefix(f"{architecture}.") in _READ or name.endswith(".rope.scaling.type")
-        refuse_if(not known, f"it says {name[:80]}, which is not read from GGUF", where=file, fix=_AGAIN)
+        refuse_if(not known, f"it says {name[:80]}, which is not read from GGUF", where=file, fix=AGAIN)
     short = folder / "header.gguf"
     writer = gguf.GGUFWriter(short, architecture)
     for name, value in header.scalars.items():
@@ -283,7 +176,7 @@ def _config(header: _Header, file: Path, folder: Path) -> Any:
             given.get(name, config.head_dim) != config.head_dim,
             f"its {name} is {given.get(name)}, not that of a head ({config.head_dim}), which is not read from GGUF",
             where=file,
-            fix=_AGAIN,
+            fix=AGAIN,
         )
     if (scaled := header.tensors.get(_ROPE)) is not None:
         _set_llama_3_positions(config, scaled, file)
@@ -313,21 +206,21 @@ def _set_llama_3_positions(config: Any, of: tuple[str, tuple[int, ...], int, int
     own = frequencies / ROPE_INIT_FUNCTIONS["llama3"](config, torch.device("cpu"))[0]
     same = kind == "F32" and own.shape == factors.shape and np.allclose(own.numpy(), factors, rtol=1e-5)
     what = f"its positions are scaled ({_ROPE}) in another way than those of Llama 3, which is not read from GGUF"
-    refuse_if(not same, what, where=file, fix=_AGAIN)
+    refuse_if(not same, what, where=file, fix=AGAIN)
 
 
 _ROPE = "rope_freqs.weight"
 _IDS = {f"tokenizer.ggml.{name}_token_id" for name in ("bos", "eos", "unknown", "padding")}
 
 
-def _placed(header: _Header, file: Path, config: Any) -> tuple[dict[str, StoredTensor], dict[str, str]]:
+def _placed(header: Header, file: Path, config: Any) -> tuple[dict[str, StoredTensor], dict[str, str]]:
     """The tensors by Hugging Face's names, and the types of linear layers. Raises LoraError for one without a name."""
     from transformers import AutoModelForCausalLM
     from transformers import modeling_gguf_pytorch_utils as theirs
 
     with torch.device("meta"):
         model: Any = AutoModelForCausalLM.from_config(copy.deepcopy(config))
-    gguf, architecture = _library(), header.scalars["general.architecture"]
+    gguf, architecture = library(), header.scalars["general.architecture"]
     kind = next(kind for kind, name in gguf.MODEL_ARCH_NAMES.items() if name == architecture)
     own, names = gguf.get_tensor_name_map(kind, config.num_hidden_layers), {}
     for name in model.state_dict():
@@ -354,7 +247,7 @@ def load_state(file: GgufFile, quantization: str, dtype: torch.dtype) -> tuple[d
     """What the model's parameters are loaded from, kept blocks and numbers in `dtype`; and the settings for that."""
     state: dict[str, Tensor] = {}
     kept = file.kept(quantization)
-    with reading("the GGUF file cannot be read", next(iter(file.tensors.values())).file, _AGAIN):
+    with reading("the GGUF file cannot be read", next(iter(file.tensors.values())).file, AGAIN):
         for name, tensor in file.tensors.items():
             if name in kept:
                 parts = zip(("weight", "d", "m"), tensor.blocks(), strict=False)  # type: ignore[attr-defined]
@@ -405,7 +298,7 @@ def _copy_tokenizer(source: Path, folder: Path) -> None:
         AutoTokenizer.from_pretrained(source, local_files_only=True).save_pretrained(folder)
 
 
-def _write_tokenizer(header: _Header, file: Path, folder: Path) -> list[str]:
+def _write_tokenizer(header: Header, file: Path, folder: Path) -> list[str]:
     """As transformers makes it of the file. What is known of its faithfulness, for a person."""
     from transformers import PreTrainedTokenizerFast
 
