@@ -13,6 +13,7 @@ from torch import Tensor, nn
 from lora_cli.base.storage.kind import DequantizedProduct, whole
 
 BLOCK = 32  # weights
+LAYERS: dict[str, Any] = {}  # classes of layers by the name of their kind, which each puts here
 
 
 class BlockLinear(nn.Module):
@@ -35,6 +36,10 @@ class BlockLinear(nn.Module):
     @abstractmethod
     def dequantized(*parts: Tensor) -> Tensor:
         """(out_features, in_features) in fp32, bit for bit what llama.cpp reads in the blocks."""
+
+    def quantized(self, weight: Tensor) -> tuple[Tensor, ...]:
+        """The parts of a weight as the checkpoint stores it. Asked only of a kind that has `load_settings`."""
+        raise AssertionError("no weight is quantized so")
 
     @property
     def group_size(self) -> int:
@@ -62,7 +67,7 @@ def settings_class() -> Any:
     """What makes transformers build such layers, as it does for bitsandbytes.
 
     Of `kinds`, by the layers' names, the parts themselves are loaded; without it every linear layer with whole groups
-    is int4, and each weight is quantized as it is read.
+    is of `kind`, and each weight is quantized as it is read.
     """
     from transformers.core_model_loading import ConversionOps
     from transformers.pytorch_utils import Conv1D
@@ -70,16 +75,12 @@ def settings_class() -> Any:
     from transformers.quantizers.quantizers_utils import should_convert_module
     from transformers.utils.quantization_config import QuantizationConfigMixin
 
-    from lora_cli.base.storage.int4 import Int4, Int4Linear, quantize
-    from lora_cli.base.storage.q8_0 import AsInFile, Q8Linear
-
     method: Any = "lora_blocks"
-    layers = {Int4.name: Int4Linear, AsInFile.name: Q8Linear}
 
     @register_quantization_config(method)
     class Settings(QuantizationConfigMixin):
-        def __init__(self, group_size: int = BLOCK, kinds: Mapping[str, str] | None = None):
-            self.quant_method, self.group_size, self.kinds = method, group_size, kinds
+        def __init__(self, kind: str = "", group_size: int = BLOCK, kinds: Mapping[str, str] | None = None):
+            self.quant_method, self.kind, self.group_size, self.kinds = method, kind, group_size, kinds
 
     class Quantize(ConversionOps):
         def convert(self, input_dict: dict[str, Any], model: Any = None, **more: Any) -> dict[str, Tensor]:  # type: ignore[override]
@@ -87,8 +88,7 @@ def settings_class() -> Any:
             value = value[0] if isinstance(value, list) else value
             prefix = name.removesuffix("weight")
             layer = model.get_submodule(prefix.removesuffix("."))
-            parts = quantize(value.T if layer.transposed else value, layer.group_size)
-            return {f"{prefix}{key}": part for key, part in zip(layer.names, parts, strict=True)}
+            return {f"{prefix}{key}": part for key, part in zip(layer.names, layer.quantized(value), strict=True)}
 
     @register_quantizer(method)
     class Quantizer(HfQuantizer):
@@ -103,9 +103,9 @@ def settings_class() -> Any:
                 inputs, outputs = layer.weight.shape if transposed else layer.weight.shape[::-1]
                 with torch.device("meta"):
                     if kinds is not None and name in kinds:
-                        own: Any = layers[kinds[name]](inputs, outputs, layer.bias)
+                        own = LAYERS[kinds[name]](inputs, outputs, layer.bias)
                     elif kinds is None and should_convert_module(name, kept) and inputs % size == 0:
-                        own = Int4Linear(inputs, outputs, layer.bias, size, transposed=transposed)
+                        own = LAYERS[settings.kind](inputs, outputs, layer.bias, size, transposed=transposed)
                     else:
                         continue
                 model.set_submodule(name, own)
@@ -114,7 +114,7 @@ def settings_class() -> Any:
         def param_needs_quantization(self, model: Any, param_name: str, **more: Any) -> bool:
             layer, _, name = param_name.rpartition(".")
             settings: Any = self.quantization_config
-            return settings.kinds is None and name == "weight" and isinstance(model.get_submodule(layer), Int4Linear)
+            return settings.kinds is None and name == "weight" and isinstance(model.get_submodule(layer), BlockLinear)
 
         def get_quantize_ops(self) -> Any:
             return Quantize()

@@ -12,7 +12,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from lora_cli.base.storage.blocks import BLOCK, BlockLinear, dense_of, settings_class
+from lora_cli.base.storage.blocks import BLOCK, LAYERS, BlockLinear, dense_of, settings_class
 from lora_cli.base.storage.kind import Storage
 from lora_cli.errors import LoraError
 
@@ -45,7 +45,7 @@ class Int4(Storage):
         return in_features % BLOCK == 0
 
     def load_settings(self, dtype: torch.dtype, double: bool, group_size: int = BLOCK) -> Any:
-        return settings_class()(group_size)
+        return settings_class()(self.name, group_size)
 
     def dense_stored(self, weight: Tensor, beside: Mapping[str, Tensor]) -> Tensor:
         raise AssertionError("no checkpoint stores weights so")
@@ -85,6 +85,12 @@ class Int4Linear(BlockLinear):
     @staticmethod
     def dequantized(*parts: Tensor) -> Tensor:
         return dequantize(*parts)
+
+    def quantized(self, weight: Tensor) -> tuple[Tensor, ...]:
+        return quantize(weight.T if self.transposed else weight, self.group_size)
+
+
+LAYERS[Int4.name] = Int4Linear
 
 
 def dequantize(packed: Tensor, d: Tensor, m: Tensor) -> Tensor:

@@ -11,7 +11,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from lora_cli.base.storage.blocks import BLOCK, BlockLinear, dense_of
+from lora_cli.base.storage.blocks import BLOCK, LAYERS, BlockLinear, dense_of
 from lora_cli.base.storage.kind import Storage
 from lora_cli.errors import LoraError
 
@@ -26,7 +26,7 @@ class AsInFile(Storage):
         return dense_of(layer)
 
     def prepare(self, layer: Any) -> None:
-        """Raises LoraError for a scale that is no number."""
+        """Raises LoraError for a scale that is NaN or infinity."""
         if not bool(layer.d.isfinite().all()):
             what = "a scale in the GGUF file's Q8_0 blocks is NaN or infinity"
             raise LoraError(what, fix="download the file again, or use another")
@@ -58,6 +58,9 @@ class Q8Linear(BlockLinear):
     def dequantized(*parts: Tensor) -> Tensor:
         q, d = parts
         return (q.float().view(len(q), -1, BLOCK) * d.float().unsqueeze(-1)).view(len(q), -1)
+
+
+LAYERS[AsInFile.name] = Q8Linear
 
 
 def of_q8_0(blocks: Tensor) -> tuple[Tensor, Tensor]:
