@@ -129,6 +129,20 @@ def test_mixed_ranks_and_targets_share_what_they_share(tiny_llama: Path, tmp_pat
     assert "the output already exists" in lora("analyze", *adapters, "--output", place).error
 
 
+def test_adapters_of_one_name_and_one_called_random_are_told_apart(tiny_llama: Path, tmp_path: Path, lora: Any):
+    places = [tmp_path / "1" / "random", tmp_path / "2" / "random", tmp_path / "3" / "random (1)"]
+    for place in places:
+        place.parent.mkdir()
+        save(with_adapter(open_base(tiny_llama), ["q_proj"]), place, tiny_llama)
+    said = json.loads(lora("analyze", *places, "--json").out)
+    assert len(set(said["adapters"])) == len(said["amplification"]) == 3
+    assert len(said["similarity"]) == 3
+    for pair in said["similarity"]:
+        assert pair["layers"][0]["update_all"] == pytest.approx(1)  # the same adapter, and nothing drawn at random
+    alone = json.loads(lora("analyze", places[0], "--json").out)
+    assert alone["similarity"][0]["layers"][0]["update_all"] < 1
+
+
 def test_one_adapter_is_compared_with_a_random_one(tiny_llama: Path, tmp_path: Path, lora: Any):
     folder = save(with_adapter(open_base(tiny_llama), "all-linear"), tmp_path / "<b>one", tiny_llama)
     said = lora("analyze", folder, "--output", tmp_path / "analysis")

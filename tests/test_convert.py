@@ -249,3 +249,28 @@ def test_mlx_lm_computes_the_same(kind: str, patterns: Any, tiny_llama: Path, tm
         right = model(input_ids=torch.arange(3, 19)[None]).logits
     assert (said["base"] - right).abs().max() > 0.05
     assert_close(said["adapter"], right, rtol=0, atol=1e-3)
+
+
+def test_layers_without_effect_are_no_scale_of_the_others(tiny_llama: Path, tmp_path: Path, lora: Any):
+    settings = {"target_modules": ["q_proj", "k_proj"], "layers_to_transform": None}
+    folder = theirs(tiny_llama, tmp_path / "zero", **settings)
+    config = json.loads((folder / "adapter_config.json").read_text())
+    pattern = {"alpha_pattern": {"q_proj": 0, "model.layers.0.self_attn.k_proj": 0}}
+    (folder / "adapter_config.json").write_text(json.dumps(config | pattern))
+    said = lora("convert", folder, "--to", "mlx", "--output", tmp_path / "mlx")
+    assert said.code == 0, said.text
+    assert lora("convert", tmp_path / "mlx", "--to", "peft", "--output", tmp_path / "back").code == 0
+    one, other = updates(folder), updates(tmp_path / "back")
+    assert sum(bool(each.any()) for each in one.values()) == 1
+    for name, update in one.items():
+        assert_close(other[name], update)
+
+
+def test_fp8_is_written_as_bf16_that_holds_it(adapter: Path, tmp_path: Path, lora: Any):
+    path = adapter / "adapter_model.safetensors"
+    small = {name: each.to(torch.float8_e4m3fn) for name, each in load_file(path).items()}
+    save_file(small, path, {"format": "pt"})
+    said = lora("convert", adapter, "--to", "peft", "--output", tmp_path / "back")
+    assert said.code == 0, said.text
+    for name, each in load_file(tmp_path / "back" / path.name).items():
+        assert torch.equal(each, small[name].bfloat16())

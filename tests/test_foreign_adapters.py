@@ -232,6 +232,22 @@ def test_two_adapters_in_one_file_are_refused(tiny_llama, tmp_path):
     assert "more than one adapter: one, two" in refusal(lambda: read_adapter(tmp_path / "theirs")).what
 
 
+def test_the_same_tensor_twice_is_not_called_several_adapters(tiny_llama, tmp_path):
+    theirs(tiny_llama, tmp_path / "theirs", target_modules=["q_proj"])
+    rewrite(tmp_path / "theirs", lambda tensors: tensors | {f"module.{key}": each for key, each in tensors.items()})
+    assert "is in the file twice" in refusal(lambda: read_adapter(tmp_path / "theirs")).what
+
+
+def test_a_use_of_a_newer_peft_is_not_read_past(tiny_llama, tmp_path):
+    theirs(tiny_llama, tmp_path / "theirs", target_modules=["q_proj"])
+    path = tmp_path / "theirs" / "adapter_config.json"
+    config = json.loads(path.read_text())
+    path.write_text(json.dumps(config | {"use_new": False}))
+    read_adapter(path.parent)
+    path.write_text(json.dumps(config | {"use_new": True}))
+    assert refusal(lambda: read_adapter(path.parent)).details == ["use_new: True"]
+
+
 def test_a_lookahead_in_target_modules_means_what_it_means_to_peft(tiny_llama, tmp_path):
     """PEFT matches the whole name; with a prefix before it the lookahead could be stepped over."""
     pattern = r"(?!.*layers\.0\.).*\.(q|v)_proj"

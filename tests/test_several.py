@@ -137,6 +137,10 @@ def test_each_row_of_a_file_is_answered_as_lora_generate_answers_it_alone(adapte
         assert [each["completion"] for each in found] == [each["completion"] for each in alone[:5]]
         assert [each["adapter"] for each in found] == [row["adapter"] for row in rows[:5]]
         assert [each["new_tokens"] for each in found] == [each["new_tokens"] for each in alone[:5]]
+    numbers = json.loads(lora("generate", tiny_llama, "[1, 2]", *options).out)["completion"]
+    file = write_rows(tmp_path / "rows.jsonl", [{"prompt": "[1, 2]"}])  # JSON, and a text all the same
+    said = lora("generate", "--model", tiny_llama, "--adapters", file, *options)
+    assert json.loads(said.out)[0]["completion"] == numbers
     chat = write_rows(tmp_path / "rows.jsonl", rows[5:])
     (found,) = json.loads(lora("generate", "--model", tiny_llama, "--adapters", chat, "--template", *options).out)
     assert (found["prompt"], found["completion"]) == ("two", alone[5]["completion"])
@@ -203,7 +207,7 @@ def test_adapters_that_do_not_agree_on_their_base_are_refused(adapters, tiny_lla
     assert "different base models" in refusal(lambda: opening(None, files)).what
 
 
-def test_adapters_are_scored_on_the_same_tokens_with_paired_intervals(adapters, lora, tmp_path):
+def test_adapters_are_scored_on_the_same_tokens_with_paired_intervals(adapters, lora, tmp_path, monkeypatch):
     data = write_rows(tmp_path / "rows.jsonl", [{"text": f"one {n} question answer two {n * n}"} for n in range(6)])
     names = [str(adapters[name]) for name in ("wide", "stable", "plain")]
     words = [word for name in names for word in ("--adapter", name)]
@@ -226,6 +230,12 @@ def test_adapters_are_scored_on_the_same_tokens_with_paired_intervals(adapters, 
     assert table.count("nats a token better than") == 3
     assert f"{best} is" in table
     assert "no validation data" in lora("eval", *words).text
+    monkeypatch.chdir(tmp_path)  # an adapter may be called as the table calls the base, and be worse than it
+    shutil.copytree(names[0], "base")
+    table = lora("eval", "--adapter", "base", "--adapter", names[1], "--data", data, "--dtype", "fp32").out
+    for loss in (found["base"]["loss"], found["adapters"][names[0]]["loss"]):
+        assert f"{loss:.4f}" in table
+    assert [found["adapters"][best]["gain"] > 0] == ["worse than the base" not in " ".join(table.split())]
     assert "named twice" in lora("eval", *words, "--adapter", names[0], "--data", data).text
 
 
@@ -236,6 +246,9 @@ def test_runs_are_compared_on_the_validation_data_of_the_first(run_recipe, lora,
     alone = json.loads(lora("eval", run, "--json").out)
     assert found["adapters"][str(run)]["loss"] == pytest.approx(alone["adapter"]["loss"], abs=1e-5)
     assert found["base"]["target_tokens"] == alone["base"]["target_tokens"]
+    stored = other / "recipe.yaml"
+    stored.write_text(stored.read_text().replace("seed: 0", "seed: 1"))  # which draws other rows
+    assert "may have been trained on those of the first" in lora("eval", "--adapter", run, "--adapter", other).error
 
 
 def test_qa_lora_lies_beside_others_on_int4(run_recipe, tiny_llama, tmp_path):

@@ -252,6 +252,16 @@ def test_another_adapter_answers_in_the_same_conversation_and_is_read_once(taugh
     assert talk(tiny_llama, f"/adapter {one}", "one").out.splitlines()[0] == said.out.splitlines()[0]
 
 
+def test_an_adapter_that_is_named_again_has_its_effect_once(taught, tiny_llama, talk, monkeypatch, tmp_path):
+    shutil.copytree(taught("template"), tmp_path / "one")
+    shutil.copytree(tmp_path / "one", tmp_path / "there" / "one")
+    monkeypatch.chdir(tmp_path)
+    said = talk(tiny_llama, "/adapter one", "one", "/adapter there/one", "/adapter one", "/again", "/adapter")
+    assert said.out.splitlines()[0] == said.out.splitlines()[1]
+    assert said.text.count("* one") == 1
+    assert said.text.count("  there/one") == 1
+
+
 def test_ctrl_c_ends_the_answer_and_not_the_conversation(taught, talk, monkeypatch, tmp_path):
     from lora_cli.evaluation import chat
 

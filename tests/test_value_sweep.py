@@ -9,6 +9,7 @@ import signal
 import subprocess
 import sys
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -23,8 +24,9 @@ from lora_cli.studies import halving, sweep_words
 from lora_cli.studies import sweep as sweeping
 from lora_cli.studies.halving import how_many
 from lora_cli.studies.sweep import Sweep, axes_of, sweep
-from lora_cli.studies.sweep_result import recommendation
+from lora_cli.studies.sweep_result import Point, recommendation
 from lora_cli.training.checkpoint import read_losses
+from lora_cli.training.run_folder import RunFolder
 from lora_cli.training.train import train
 
 ADAPTER = Path("adapter") / "adapter_model.safetensors"
@@ -111,6 +113,10 @@ def test_a_stopped_sweep_goes_on_where_it_stopped(recipe, tmp_path, monkeypatch)
     shutil.rmtree(tmp_path / "swept" / "rank-1" / "checkpoints")
     found = swept(recipe, tmp_path / "swept", "adapter.rank=1,2")
     assert [each["state"] for each in found["points"]] == ["failed", "done"], "a run without losses is not compared"
+    report = tmp_path / "swept" / "rank-2" / "report.json"
+    for damaged in ("[]", "{}", json.dumps({"trained_parameters": 0, "seconds": "long"})):
+        report.write_text(damaged)
+        assert swept(recipe, tmp_path / "swept", "adapter.rank=1,2")["recommended"] == "rank-2", damaged
 
 
 def test_a_point_that_fails_ends_neither_the_others_nor_silently(recipe_file, sums, tmp_path, lora):
@@ -215,6 +221,21 @@ def test_a_budget_stops_the_worse_points_and_they_can_go_on(recipe_file, tmp_pat
     assert_as_trained_alone(Path(found["points"][2]["folders"][0]), tmp_path / "alone")
 
 
+def test_notes_of_other_data_are_not_compared(tmp_path):
+    data = SimpleNamespace(data=SimpleNamespace(held_out=True))
+    points = [Point(name, {}, [data], [RunFolder(tmp_path / name)]) for name in ("one", "two", "three")]  # type: ignore[list-item]
+    targets = {"one": [1, 2], "two": [1, 2, 3], "three": [1, 2]}
+    runs = {
+        name: {"total": 4, "seconds": 1.0, "targets": own, "losses": {"1": [float(each) for each in own]}}
+        for name, own in targets.items()
+    }
+    compared = halving.rungs_of(points, halving.Notes.model_validate({"runs": runs}))
+    assert {name: len(found) for name, found in compared.items()} == {"one": 1, "two": 0, "three": 1}
+    for wrong in ({"targets": [0, 0]}, {"targets": [1, 2, 3]}):
+        with pytest.raises(ValueError, match="do not fit"):
+            halving.Notes.model_validate({"runs": {"one": runs["one"] | wrong}})
+
+
 def test_a_budget_that_suffices_stops_nothing_and_one_that_does_not_is_refused(recipe, tmp_path, lora):
     given = ("sweep", recipe, "--vary", "adapter.rank=1,2", "--output", tmp_path / "swept", "--budget")
     few = lora(*given, "1e-6")
@@ -316,5 +337,9 @@ def test_the_fewest_parameters_that_are_not_certainly_worse_are_recommended():
     points[1]["behind"]["low"] = 0.01
     assert _recommended(points, points[2]) is points[2]
     assert "the next, adapter.rank 4, is" in recommendation(points, points[2], points[2])
+    points[0]["trained_parameters"] = None  # of a damaged report
+    points[0]["behind"]["low"] = -0.01
+    assert _recommended(points, points[2]) is points[2]
+    recommendation(points, points[2], points[0])
     worse = [point(1, 1.95, 0.0, 0.0)]
     assert recommendation(worse, worse[0], worse[0]).startswith("No point is certainly better than the base")

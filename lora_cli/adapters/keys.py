@@ -47,6 +47,8 @@ def by_module(
             raise LoraError(what, where=str(path), fix=elsewhere)
         parts = tensors.setdefault(found["module"], {})
         names.add(found["adapter"])
+        if part in parts and len(names) == 1:
+            raise LoraError(f"{key} is in the file twice, once within a wrapper", where=str(path), fix=_AGAIN)
         if part in parts or len(names) > 1:
             what = f"the file holds more than one adapter: {', '.join(sorted(map(str, names)))}"
             fix = "save one of them alone with PEFT: model.save_pretrained(folder, selected_adapters=[name])"

@@ -9,12 +9,13 @@ import torch
 from torch import Tensor
 
 from lora_cli.adapters.file import AdapterFile
-from lora_cli.errors import LoraError
+from lora_cli.errors import LoraError, refuse_if
 
 Factors = tuple[Tensor, Tensor]  # A (rank, in) and B (out, rank)
 
 _A, _B = "lora_A.weight", "lora_B.weight"
 _SOUGHT = 64  # directions of an update that are looked at first
+_LARGEST_NORM = 1e18  # whose square fp32 holds
 
 
 def pairs_of(adapter: AdapterFile, *, fix: str) -> dict[str, Factors]:
@@ -105,8 +106,11 @@ def nearest(update: Tensor, rank: int | None, energy: float | None = None) -> tu
     """A and B of the `largest` directions of a dense (out, in) matrix, its norm, and that of what they lack.
 
     rank: how many, at most; energy: as few as hold that share of ‖ΔW‖², sought among twice as many each time.
+    Raises LoraError for numbers whose products are too large for fp32, or that are none.
     """
     norm = torch.linalg.vector_norm(update).item()
+    fix = "copy what it is made of again, or choose smaller weights"
+    refuse_if(not norm < _LARGEST_NORM, "an update is too large for fp32", fix=fix)
     most = min(rank or len(update), *update.shape)
     tried = most if energy is None else min(_SOUGHT, most)
     U, values, V = largest(update, tried)

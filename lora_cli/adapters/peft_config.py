@@ -20,6 +20,7 @@ TESTED_PEFT = "peft==0.21.2"  # as in constraints.txt
 _LOST = {"use_dora", "bias", "lora_bias", "modules_to_save", "target_parameters", "trainable_token_indices"}
 _LOST |= {"alora_invocation_tokens", "layer_replication", "megatron_config", "use_qalora", "use_bdlora"}
 _LOST |= {"arrow_config", "kasa_config", "monteclora_config"}
+_KNOWN_USES = {"use_rslora"}
 OFF = (None, False, "none", [], {})
 # Starts of PEFT that also change the base's weights; the adapter means nothing on the base as it was.
 _CHANGED_BASE = ("pissa", "olora", "corda", "loftq", "lora_ga")
@@ -72,7 +73,8 @@ def changed_base(config: Mapping[str, Any]) -> str:
 def read_config(folder: Path) -> dict[str, Any]:
     """Raises LoraError for a file that is damaged, or that describes what this program cannot compute."""
     config, path = stored_config(folder), folder / CONFIG
-    lost = [f"{key}: {config[key]}" for key in sorted(_LOST - COMPUTED) if config.get(key) not in OFF]
+    unknown = {key for key in config if key.startswith("use_") and key not in _KNOWN_USES}  # of a newer PEFT
+    lost = [f"{key}: {config[key]}" for key in sorted((_LOST | unknown) - COMPUTED) if config.get(key) not in OFF]
     if start := changed_base(config):
         lost.append(f"{start}, which changes the base model's weights")
     if lost:

@@ -146,7 +146,9 @@ class _Conversation:
             print_note("the base model alone answers")
             return
         before = speaker.prompting
-        found = [each for each in speaker.prompted if name in (each, Path(each).name)]
+        found = [each for each in speaker.prompted if name == each] or [
+            each for each in speaker.prompted if name == Path(each).name
+        ]
         if len(found) == 1:
             speaker.use(found[0])
         else:

@@ -59,6 +59,8 @@ def evaluate_several(
     recipe = _recipe([named for named, _ in found.values()])
     if data is None and (recipe is None or recipe.data.validation is None):
         raise LoraError("the first run has no validation data, or none is named", fix="name a file with --data")
+    if data is None and recipe is not None:
+        _require_same_split(recipe, [named.run for named, _ in found.values() if named.run is not None])
     if recipe is not None and opening.get("dtype") == "auto":
         opening["dtype"] = recipe.dtype  # as `lora eval RUN` computes
     opened = open_base(base, [stored for _, stored in found.values()], **opening)
@@ -92,15 +94,29 @@ def _recipe(named: Sequence[Named]) -> Recipe | None:
     return None if run is None else load_recipe(run / "recipe.yaml")
 
 
+def _require_same_split(recipe: Recipe, runs: Sequence[Path]) -> None:
+    """Raises LoraError for a run that may have seen what the first holds out: a fraction is drawn by the seed."""
+
+    def split(own: Recipe) -> Any:
+        return own.data.model_copy(update={"cache": None}), own.train.seed
+
+    for run in () if recipe.data.held_out else runs:
+        if split(load_recipe(run / "recipe.yaml")) != split(recipe):
+            what = "this run holds other rows out than the first, so it may have been trained on those of the first"
+            raise LoraError(what, where=run, fix="name rows that none was trained on: --data FILE")
+
+
 def print_compared(compared: Compared, console: Console) -> None:
     """A table, and each adapter beside the best of them."""
-    console.print(score_table({"base": compared.base, **compared.scores}))
+    console.print(score_table([("base", compared.base), *compared.scores.items()]))
     best = min(compared.scores, key=lambda name: compared.scores[name].loss)
-    others = {name: score for name, score in compared.scores.items() if name != best}
-    for name, score in {"the base": compared.base, **others}.items():
-        gain = compared.scores[best].gain_over(score)
-        text = f"{best} is {gain.gain:.4f} nats a token better than {name}"
+    others = [each for each in compared.scores.items() if each[0] != best]
+    for name, score in [("the base", compared.base), *others]:
+        word, gain = "better", compared.scores[best].gain_over(score)
+        if gain.gain < 0:
+            word, gain = "worse", score.gain_over(compared.scores[best])
+        text = f"{best} is {gain.gain:.4f} nats a token {word} than {name}"
         if gain.low is not None and gain.high is not None:
-            sure = "" if gain.low > 0 else ": not surely better"
+            sure = "" if gain.low > 0 else f": not surely {word}"
             text += f"; 95 % interval {gain.low:+.4f} to {gain.high:+.4f}{sure}"
         console.print(text, markup=False)

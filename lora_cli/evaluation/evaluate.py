@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -112,7 +112,7 @@ def as_dict(scores: dict[str, Score]) -> dict[str, Any]:
 
 
 def print_scores(scores: dict[str, Score], console: Console) -> None:
-    console.print(score_table(scores if "adapter" in scores else {"model": scores["base"]}))
+    console.print(score_table(scores.items() if "adapter" in scores else [("model", scores["base"])]))
     if "adapter" in scores:
         base, adapter = scores["base"], scores["adapter"]
         change, gain = 1 - adapter.perplexity / base.perplexity, adapter.gain_over(base)
@@ -121,11 +121,11 @@ def print_scores(scores: dict[str, Score], console: Console) -> None:
             console.print(f"{gain.gain:.4f} nats a token better; 95 % interval {gain.low:.4f} to {gain.high:.4f}")
 
 
-def score_table(scores: Mapping[str, Score]) -> Table:
+def score_table(scores: Iterable[tuple[str, Score]]) -> Table:
     table = Table("", box=None, pad_edge=False, header_style="bold")
     for column in ("loss", "perplexity", "bits per byte", "target tokens"):
         table.add_column(column, justify="right")
-    for name, each in scores.items():
+    for name, each in scores:
         numbers = (f"{each.loss:.4f}", f"{each.perplexity:.3f}", f"{each.bits_per_byte:.4f}", f"{each.target_tokens:,}")
         table.add_row(styled(name), *numbers)
     return table

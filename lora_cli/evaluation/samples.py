@@ -11,6 +11,7 @@ from transformers import PreTrainedTokenizerBase
 
 from lora_cli.base.text import positions
 from lora_cli.data.chat.template import ChatTemplate, chat_template
+from lora_cli.data.columns import is_turns
 from lora_cli.data.example import Example
 from lora_cli.data.feed import Feed
 from lora_cli.data.files.readers import Row, kind_of
@@ -100,7 +101,8 @@ def _of_row(
 
 def turns_of(row: Row, template: ChatTemplate | None) -> tuple[list[dict[str, Any]], str | None]:
     """(the turns to answer, the answer that the row has). Raises LoraError for a row without a prompt."""
-    given = decoded(row.values.get("messages") or row.values.get("prompt"))
+    given, prompt = decoded(row.values.get("messages")), row.values.get("prompt")
+    given = given or (decoded(prompt) if is_turns(prompt) else prompt)  # a text may be JSON of something else
     if isinstance(given, str) and given.strip():
         wanted = row.values.get("completion")
         return [{"role": "user", "content": given}], wanted if isinstance(wanted, str) else None

@@ -218,10 +218,10 @@ def _random(inputs: int, rank: int) -> tuple[Tensor, Tensor]:
 
 
 def _named(parts: Sequence[Part]) -> list[Part]:
-    """With names that differ; where folders have the same, they are numbered."""
-    names = [each.name for each in parts]
-    taken = [f"{name} ({at + 1})" if names.count(name) > 1 else name for at, name in enumerate(names)]
-    return [replace(each, name=name) for each, name in zip(parts, taken, strict=True)]
+    """With names that differ from each other and from RANDOM; where folders have the same, all are numbered."""
+    if len({RANDOM, *(each.name for each in parts)}) > len(parts):
+        return list(parts)
+    return [replace(each, name=f"{each.name} ({at})") for at, each in enumerate(parts, 1)]
 
 
 def _notes(parts: Sequence[Part]) -> list[str]:

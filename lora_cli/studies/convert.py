@@ -23,7 +23,7 @@ from lora_cli.adapters.metadata import AdapterMetadata, read_metadata
 from lora_cli.adapters.opened import adapter_folder, adapter_template
 from lora_cli.adapters.peft_config import CONFIG
 from lora_cli.base.bounds import read_object
-from lora_cli.base.tensor_files import write_tensors
+from lora_cli.base.tensor_files import NAMES, write_tensors
 from lora_cli.errors import LoraError, command, home_expanded, reading, refuse_if
 from lora_cli.files import written_whole
 from lora_cli.merging.files import require_outside_adapter, require_place
@@ -44,7 +44,8 @@ _BLOCKS = (
 
 
 def convert(source: str, output: Path, *, to: Literal["peft", "mlx"]) -> list[str]:
-    """Write the adapter in that layout; returns what a person should hear. A and B keep their numbers and dtypes.
+    """Write the adapter in that layout; returns what a person should hear. A and B keep their numbers, and their
+    dtypes but for fp8, which is written as bf16.
 
     source: a run, or an adapter in either layout; PEFT's also with what older versions and training programs leave in
     names. Raises LoraError for what the layout has no place for.
@@ -66,6 +67,7 @@ def convert(source: str, output: Path, *, to: Literal["peft", "mlx"]) -> list[st
     template = adapter_template(folder)
     with written_whole(place) as temporary:
         ordered = {name: tensors[name].contiguous() for name in sorted(tensors)}
+        ordered = {name: each if each.dtype in NAMES else each.bfloat16() for name, each in ordered.items()}  # of fp8
         write_tensors(temporary / file, ordered, adapter.metadata.as_texts())
         (temporary / CONFIG).write_text(json.dumps(config, indent=2) + "\n", encoding="utf-8")
         if template is not None:
@@ -81,7 +83,7 @@ def _to_mlx(adapter: AdapterFile, notes: list[str]) -> tuple[dict[str, Tensor], 
     names = _renamed(pairs, 0, adapter.folder, "mlx-lm has another name for {}, which is not known here", _MERGE)
     ranks = {name: len(A) for name, (A, _) in pairs.items()}
     rank, scales = max(ranks.values()), {name: adapter.alphas[name] / ranks[name] for name in pairs}
-    scale = commonest(scales)
+    scale = commonest({name: each for name, each in scales.items() if each} or scales)
     tensors = {}
     for name, (A, B) in pairs.items():
         scaled = B if scales[name] == scale else B.float() * (scales[name] / scale)

@@ -12,10 +12,10 @@ from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from statistics import fmean
-from typing import Any
+from typing import Any, Self
 
 import torch
-from pydantic import Field
+from pydantic import Field, model_validator
 from torch import Tensor
 
 from lora_cli.errors import LoraError
@@ -41,8 +41,18 @@ class Noted(Stored):
     targets: list[Count]
     losses: dict[str, list[float]] = Field(default_factory=dict)
 
+    @model_validator(mode="after")
+    def _fitting(self) -> Self:
+        if not sum(self.targets) or any(len(each) != len(self.targets) for each in self.losses.values()):
+            raise ValueError("losses and targets do not fit each other")
+        return self
+
     def step(self, rung: float) -> str:
-        return str(max(1, round(rung * self.total)))
+        return str(_step(self.total, rung))
+
+
+def _step(total: int, rung: float) -> int:
+    return max(1, round(rung * total))
 
 
 class Notes(Stored):
@@ -67,11 +77,16 @@ def read_notes(path: Path, points: Sequence[Point]) -> Notes:
 
 
 def rungs_of(points: Sequence[Point], notes: Notes) -> dict[str, list[dict[str, Any]]]:
-    """By point, where it was compared: step, loss, and how far it was `behind` the best of all there, as `Gain`."""
+    """By point, where it was compared: step, loss, and how far it was `behind` the best of all there, as `Gain`.
+
+    Points of other validation examples than the first one's are not compared.
+    """
     found: dict[str, list[dict[str, Any]]] = {point.name: [] for point in points}
     for rung in RUNGS:
         noted = {point.name: (point, of) for point in points if (of := notes.of(point, rung)) is not None}
         losses = {name: _losses(*each, rung) for name, each in noted.items()}
+        first = next(iter(losses.values()), None)
+        losses = {name: each for name, each in losses.items() if first and each[1].equal(first[1])}  # of the same data
         best = min(losses.values(), key=lambda each: float(each[0].sum() / each[1].sum()), default=None)
         for name, (own, targets) in losses.items():
             assert best is not None
@@ -161,6 +176,10 @@ class Halving:
     def _kept(self, points: list[Point], number: int) -> list[Point]:
         """Those that go on from a rung, best first; the others know why they do not."""
         rung, compared = RUNGS[number], rungs_of(self.points, self.notes)
+        for point in points:
+            if len(compared[point.name]) <= number:
+                point.why = "it was trained on other data than the first point, so it is not compared"
+        points = [point for point in points if point.why is None]
         ranked = sorted(points, key=lambda each: compared[each.name][number]["loss"])
         seconds = [sum(each.seconds for each in self.notes.of(point, rung) or ()) for point in ranked]
         most = how_many(seconds, RUNGS[number:], self.left) if ranked else 0
@@ -194,9 +213,7 @@ class Halving:
         for number, (rung, after) in enumerate(zip(RUNGS, (*RUNGS[1:], 1.0), strict=True)):
             counts.append(how_many(each[: counts[-1]], RUNGS[number:], left))
             left -= sum(each[: counts[-1]]) * (after - rung)
-        steps = [
-            f"{most} to step {max(1, round(part * total))}" for most, part in zip(counts, (*RUNGS, 1), strict=True)
-        ]
+        steps = [f"{most} to step {_step(total, part)}" for most, part in zip(counts, (*RUNGS, 1), strict=True)]
         self.say(f"budget   {about}; planned for {self.hours:g} hours: {', '.join(steps)}")
         return None
 
@@ -214,7 +231,7 @@ class _Watch:
         step, total = run.state.step, run.session.total_steps
         if self.before is None:
             self.before = time.monotonic() - self.began
-        rung = int(Noted(total=total, seconds=0, targets=[]).step(self.rung))
+        rung = _step(total, self.rung)
         first = not self.of.estimated and step >= min(_FIRST, rung)
         if step == 0 or not (first or step == rung):
             return

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import json
+import math
 from collections.abc import Mapping, Sequence
+from contextlib import suppress
 from dataclasses import asdict, dataclass
 from typing import Any
 
@@ -12,11 +14,11 @@ from torch import Tensor
 
 from lora_cli.errors import LoraError
 from lora_cli.evaluation.gain import paired_gain
-from lora_cli.foreign import parse_json, read_bytes
 from lora_cli.recipe import Recipe
 from lora_cli.training import verdict
 from lora_cli.training.checkpoint import read_losses
 from lora_cli.training.run_folder import RunFolder
+from lora_cli.training.two_runs import read_report
 
 
 @dataclass
@@ -120,13 +122,11 @@ def _reported(point: Point) -> dict[str, Any]:
     """From the reports of its runs."""
     reports: list[dict[str, Any]] = []
     for folder in point.folders:
-        try:
-            reports.append(parse_json(read_bytes(folder.report)))
-        except (OSError, ValueError, LoraError):
-            continue
+        with suppress(LoraError):
+            reports.append(read_report(folder))
 
     def numbers(name: str) -> list[Any]:
-        return [each[name] for each in reports if verdict.is_number(each.get(name))]
+        return [each[name] for each in reports if name in each]
 
     parameters, seconds = numbers("trained_parameters"), numbers("seconds")
     values = {"trained_parameters": next(iter(parameters), None), "seconds": sum(seconds) if seconds else None}
@@ -136,7 +136,7 @@ def _reported(point: Point) -> dict[str, Any]:
 def _recommended(compared: list[dict[str, Any]], best: dict[str, Any] | None) -> dict[str, Any] | None:
     """Of the points that are not certainly worse than the best, the one with the fewest trained parameters."""
     close = [each for each in compared if each is best or _is_close(each["behind"])]
-    return min(close, key=lambda each: (each["trained_parameters"] or 0, each["loss"]), default=None)
+    return min(close, key=lambda each: (each["trained_parameters"] or math.inf, each["loss"]), default=None)
 
 
 def _is_close(behind: Mapping[str, Any]) -> bool:
@@ -178,8 +178,8 @@ def recommendation(
         head = f"Take {label(taken)}"
     said = f"{head}: validation loss {taken['loss']:.4f}, {interval(gain)} nats a token below the base's"
     if taken is not best:
-        times = best["trained_parameters"] / taken["trained_parameters"]
-        more = f", with {times:.2g} times the parameters" if times > 1 else ""
+        its, own = (each["trained_parameters"] or 0 for each in (best, taken))
+        more = f", with {its / own:.2g} times the parameters" if its > own > 0 else ""
         said += f"; {label(best)} has the lowest, {interval(taken['behind'])} lower, which is not certain{more}"
     elif others := sorted((each for each in compared if each is not best), key=lambda each: each["loss"]):
         sure = "not certain" if _is_close(others[0]["behind"]) else "certain"

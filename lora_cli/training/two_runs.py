@@ -46,7 +46,7 @@ def compare_runs(first: Path, second: Path) -> dict[str, Any]:
     folders = [RunFolder(_a_run(each)) for each in (first, second)]
     listed = [list_runs(each.path)[0] for each in folders]
     settings = differences(*(each.stored_recipe() for each in folders))
-    reports = [_report(each) for each in folders]
+    reports = [read_report(each) for each in folders]
     gain, why = _gain(folders)
     return {
         "runs": [asdict(each) for each in listed],
@@ -97,7 +97,7 @@ def _a_run(path: Path) -> Path:
     return place
 
 
-def _report(folder: RunFolder) -> dict[str, Any]:
+def read_report(folder: RunFolder) -> dict[str, Any]:
     """What report.json measured, without what is not a number or a text; {} without one."""
     if kind(folder.report) is None:
         return {}
