@@ -155,6 +155,8 @@ def test_mistakes(adapter: Path, tmp_path: Path, lora: Any):
         ({"fine_tune_type": "dora"}, "mlx-lm's dora"),
         ({"lora_parameters": {"rank": 3}}, "scale is None"),
         ({"lora_parameters": {"scale": math.inf}}, "scale is inf"),
+        ({"lora_parameters": {"scale": True}}, "scale is True"),
+        ({"lora_parameters": {"scale": 2.0, "dropout": "half"}}, "dropout is 'half'"),
         ({"peft": settings["peft"] | {"modules_to_save": ["x"]}}, "modules_to_save"),
     ):
         (tmp_path / "mlx" / "adapter_config.json").write_text(json.dumps(settings | change))

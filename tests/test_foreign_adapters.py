@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 import re
 import shlex
 from pathlib import Path
@@ -246,6 +247,14 @@ def test_a_use_of_a_newer_peft_is_not_read_past(tiny_llama, tmp_path):
     read_adapter(path.parent)
     path.write_text(json.dumps(config | {"use_new": True}))
     assert refusal(lambda: read_adapter(path.parent)).details == ["use_new: True"]
+    for change in (
+        {"lora_dropout": "half"},
+        {"lora_dropout": math.nan},
+        {"use_rslora": "false"},
+        {"fan_in_fan_out": 1},
+    ):
+        path.write_text(json.dumps(config | change))
+        assert f"is not valid: {next(iter(change))}" in refusal(lambda: read_adapter(path.parent)).what
 
 
 def test_a_lookahead_in_target_modules_means_what_it_means_to_peft(tiny_llama, tmp_path):

@@ -5,9 +5,9 @@ from __future__ import annotations
 import math
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Annotated, Any
 
-from pydantic import BaseModel, ConfigDict, ValidationError
+from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
 from lora_cli.adapters.kinds import COMPUTED
 from lora_cli.adapters.patterns import BadPattern, matching
@@ -42,6 +42,9 @@ class _Config(BaseModel):
     alpha_pattern: dict[str, Any] | None = None
     rank_pattern: dict[str, int] | None = None
     r: int = _DEFAULT_RANK
+    lora_dropout: Annotated[float, Field(ge=0, le=1)] | None = None
+    use_rslora: bool | None = None
+    fan_in_fan_out: bool | None = None
 
 
 def stored_config(folder: Path) -> dict[str, Any]:
@@ -112,7 +115,9 @@ def alphas(config: dict[str, Any], ranks: dict[str, int], folder: Path) -> dict[
     found = _by_pattern(config.get("lora_alpha"), config.get("alpha_pattern") or {}, "alpha_pattern", ranks, folder)
     for alpha in found.values():
         if not isinstance(alpha, int | float) or isinstance(alpha, bool) or not abs(alpha) < _LARGEST_ALPHA:
-            raise LoraError(f"lora_alpha is {alpha!r}, not a finite number", where=str(folder / CONFIG), fix=_COPY)
+            raise LoraError(
+                f"lora_alpha is {repr(alpha)[:60]}, not a finite number", where=str(folder / CONFIG), fix=_COPY
+            )
     # Rank-stabilized LoRA scales by alpha / √rank (Kalajdzievski 2023, arXiv:2312.03732); ours is then alpha · √rank
     stabilized = config.get("use_rslora")
     return {name: alpha * math.sqrt(ranks[name]) if stabilized else float(alpha) for name, alpha in found.items()}

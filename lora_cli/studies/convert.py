@@ -121,9 +121,12 @@ def _of_mlx(folder: Path) -> AdapterFile:
     fusing = command("mlx_lm.fuse", "--model", "MODEL", "--adapter-path", folder, "--save-path", "FOLDER")
     fuse = f"fuse it there, and use the fused folder: {fusing}"
     refuse_if(kind != "lora", f"this is mlx-lm's {kind}, not lora", where=folder, fix=fuse)
-    scale = said.get("scale") if isinstance(said, dict) else None
-    wrong = not isinstance(scale, int | float) or not abs(scale) < _LARGEST_SCALE
-    refuse_if(wrong, f"lora_parameters.scale is {scale!r}, not a finite number", where=folder / CONFIG, fix=_TRAINED)
+    said = said if isinstance(said, dict) else {}
+    scale, dropout = said.get("scale"), said.get("dropout") or 0.0
+    for key, value, most in (("scale", scale, _LARGEST_SCALE), ("dropout", dropout, 1.0)):
+        wrong = isinstance(value, bool) or not isinstance(value, int | float) or not abs(value) < most
+        what = f"lora_parameters.{key} is {repr(value)[:60]}, not a number below {most:g}"
+        refuse_if(wrong, what, where=folder / CONFIG, fix=_TRAINED)
     flat: dict[str, Tensor] = {}
     with reading("damaged or incomplete adapter file", path, "copy it again"), safe_open(path, "pt") as file:
         texts = file.metadata() or {}
@@ -143,7 +146,7 @@ def _of_mlx(folder: Path) -> AdapterFile:
     kept = stored["peft"] if isinstance(stored.get("peft"), dict) else {}
     base = stored.get("model")
     named = {"base_model_name_or_path": base if isinstance(base, str) else None, "revision": None}
-    own = {"lora_dropout": said.get("dropout") or 0.0, "target_modules": sorted(ranks)}  # type: ignore[union-attr]
+    own = {"lora_dropout": dropout, "target_modules": sorted(ranks)}
     config = _PEFT | named | own | kept | peft_scaling(ranks, alpha) | {"use_rslora": False, "use_dora": False}
     metadata = read_metadata(texts, path)
     if metadata.alpha is not None:
