@@ -273,9 +273,9 @@ def test_mistakes(mixed: list[Path], tiny_llama: Path, tiny_gpt2: Path, tmp_path
     assert "--density does nothing" in lora("combine", one, one, "--density", 0.5, *out).error
     assert "--seed does nothing" in lora("combine", one, one, "--method", "ties", "--rank", 2, "--seed", 1, *out).error
     assert "--density is 2" in lora("combine", one, one, "--method", "dare", "--density", 2, *out).error
-    for method in ([], ["--method", "ties", "--rank", 2], ["--method", "dare", "--rank", 2]):
-        assert "too large for fp32" in lora("combine", f"{one}:1e300", *method, *out).error
-        assert "too large for fp32" in lora("combine", f"{one}:1e38", *method, *out).error or not method
+    assert "too large for fp32" in lora("combine", f"{one}:1e300", *out).error
+    for method in ("ties", "dare"):
+        assert "too large for fp32" in lora("combine", f"{one}:1e38", "--method", method, "--rank", 2, *out).error
     assert "inside the adapter's folder" in lora("combine", one, "--output", one / "x").error
     other = ours(tiny_gpt2, tmp_path / "other", seed=0)
     assert "is for another base model" in lora("combine", one, other, *out).error
