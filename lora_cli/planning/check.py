@@ -96,14 +96,19 @@ class Checked:
         require_trainable(self.feed.summary, self.recipe.data)
 
 
+def base_of(recipe: Recipe) -> BaseSource:
+    """Raises LoraError where there is none, or where its own form allows no such quantization."""
+    code = recipe.trust_remote_code
+    source = find_base(recipe.base_model, recipe.revision, trust_remote_code=code, tokenizer=recipe.tokenizer)
+    require_quantization(source, recipe.quantization, recipe.group_size)
+    return source
+
+
 def check(recipe: Recipe, *, keep: bool = False) -> Checked:
     """Data through the gate, layers that the adapter matches. keep: leave the prepared tokens for `lora train`."""
     if keep and recipe.data.streaming:
         raise LoraError("--prepare keeps prepared tokens, but data.streaming keeps none", fix="remove one of them")
-    source = find_base(
-        recipe.base_model, recipe.revision, trust_remote_code=recipe.trust_remote_code, tokenizer=recipe.tokenizer
-    )
-    require_quantization(source, recipe.quantization, recipe.group_size)
+    source = base_of(recipe)
     base = base_model(source, trust_remote_code=recipe.trust_remote_code)
     tokenizer, config, model = base.tokenizer, base.config, base.skeleton
     # Which outputs of a fused layer are q or v is asked of a model that computes: here all projections are looked for.

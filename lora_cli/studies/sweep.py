@@ -22,9 +22,9 @@ from rich.console import Console
 from lora_cli.adapters.targets import targets_of
 from lora_cli.base.device import pick_dtype
 from lora_cli.base.kept import KeptBase
-from lora_cli.base.source import find_base
 from lora_cli.errors import Interrupted, LoraError, command, is_error, reason_of, refuse_if
 from lora_cli.files import disk_errors, write_json
+from lora_cli.planning.check import base_of
 from lora_cli.recipe import Recipe, all_keys, load_recipe
 from lora_cli.recipe.peers import hint
 from lora_cli.recipe.yaml import NO_VALUE, parse_value
@@ -276,8 +276,7 @@ class _Counted:
 
     def __init__(self, base: KeptBase, recipe: Recipe):
         device = open_device(recipe)
-        source = find_base(recipe.base_model, recipe.revision, trust_remote_code=recipe.trust_remote_code)
-        self.model = base.load(source, **loading(recipe, pick_dtype(recipe.dtype, device)[0], device))
+        self.model = base.load(base_of(recipe), **loading(recipe, pick_dtype(recipe.dtype, device)[0], device))
         self.parameters = self._count(recipe, recipe.adapter.rank)
 
     def rank_for(self, recipe: Recipe) -> int:

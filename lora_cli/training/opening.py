@@ -15,8 +15,7 @@ from lora_cli.adapters.trained import trained_parameters
 from lora_cli.base.device import describe_device, make_memory_errors_real, pick_device, pick_dtype, share_one_heap
 from lora_cli.base.load import load_model, load_tokenizer, model_config
 from lora_cli.base.sharding import require_shardable
-from lora_cli.base.source import BaseSource, find_base
-from lora_cli.base.stored import require_quantization
+from lora_cli.base.source import BaseSource
 from lora_cli.data.feed import Feed, open_feed
 from lora_cli.data.prepare import prepare
 from lora_cli.data.report import finding_lines
@@ -24,7 +23,7 @@ from lora_cli.evaluation.forgetting import general_text
 from lora_cli.evaluation.quantization_cost import known_lines, measure_unknown
 from lora_cli.evaluation.samples import sample_prompts
 from lora_cli.files import human_bytes, require_space
-from lora_cli.planning.check import Checked
+from lora_cli.planning.check import Checked, base_of
 from lora_cli.recipe import MOST_SAMPLES, Recipe
 from lora_cli.screen import say_on
 from lora_cli.training.passes import PASSES, run_passes
@@ -40,10 +39,7 @@ def open_session(recipe: Recipe, console: Console, load: Callable[..., Any] = lo
     """
     say = say_on(console)
     open_device(recipe)  # one that is missing is refused before data are prepared
-    source = find_base(
-        recipe.base_model, recipe.revision, trust_remote_code=recipe.trust_remote_code, tokenizer=recipe.tokenizer
-    )
-    require_quantization(source, recipe.quantization, recipe.group_size)
+    source = base_of(recipe)
     for note in source.notes:
         say(f"base     {note}")
     tokenizer = load_tokenizer(source, trust_remote_code=recipe.trust_remote_code)
