@@ -266,7 +266,7 @@ def test_weights_are_read_as_they_are_meant(tmp_path: Path, monkeypatch: pytest.
 
 def test_mistakes(mixed: list[Path], tiny_llama: Path, tiny_gpt2: Path, tmp_path: Path, lora: Any):
     one, out = mixed[0], ["--output", tmp_path / "x"]
-    for weight in ("0", "nan", "x", "inf", ""):
+    for weight in ("0", "nan", "x", "inf", "1_0", ""):
         assert "is not a weight" in lora("combine", f"{one}:{weight}", *out).error
     assert "no such folder" in lora("combine", one, tmp_path / "gone:0.5", *out).error
     assert "needs a rank" in lora("combine", one, one, "--method", "ties", *out).error

@@ -341,5 +341,8 @@ def test_the_fewest_parameters_that_are_not_certainly_worse_are_recommended():
     points[0]["behind"]["low"] = -0.01
     assert _recommended(points, points[2]) is points[2]
     recommendation(points, points[2], points[0])
+    points[1]["seed_losses"], points[2]["seed_losses"] = [1.2, 1.3], [1.25, 1.15]  # the first seed says otherwise
+    assert _recommended(points, points[2]) is points[1]
+    assert "lower, which is not certain" in recommendation(points, points[2], points[1])
     worse = [point(1, 1.95, 0.0, 0.0)]
     assert recommendation(worse, worse[0], worse[0]).startswith("No point is certainly better than the base")

@@ -31,7 +31,7 @@ def weighted(word: str) -> tuple[str, float]:
     if not colon or Path(home_expanded(word)).is_dir():
         return word, 1.0
     try:
-        weight = float(text)
+        weight = math.nan if "_" in text else float(text)  # Python reads 1_0 as 10
     except ValueError:
         if not Path(home_expanded(source)).is_dir():  # such as C:\\adapter
             return word, 1.0

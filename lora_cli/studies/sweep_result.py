@@ -135,12 +135,15 @@ def _reported(point: Point) -> dict[str, Any]:
 
 def _recommended(compared: list[dict[str, Any]], best: dict[str, Any] | None) -> dict[str, Any] | None:
     """Of the points that are not certainly worse than the best, the one with the fewest trained parameters."""
-    close = [each for each in compared if each is best or _is_close(each["behind"])]
+    close = [each for each in compared if best is not None and _is_close(each, best)]
     return min(close, key=lambda each: (each["trained_parameters"] or math.inf, each["loss"]), default=None)
 
 
-def _is_close(behind: Mapping[str, Any]) -> bool:
-    return behind["low"] is not None and behind["low"] <= 0
+def _is_close(point: Mapping[str, Any], best: Mapping[str, Any]) -> bool:
+    """Whether it is not certain that the best one is better: on other rows of the kind, or with another seed."""
+    low = point["behind"]["low"]
+    by_seed = zip(point["seed_losses"], best["seed_losses"], strict=False)
+    return point is best or (low is not None and (low <= 0 or any(own <= its for own, its in by_seed)))
 
 
 # ── in words ────────────────────────────────────────────────────────────────────────────────────────────────────
@@ -182,7 +185,7 @@ def recommendation(
         more = f", with {its / own:.2g} times the parameters" if its > own > 0 else ""
         said += f"; {label(best)} has the lowest, {interval(taken['behind'])} lower, which is not certain{more}"
     elif others := sorted((each for each in compared if each is not best), key=lambda each: each["loss"]):
-        sure = "not certain" if _is_close(others[0]["behind"]) else "certain"
+        sure = "not certain" if _is_close(others[0], best) else "certain"
         said += f"; the next, {label(others[0])}, is {interval(others[0]['behind'])} worse, which is {sure}"
     seeds = taken["seed_losses"]
     chance = "one seed: how much runs differ by chance was not measured"
