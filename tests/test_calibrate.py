@@ -3,13 +3,16 @@
 from __future__ import annotations
 
 import json
+import os
+import shutil
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 import transformers as hf
-from conftest import open_base
+from conftest import open_base, refusal
+from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from lora_cli import boundary
@@ -95,3 +98,24 @@ def test_a_text_of_the_users_counts_and_what_cannot_be_is_refused(tiny_llama: Pa
     with pytest.raises(LoraError, match="inside the base model's folder"):
         calibrate(str(tiny_llama), tiny_llama / "inside")
     assert not (tmp_path / "short").exists()
+
+
+def test_what_int4_could_not_hold_is_refused_and_nothing_is_left(tiny_llama: Path, tmp_path: Path):
+    def refused(key: str, value: float, group_size: int = 32) -> str:
+        folder = shutil.copytree(tiny_llama, tmp_path / f"{key}-{value}-{group_size}")
+        tensors = load_file(folder / "model.safetensors")
+        tensors[key].view(-1)[7] = value
+        save_file(tensors, folder / "model.safetensors", {"format": "pt"})
+        problem = refusal(lambda: calibrate(str(folder), tmp_path / "moved", group_size=group_size))
+        assert not (tmp_path / "moved").exists()
+        return problem.what
+
+    q_proj = "model.layers.0.self_attn.q_proj"
+    for value in (float("nan"), 1e6):
+        assert refused(f"{q_proj}.weight", value).startswith(f"{q_proj} holds NaN, infinity or a number too large")
+    assert refused("model.norm.weight", 1.0, 256) == (
+        "no linear layer of this model has inputs that are whole groups of 256, as int4 needs"
+    )
+    assert refused("model.embed_tokens.weight", float("inf")).startswith(f"what {q_proj} is given holds NaN")
+    os.mkfifo(tmp_path / "pipe")
+    assert "a pipe" in refusal(lambda: calibrate(str(tiny_llama), tmp_path / "moved", text=tmp_path / "pipe")).what

@@ -161,7 +161,7 @@ def test_general_text_is_scored_without_and_with_the_adapter(run_recipe, tmp_pat
 
 def test_a_general_text_that_cannot_be_used_is_told_before_training(run_recipe, tmp_path):
     (tmp_path / "short.txt").write_text("short")
-    with pytest.raises(Exception, match="too few to see forgetting in"):
+    with pytest.raises(Exception, match="too few to measure anything on"):
         run_recipe(data={"general_text": str(tmp_path / "short.txt")})
     assert not (tmp_path / "run" / "metrics.jsonl").exists()
 

@@ -27,6 +27,7 @@ from lora_cli.adapters.peft_config import CONFIG, alphas, elsewhere, read_config
 from lora_cli.adapters.targets import linear_layers
 from lora_cli.adapters.trained import Trained, trained_modules
 from lora_cli.base.device import DTYPES
+from lora_cli.base.gguf import is_gguf
 from lora_cli.base.linear import is_linear, stored_transposed, unquantized_layers
 from lora_cli.base.source import BaseSource
 from lora_cli.base.storage.registry import storage_named, storage_of
@@ -73,7 +74,7 @@ class AdapterFile:
 
     def tokenizer_for(self, base: str) -> str | None:
         """The folder whose tokenizer it was trained with, where the base is a GGUF file."""
-        return self.metadata.tokenizer if base.lower().endswith(".gguf") else None
+        return self.metadata.tokenizer if is_gguf(Path(base)) else None
 
     def kind(self, name: str) -> type[Trained]:
         """The kind of module that a module's tensors belong to."""

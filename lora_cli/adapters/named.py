@@ -11,6 +11,7 @@ from lora_cli.adapters.file import AdapterFile, read_adapter
 from lora_cli.adapters.metadata import AdapterMetadata
 from lora_cli.adapters.opened import adapter_folder
 from lora_cli.adapters.peft_config import CONFIG
+from lora_cli.base.gguf import is_gguf
 from lora_cli.errors import LoraError, home_expanded
 from lora_cli.foreign import read_text
 from lora_cli.recipe import load_recipe
@@ -50,7 +51,7 @@ def find_named(source: str, base: str | None = None) -> Named:
                 where=source,
                 fix=f"name one with recipe.yaml (a run), {CONFIG} (an adapter) or config.json (a model)",
             )
-    elif (path.exists() and path.suffix.lower() != ".gguf") or any(character.isspace() for character in source):
+    elif (path.exists() and not is_gguf(path)) or any(character.isspace() for character in source):
         raise LoraError(
             "this is not a folder" if path.exists() else "this names no run, adapter or model",
             where=source,

@@ -7,6 +7,8 @@ transformers' own reading, put into a folder of this process, which the rest of 
 from __future__ import annotations
 
 import copy
+import math
+import re
 from collections import Counter
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -28,7 +30,7 @@ from lora_cli.base.storage.registry import AS_IN_FILE, INT4, PLAIN
 from lora_cli.base.tensor_files import read_bytes
 from lora_cli.base.weight_files import StoredTensor, stand_for
 from lora_cli.ending import make_temporary
-from lora_cli.errors import LoraError, reading, refuse_if
+from lora_cli.errors import LoraError, command, reading, refuse_if
 from lora_cli.files import require_regular
 
 # Whose rows, names and numbers were compared with the original model's (tests/test_gguf.py). Others read as well with
@@ -38,6 +40,9 @@ ARCHITECTURES = ("llama", "qwen2", "qwen3")
 _READ = {f"attention.{name}" for name in ("head_count", "head_count_kv", "layer_norm_rms_epsilon", "key_length")}
 _READ |= {"block_count", "context_length", "embedding_length", "feed_forward_length", "vocab_size", "rope.freq_base"}
 _READ |= {"attention.value_length", "rope.dimension_count", "tensor_data_layout"}  # held to the others, or idle
+# What llama.cpp needs, too: without it transformers would take a number of its own.
+_NEEDED = ["block_count", "context_length", "embedding_length", "feed_forward_length", "attention.head_count"]
+_NEEDED += ["attention.layer_norm_rms_epsilon"]
 # Types of blocks that are held as they are: by which kind of layer, and what makes its parts of their bytes.
 KEPT: dict[str, tuple[Storage, Callable[[Tensor], tuple[Tensor, ...]]]] = {
     "Q4_0": (INT4, of_q4_0),
@@ -99,6 +104,14 @@ class GgufFile:
         return ", ".join(f"{count} in {name}" for name, count in Counter(self.linear.values()).most_common())
 
 
+def is_gguf(file: Path) -> bool:
+    """By its name, or by its first bytes: Ollama keeps files under names like sha256-0a1b."""
+    if file.suffix.lower() == ".gguf" or not file.is_file():
+        return file.suffix.lower() == ".gguf"
+    with reading("this file cannot be read", file, "check its permissions"), file.open("rb") as stream:
+        return stream.read(4) == b"GGUF"
+
+
 def open_gguf(file: Path, tokenizer: str | None) -> GgufFile:
     """Raises LoraError for a file that is damaged, or holds a model or tokenizer that cannot be trained on.
 
@@ -121,6 +134,12 @@ def _opened(file: Path, tokenizer: Path | None, *_: int) -> GgufFile:
             f"GGUF files of the architecture {str(known)[:40]!r} cannot be trained on, but {', '.join(ARCHITECTURES)}"
         )
         raise LoraError(what, where=file, fix="use the model it was made from: a folder or hub id with safetensors")
+    first = file.with_name(re.sub(r"-\d{5}-of-", "-00001-of-", file.name))
+    fix = f"make one file of them: {command('llama-gguf-split', '--merge', first, 'whole.gguf')}"
+    what = "this is one part of a model that is split into several GGUF files"
+    refuse_if(header.scalars.get("split.count", 1) != 1, what, where=file, fix=fix)
+    what = f"this is not a model's file: it has no {_EMBEDDINGS}"
+    refuse_if(_EMBEDDINGS not in header.tensors, what, where=file, fix="name the model's own GGUF file, or its folder")
     require_modest_config({k: v for k, v in header.scalars.items() if "token" not in k}, file, list(header.tensors))
     folder = make_temporary() / file.name
     folder.mkdir()
@@ -158,6 +177,11 @@ def _config(header: Header, file: Path, folder: Path) -> Any:
     for name in (name for name, value in named if value and name.startswith(f"{architecture}.")):
         known = name.removeprefix(f"{architecture}.") in _READ or name.endswith(".rope.scaling.type")
         refuse_if(not known, f"it says {name[:80]}, which is not read from GGUF", where=file, fix=AGAIN)
+    given = {name.removeprefix(f"{architecture}."): value for name, value in header.scalars.items()}
+    for name in [*_NEEDED, *({"rope.freq_base"} & given.keys())]:
+        value = given.get(name, 0)
+        sound = type(value) in (int, float) and 0 < value < math.inf
+        refuse_if(not sound, f"its {name} is {value or 'not there'}, which no model has", where=file, fix=AGAIN)
     short = folder / "header.gguf"
     writer = gguf.GGUFWriter(short, architecture)
     for name, value in header.scalars.items():
@@ -169,7 +193,6 @@ def _config(header: Header, file: Path, folder: Path) -> Any:
     writer.close()
     config = AutoConfig.from_pretrained(folder, gguf_file=short.name, local_files_only=True)
     short.unlink()
-    given = {name.removeprefix(f"{architecture}."): value for name, value in header.scalars.items()}
     config.head_dim = given.get("attention.key_length") or config.hidden_size // config.num_attention_heads
     for name in ("attention.value_length", "rope.dimension_count"):
         refuse_if(
@@ -180,7 +203,10 @@ def _config(header: Header, file: Path, folder: Path) -> Any:
         )
     if (scaled := header.tensors.get(_ROPE)) is not None:
         _set_llama_3_positions(config, scaled, file)
-    config.vocab_size = header.tensors["token_embd.weight"][1][0]
+    config.vocab_size = header.tensors[_EMBEDDINGS][1][0]
+    for name, id in ((name, header.scalars[name]) for name in _IDS & header.scalars.keys()):
+        what = f"its {name} is {id}, and it has {config.vocab_size:,} tokens"
+        refuse_if(not 0 <= id < config.vocab_size, what, where=file, fix=AGAIN)
     config.tie_word_embeddings = "output.weight" not in header.tensors
     config.dtype = torch.bfloat16  # of a merged model
     of: Any = MODEL_FOR_CAUSAL_LM_MAPPING[type(config)]
@@ -209,7 +235,7 @@ def _set_llama_3_positions(config: Any, of: tuple[str, tuple[int, ...], int, int
     refuse_if(not same, what, where=file, fix=AGAIN)
 
 
-_ROPE = "rope_freqs.weight"
+_ROPE, _EMBEDDINGS = "rope_freqs.weight", "token_embd.weight"
 _IDS = {f"tokenizer.ggml.{name}_token_id" for name in ("bos", "eos", "unknown", "padding")}
 
 
@@ -237,6 +263,12 @@ def _placed(header: Header, file: Path, config: Any) -> tuple[dict[str, StoredTe
         place = lambda values, name=name: ordered.process(values, name=name).weights  # noqa: E731
         tensors[names[name]] = GgufTensor(file, of, shape, first, first + size, place)
     head = model.get_output_embeddings()
+    wanted = {name: tuple(each.shape) for name, each in model.state_dict().items()}
+    if config.tie_word_embeddings:
+        wanted = {name: shape for name, shape in wanted.items() if name != "lm_head.weight"}
+    wrong = [name for name, shape in wanted.items() if name not in tensors or tensors[name].shape != shape]
+    what = f"{len(wrong)} tensors of the model that it describes are not in the file, or have another shape"
+    refuse_if(bool(wrong), f"{what}, the first is {min(wrong, default='')}", where=file, fix=AGAIN)
     layers = {f"{name}.weight": each for name, each in model.named_modules() if isinstance(each, nn.Linear)}
     return tensors, {
         name: tensors[name].dtype for name, layer in layers.items() if layer is not head and name in tensors
@@ -307,6 +339,8 @@ def _write_tokenizer(header: Header, file: Path, folder: Path) -> list[str]:
         raise ValueError(f"its kind is {str(kind)[:40]!r}")
     made: Any = PreTrainedTokenizerFast.from_pretrained(file.parent, gguf_file=file.name, local_files_only=True)
     made.save_pretrained(folder)
+    if made.eos_token_id is None:
+        raise ValueError("it has no end token, so that the model could not learn where to stop")
     split = header.scalars.get("tokenizer.ggml.pre", "default")
     return [
         f"the tokenizer was made from the GGUF file (its rule for splitting text is called {str(split)[:40]}) and not "

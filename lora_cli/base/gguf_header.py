@@ -41,14 +41,17 @@ class Header:
 
 
 class _Parts:
-    """Reads a header from its start. struct.error where it goes on beyond the end."""
+    """Reads a header from its start. ValueError where it goes on beyond the end."""
 
     def __init__(self, data: Any):
         self.data, self.at, self.items = data, 0, 0
 
     def take(self, form: str) -> tuple[Any, ...]:
+        end = self.at + struct.calcsize(f"<{form}")
+        if end > len(self.data):
+            raise ValueError("it ends before its header does")
         found = struct.unpack_from(f"<{form}", self.data, self.at)
-        self.at += struct.calcsize(f"<{form}")
+        self.at = end
         if self.at > limits.GGUF_HEADER_BYTES:
             raise LimitReached(f"its header is longer than {limits.GGUF_HEADER_BYTES:,} bytes", fix=AGAIN)
         return found
@@ -95,23 +98,23 @@ def read_header(file: Path) -> Header:
         for _ in range(count):
             name, dims = parts.text(), parts.take("I")[0]
             if name in infos or not 1 <= dims <= 4:
-                raise ValueError(f"{name[:80]!r} is there twice, or has {dims} dimensions")
+                what = "is there twice" if name in infos else f"has {dims} dimensions"
+                raise ValueError(f"the tensor {name[:80]!r} {what}")
             shape = parts.take(f"{dims}Q")[::-1]
             of, offset = parts.take("IQ")
             infos[name] = (gguf.GGMLQuantizationType(of), shape, offset)
         align = found.get("general.alignment", 32)
-        if not isinstance(align, int) or not 0 < align <= 2**16:
+        if not isinstance(align, int) or not 0 < align <= 2**16 or align & (align - 1):
             raise ValueError(f"its alignment is {align}")
-        start, tensors = -(-parts.at // align) * align, {}
+        place = start = -(-parts.at // align) * align
+        tensors = {}
         for name, (of, shape, offset) in infos.items():
             block, size = gguf.GGML_QUANT_SIZES[of]
             if shape[-1] % block or not 0 < prod(shape) <= limits.GGUF_NUMBERS:
                 raise ValueError(f"{name[:80]} is {' × '.join(map(str, shape))} numbers in blocks of {block}")
             tensors[name] = (of.name, shape, start + offset, prod(shape) // block * size)
-        ends = [start]
-        for name, (_, _, first, size) in sorted(tensors.items(), key=lambda each: each[1][2]):
-            if first < ends[-1] or first + size > len(data):
-                raise ValueError(f"{name[:80]} ends beyond the end of the file, or overlaps another tensor")
-            ends.append(first + size)
+            at, place = place, place + -(-tensors[name][3] // align) * align
+            if start + offset != at or at + tensors[name][3] > len(data):  # as llama.cpp asks for it
+                raise ValueError(f"{name[:80]} is not where it has to be: it overlaps, or the file ends too soon")
     lists = {name: len(value) for name, value in found.items() if isinstance(value, range)}
     return Header({name: value for name, value in found.items() if name not in lists}, lists, tensors)

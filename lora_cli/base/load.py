@@ -47,7 +47,7 @@ def load_model(
     if source.gguf is not None:
         state, settings = load_state(source.gguf, quantization, dtype)
     # A damaged config.json can fail anywhere in the code that builds a model.
-    with reading("the base model cannot be loaded", source.folder, "check config.json, or download the model again"):
+    with reading("the base model cannot be loaded", source.place, "check config.json, or download the model again"):
         try:
             kind: Any = AutoModelForCausalLM if state is None else MODEL_FOR_CAUSAL_LM_MAPPING[type(config)]
             loaded: Any = kind.from_pretrained(
@@ -114,7 +114,7 @@ def require_weights_fit(source: BaseSource, config: Any, skeleton: Any) -> None:
         return
     names = stored_tensors(source.folder)
     stand_ins = {name: torch.empty(each.shape, dtype=torch.float16, device="meta") for name, each in names.items()}
-    with reading("the weights do not fit the configuration", source.folder, "download the model again"):
+    with reading("the weights do not fit the configuration", source.place, "download the model again"):
         _, info = type(skeleton).from_pretrained(
             None,
             config=copy.deepcopy(config),
@@ -130,20 +130,20 @@ def require_weights_fit(source: BaseSource, config: Any, skeleton: Any) -> None:
 def load_tokenizer(source: BaseSource, *, trust_remote_code: bool = False) -> PreTrainedTokenizerBase:
     """The model's tokenizer. Raises LoraError if it has none, if it is not a fast one, or has no end token."""
     fix = "the folder needs the model's own tokenizer.json and tokenizer_config.json; download them again"
-    with reading("the tokenizer cannot be loaded", source.folder, fix):
+    with reading("the tokenizer cannot be loaded", source.place, fix):
         require_modest_tokenizer_files(source.folder)
         tokenizer = AutoTokenizer.from_pretrained(
             source.folder, trust_remote_code=trust_remote_code, local_files_only=True
         )
         if not tokenizer.is_fast:
             what = "the tokenizer gives no character offsets (it is not a fast tokenizer)"
-            raise LoraError(what, where=str(source.folder))
-        require_modest_tokenizer(tokenizer, source.folder)
+            raise LoraError(what, where=source.place)
+        require_modest_tokenizer(tokenizer, source.place)
         tried: Any = tokenizer("tried once: a damaged setting can fail as late as this")
-        require_own_tokens(tokenizer, tried["input_ids"], source.folder)
+        require_own_tokens(tokenizer, tried["input_ids"], source.place)
     if tokenizer.eos_token_id is None:
         what = "the tokenizer has no end token, so the model could not learn where to stop"
-        raise LoraError(what, where=str(source.folder), fix="set eos_token in tokenizer_config.json")
+        raise LoraError(what, where=source.place, fix="set eos_token in tokenizer_config.json")
     return tokenizer
 
 
@@ -196,7 +196,7 @@ def _require_all_weights(source: BaseSource, info: Any) -> None:
     if missing or mismatched:
         what = f"the weights do not fill the model: {len(missing)} tensors missing, {len(mismatched)} of another shape"
         fix = "the checkpoint and config.json do not belong together, or the download is incomplete"
-        raise LoraError(what, where=str(source.folder), details=(missing + mismatched)[:5], fix=fix)
+        raise LoraError(what, where=source.place, details=(missing + mismatched)[:5], fix=fix)
 
 
 def unused_tensors(model: Any) -> list[str]:

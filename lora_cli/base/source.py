@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from lora_cli.base.bounds import read_object, require_modest_config
-from lora_cli.base.gguf import GgufFile, open_gguf
+from lora_cli.base.gguf import GgufFile, is_gguf, open_gguf
 from lora_cli.base.weight_files import fingerprint, stored_tensors, weight_files
 from lora_cli.errors import LoraError, command
 from lora_cli.files import disk_errors, require_regular
@@ -34,6 +34,11 @@ class BaseSource:
     revision: str | None = None
     gguf: GgufFile | None = None
     tokenizer: str | None = None
+
+    @property
+    def place(self) -> Path:
+        """Where a person finds it."""
+        return Path(self.name) if self.gguf is not None else self.folder
 
     @property
     def notes(self) -> tuple[str, ...]:
@@ -63,7 +68,8 @@ def find_base(
     Raises LoraError when there is no such model, no network, no access, or nothing in it that can be loaded.
     """
     folder = Path(name)
-    of_gguf = folder.is_file() and folder.suffix.lower() == ".gguf"
+    require_regular(folder)
+    of_gguf = folder.is_file() and is_gguf(folder)
     if not of_gguf:
         _require_model_folder(name, folder)
         if tokenizer is not None:

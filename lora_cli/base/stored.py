@@ -50,7 +50,7 @@ def require_quantization(source: BaseSource, quantization: str, group_size: int 
     require_trainable(source)
     what = f"the checkpoint is already quantized ({kind}), but was asked for with quantization: {quantization}"
     fix = f"write quantization: {kind} (on the command line --quantization {kind})"
-    raise LoraError(what, where=str(source.folder), fix=fix)
+    raise LoraError(what, where=source.place, fix=fix)
 
 
 def require_trainable(source: BaseSource) -> None:
@@ -59,7 +59,7 @@ def require_trainable(source: BaseSource) -> None:
     if kind is not None and not is_known(kind):
         what = f"the checkpoint is already quantized ({kind}), which cannot be trained on"
         fix = f"use the unquantized model; quantization: {DEFAULT} then quantizes it as it is loaded"
-        raise LoraError(what, where=str(source.folder), fix=fix)
+        raise LoraError(what, where=source.place, fix=fix)
 
 
 def parameters_stored(stored: Mapping[str, StoredTensor]) -> int:

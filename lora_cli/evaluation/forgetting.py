@@ -17,6 +17,7 @@ from lora_cli.data.example import Example
 from lora_cli.errors import LoraError, reading
 from lora_cli.evaluation.gain import paired_gain
 from lora_cli.evaluation.perplexity import Collate, example_losses
+from lora_cli.files import require_regular
 
 WINDOW = 512  # tokens, or what the model sees if that is less
 MOST_TOKENS = 4096  # of a text
@@ -50,7 +51,7 @@ def general_text(tokenizer: PreTrainedTokenizerBase, config: Any, path: Path | N
         raise LoraError(what, where=str(path), fix="name a text in a language that the model was trained on")
     if path is not None and len(ids) < LEAST_TOKENS:
         fix = f"name a text of a page or more: {LEAST_TOKENS} tokens at least, up to {MOST_TOKENS} are used"
-        raise LoraError(f"{len(ids)} tokens are too few to see forgetting in", where=str(path), fix=fix)
+        raise LoraError(f"{len(ids)} tokens are too few to measure anything on", where=str(path), fix=fix)
     length = min(WINDOW, positions(config) or WINDOW)
     start: list[int] = [tokenizer.bos_token_id] if wants_bos(tokenizer) else []  # type: ignore[list-item]
     step = length - len(start)
@@ -97,6 +98,7 @@ def measure_forgetting(
 
 
 def _read(path: Path) -> str:
+    require_regular(path)
     what, fix = "the general text cannot be read", "name a text file, saved as UTF-8"
     with reading(what, path, fix), path.open(encoding="utf-8-sig") as stream:
         return stream.read(64 * MOST_TOKENS)  # characters: no need to tokenize a whole book

@@ -16,12 +16,12 @@ from torch import Tensor, nn
 from lora_cli.base.linear import dense_weight, features, stored_transposed
 from lora_cli.base.load import load_model, load_tokenizer, model_config
 from lora_cli.base.source import find_base
-from lora_cli.base.storage.int4 import nearest, quantize
+from lora_cli.base.storage.int4 import BLOCK, nearest, quantize
 from lora_cli.base.stored import stored_quantization
-from lora_cli.base.weight_files import stored_tensors
+from lora_cli.base.weight_files import stored_tensors, weight_files
 from lora_cli.errors import LoraError, refuse_if
 from lora_cli.evaluation.forgetting import general_text
-from lora_cli.files import written_whole
+from lora_cli.files import require_space, written_whole
 from lora_cli.merging import files
 from lora_cli.merging.names import Places
 from lora_cli.merging.tensors import SHARD_SIZE, Fresh, parse_shard_size, write_weights
@@ -34,12 +34,13 @@ def calibrate(base: str, output: Path, *, text: Path | None = None, group_size: 
 
     text: whose tokens (the first 4,096) the layers' inputs are made of; nothing takes the built-in English prose.
     Holds the base in fp32 on the CPU. Raises LoraError, writing nothing, for a base that is stored quantized, and for a
-    text that the tokenizer cannot spell.
+    text that the tokenizer cannot spell, layers that are not whole groups, and weights that int4 cannot hold.
     """
     place, source = files.require_place(output), find_base(base)
     files.require_outside(place, source.folder)
     what = f"the base is stored in {stored_quantization(source)}: there are no 16-bit weights to choose from"
     refuse_if(stored_quantization(source) is not None, what, fix="name the unquantized model")
+    require_space(place, sum(each.stat().st_size for each in weight_files(source.folder)), "the moved model")
     tokenizer = load_tokenizer(source)
     found = general_text(tokenizer, model_config(source, False), text)
     if found is None:
@@ -50,6 +51,9 @@ def calibrate(base: str, output: Path, *, text: Path | None = None, group_size: 
     ids = torch.tensor([each for each in rows if len(each) == len(rows[0])])
     model = load_model(source, quantization="none", dtype=torch.float32, device=torch.device("cpu"))
     chosen = choose_weights(model, ids, group_size)
+    what = f"no linear layer of this model has inputs that are whole groups of {group_size}, as int4 needs"
+    fix = "choose a smaller --group-size" if group_size > BLOCK else "use another quantization"
+    refuse_if(not chosen, what, where=source.place, fix=fix)
     fresh = {
         f"{name}.weight": Fresh(tuple(each.shape), lambda each=each: iter([each])) for name, each in chosen.items()
     }
@@ -75,9 +79,14 @@ def choose_weights(model: Any, ids: Tensor, group_size: int) -> dict[str, Tensor
         for handle in handles.pop(id(block)):
             handle.remove()
         for layer in (each for each in block.modules() if id(each) in products):
-            weight = compensated(dense_weight(layer), products.pop(id(layer)), group_size)
+            name, seen = names[id(layer)], products.pop(id(layer))
+            what = f"what {name} is given holds NaN or infinity: a weight before it is damaged"
+            refuse_if(not bool(seen.isfinite().all()), what, fix="download the model again")
+            weight = compensated(dense_weight(layer), seen, group_size)
+            what = f"{name} holds NaN, infinity or a number too large for int4, whose scales are fp16 (up to 65504)"
+            refuse_if(not bool(weight.isfinite().all()), what, fix="download the model again, or do not use int4")
             layer.weight.data = weight.T.contiguous() if stored_transposed(layer) else weight
-            chosen[names[id(layer)]] = layer.weight.data
+            chosen[name] = layer.weight.data
         return block(*given, **keywords)
 
     def collect(layer: nn.Module, given: Any) -> None:

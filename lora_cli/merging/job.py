@@ -92,7 +92,7 @@ class Merge:
         # As the checkpoint itself is; of a GGUF file, as training held it.
         self.held = held = stored_quantization(self.source, self.adapter.metadata.quantization)
         self.quantization = self.adapter.metadata.quantization or held or "none"
-        where = str(self.source.folder)
+        where = self.source.place
         if held is not None and onto == "original":
             what = f"the base is stored in {held}: there are no original weights in it to merge onto"
             raise LoraError(what, where=where, fix="leave out --onto, or name the unquantized model with --base")

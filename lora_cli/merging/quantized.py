@@ -92,9 +92,9 @@ class Rounding:
         uses = Counter(map(id, linear.values()))
         lost = sorted(name for name in found if f"{name}.weight" not in own or uses[id(linear[name])] > 1)
         what = f"{len(lost)} linear layers have no stored tensor of their own, the first is {min(lost, default='')}"
-        refuse_if(bool(lost), what, where=base.folder, fix="leave out --quantize")
+        refuse_if(bool(lost), what, where=base.place, fix="leave out --quantize")
         what = f"no linear layer of this model can be rounded to {kind}"
-        refuse_if(not found, what, where=base.folder, fix="leave out --quantize")
+        refuse_if(not found, what, where=base.place, fix="leave out --quantize")
         self.layers = {own[f"{name}.weight"]: stored_transposed(linear[name]) for name in sorted(found)}
         rounded = sum(math.prod(features(linear[name])) for name in found)
         self.weights = rounded, sum(each.numel() for each in model.parameters())
