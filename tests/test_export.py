@@ -165,6 +165,7 @@ def test_a_run_is_merged_on_the_way_and_nothing_else_remains(lora, recipe_file, 
     ("words", "what"),
     [
         (["--to", "gguf", "--type", "q4_k_m"], "llama-quantize model-f16.gguf model.gguf Q4_K_M"),
+        (["--to", "gguf", "--type", "q9"], "fix: write one of these"),
         (["--to", "gguf", "--onto", "original"], "--onto is for a merge on the way"),
         (["--to", "gguf", "--proof", "none"], "--proof is for a merge on the way"),
         (["--to", "gguf-adapter"], "this is a whole model, not an adapter"),

@@ -58,6 +58,7 @@ def test_lies_in_a_header_are_refused_in_words_that_name_the_file(whole: Path, t
     assert f"its {end} is 512, and it has 512 tokens" in said(number(end, (512).to_bytes(4, "little")))
     assert "tokenizer cannot be read: it has no end token" in said(renamed(end, end.replace("eos", "eom")))
     at_the_start = (64).to_bytes(8, "little") + bytes(4 + 8)  # 64 numbers in F32, from byte 0 on
+    at_the_start = (64).to_bytes(8, "little") + bytes(4 + 8)  # 64 numbers in F32, from byte 0 on
     assert "not where it has to be" in said(number("blk.1.attn_norm.weight", at_the_start))
     assert "not a model's file: it has no token_embd.weight" in said(renamed("token_embd", "other_embd"))
     four = (4).to_bytes(4, "little")

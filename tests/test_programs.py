@@ -8,7 +8,7 @@ from typing import Any, get_args
 
 import pytest
 import torch
-from conftest import open_base, with_adapter
+from conftest import open_base, refusal, with_adapter
 from safetensors.torch import load_file, save_file
 
 from lora_cli.adapters.file import save_adapter
@@ -152,3 +152,12 @@ def test_the_commands_say_it(recipe_file, peft_adapter, tiny_llama: Path, lora):
     assert said.error.count("https://") == 3
     assert "fix: merge it" in said.error
     assert lora("inspect", adapter, "--for", "peft").code == 0
+
+
+@pytest.mark.parametrize("alpha", ["x", None, [1]])
+def test_an_alpha_that_is_not_a_number_is_refused_for_every_program(alpha: Any, peft_adapter):
+    """It was a traceback for Ollama, and nothing for vLLM."""
+    folder = peft_adapter()
+    config = json.loads((folder / "adapter_config.json").read_text())
+    (folder / "adapter_config.json").write_text(json.dumps(config | {"lora_alpha": alpha}))
+    assert "not a finite number" in refusal(lambda: look_at(folder)).what

@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import Any, Literal
 
 from lora_cli.adapters.file import TENSORS, no_tensors
-from lora_cli.adapters.peft_config import OFF, changed_base, stored_config
+from lora_cli.adapters.peft_config import OFF, alphas, changed_base, stored_config
 from lora_cli.base.source import BaseSource
 from lora_cli.base.weight_files import read_header
 from lora_cli.errors import CheckFailed
@@ -179,6 +179,7 @@ def look_at(folder: Path, base: BaseSource | None = None) -> Looked:
         raise no_tensors(folder)
     stored = read_header(path)[0]
     ranks = {name.partition(".lora_A.")[0]: each.shape[0] for name, each in stored.items() if ".lora_A." in name}
+    alphas(config, ranks, folder)  # refuses what is not a number
     return Looked(config, ranks, list(stored), *of_base(base))
 
 

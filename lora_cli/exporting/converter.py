@@ -44,16 +44,16 @@ def require_converter() -> Path:
 
 def convert_model(converters: Path, model: Path, kind: str, output: Path) -> None:
     """kind: f32, f16, bf16 or q8_0. Raises LoraError with the converter's own reason where it refuses the model."""
-    _run(converters, _MODEL, str(model), "--outtype", kind, "--outfile", str(output), about=model)
+    _run(converters, _MODEL, str(model), "--outtype", kind, "--outfile", str(output))
 
 
 def convert_adapter(converters: Path, adapter: Path, base: Path, output: Path) -> None:
     """In fp32, as the adapter is. base: of which config.json alone is read."""
     arguments = (str(adapter), "--base", str(base), "--outtype", "f32", "--outfile", str(output))
-    _run(converters, _ADAPTER, *arguments, about=adapter)
+    _run(converters, _ADAPTER, *arguments)
 
 
-def _run(converters: Path, script: str, *arguments: str, about: Path) -> None:
+def _run(converters: Path, script: str, *arguments: str) -> None:
     """Isolated from the current folder and the user's own packages, and without a network."""
     kept = {key: value for key, value in os.environ.items() if not key.startswith(("PYTHON", "NO_LOCAL_GGUF"))}
     done = subprocess.run(
@@ -70,7 +70,6 @@ def _run(converters: Path, script: str, *arguments: str, about: Path) -> None:
         said = next((line for line in reversed(lines) if "rror" in line.split(":")[0]), lines[-1] if lines else "")
         raise LoraError(
             f"llama.cpp's converter cannot convert this: {said.removeprefix('ERROR:')}",
-            where=str(about),
             fix="use it with programs that read Hugging Face folders (docs/serving.md), or a newer llama.cpp's "
             f"{script} by hand",
         )

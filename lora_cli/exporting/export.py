@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 import shutil
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -139,7 +140,9 @@ def _require_options(
     refuse_if(
         kind not in (*BY_CONVERTER, *BY_BLOCKS),
         f"{kind} is not a type that is written here; known are {', '.join((*BY_CONVERTER, *BY_BLOCKS))}",
-        fix="export f16, then make it with llama.cpp: llama-quantize model-f16.gguf model.gguf " + kind.upper(),
+        fix="export f16, then make it with llama.cpp: llama-quantize model-f16.gguf model.gguf " + kind.upper()
+        if re.fullmatch(r"(i?q|tq)\d_\w+", kind)
+        else "write one of these",
     )
     for option in (name for name, given in of_merging.items() if given is not None):
         merges = adapter is not None and to != "gguf-adapter"

@@ -37,8 +37,8 @@ class Int4(Storage):
     def prepare(self, layer: Any) -> None:
         """Raises LoraError for a weight beyond what d and m can hold; transformers would hide that while it loads."""
         if not all(bool(each.isfinite().all()) for each in (layer.d, layer.m)):
-            what = "a weight is too large for int4, whose scales and offsets are fp16 (up to 65504)"
-            raise LoraError(what, fix="write another quantization")
+            what = "a weight is NaN, infinite or too large for int4, whose scales and offsets are fp16 (up to 65504)"
+            raise LoraError(what, fix="download the model again, or train with another quantization")
 
     def same_on(self, in_features: int, device: str) -> bool:
         """Rows that are not whole blocks stay as they are, on every device."""
