@@ -3,6 +3,9 @@
 from __future__ import annotations
 
 import json
+import re
+import shutil
+from importlib import resources
 
 import pytest
 from conftest import write_rows
@@ -86,3 +89,31 @@ def test_the_system_prompt_is_written(files, tiny_llama, lora):
     assert load_recipe(files / "new.yaml").data.system == system
     refused = lora("init", tiny_llama, "notes", "--system", system, "--output", "text.yaml")
     assert "--system is for conversations, questions and answers, but these rows are read as text" in refused.error
+
+
+def test_another_template_than_the_models_own_is_named_by_an_option(files, tiny_llama, lora):
+    model = files / "model"
+    shutil.copytree(tiny_llama, model)
+    own = "{% for turn in messages %}{{ turn.role }}: {{ turn.content }}{{ eos_token }}{% endfor %}"
+    (model / "chat_template.jinja").write_text(own + "{% if add_generation_prompt %}assistant: {% endif %}")
+    tool = {"type": "function", "function": {"name": "look", "parameters": {"type": "object", "properties": {}}}}
+    write_rows(files / "tools.jsonl", [row | {"tools": [tool]} for row in CHATS])
+    refused = lora("init", model, "tools.jsonl", "--output", "new.yaml")
+    assert "leaves out the tools" in refused.error
+    named = re.search(r"fix: add --template (\S+)\n", refused.error)
+    assert named
+    assert "data.template" not in refused.error
+    (files / "sub").mkdir()
+    (files / "mine.jinja").write_text(resources.files("lora_cli.data").joinpath("templates/chatml.jinja").read_text())
+    for template, written in ((named[1], named[1]), ("mine.jinja", str(files / "mine.jinja"))):
+        said = lora("init", model, "tools.jsonl", "--template", template, "--output", f"sub/{template}.yaml")
+        assert said.code == 0, said.text
+        assert load_recipe(files / "sub" / f"{template}.yaml").data.template == written
+        assert lora("check", f"sub/{template}.yaml").code == 0
+
+
+def test_an_empty_note_is_an_empty_row(files, tiny_llama, lora):
+    (files / "notes" / "later.md").write_bytes(b"")
+    refused = lora("init", tiny_llama, "notes", "--output", "new.yaml")
+    assert "later.md: row 1: the text is empty" in refused.error
+    assert lora("init", tiny_llama, "notes", "--drop", "empty", "--output", "new.yaml").code == 0

@@ -5,6 +5,7 @@ import io
 import json
 import os
 import pty
+import re
 import subprocess
 import sys
 import threading
@@ -330,6 +331,15 @@ def test_paths_below_the_current_folder_are_said_as_one_writes_them_there(tmp_pa
 
 STEP = {"step": 1200, "loss": 0.01312, "learning_rate": 1.8e-4, "tokens_per_second": 1234.5}
 STEP |= {"peak_memory_bytes": 2**31, "seconds": 0.2}
+
+
+def test_a_line_that_is_said_at_once_takes_the_place_of_the_live_display():
+    console = Screen(file=io.StringIO(), force_terminal=True, width=80)
+    with Progress(console, 3, 1) as progress:
+        progress.say("base model")
+    frame, _, after = console.file.getvalue().partition("base model")  # type: ignore[attr-defined]
+    assert re.search(r"first step ….*\r\x1b\[2K$", frame, re.DOTALL)
+    assert after.startswith("\n")
 
 
 @pytest.mark.parametrize("width", [20, 40, 60, 80, 150])

@@ -396,7 +396,8 @@ def test_a_file_of_another_kind_than_its_ending_says_is_refused(tmp_path, name):
 def test_files_without_rows_are_refused(tmp_path, name, packing):
     path = tmp_path / f"{name}{packing}"
     path.write_bytes(b"")
-    assert refusal(path).what == "the data file is empty"
+    if kind_of(path) != ".txt":  # there it is an empty row
+        assert refusal(path).what == "the data file is empty"
     none = {".jsonl": b"\n\n", ".json": b"[]", ".csv": b"a,b\n", ".tsv": b"a\tb\n"}.get(kind_of(path) or "")
     if none is None:
         table = pa.table({"text": pa.array([], pa.string())})

@@ -9,6 +9,7 @@ EXAMPLES = {
         "lora init HuggingFaceTB/SmolLM2-135M-Instruct faq.csv",
         "lora init Qwen/Qwen3-4B 'data/*.jsonl' --gpu 12GB",
         "lora init Qwen/Qwen3-4B faq.csv --drop no_target,placeholder",
+        "lora init Qwen/Qwen3-4B calls.jsonl --template chatml",
     ),
     "train": (
         "lora train recipe.yaml",

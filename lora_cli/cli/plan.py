@@ -34,6 +34,7 @@ def init(
     system: Annotated[
         str | None, typer.Option(help="System prompt, put before every conversation that has none.")
     ] = None,
+    template: Annotated[str | None, typer.Option(help="Chat template, where the model's own will not do.")] = None,
     drop: Annotated[list[str] | None, typer.Option(help="Leave out rows with these problems: data.drop.")] = None,
     gpu: Annotated[
         str | None, typer.Option(help="Memory of the GPU to train on, such as 12GB. Default: what is in this machine.")
@@ -53,7 +54,7 @@ def init(
     """
     alone = [name for name, given in (("--schema", schema), ("--list", cards), ("--card", card is not None)) if given]
     if alone:
-        more = any(each is not None for each in (model, gpu, columns, system, drop)) or len(alone) > 1
+        more = any(each is not None for each in (model, gpu, columns, system, template, drop)) or len(alone) > 1
         refuse_if(
             more,
             f"{alone[0]} is used without a model, data or other such options",
@@ -75,6 +76,7 @@ def init(
             gpu=gpu,
             columns=meanings,
             system=system,
+            template=template,
             drop=dropped,
             trust_remote_code=trust_remote_code,
         )

@@ -129,7 +129,10 @@ class Findings:
 
     def own_fix(self, kind: str) -> str:
         fixes = {error.fix for error in self.errors.get(kind, [])}
-        return (fixes.pop() if len(fixes) == 1 else None) or KINDS[kind].fix
+        fix = (fixes.pop() if len(fixes) == 1 else None) or KINDS[kind].fix
+        if not self.by_option:
+            return fix
+        return fix.replace("write data.template:", "add --template").replace("data.template:", "--template")
 
     def drop_fix(self, kinds: Sequence[str]) -> str | None:
         """The line of a recipe that leaves out the rows of these kinds too; None where it would not help."""

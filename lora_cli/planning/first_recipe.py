@@ -35,7 +35,7 @@ from lora_cli.planning.recipe_text import Chosen, Names, Tried, recipe_text
 from lora_cli.planning.skeleton import BaseModel, look_at_model
 from lora_cli.planning.survey import DataSurvey, look_apart, prepare_rows, survey_data
 from lora_cli.quantization import DEFAULT
-from lora_cli.recipe import Recipe, load_recipe
+from lora_cli.recipe import TEMPLATES, Recipe, load_recipe
 
 
 @dataclass(frozen=True)
@@ -62,13 +62,14 @@ def write_first_recipe(
     gpu: str | None = None,
     columns: Columns | None = None,
     system: str | None = None,
+    template: str | None = None,
     drop: Sequence[str] = (),
     trust_remote_code: bool = False,
 ) -> FirstRecipe:
     """Looks at model and data, chooses, tries the recipe on the data, and writes it.
 
     gpu: memory of the GPU to train on, such as 12GB; None: what is here. columns: what they mean, as in data.columns;
-    questions and answers go through the model's chat template, if it has one. system and drop: as in
+    questions and answers go through the model's chat template, if it has one. system, template and drop: as in
     data. Raises LoraError if the file exists, for whatever is wrong with model or data, and if nothing fits into the
     memory; then nothing is written.
     """
@@ -79,19 +80,23 @@ def write_first_recipe(
     try:
         read_together(rows, columns or {}, template=False)  # what cannot be read is said before a model is downloaded
         base = look_at_model(model, trust_remote_code=trust_remote_code)
-        reading = read_together(rows, columns or {}, template=bool(base.tokenizer.chat_template))
+        reading = read_together(rows, columns or {}, template=bool(template or base.tokenizer.chat_template))
     except Unread as error:
-        more = (*(("--gpu", gpu) if gpu else ()), *(("--system", system) if system else ()))
+        given = {"--gpu": gpu, "--system": system, "--template": template}
+        more = tuple(part for option in given.items() if option[1] for part in option)
         more += ("--drop", ",".join(drop)) if drop else ()
         again = [*("lora", "init", model, *data), *more, "--output", path]
         raise _with_command(error, again) from None
     if system and not {"chat", "instruction"} & {*reading.names}:
         what = f"--system is for conversations, questions and answers, but these rows are read as {reading.name}"
         raise LoraError(what, fix="leave it out, or say what is asked and answered: --columns question=…,answer=…")
-    template = choose_template(reading, base.tokenizer)
-    named, sources = template and template[0], [source for _, source, _ in looked]
+    chosen_template = (template, "as asked for") if template else choose_template(reading, base.tokenizer)
+    named, sources = chosen_template and chosen_template[0], [source for _, source, _ in looked]
     survey = survey_data(sources, reading, base.tokenizer, template=named, system=system, drop=drop)
-    chosen = _choose(base, survey, device, template, system, drop, found_costs(path.parent / "runs", base.source))
+    if template and template not in TEMPLATES:  # a file: from the recipe's folder
+        chosen_template = _path(template, path.resolve().parent), "as asked for"
+    costs = found_costs(path.parent / "runs", base.source)
+    chosen = _choose(base, survey, device, chosen_template, system, drop, costs)
     names = _names(path, model, data[0], [part for part, _, _ in looked])
     recipe = load_recipe(path, text=recipe_text(chosen, names, None))
     prepared = _prepared(recipe, chosen)

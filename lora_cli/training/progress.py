@@ -36,7 +36,7 @@ class Progress:
         if self.console.is_terminal:
             live = Live(get_renderable=self._render, console=self.console, refresh_per_second=4, transient=True)
             try:
-                live.start()
+                live.start(refresh=True)  # else a line that is said before the first frame may come out behind it
                 self.live = live
             except RuntimeError:  # no more threads can be started
                 live.stop()
