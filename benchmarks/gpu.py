@@ -6,17 +6,19 @@ card       the card's own limits: matrix products, copies, dequantizing NF4
 tests      the tests marked gpu
 llama-8b, qwen-4b, llama-3b     steps of Llama-3.1-8B's, Qwen3-4B's and Llama-3.2-3B's shape: tokens a second, peak
            memory beside the estimate of `lora init`, the time by part, the distance to the card's limits
-peers      the same rows and initial A in TRL + PEFT and in unsloth, where they are installed
-modes      Llama-3B's shape with each way to keep less, compiled, with Liger's kernels where they are installed, in
-           fp16 with loss scaling, with paged optimizers
-longest, longest-offload     the longest row that trains in 8, 12, 16 and 24 GB with gradient_checkpointing: full, or
-           with the blocks' inputs in host memory
+peers-llama-8b, …     the same rows and initial A in TRL + PEFT and in unsloth, where they are installed
+fused      Llama-3B's shape as it is, compiled, with Liger's kernels where they are installed
+modes      the same shape with each way to keep less, in fp16 with loss scaling, with paged optimizers
+longest-full-llama-8b, longest-offload-llama-8b, …     the longest row that trains in 8, 12, 16 and 24 GB with
+           gradient_checkpointing: full, or with the blocks' inputs in host memory
 auto       micro_batch_size: auto where memory runs out for real
 
-A section takes at most 8 minutes: what has not begun by then is left out, aloud. Each writes <card>-<section>.json and
-a page of it, .md. Models have random NF4 weights, made here from their configs; rank 16 on all linear layers. Rows are
-random words: two of 2,048 tokens a step, one of 4,096, or 16 of mixed lengths. --tiny: the same with tiny models.
-A figure is only worth something beside others of the same card and driver. Peak memory is what torch took of the GPU.
+A section takes at most 8 minutes: what has not begun by then is left out, aloud. After each case it writes
+<card>-<section>.json and a page of it, .md. Sections and cases are processes of their own, so that one that fails, or
+memory of the GPU that it keeps, is no other's concern. Models have random NF4 weights, made here from their configs;
+rank 16 on all linear layers. Rows are random words: two of 2,048 tokens a step, one of 4,096, or 16 of mixed lengths.
+--tiny: the same with tiny models. A figure is only worth something beside others of the same card and driver. Peak
+memory is what torch took of the GPU.
 """
 
 from __future__ import annotations
@@ -35,7 +37,7 @@ import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
 from dataclasses import replace
-from functools import partial
+from functools import cache, partial
 from pathlib import Path
 from typing import Any
 from unittest.mock import patch
@@ -57,8 +59,8 @@ SHAPES = {  # as in their published config.json
 }
 TINY = dict(zip(NAMES, (64, 128, 2, 4, True), strict=True), vocab_size=512, num_key_value_heads=2, head_dim=16)
 PARTS = {  # by the names of kernels, or on a CPU of operations; the first that fits
+    "attention": "flash|fmha|attention",  # before products: its kernels have cutlass in their names, too
     "matrix products": "gemm|cutlass|nvjet|xmma|::mm$|::addmm$|::bmm$",
-    "attention": "flash|fmha|attention",
     "dequantizing": "dequant",
     "optimizer": "adam|multi_tensor|foreach",
     "copies": "memcpy|memset|copy_$",
@@ -146,6 +148,16 @@ def device_name() -> str:
     return "cuda" if torch.cuda.is_available() else "cpu"
 
 
+@cache
+def card() -> tuple[str, float]:
+    """Its name, and GiB of memory; asked in a process of its own, because whoever asks takes some of it."""
+    if device_name() == "cpu":
+        return "cpu", 0.0
+    ask = "import torch; found = torch.cuda.get_device_properties(0); print(found.total_memory, found.name)"
+    size, name = subprocess.check_output([sys.executable, "-c", ask], text=True).split(maxsplit=1)
+    return name.strip(), int(size) / 2**30
+
+
 # ── sections: each yields (case, result) ────────────────────────────────────────────────────────────────────────
 
 Cases = Iterator[tuple[str, dict[str, Any]]]
@@ -192,41 +204,49 @@ def section_shape(section: Section) -> Cases:
 
 def section_peers(section: Section) -> Cases:
     sides = [side for side in ("trl", "unsloth") if importlib.util.find_spec(side)]
-    for shape in SHAPES if not section.tiny else ["llama-3b"]:
-        for name, work in works(section.tiny).items():
-            with section.prepared(replace(work, model=str(section.model(shape)))) as folder:
-                for side in ("lora", *sides):
-                    left = section.left()
-                    yield f"{shape} {name} {side}", measure(side, folder, left) if left > LEAST else LEFT_OUT
+    model = str(section.model(section.name.removeprefix("peers-")))
+    for name, work in works(section.tiny).items():
+        with section.prepared(replace(work, model=model)) as folder:
+            for side in ("lora", *sides):
+                left = section.left()
+                yield f"{name} {side}", measure(side, folder, left) if left > LEAST else LEFT_OUT
+
+
+def section_fused(section: Section) -> Cases:
+    yield from _with_each(section, {"neither": {}, "compile": {"compile": True}})
+    if importlib.util.find_spec("liger_kernel") and device_name() == "cuda":
+        yield from _with_each(section, {"liger": {"liger_kernel": True}})
+
+
+def _with_each(section: Section, modes: dict[str, dict[str, Any]]) -> Cases:
+    work = next(iter(works(section.tiny).values()))
+    for name, train in modes.items():
+        yield name, section.case("steps", replace(work, train=train), "llama-3b")
 
 
 def section_modes(section: Section) -> Cases:
-    work = next(iter(works(section.tiny).values()))
-    modes: dict[str, Any] = {
-        **{mode: {"train": {"gradient_checkpointing": mode}} for mode in ("none", "full", "offload")},
-        "selective": {"train": {"gradient_checkpointing": "selective", "activation_memory": 1.0}},
-        "compile": {"train": {"compile": True}},
-        "fp16": {"dtype": "fp16"},
-        **{name: {"train": {"optimizer": name}} for name in ("adamw_8bit", "paged_adamw", "paged_adamw_8bit")},
+    modes: dict[str, dict[str, Any]] = {
+        **{mode: {"gradient_checkpointing": mode} for mode in ("none", "full", "offload")},
+        "selective": {"gradient_checkpointing": "selective", "activation_memory": 1.0},
+        **{name: {"optimizer": name} for name in ("adamw_8bit", "paged_adamw", "paged_adamw_8bit")},
     }
-    for name, more in modes.items():
-        yield name, section.case("steps", replace(work, **more), "llama-3b")
-    if importlib.util.find_spec("liger_kernel"):
-        yield "liger", section.case("steps-liger", work, "llama-3b")
+    yield from _with_each(section, modes)
+    work = next(iter(works(section.tiny).values()))
+    yield "fp16", section.case("steps", replace(work, dtype="fp16"), "llama-3b")
 
 
 def section_longest(section: Section) -> Cases:
-    mode = section.name.partition("-")[2] or "full"
+    _, mode, shape = section.name.split("-", 2)
     work = replace(next(iter(works(section.tiny).values())), train={"gradient_checkpointing": mode})
-    for size in (8, 12, 16, 24) if not section.tiny else (8,):
-        for shape in ("llama-8b", "llama-3b"):
-            yield f"{shape} in {size} GB", section.case("longest", replace(work, most_gib=size * GB), shape)
+    sizes = [size for size in (8, 12, 16, 24) if size * GB < card()[1]] if not section.tiny else [8]
+    for at, size in enumerate(sizes):
+        yield f"in {size} GB", section.case("longest", replace(work, most_gib=size * GB), shape, 1 / (len(sizes) - at))
 
 
 def section_auto(section: Section) -> Cases:
     rows = {"micro_batch_size": "auto", "gradient_accumulation_steps": None, "batch_size": 16}
     work = replace(next(iter(works(section.tiny).values())), rows_per_step=16, steps=3, train=rows)
-    for size in (None, 8):
+    for size in (None, 8) if section.tiny or card()[1] > 8 * GB else (None,):
         cap = None if size is None else size * GB
         yield f"in {size or 'all'} GB", section.case("steps", replace(work, most_gib=cap), "llama-3b")
 
@@ -235,9 +255,12 @@ SECTIONS: dict[str, Callable[[Section], Cases]] = {
     "card": section_card,
     "tests": section_tests,
     **dict.fromkeys(SHAPES, section_shape),
-    "peers": section_peers,
+    **{f"peers-{shape}": section_peers for shape in SHAPES},
+    "fused": section_fused,
     "modes": section_modes,
-    **dict.fromkeys(("longest", "longest-offload"), section_longest),
+    **{
+        f"longest-{mode}-{shape}": section_longest for mode in ("full", "offload") for shape in ("llama-8b", "llama-3b")
+    },
     "auto": section_auto,
 }
 
@@ -253,7 +276,13 @@ class Section:
         return self.ends - time.monotonic()
 
     def model(self, shape: str) -> Path:
-        return make_model(shape, self.place, self.tiny)
+        """Made in a process of its own: this one keeps no memory of the GPU, which its cases measure."""
+        if not (self.place / shape).exists():
+            place = ["--models", str(self.place.parent), *(["--tiny"] if self.tiny else [])]
+            done = self.run([__file__, "--make", shape, *place])
+            if done.returncode:
+                raise RuntimeError(f"{shape} cannot be made: {done.stderr[-2000:]}")
+        return self.place / shape
 
     def run(self, arguments: list[str]) -> subprocess.CompletedProcess[str]:
         """A Python of its own, in the time that is left."""
@@ -269,29 +298,26 @@ class Section:
             prepare_work(work, Path(name))
             yield Path(name)
 
-    def case(self, kind: str, work: Work, shape: str = "") -> dict[str, Any]:
-        """The result of `kind` in a process of its own, or why there is none."""
+    def case(self, kind: str, work: Work, shape: str = "", share: float = 1.0) -> dict[str, Any]:
+        """The result of `kind` in a process of its own, or why there is none. share: of the time that is left."""
         with self.prepared(replace(work, model=str(self.model(shape or self.name)))) as folder:
             if self.left() < LEAST:
                 return LEFT_OUT
-            done = self.run([__file__, "--case", kind, "--out", str(folder)])
+            done = self.run([__file__, "--case", kind, "--out", str(folder), "--seconds", str(share * self.left())])
         said = [line for line in done.stderr.splitlines() if line.strip()] or [f"it ended with {done.returncode}"]
-        return json.loads(done.stdout.splitlines()[-1]) if done.returncode == 0 else {"failed": said[-1]}
+        found = [line for line in done.stdout.splitlines() if line.startswith("{")]
+        return json.loads(found[-1]) if done.returncode == 0 and found else {"failed": said[-1], "log": said[-40:]}
 
 
 # ── cases: each in a process of its own ─────────────────────────────────────────────────────────────────────────
 
 
-def case_steps(folder: Path, work: Work, liger: bool = False) -> dict[str, Any]:
-    """Speed, memory and its estimate, the time of the sixth step by part, losses."""
+def case_steps(folder: Path, work: Work, _: float) -> dict[str, Any]:
+    """Speed, memory and its estimate, the time of the last step but one by part, losses."""
     import torch
 
     from lora_cli.training import loop
 
-    if liger:
-        from liger_kernel.transformers import apply_liger_kernel_to_llama  # pyright: ignore[reportMissingImports]
-
-        apply_liger_kernel_to_llama(cross_entropy=False, fused_linear_cross_entropy=False)
     profile = torch.profiler.profile(acc_events=True)
     one_step, kept = loop.Run._one_step, []
 
@@ -310,16 +336,24 @@ def case_steps(folder: Path, work: Work, liger: bool = False) -> dict[str, Any]:
     speeds = [result["tokens"][at] / (stamps[at] - stamps[at - 1]) for at in steps if at != work.steps - 2]
     session = kept[0]
     tokens, targets = (max(result[name]) for name in ("tokens", "targets"))
-    return {
+    derived: dict[str, Callable[[], Any]] = {
+        "estimated_bytes": lambda: estimate(folder, work, tokens, targets),
+        "product_flops_per_token": lambda: product_flops(session, targets / tokens),
+        "parts": lambda: by_part(profile, work.device),
+    }
+    found = {
         "tokens_per_second": statistics.median(speeds),
         "tokens_of_a_step": statistics.median(result["tokens"]),
         "peak_bytes": peak_memory_bytes(work.device),
-        "estimated_bytes": estimate(folder, work, tokens, targets),
         "recomputed_blocks": sum(session.activations.recomputed),
-        "product_flops_per_token": product_flops(session, targets / tokens),
-        "parts": by_part(profile, work.device),
         "losses": result["losses"],
     }
+    for name, compute in derived.items():  # what was measured counts without them
+        try:
+            found[name] = compute()
+        except Exception as error:
+            found["missing"] = f"{found.get('missing', '')} {name}: {type(error).__name__}: {error}"[:400]
+    return found
 
 
 def product_flops(session: Any, targets: float) -> float:
@@ -367,62 +401,73 @@ def by_part(profile: Any, device: str) -> dict[str, float]:
     return {name: spent / whole for name, spent in totals.items()}
 
 
-def case_longest(folder: Path, work: Work) -> dict[str, Any]:
-    """The most tokens of one row, all of them targets, that a step has memory for; to within a 64th."""
+def case_longest(folder: Path, work: Work, seconds: float) -> dict[str, Any]:
+    """The most tokens of one row, all of them targets, that a step has memory for; to within a 64th, or as near as
+    there is time for: then up to how many it may be.
+    """
     import numpy as np
+    import torch
 
+    from lora_cli.base.device import free_memory_bytes
     from lora_cli.data.example import Example
     from lora_cli.training import loop
 
     found: list[int] = []
+    longest, ends = [0.0], time.monotonic() + seconds - LEAST  # of a trial
 
     class Found(Exception):
         pass
 
     def search(run: Any, *_: Any) -> None:
         def fits(tokens: int) -> bool:
+            began, host = time.monotonic(), free_memory_bytes(torch.device("cpu"))
+            if (
+                run.session.activations.host_bytes(tokens, pinned=True) > 0.9 * host
+            ):  # where the system kills instead of refusing
+                return False
             row = Example(np.arange(tokens) % 500 + 3, [(0, tokens, 1.0)])
-            return run.micro_batches._trial([[row]], 1) is None
+            fit = run.micro_batches._trial([[row]], 1) is None
+            longest[0] = max(longest[0], time.monotonic() - began)
+            return fit
+
+        def in_time() -> bool:  # a row twice as long takes up to four times as long
+            return time.monotonic() + 4 * longest[0] < ends
 
         least, most, limit = 0, 256, 512 if work.device == "cpu" else 131072
-        while most <= limit and fits(most):
+        while most <= limit and in_time() and fits(most):
             least, most = most, 2 * most
-        while most <= limit and most - least > most // 64:
+        while most <= limit and in_time() and most - least > most // 64:
             middle = (least + most) // 2
             least, most = (middle, most) if fits(middle) else (least, middle)
-        found.append(least)
+        found.extend((least, most))
         raise Found
 
     with patch.object(loop.Run, "_steps", search), suppress(Found):
         ours(folder, work)
-    return {"tokens": found[0], "peak_bytes": peak_memory_bytes(work.device)}
+    least, most = found
+    exact = {} if most - least <= most // 64 or work.device == "cpu" else {"not_tried_from": most}
+    return {"tokens": least, "peak_bytes": peak_memory_bytes(work.device)} | exact
 
 
-CASES = {"steps": case_steps, "steps-liger": partial(case_steps, liger=True), "longest": case_longest}
+CASES = {"steps": case_steps, "longest": case_longest}
 
 
 # ── results ─────────────────────────────────────────────────────────────────────────────────────────────────────
 
 
 def run_section(name: str, place: Path, out: Path, tiny: bool) -> None:
-    import torch
-
-    device = device_name()
-    card = torch.cuda.get_device_name() if device == "cuda" else "cpu"
-    slug = re.sub(r"[^a-z0-9]+", "-", card.lower()).strip("-") + ("-tiny" if tiny else "")
-    cases: dict[str, Any] = {}
-    for case, result in SECTIONS[name](Section(name, place, tiny)):
-        cases[case] = result
-        print(f"{name}  {case}  {json.dumps(result)}", flush=True)
+    slug = re.sub(r"[^a-z0-9]+", "-", card()[0].lower()).strip("-") + ("-tiny" if tiny else "")
+    out.mkdir(parents=True, exist_ok=True)
     limits = json.loads(path.read_text())["cases"] if (path := out / f"{slug}-card.json").exists() else {}
-    for result in cases.values():  # the least time of a step's matrix products, over the time that it took
-        if "product_flops_per_token" in result and limits:
+    whole: dict[str, Any] = {"card": card()[0], "section": name, "tiny": tiny, "versions": versions(), "cases": {}}
+    for case, result in SECTIONS[name](Section(name, place, tiny)):
+        if "product_flops_per_token" in result and limits:  # the least time of a step's matrix products, over its time
             least = result["product_flops_per_token"] / (limits["bf16 products"]["tflops"] * 1e12)
             result["share_of_product_limit"] = least * result["tokens_per_second"]
-    result = {"card": card, "section": name, "tiny": tiny, "versions": versions(), "cases": cases}
-    out.mkdir(parents=True, exist_ok=True)
-    (out / f"{slug}-{name}.json").write_text(json.dumps(result, indent=1) + "\n", encoding="utf-8")
-    (out / f"{slug}-{name}.md").write_text(page(result), encoding="utf-8")
+        whole["cases"][case] = result
+        print(f"{name}  {case}  {json.dumps({key: each for key, each in result.items() if key != 'log'})}", flush=True)
+        (out / f"{slug}-{name}.json").write_text(json.dumps(whole, indent=1) + "\n", encoding="utf-8")
+        (out / f"{slug}-{name}.md").write_text(page(whole), encoding="utf-8")
 
 
 def versions() -> dict[str, str]:
@@ -431,7 +476,11 @@ def versions() -> dict[str, str]:
     import torch
 
     found = {"python": sys.version.split()[0], "cuda": torch.version.cuda or "none"}
-    for name in ("torch", "transformers", "bitsandbytes", "peft", "trl", "unsloth", "liger-kernel"):
+    with suppress(OSError, subprocess.SubprocessError, IndexError):
+        asked = ["nvidia-smi", "--query-gpu=driver_version,power.limit", "--format=csv,noheader"]
+        said = subprocess.run(asked, capture_output=True, text=True, timeout=20, check=True).stdout
+        found["driver and power limit"] = said.splitlines()[0]
+    for name in ("torch", "triton", "transformers", "bitsandbytes", "peft", "trl", "unsloth", "liger-kernel"):
         try:
             found[name] = version(name)
         except PackageNotFoundError:
@@ -463,22 +512,32 @@ def main() -> None:
     parser.add_argument("--out", type=Path, default=ROOT / "benchmarks" / "results", help="where the results go")
     parser.add_argument("--models", type=Path, default=ROOT / "build" / "gpu", help="where the models are made, once")
     parser.add_argument("--case", help=argparse.SUPPRESS)
+    parser.add_argument("--seconds", type=float, default=SECONDS, help=argparse.SUPPRESS)
+    parser.add_argument("--make", help=argparse.SUPPRESS)
     given = parser.parse_args()
     os.environ |= {"HF_HUB_OFFLINE": "1", "TOKENIZERS_PARALLELISM": "false"}
     if given.case:
         work = Work.read(given.out)
         if work.device == "cuda":
             cap_memory(work.most_gib)
-        result = CASES[given.case](given.out, work)
+        result = CASES[given.case](given.out, work, given.seconds)
         return print(json.dumps(result))
     if unknown := sorted(set(given.sections) - set(SECTIONS)):
         parser.error(f"no section {', '.join(unknown)}; there are {', '.join(SECTIONS)}")
     if device_name() == "cpu" and not given.tiny:
         parser.error("torch finds no CUDA device here; --tiny runs everything with tiny models on a CPU")
-    place = given.models / ("tiny" if given.tiny else "full")
+    place = given.models.resolve() / ("tiny" if given.tiny else "full")
     place.mkdir(parents=True, exist_ok=True)
-    for name in given.sections or SECTIONS:
-        run_section(name, place, given.out, given.tiny)
+    if given.make:
+        make_model(given.make, place, given.tiny)
+        return
+    names = given.sections or list(SECTIONS)
+    if len(names) == 1:
+        return run_section(names[0], place, given.out, given.tiny)
+    own = ["--out", str(given.out), "--models", str(given.models), *(["--tiny"] if given.tiny else [])]
+    codes = [subprocess.run([sys.executable, __file__, name, *own], check=False).returncode for name in names]
+    if failed := [name for name, code in zip(names, codes, strict=True) if code]:
+        sys.exit(f"sections that failed: {', '.join(failed)}")
 
 
 if __name__ == "__main__":

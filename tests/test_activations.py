@@ -75,6 +75,7 @@ def test_offloaded_inputs_are_on_the_host_but_for_two(kept: list[int], inputs: i
     full, chosen = (plan(mode, kept, inputs, tokens) for mode in ("full", "offload"))
     assert chosen.recomputed == full.recomputed
     assert (full.host_bytes(tokens), chosen.host_bytes(tokens)) == (0, full.kept_bytes(tokens))
+    assert chosen.host_bytes(tokens) <= chosen.host_bytes(tokens, pinned=True) <= 2 * chosen.host_bytes(tokens) + 2
     assert chosen.kept_bytes(tokens) <= min(full.kept_bytes(tokens), 2 * tokens * inputs)
 
 

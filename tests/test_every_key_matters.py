@@ -247,6 +247,7 @@ TESTED_BELOW = {
     "train.gradient_checkpointing": "test_gradient_checkpointing",
     "train.activation_memory": "test_activation_memory",
     "train.compile": "test_compile",
+    "train.liger_kernel": "test_liger_kernel",
     "train.checkpoint_minutes": "test_checkpoint_minutes",
     "train.patience": "test_patience",
     "train.on_nan": "test_on_nan",
@@ -664,6 +665,12 @@ def test_shard_base(runs: Runs):
     """One process has nobody to share with, which is said; what several do is in tests/test_processes.py."""
     with pytest.raises(LoraError, match=r"train\.shard_base spreads the base model over several processes"):
         runs({"train.shard_base": True})
+
+
+def test_liger_kernel(runs: Runs):
+    """There is nothing to run them on, which is said; what they do is in tests/test_liger.py."""
+    with pytest.raises(LoraError, match=r"train\.liger_kernel: Liger's kernels need a CUDA or ROCm GPU"):
+        runs({"train.liger_kernel": True, "device": "cpu"})
 
 
 @pytest.mark.slow

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib.util
 import json
 import os
 import subprocess
@@ -12,6 +13,7 @@ import torch
 from conftest import losses
 
 pytestmark = pytest.mark.gpu
+NO_LIGER = importlib.util.find_spec("liger_kernel") is None
 
 
 @pytest.mark.parametrize("dtype", ["bf16", "fp16"])
@@ -78,8 +80,9 @@ def test_variable_length_attention_is_attention_example_by_example(window, kv_he
         {"gradient_checkpointing": "selective", "activation_memory": 1e-6},
         {"gradient_checkpointing": "offload"},
         {"compile": True},
+        pytest.param({"liger_kernel": True}, marks=pytest.mark.skipif(NO_LIGER, reason="liger-kernel is missing")),
     ],
-    ids=["selective", "offload", "compile"],
+    ids=["selective", "offload", "compile", "liger"],
 )
 def test_what_saves_memory_changes_nothing(run_recipe, tmp_path, train):
     plain, _ = run_recipe(device="cuda", adapter={"dropout": 0.2}, output=str(tmp_path / "plain"))

@@ -24,7 +24,7 @@ def opened(recipe_file: Any, **settings: Any) -> Any:
 def test_passes_have_one_order_and_each_its_name():
     """Attention is tried where the model trains, so after sharding; blocks are measured as they will run, so last."""
     assert [each.name for each in PASSES] == [
-        "adapters", "recomputation", "sharding", "attention", "loss", "compilation", "checkpointing",
+        "adapters", "kernels", "recomputation", "sharding", "attention", "loss", "compilation", "checkpointing",
     ]  # fmt: skip
 
 

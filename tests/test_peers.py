@@ -75,6 +75,7 @@ VALUES: dict[str, Any] = {  # a value of each setting, as other programs write i
     "train.keep_checkpoints": 1,
     "train.seed": 42,
     "train.compile": True,
+    "train.liger_kernel": True,
 }
 KEYS = {".".join(key) for key in all_keys()}
 

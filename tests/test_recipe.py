@@ -443,6 +443,8 @@ def test_validation_is_a_fraction_or_a_file(load: Any, problem: Any, tmp_path: P
             "write a number for micro_batch_size",
         ),
         ("train: {compile: true, shard_base: true}", "train.compile", "remove compile, or shard_base"),
+        ("train: {liger_kernel: true, compile: true}", "train.liger_kernel", "remove compile, or liger_kernel"),
+        ("train: {liger_kernel: true, shard_base: true}", "train.liger_kernel", "remove liger_kernel, or shard_base"),
         ("data: {train: a, drop: [two_forms], allow: [two_forms]}", "data.drop", "remove it from one of them"),
         (
             "{data: {train: a, drop: [duplicate], streaming: true}, train: {max_steps: 1}}",
@@ -927,6 +929,8 @@ def recipes(draw: Any) -> dict[str, Any]:
         train.pop("shard_base", None)
     if train.get("shard_base"):
         train.pop("compile", None)
+    if train.get("shard_base") or train.get("compile"):
+        train.pop("liger_kernel", None)
     return values
 
 

@@ -36,9 +36,10 @@ class ActivationPlan:
         kept = sum(b for again, b in zip(self.recomputed, self.bytes_per_token, strict=True) if not again)
         return round(tokens * (kept + sum(sorted(inputs)[-2:] if self.offloaded else inputs)))
 
-    def host_bytes(self, tokens: int) -> int:
-        """Bytes that they keep of it in host memory."""
-        return round(tokens * sum(self._inputs())) if self.offloaded else 0
+    def host_bytes(self, tokens: int, *, pinned: bool = False) -> int:
+        """Bytes that they keep of it in host memory. pinned: as of a GPU; torch takes each in a power of two."""
+        sizes = [round(tokens * each) for each in self._inputs()] if self.offloaded else []
+        return sum(1 << (size - 1).bit_length() if pinned else size for size in sizes)
 
     def _inputs(self) -> list[float]:
         each = zip(self.recomputed, self.bytes_per_token, strict=True)

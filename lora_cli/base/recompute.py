@@ -104,17 +104,28 @@ class _RMSNorm(torch.autograd.Function):
 
 
 def _norm_forward(norm: nn.Module, offset: float, own: Forward) -> Forward:
-    """A call that the trial did not cover, such as one with a gate or another width, goes to the module's own code."""
-    eps = _eps(norm)
+    eps = eps_of(norm)
+
+    def apply(x: Tensor) -> Any:
+        weight: Any = norm.weight
+        scale = weight.detach().to(torch.promote_types(weight.dtype, torch.float32)) + offset
+        return _RMSNorm.apply(x, own, scale, eps)
+
+    return norm_forward(norm, own, apply, own)
+
+
+def norm_forward(norm: nn.Module, own: Forward, apply: Forward, make: Forward) -> Forward:
+    """A norm's forward that is `apply(x)` where x needs a gradient; `make(x)` makes the same again without one.
+
+    A call that no trial covers, such as one with a gate or another width, goes to the module's own code.
+    """
 
     def forward(*inputs: Any, **named: Any) -> Tensor:
-        weight: Any = norm.weight
+        width: int = norm.weight.shape[-1]  # type: ignore[union-attr]
         x = inputs[0] if len(inputs) == 1 and not named else None
-        if x is None or not (x.requires_grad and torch.is_grad_enabled()) or x.shape[-1] != weight.shape[-1]:
+        if x is None or not (x.requires_grad and torch.is_grad_enabled()) or x.shape[-1] != width:
             return own(*inputs, **named)
-        scale = weight.detach().to(torch.promote_types(weight.dtype, torch.float32)) + offset
-        y: Any = _RMSNorm.apply(x, own, scale, eps)
-        return note_how_made(y, own, x)
+        return note_how_made(apply(x), make, x)
 
     return forward
 
@@ -122,13 +133,14 @@ def _norm_forward(norm: nn.Module, offset: float, own: Forward) -> Forward:
 def _offset(norm: nn.Module) -> float | None:
     """What the norm adds to its weight: 0, or 1 as in Gemma. None if neither gives its gradient."""
     weight: Any = norm.weight
-    if _eps(norm) is None or weight.dim() != 1:
+    if eps_of(norm) is None or weight.dim() != 1:
         return None
     offsets = (0.0, 1.0)
     return next((each for each in offsets if same_gradient(norm, _norm_forward(norm, each, norm.forward))), None)
 
 
-def _eps(norm: Any) -> Any:
+def eps_of(norm: Any) -> Any:
+    """The ε of an RMSNorm; None where it has none by a name that is known here."""
     return getattr(norm, "variance_epsilon", getattr(norm, "eps", None))
 
 
@@ -195,17 +207,25 @@ class _GatedProduct(torch.autograd.Function):
 
 
 def _gated_forward(mlp: Any, names: tuple[str, ...], own: Forward) -> Forward:
-    *first, last, activation = names
-
     def product(gate: Tensor, up: Tensor) -> Tensor:
-        return getattr(mlp, activation)(gate) * up
+        return getattr(mlp, names[-1])(gate) * up
+
+    def apply(gate: Tensor, up: Tensor) -> Any:
+        return _GatedProduct.apply(gate, up, getattr(mlp, names[-1]))
+
+    return gated_forward(mlp, names, own, apply, product)
+
+
+def gated_forward(mlp: Any, names: tuple[str, ...], own: Forward, apply: Forward, make: Forward) -> Forward:
+    """A gated MLP's forward with `apply(gate, up)` as its product; `make` makes the same again without a gradient."""
+    *first, last, _ = names
 
     def forward(*inputs: Any, **named: Any) -> Tensor:
         if len(inputs) != 1 or named or not torch.is_grad_enabled():
             return own(*inputs, **named)
         made = [getattr(mlp, name)(inputs[0]) for name in first]
         gate, up = made if len(made) == 2 else made[0].chunk(2, -1)
-        y: Any = _GatedProduct.apply(gate, up, getattr(mlp, activation))
-        return getattr(mlp, last)(note_how_made(y, product, gate, up) if y.requires_grad else y)
+        y = apply(gate, up)
+        return getattr(mlp, last)(note_how_made(y, make, gate, up) if y.requires_grad else y)
 
     return forward

@@ -1,6 +1,6 @@
 """Trials: what has to be true of a model before it is trained this way, tried on the model that was loaded.
 
-Causality and packed rows (does a token see only what it may?), replaced norms and MLPs (same gradient, same output?),
+Causality and packed rows (does a token see only what it may?), replaced modules (same gradient, same output?),
 and logits (what is done to the output of the head?). No list of architectures is asked. A leak is
 distinguished from rounding by what the same model does where it may look: in fp32 sums are equal to about 1e-5, in 16
 bits a router of experts may choose another one.
@@ -8,7 +8,7 @@ bits a router of experts may choose another one.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any
 
@@ -209,6 +209,34 @@ def same_again(module: nn.Module, forward: Forward) -> bool:
     except Exception:  # any architecture's own code: left as it is
         return False
     return torch.equal(*outputs) and torch.equal(actual, expected)
+
+
+def same_function(own: Forward, ours: Forward, inputs: Sequence[Tensor]) -> bool:
+    """Whether `ours` has the outputs of `own` and their gradients, but for the rounding of the inputs' dtype.
+
+    What `ours` raises is raised; where `own` cannot be called so, it is not the same.
+    """
+    found: list[list[Tensor]] = []
+    for call in (own, ours):
+        leaves = [each.detach().clone().requires_grad_() for each in inputs]
+        generator = torch.Generator().manual_seed(0)
+        try:
+            given = call(*(leaf.clone() for leaf in leaves))  # a kernel may overwrite what it is given
+            outputs = given if isinstance(given, tuple) else (given,)
+            upstream = [torch.randn(each.shape, generator=generator).to(each) for each in outputs]
+            found.append([*outputs, *torch.autograd.grad(outputs, leaves, upstream)])
+        except Exception:  # any architecture's own code: left as it is
+            if call is ours:
+                raise
+            return False
+    # In fp32 GELU and its approximation by tanh are 2e-4 apart, two kernels of one function 1e-6.
+    limits = (max(2e-5, 4 * torch.finfo(each.dtype).eps) for each in found[0])
+    return all(distance(actual, expected) < limit for expected, actual, limit in zip(*found, limits, strict=True))
+
+
+def distance(actual: Tensor, expected: Tensor) -> float:
+    """‖actual - expected‖ / ‖expected‖."""
+    return ((actual.float() - expected.float()).norm() / expected.float().norm().clamp_min(1e-30)).item()
 
 
 def same_output(mlp: Any, forward: Forward, first: Any) -> bool:

@@ -262,4 +262,11 @@ TABLE = [
         "blocks of a base that is spread over processes are gathered and released, and cannot be compiled here",
         fix="remove compile, or shard_base",
     ),
+    Rule("train.liger_kernel", lambda r: r.train.liger_kernel and r.train.compile).says(
+        "compile fuses the same work", fix="remove compile, or liger_kernel"
+    ),
+    Rule("train.liger_kernel", lambda r: r.train.liger_kernel and r.train.shard_base).says(
+        "kernels are tried on the whole model on a GPU, where a base that is to be spread does not fit",
+        fix="remove liger_kernel, or shard_base",
+    ),
 ]

@@ -37,6 +37,7 @@ RENAMED = {
     "train.keep_checkpoints": "save_total_limit",
     "train.seed": "random_seed random_state data_seed",
     "train.compile": "torch_compile",
+    "train.liger_kernel": "use_liger_kernel enable_liger_kernel",
 }
 # what to write for names whose values mean something else here: the names
 ANOTHER_VALUE = {
@@ -60,6 +61,7 @@ ANOTHER_VALUE = {
     "data.train_on: all for prompts too; nothing trains answers alone": "train_on_inputs",
     "data.train_on: assistant or completion": "assistant_only_loss completion_only_loss train_on_responses_only",
     "train.schedule: cosine, linear or constant": "lr_scheduler_type lr_scheduler scheduler",
+    "train.liger_kernel: true, on a GPU": "plugins liger_rope liger_rms_norm liger_glu_activation liger_swiglu",
     "train.optimizer: adamw, adamw_8bit or paged_adamw_8bit": "optim",
     "train.warmup_ratio: a share of all steps": "warmup_steps num_warmup_steps lr_warmup_steps",
     "train.min_learning_rate_ratio: a share of the rate": "min_lr lr_min cosine_min_lr_ratio",
@@ -74,7 +76,6 @@ _REMOVE = {  # why nothing needs to be written: the names
     "the best adapter is the one that is kept": "load_best_model_at_end metric_for_best_model greater_is_better",
     "the fastest attention for model and device is chosen": "flash_attention flash_attn attn_implementation "
     "use_flash_attention_2 sdp_attention xformers_attention",
-    "the loss is computed in chunks without it": "use_liger_kernel liger_kernel enable_liger_kernel plugins",
     "examples of similar length go together without packing": "group_by_length pad_to_sequence_len",
     "evaluating needs none, its result does not depend on it": "per_device_eval_batch_size eval_batch_size",
     "the data is prepared once, before training": "dataloader_num_workers dataset_num_proc num_proc "

@@ -293,6 +293,9 @@ class TrainRecipe(Section):
     and optimizer leave free."""
     compile: bool = False
     """Compile the transformer blocks with torch.compile: minutes at the start, faster steps after."""
+    liger_kernel: bool = False
+    """On a GPU, instead of compile: Liger's fused kernels (`pip install liger-kernel`) for norms, gated MLPs and rotary
+    embeddings, where a trial on the model finds them equal. Not measured yet."""
     shard_base: bool = False
     """Several processes: each holds only its share of the frozen weights (FSDP2), for a base too large for one card.
     Slower, same result."""

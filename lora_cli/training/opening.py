@@ -13,6 +13,7 @@ from transformers import PreTrainedTokenizerBase
 
 from lora_cli.adapters.trained import trained_parameters
 from lora_cli.base.device import describe_device, make_memory_errors_real, pick_device, pick_dtype, share_one_heap
+from lora_cli.base.liger import require_liger
 from lora_cli.base.load import load_model, load_tokenizer, model_config
 from lora_cli.base.sharding import require_shardable
 from lora_cli.base.source import BaseSource
@@ -112,6 +113,8 @@ def open_device(recipe: Recipe) -> torch.device:
     """The device to train on, with its allocator set up. Raises LoraError if it cannot do what the recipe asks."""
     device = pick_device(recipe.device)
     pick_dtype(recipe.dtype, device)
+    if recipe.train.liger_kernel:
+        require_liger(device)
     if device.type == "cpu":
         share_one_heap()
     make_memory_errors_real(device)

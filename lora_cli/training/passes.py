@@ -22,6 +22,7 @@ from lora_cli.base.activations import measured, plan_activations
 from lora_cli.base.attention import packed_attention_name
 from lora_cli.base.compiled import compile_blocks
 from lora_cli.base.device import free_memory_bytes
+from lora_cli.base.liger import use_liger
 from lora_cli.base.linear import features, held_bytes, rounded_lines, unquantized_layers
 from lora_cli.base.load import unused_tensors
 from lora_cli.base.recompute import save_only_inputs
@@ -29,7 +30,7 @@ from lora_cli.base.sharding import shard_base
 from lora_cli.base.source import BaseSource
 from lora_cli.base.stored import stored_quantization
 from lora_cli.base.text import hidden_size, positions
-from lora_cli.base.trials import ordinary_tokens, require_causal, require_no_leak
+from lora_cli.base.trials import model_errors, ordinary_tokens, require_causal, require_no_leak
 from lora_cli.data.batches import collate
 from lora_cli.data.example import Example
 from lora_cli.errors import LoraError
@@ -121,6 +122,17 @@ def _other_layers(model: Any, recipe: Recipe, source: BaseSource) -> Iterator[st
     yield from not_adapted(model)
 
 
+def _kernels(session: Session) -> Lines:
+    with model_errors("train.liger_kernel: Liger's kernels fail here", "remove train.liger_kernel"):
+        replaced = use_liger(session.model)
+    if not any(replaced.values()):
+        name = type(session.model).__name__
+        what = f"train.liger_kernel: nothing in {name} is what one of Liger's kernels computes"
+        raise LoraError(what, fix="remove train.liger_kernel")
+    counts = ", ".join(f"{count} {kind}" for kind, count in replaced.items())
+    yield "kernels", f"Liger's for {counts} (tested on this model)"
+
+
 def _recomputation(session: Session) -> Lines:
     save_only_inputs(session.model)
     return iter(())
@@ -177,7 +189,8 @@ def _checkpointing(session: Session) -> Lines:
         tokens=largest,
         budget_bytes=budget or _FREE_SHARE * (free_memory_bytes(session.device) - states),
     )
-    on_host, host_free = plan.host_bytes(largest), free_memory_bytes(torch.device("cpu"))
+    on_host = plan.host_bytes(largest, pinned=session.device.type == "cuda")
+    host_free = free_memory_bytes(torch.device("cpu"))
     if on_host > host_free:
         raise LoraError(
             f"train.gradient_checkpointing: offload would hold {human_bytes(on_host)} of {largest:,} tokens in host "
@@ -211,11 +224,13 @@ def _kept_of_a_token(session: Session) -> list[float]:
     return [each / len(sample.ids) for each in kept]
 
 
-# Adapters first: whether a gated MLP can be replaced depends on them, and sharding has to leave them out. Attention
+# Adapters first: whether a gated MLP can be replaced depends on them, and sharding has to leave them out. Kernels
+# before recomputation, which leaves alone what has one. Attention
 # after sharding: until then the model may be on a CPU that cannot compute it. Compiling after all that changes what
 # blocks compute, and checkpointing around what was compiled, measured as it will run.
 PASSES = (
     Pass("adapters", _adapters),
+    Pass("kernels", _kernels, lambda recipe: recipe.train.liger_kernel),
     Pass("recomputation", _recomputation, lambda recipe: not recipe.train.compile),
     Pass("sharding", _sharding, lambda recipe: recipe.train.shard_base),
     Pass("attention", _attention),

@@ -38,6 +38,7 @@ def environment_of(session: Session, processes: int) -> dict[str, Any]:
         "device": describe_device(session.device),
         "dtype": str(session.dtype),
         **{name: version(name) for name in _PACKAGES},
+        "liger-kernel": version("liger-kernel") if session.recipe.train.liger_kernel else None,
         "processes": processes,
         "base_revision": session.source.revision,
         "base_fingerprint": session.source.fingerprint,
@@ -63,6 +64,7 @@ def changes_of_environment(began: dict[str, Any], now: dict[str, Any]) -> list[C
         found += [Change("data", f"data: {each}") for each in files or ["other tokens from the same files"]]
     compared = {"base_fingerprint": ("base_model", "base weights"), "dtype": ("dtype", "compute dtype")}
     compared |= {name: ("versions", f"version of {name}") for name in COMPUTING}
+    compared["liger-kernel"] = ("versions", "version of liger-kernel")
     compared["search"] = ("versions", "version of how the base's weights are quantized")
     for key, (allow, what) in compared.items():
         if began.get(key) != now[key]:

@@ -153,6 +153,7 @@ USUAL: dict[str, list[Any]] = {
     "train.gradient_checkpointing": ["none", "full", "selective", True],
     "train.activation_memory": [None, 0.001],
     "train.compile": [False],
+    "train.liger_kernel": [False],
     "train.seed": [0, 1, 2**32 - 1],
     "train.eval_every": [None, 1],
     "train.checkpoint_every": [None, 1],
