@@ -109,7 +109,7 @@ def stand_in() -> dict[str, dict[str, Any]]:
             wide = x.float()
             normalized = wide * torch.rsqrt((wide * wide).mean(-1, keepdim=True) + eps)
             if casting == "llama":
-                return normalized.to(x.dtype) * (offset + weight)
+                return (normalized.to(x.dtype) * (offset + weight)).to(x.dtype)
             return (normalized * (offset + weight.float())).to(x.dtype)
 
         @staticmethod
@@ -204,6 +204,9 @@ def test_a_rotary_embedding(kernels, dtype):
     both = [(own, (cos, sin)), (liger._Rotary.apply, (cos, sin))]
     found = [values_and_gradients(lambda q, k, f=f, a=a: torch.cat(f(q, k, *a), 1), q, k) for f, a in both]
     near(found[1], found[0], dtype)
+    before = q.clone()
+    liger._Rotary.apply(q, k, cos, sin)
+    assert torch.equal(q, before), "it belongs to whoever made it"
 
 
 def near(found: list[Tensor], expected: list[Tensor], dtype: torch.dtype) -> None:
@@ -302,7 +305,7 @@ def test_another_version_of_it_is_another_run():
 
 
 def test_a_norm_whose_input_has_another_dtype_than_its_weight_stays_its_own(kernels):
-    norm = with_random_weight(LlamaRMSNorm(16)).to(torch.bfloat16)
+    norm = with_random_weight(LlamaRMSNorm(16))
     liger_norm = liger._norm(norm)(norm.forward)
-    x = torch.randn(3, 16, requires_grad=True)
+    x = torch.randn(3, 16).to(torch.bfloat16).requires_grad_()  # whose result is fp32; Liger's would be bf16
     assert torch.equal(liger_norm(x), norm(x))
