@@ -16,6 +16,7 @@ import torch
 from accelerate import Accelerator
 from conftest import ROOT, adapter_tensors, losses, quiet_console, randomize_adapter
 from test_architectures import ARCHITECTURES
+from test_gguf import write_gguf
 from torch import Tensor, nn
 
 from lora_cli.adapters.trained import trained_parameters
@@ -79,6 +80,8 @@ KINDS: dict[str, dict[str, Any]] = {  # a Llama with RMSNorm, gated products and
     "llama-nf4": {"quantization": "nf4"},
     "llama-recomputed": {"train": {"gradient_checkpointing": "full", "eval_every": 1}},
     "llama-last-block": {"adapter": {"layers": [-1]}},  # the first block then has no backward pass
+    "llama-int4": {"quantization": "int4"},
+    "llama-q8_0": {"base_model": "q8_0.gguf", "quantization": "gguf"},
     "gpt2": {"base_model": "tiny-gpt2"},
     "gpt2-nf4": {"base_model": "tiny-gpt2", "quantization": "nf4", "double_quantization": False},
 }
@@ -92,7 +95,7 @@ def launch(launcher: list[str], processes: int, *arguments: str) -> subprocess.C
 
 
 @pytest.fixture
-def write(recipe_file: Callable[..., Path], tmp_path: Path, tiny_gpt2: Path) -> Callable[..., Path]:
+def write(recipe_file: Callable[..., Path], tmp_path: Path, tiny_gpt2: Path, tiny_llama: Path) -> Callable[..., Path]:
     """Writes a recipe of KINDS under a name, which is also that of its run folder."""
 
     def write(name: str, kind: str, **train: Any) -> Path:
@@ -101,6 +104,9 @@ def write(recipe_file: Callable[..., Path], tmp_path: Path, tiny_gpt2: Path) -> 
             settings[key] = settings.get(key, {}) | value if isinstance(value, dict) else value
         if settings.get("base_model") == "tiny-gpt2":
             settings["base_model"] = str(tiny_gpt2)
+        if settings.get("base_model") == "q8_0.gguf":
+            file = tmp_path / "q8_0.gguf"
+            settings["base_model"] = str(file if file.exists() else write_gguf(file, tiny_llama, "Q8_0"))
         return recipe_file(f"{name}.yaml", **settings, output=str(tmp_path / name))
 
     return write
@@ -152,6 +158,7 @@ def assert_shares(run: Path, processes: int) -> None:
     [
         ("llama", "gpt2-nf4"),
         pytest.param(("llama-nf4", "llama-recomputed", "llama-last-block", "gpt2"), marks=pytest.mark.slow),
+        pytest.param(("llama-int4", "llama-q8_0"), marks=pytest.mark.slow),
     ],
 )
 def test_a_base_in_shares_is_the_base(write, train_all, tmp_path, kinds):

@@ -435,7 +435,7 @@ def test_validation_is_a_fraction_or_a_file(load: Any, problem: Any, tmp_path: P
         (
             "{quantization: int8, train: {shard_base: true}}",
             "train.shard_base",
-            "write quantization: nf4 or int4 or none, or remove shard_base",
+            "write quantization: nf4 or int4 or gguf or none, or remove shard_base",
         ),
         (
             "train: {micro_batch_size: auto, batch_size: 8, shard_base: true}",
