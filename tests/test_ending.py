@@ -65,15 +65,15 @@ def test_ctrl_c_while_the_program_is_still_being_imported_shows_no_traceback():
 
 
 def send_in_step(monkeypatch, step: int, *numbers: int) -> None:
-    own = writer.RunWriter.metrics
+    own = writer.RunWriter.append
 
-    def metrics(self: Any, line: dict[str, Any]) -> None:
-        own(self, line)
-        if line["step"] == step:
+    def append(self: Any, file: Path, lines: list[dict[str, Any]]) -> None:
+        own(self, file, lines)
+        if file.name == "metrics.jsonl" and lines[0]["step"] == step:
             for number in numbers:
                 os.kill(os.getpid(), number)
 
-    monkeypatch.setattr(writer.RunWriter, "metrics", metrics)
+    monkeypatch.setattr(writer.RunWriter, "append", append)
 
 
 @pytest.mark.parametrize("numbers", [[signal.SIGHUP], [signal.SIGHUP] * 3, [signal.SIGHUP, signal.SIGTERM]])

@@ -878,7 +878,7 @@ def recipes(draw: Any) -> dict[str, Any]:
     adapter, train = values.get("adapter", {}), values.get("train", {})  # less what would contradict itself
     if adapter.get("target_modules", "attention") != "attention":
         adapter.pop("projections", None)
-    if values.get("quantization") in ("int8", "int4", "none") and values.get("double_quantization"):
+    if values.get("quantization", "nf4") != "nf4" and values.get("double_quantization"):
         del values["double_quantization"]
     if values.get("quantization") != "int4":
         adapter.pop("method", None)
