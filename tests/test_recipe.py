@@ -616,6 +616,9 @@ def test_a_recipe_that_is_not_there(tmp_path: Path):
         load_recipe(tmp_path / "smal.yaml")
     with pytest.raises(LoraError, match="this is a folder, not a recipe"):
         load_recipe(tmp_path)
+    (tmp_path / "rows.jsonl").touch()
+    with pytest.raises(LoraError, match=r"this is data, not a recipe\n  fix: .*lora init MODEL .*rows\.jsonl"):
+        load_recipe(tmp_path / "rows.jsonl")
 
 
 # ── retired settings ────────────────────────────────────────────────────────────────────────────────────────────

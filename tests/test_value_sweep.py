@@ -91,7 +91,7 @@ def test_a_base_that_was_changed_in_place_is_loaded_anew(tiny_llama):
 
 
 def test_a_stopped_sweep_goes_on_where_it_stopped(recipe, tmp_path, monkeypatch):
-    hours = iter([None, 1e-9, None])
+    hours = iter([None, 1e-9, None, None])
     begun: list[str] = []
 
     def stopping(recipe: Any, *given: Any, **how: Any) -> Any:
@@ -107,6 +107,11 @@ def test_a_stopped_sweep_goes_on_where_it_stopped(recipe, tmp_path, monkeypatch)
     found = swept(recipe, tmp_path / "swept", "adapter.rank=1,2")
     assert begun == ["rank-1", "rank-2", "rank-2"]
     assert [each["state"] for each in found["points"]] == ["done", "done"]
+    (tmp_path / "swept").rename(tmp_path / "moved")  # a sweep goes on wherever its folder lies
+    found = swept(recipe, tmp_path / "moved", "adapter.rank=1,2,3")
+    assert begun[3:] == ["rank-3"]
+    assert [each["state"] for each in found["points"]] == ["done", "done", "done"]
+    (tmp_path / "moved").rename(tmp_path / "swept")
     assert_as_trained_alone(tmp_path / "swept" / "rank-2", tmp_path / "alone")
     changed = refusal(lambda: swept(recipe, tmp_path / "swept", "adapter.rank=1,2", overrides=["train.max_steps=4"]))
     assert "train.max_steps: 3 → 4" in changed.details
@@ -172,6 +177,8 @@ def test_what_is_asked_for_is_checked_before_anything_is_trained(recipe, recipe_
     assert "--vary adapter.rank: adapter.rank is 0" in wrong.error
     twice = lora("sweep", recipe, "--vary", "train.learning_rate=1e-3,0.001", *out)
     assert "learning_rate-0.001 is named twice" in twice.error
+    placed = lora("sweep", recipe, "--vary", "adapter.rank=4,8", "--set", "output=elsewhere", *out)
+    assert "name that with --output" in placed.error
     fixed = lora("sweep", recipe, "--vary", "adapter.rank=4,8", "--same-parameters", *out)
     assert "do not vary adapter.rank" in fixed.error
     blind = recipe_file("blind.yaml", data={})

@@ -12,13 +12,14 @@ from typing import Any
 import yaml
 
 from lora_cli import limits
-from lora_cli.errors import LoraError, refuse_if
+from lora_cli.errors import LoraError, command, refuse_if
 from lora_cli.files import human_bytes, require_regular
 
 # What PyYAML lets through of a value that looks like a date or is tagged as a number, and is none
 NO_VALUE = (ValueError, LookupError, TypeError, AttributeError)
 
 KeyPath = tuple[str, ...]
+_OF_DATA = {".jsonl", ".csv", ".tsv", ".parquet", ".arrow", ".gz", ".zst", ".xlsx"}
 
 
 class Places(dict[KeyPath, str]):
@@ -125,6 +126,8 @@ def _text_of(path: Path) -> str:
     try:
         entry = path.stat()
         refuse_if(stat.S_ISDIR(entry.st_mode), "this is a folder, not a recipe", where=path, fix="name the YAML file")
+        fix = f"name a recipe; {command('lora', 'init', 'MODEL', path)} writes one for these data"
+        refuse_if(path.suffix.lower() in _OF_DATA, "this is data, not a recipe", where=path, fix=fix)
         require_regular(path)  # besides, paths in a recipe start at its folder, which a pipe does not have
         if entry.st_size > limits.RECIPE_BYTES:
             what = f"{human_bytes(entry.st_size)} are too much for a recipe"

@@ -113,6 +113,8 @@ def sweep(asked: Sweep, console: Console) -> dict[str, Any]:
     base_recipe = load_recipe(asked.recipe, list(asked.overrides))
     fix = "write data.validation: 0.05, or --set data.validation=0.05"
     refuse_if(base_recipe.data.validation is None, "without validation data nothing tells points apart", fix=fix)
+    placed = any(each.partition("=")[0].strip() == "output" for each in asked.overrides)
+    refuse_if(placed, "--set output: the runs of a sweep lie in its own folder", fix="name that with --output")
     several = int(os.environ.get("WORLD_SIZE", "1")) > 1
     refuse_if(several, "a sweep trains with one process", fix="start it without torchrun or accelerate launch")
     with locked(asked.output, say):

@@ -49,8 +49,9 @@ def environment_of(session: Session, processes: int) -> dict[str, Any]:
 
 
 def changes_of_recipe(stored: Recipe, given: Recipe) -> list[Change]:
-    """What differs but for where the run lies: a folder may be moved, and the run in it is the same."""
-    stored = stored.model_copy(update={"output": given.output})
+    """What differs but for where the run and its tokens lie: a folder may be moved, and the run in it is the same."""
+    data = stored.data.model_copy(update={"cache": given.data.cache})
+    stored = stored.model_copy(update={"output": given.output, "data": data})
     if given.revision is None and given.base_model == stored.base_model:
         stored = stored.model_copy(update={"revision": None})  # stored with the commit that "nothing" meant then
     return [Change(".".join(key), f"{'.'.join(key)}: {old} → {new}") for key, old, new in differences(stored, given)]
