@@ -1,9 +1,11 @@
 """The LoRA paper's questions on a small model: which matrices, under a fixed number of parameters? Which rank?
 
-    python benchmarks/science.py FOLDER [--tasks sql faq] [--studies rank matrices]
+    python benchmarks/science.py FOLDER [--tasks sql faq] [--studies rank matrices curve]
 
 SmolLM2-135M-Instruct in bf16, 20 steps a training, seeds 0, 1, 2. sql: the demo's text-to-SQL, held-out rows about
 other databases. faq: 50 facts about made-up products in two wordings, held out in a third one (benchmarks/faq.py).
+curve: a model of 5 million parameters, trained from nothing (benchmarks/small_model.py), in fp32, ranks 1 to 128 of all
+linear layers, 200 steps: long enough that a rank can be too small.
 Each study is a `lora sweep` in FOLDER, whose command is printed; a study that was stopped goes on. Each ends with a
 table for Markdown.
 """
@@ -23,7 +25,9 @@ MODEL = ROOT / "build" / "smollm2-135m-instruct"
 STUDIES = {  # what is varied, on the recipe below
     "rank": ["--vary", "adapter.rank=1,4,16,64", "--set", "adapter.projections=[q,v]"],
     "matrices": ["--vary", "adapter.projections=[q],[k],[v],[o],[q,k],[q,v],[q,k,v,o]", "--same-parameters"],
+    "curve": ["--vary", "adapter.rank=1,2,4,8,16,32,64,128", "--set", "dtype=fp32", "--set", "train.max_steps=200"],
 }
+ALL_LINEAR = {"rank": 8, "alpha": 32, "target_modules": "all-linear"}
 RECIPE: dict[str, Any] = {
     "base_model": str(MODEL),
     "quantization": "none",
@@ -48,25 +52,32 @@ def main() -> None:
     (given.folder / "general.txt").write_text("The house stood at the end of the road. " * 12, encoding="utf-8")
     for study in given.studies:
         for task in given.tasks:
-            recipe, out = make_recipe(task, given.folder), given.folder / f"{task}-{study}"
+            recipe, out = make_recipe(task, given.folder, study), given.folder / f"{task}-{study}"
             words = ["sweep", recipe, *STUDIES[study], "--seeds", "3", "--output", out]
             print("lora", *words, flush=True)
             subprocess.run([sys.executable, "-m", "lora_cli", *map(str, words)], check=False)
             print_table(out / "sweep.json")
 
 
-def make_recipe(task: str, folder: Path) -> Path:
+def make_recipe(task: str, folder: Path, study: str) -> Path:
     """The recipe, written beside its rows."""
+    own: dict[str, Any] = {}
+    if study == "curve":
+        own = {"base_model": str(folder / "small"), "adapter": ALL_LINEAR}
+        if not (folder / "small").exists():
+            from small_model import make_small_model
+
+            make_small_model(folder / "small")
     train, held_out = sql_rows() if task == "sql" else faq_rows()
     data: dict[str, Any] = {"max_seq_len": 128, "packing": False, "general_text": "general.txt"}
     for name, rows in {"train": train, "validation": held_out}.items():
         path = folder / f"{task}-{name}.jsonl"
         path.write_text("".join(json.dumps(row) + "\n" for row in rows), encoding="utf-8")
         data[name] = path.name
-    file = folder / f"{task}.yaml"
+    file = folder / ("curve-" * (study == "curve") + f"{task}.yaml")
     train_settings = RECIPE["train"] | {"micro_batch_size": 4 if task == "sql" else 8}  # about 190 tokens a step
     file.write_text(
-        json.dumps(RECIPE | {"data": data, "train": train_settings}, indent=2) + "\n", encoding="utf-8"
+        json.dumps(RECIPE | {"data": data, "train": train_settings} | own, indent=2) + "\n", encoding="utf-8"
     )  # JSON is YAML
     return file
 
