@@ -59,8 +59,8 @@ def groups(folder: Path) -> None:
 
 def science(folder: Path) -> None:
     """Losses above the best point's, with paired 95 % intervals over rows: table 5 and table 6 of the LoRA paper."""
-    figure, panels = pyplot.subplots(1, 2, figsize=(9, 3.2), layout="constrained")
-    for panel, study in zip(panels, ("matrices", "rank"), strict=True):
+    figure, panels = pyplot.subplots(1, 3, figsize=(12, 3.2), layout="constrained")
+    for panel, study in zip(panels, ("matrices", "rank", "curve"), strict=True):
         for task, (color, mark) in MARKS.items():
             path = folder / f"{task}-{study}" / "sweep.json"
             found = json.loads(path.read_text(encoding="utf-8"))["points"] if path.exists() else []
@@ -81,7 +81,11 @@ def science(folder: Path) -> None:
             )
             panel.set_xticks(range(len(points)), [named(each["settings"]) for each in points], fontsize=9)
         panel.set_title(
-            {"matrices": "which matrices, equal numbers trained", "rank": "rank of q and v"}[study],
+            {
+                "matrices": "which matrices, equal numbers trained",
+                "rank": "rank of q and v",
+                "curve": "rank of all layers, small model, 200 steps",
+            }[study],
             fontsize=10,
             loc="left",
         )
