@@ -146,7 +146,8 @@ def routes(base: Path, folder: Path, rows: Rows, library: str) -> None:
         told = ask(sys.executable, file, sequences=sequences)["losses"]
         losses = torch.tensor([sum(each[-len(answer) :]) for each, answer in zip(told, answers, strict=True)])
         first = losses if name == "LoRA, f16" else first
-        line = f"{name:22} {losses.sum() / tokens:.4f} nats a token, {file.stat().st_size / 2**20:.0f} MiB"
+        line = f"{name:22} {losses.sum() / tokens:.4f} nats a token, {file.stat().st_size / 2**20:.0f} MiB, "
+        line += f"{bits_of_linear(file):.2f} bits a weight of linear layers"
         if first is not None:
             cost = (losses - first) / tokens
             line += f" ({cost.sum():+.4f} ± {1.96 * (cost - cost.mean()).square().sum().sqrt():.4f})"
@@ -164,6 +165,13 @@ def routes(base: Path, folder: Path, rows: Rows, library: str) -> None:
     quantize_to_q4_k_m(library, wide, folder / "k.gguf")
     say("LoRA, Q4_K_M", folder / "k.gguf")
     say("QA-LoRA, its own q4_1", exported(trained(base, folder, train), "q4_1"))
+
+
+def bits_of_linear(file: Path) -> float:
+    from gguf import GGUFReader
+
+    matrices = [each for each in GGUFReader(file).tensors if len(each.shape) == 2 and each.name.startswith("blk.")]
+    return 8 * sum(int(each.n_bytes) for each in matrices) / sum(int(each.n_elements) for each in matrices)
 
 
 def make_rows_of_training() -> Rows:

@@ -57,6 +57,8 @@ def main() -> None:
             print("lora", *words, flush=True)
             subprocess.run([sys.executable, "-m", "lora_cli", *map(str, words)], check=False)
             print_table(out / "sweep.json")
+            if study == "curve":
+                print_training(out / "sweep.json")
 
 
 def make_recipe(task: str, folder: Path, study: str) -> Path:
@@ -116,6 +118,15 @@ def print_table(path: Path) -> None:
             f"| {behind['gain']:.4f} ± {half:.4f} |"
         )
     print(found["recommendation"], flush=True)
+
+
+def print_training(path: Path) -> None:
+    """Of each point's first run, the mean training loss of the first ten steps, of steps 41 to 50, of the last ten."""
+    for each in json.loads(path.read_text(encoding="utf-8"))["points"]:
+        lines = (Path(each["folders"][0]) / "metrics.jsonl").read_text(encoding="utf-8").splitlines()
+        losses = [json.loads(line)["loss"] for line in lines]
+        means = [sum(part) / len(part) for part in (losses[:10], losses[40:50], losses[-10:])]
+        print(f"{each['name']}: {', '.join(f'{mean:.2f}' for mean in means)}", flush=True)
 
 
 if __name__ == "__main__":

@@ -106,7 +106,7 @@ def nearest(update: Tensor, rank: int | None, energy: float | None = None) -> tu
     """A and B of the `largest` directions of a dense (out, in) matrix, its norm, and that of what they lack.
 
     rank: how many, at most; energy: as few as hold that share of ‖ΔW‖², sought among twice as many each time.
-    Raises LoraError for numbers whose products are too large for fp32, or that are none.
+    Raises LoraError for NaN, and for numbers whose products are too large for fp32.
     """
     norm = torch.linalg.vector_norm(update).item()
     fix = "copy what it is made of again, or choose smaller weights"

@@ -22,7 +22,7 @@ from torch import Tensor, nn
 
 from lora_cli.base.bounds import require_modest_config
 from lora_cli.base.gguf_header import AGAIN, Header, library, read_header
-from lora_cli.base.storage.blocks import BLOCK, settings_class
+from lora_cli.base.storage.blocks import BLOCK, LAYERS, settings_class
 from lora_cli.base.storage.int4 import of_q4_0, of_q4_1
 from lora_cli.base.storage.kind import Storage
 from lora_cli.base.storage.q8_0 import of_q8_0
@@ -130,9 +130,8 @@ def _opened(file: Path, tokenizer: Path | None, *_: int) -> GgufFile:
         header = read_header(file)
     known = header.scalars.get("general.architecture")
     if known not in ARCHITECTURES:
-        what = (
-            f"GGUF files of the architecture {str(known)[:40]!r} cannot be trained on, but {', '.join(ARCHITECTURES)}"
-        )
+        what = f"GGUF files of the architecture {str(known)[:40]!r} cannot be trained on"
+        what += f"; those of {', '.join(ARCHITECTURES)} can"
         raise LoraError(what, where=file, fix="use the model it was made from: a folder or hub id with safetensors")
     first = file.with_name(re.sub(r"-\d{5}-of-", "-00001-of-", file.name))
     fix = f"make one file of them: {command('llama-gguf-split', '--merge', first, 'whole.gguf')}"
@@ -181,7 +180,8 @@ def _config(header: Header, file: Path, folder: Path) -> Any:
     for name in [*_NEEDED, *({"rope.freq_base"} & given.keys())]:
         value = given.get(name, 0)
         sound = type(value) in (int, float) and 0 < value < math.inf
-        refuse_if(not sound, f"its {name} is {value or 'not there'}, which no model has", where=file, fix=AGAIN)
+        what = f"its {name} is {value}, which cannot be" if name in given else f"it does not say its {name}"
+        refuse_if(not sound, what, where=file, fix=AGAIN)
     short = folder / "header.gguf"
     writer = gguf.GGUFWriter(short, architecture)
     for name, value in header.scalars.items():
@@ -282,7 +282,7 @@ def load_state(file: GgufFile, quantization: str, dtype: torch.dtype) -> tuple[d
     with reading("the GGUF file cannot be read", next(iter(file.tensors.values())).file, AGAIN):
         for name, tensor in file.tensors.items():
             if name in kept:
-                parts = zip(("weight", "d", "m"), tensor.blocks(), strict=False)  # type: ignore[attr-defined]
+                parts = zip(LAYERS[kept[name].name].names, tensor.blocks(), strict=True)  # type: ignore[attr-defined]
                 state |= {name.removesuffix("weight") + part: value for part, value in parts}
             else:
                 state[name] = tensor.read().to(dtype)  # type: ignore[attr-defined]

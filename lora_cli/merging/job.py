@@ -269,7 +269,7 @@ class Merge:
         if self.held is not None:
             return "the base is stored quantized"
         if self.adapter.metadata.method == "qa_lora":
-            return "qa_lora has no other"
+            return "a qa_lora update fits no other"
         if self.proof != "full":
             return f"--proof {self.proof} opens no model"
         return None if examples else "there are no prepared validation rows of its run"

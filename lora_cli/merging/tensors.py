@@ -31,7 +31,7 @@ _PIECE = 2**20  # bytes copied at a time
 
 
 def parse_shard_size(text: str) -> int:
-    """Bytes, of a size such as 5GB, 500MB or 2GiB. Raises LoraError for what is none."""
+    """Bytes, of a size such as 5GB, 500MB or 2GiB. Raises LoraError for a text that is not one."""
     from accelerate.utils import convert_file_size_to_int
 
     try:

@@ -97,7 +97,7 @@ class Checked:
 
 
 def base_of(recipe: Recipe) -> BaseSource:
-    """Raises LoraError where there is none, or where its own form allows no such quantization."""
+    """The recipe's base model. Raises LoraError if it does not exist or cannot be held in the recipe's quantization."""
     code = recipe.trust_remote_code
     source = find_base(recipe.base_model, recipe.revision, trust_remote_code=code, tokenizer=recipe.tokenizer)
     require_quantization(source, recipe.quantization, recipe.group_size)

@@ -188,7 +188,7 @@ def _ways(
 ) -> Iterator[tuple[str, Row, int, str]]:
     """Quantization, row, micro-batch and gradient checkpointing: the least quantized first, of each the fastest.
 
-    Before rows are made shorter, inputs of blocks go to host memory, which a CPU has no other of.
+    Before rows are made shorter, inputs of blocks go to host memory; a CPU has no other.
     """
     row = _row_length(base, survey)
     most = _power_of_two(min(FULL_MICRO_BATCH, step_tokens) / row.tokens)

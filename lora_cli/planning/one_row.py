@@ -109,7 +109,7 @@ def _found(sources: list[Opened], file: str, number: int) -> tuple[SourceRecipe,
         details = list(found)
         what, fix = f"{len(found)} files have a row {number}", f"name the file: --row {next(iter(found))}:{number}"
     elif details:
-        what, fix = f"there is no row {number}", "choose one of those that there are; rows are counted from 1"
+        what, fix = f"there is no row {number}", "choose a row that exists; rows are counted from 1"
     else:
         what, fix = f"no file of the data is called {file}", f"name one of its files, such as {next(iter(rows))}"
     more = len(details) - _MOST_FILES

@@ -15,7 +15,7 @@ from lora_cli import limits
 from lora_cli.errors import LoraError, command, refuse_if
 from lora_cli.files import human_bytes, require_regular
 
-# What PyYAML lets through of a value that looks like a date or is tagged as a number, and is none
+# What PyYAML lets through of a value that looks like a date or is tagged as a number, but is not one
 NO_VALUE = (ValueError, LookupError, TypeError, AttributeError)
 
 KeyPath = tuple[str, ...]
