@@ -26,6 +26,7 @@ from tiny_model import make_tokenizer, save_tiny
 
 from lora_cli.adapters.attach import attach
 from lora_cli.adapters.targets import find_targets
+from lora_cli.base.activations import ActivationPlan
 from lora_cli.base.attention import attention_implementation
 from lora_cli.base.linear import held_bytes
 from lora_cli.base.load import load_model, load_tokenizer
@@ -822,7 +823,10 @@ def test_the_estimate_by_hand():
     assert again.weights == 2 * (10**9 + 10**8)
     longer = estimate_memory(SHAPE, quantization="nf4", tokens=1000, target_tokens=0, gradient_checkpointing="offload")
     assert longer.activations == 1000 * (2 * 2048 * 2 + 56_384)  # of any number of blocks
-    assert offloaded_bytes(SHAPE, 1000) == 1000 * 20 * 2048 * 2
+    assert offloaded_bytes(SHAPE, 1000) == 20 * 2**22  # each of 4,096,000 bytes, in torch's pinned blocks of 4 MiB
+    for tokens in (1000, 1024, 1025):  # as training counts once it has measured a block
+        measured = ActivationPlan((True,) * 20, (56_384.0,) * 20, 2048 * 2, offloaded=True)
+        assert offloaded_bytes(SHAPE, tokens) == measured.host_bytes(tokens, pinned=True)
 
 
 @pytest.fixture(scope="module")

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
-from lora_cli.base.offload import HostInputs
+from lora_cli.base.offload import HostInputs, pinned_bytes
 from lora_cli.base.surgery import Forward, replace_forward
 
 
@@ -37,9 +37,9 @@ class ActivationPlan:
         return round(tokens * (kept + sum(sorted(inputs)[-2:] if self.offloaded else inputs)))
 
     def host_bytes(self, tokens: int, *, pinned: bool = False) -> int:
-        """Bytes that they keep of it in host memory. pinned: as of a GPU; torch takes each in a power of two."""
+        """Bytes that they keep of it in host memory. pinned: as of a GPU."""
         sizes = [round(tokens * each) for each in self._inputs()] if self.offloaded else []
-        return sum(1 << (size - 1).bit_length() if pinned else size for size in sizes)
+        return sum(map(pinned_bytes, sizes) if pinned else sizes)
 
     def _inputs(self) -> list[float]:
         each = zip(self.recomputed, self.bytes_per_token, strict=True)

@@ -25,6 +25,11 @@ Wait = Callable[[], None]
 Copy = Callable[[Tensor, Tensor], Wait]
 
 
+def pinned_bytes(size: int) -> int:
+    """What torch takes of host memory for a pinned tensor of that many bytes: the next power of two."""
+    return 1 << (size - 1).bit_length() if size else 0
+
+
 def copier(device: torch.device) -> Copy:
     """begin(into, source) begins a copy; what it returns makes the computing stream wait for its end. On a CPU a plain
     copy.

@@ -11,6 +11,7 @@ import torch
 from lora_cli.adapters.targets import linear_layers
 from lora_cli.base.cross_entropy import CHUNK_BYTES
 from lora_cli.base.linear import features
+from lora_cli.base.offload import pinned_bytes
 from lora_cli.base.storage.registry import storage_named
 from lora_cli.base.text import hidden_size, vocabulary
 from lora_cli.errors import refuse_if
@@ -108,8 +109,8 @@ def estimate_memory(
 
 
 def offloaded_bytes(shape: ModelShape, tokens: int, value_bytes: int = 2) -> int:
-    """Of host memory, for `gradient_checkpointing: offload`: the inputs of all blocks."""
-    return tokens * len(shape.blocks) * shape.hidden * value_bytes
+    """Of host memory, for `gradient_checkpointing: offload` on a GPU: the inputs of all blocks, each pinned."""
+    return len(shape.blocks) * pinned_bytes(tokens * shape.hidden * value_bytes)
 
 
 def shape_of(
