@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import gc
+import weakref
 from collections.abc import Sequence
 from typing import Any
 
@@ -104,6 +106,18 @@ def test_each_storage_is_counted_once_where_it_was_kept():
     before = kept.copy()
     blocks[1](blocks[0](x))
     assert kept == before  # the hooks are gone
+
+
+def test_what_was_measured_goes_without_a_backward_pass():
+    """`lora init` measures each way of holding a model, and has no backward pass."""
+    block = nn.Linear(8, 8)
+    with measured([block]):
+        hidden = torch.randn(2, 8, requires_grad=True).exp()
+        y = block(hidden)
+    saved = weakref.ref(hidden)
+    del hidden, y
+    gc.collect()
+    assert saved() is None
 
 
 @pytest.mark.parametrize(("dtype", "size"), [("fp32", 4), ("bf16", 2)])

@@ -104,9 +104,9 @@ def measured(blocks: Sequence[nn.Module]) -> Iterator[list[int]]:
         address = tensor.untyped_storage().data_ptr()
         if current and address not in weights and address not in seen:
             seen.add(address)
-            alive.append(tensor)  # so that its address is not reused
+            alive.append(tensor.detach())  # so that its address is not reused
             kept[current[-1]] += tensor.untyped_storage().nbytes()
-        return tensor
+        return tensor.detach()  # the graph holds these and `pack`; if they held it, too, it would stay for ever
 
     def enter(block: nn.Module, index: int) -> None:
         current.append(index)
