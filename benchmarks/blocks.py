@@ -2,7 +2,7 @@
 
     python benchmarks/blocks.py [SECTION ...] [--json FILE]
 
-kept   bytes that autograd keeps of a token in one block, for ten architectures and the shape of Llama-3.1-8B's: as it
+kept   bytes that autograd keeps of a token in one block, for ten architectures and two shapes of real models: as it
        was when inputs of adapted layers were saved, as it is now that they are made again, and PEFT's layers as TRL
        trains them (A and B in bf16; what TRL does by itself is outside of the blocks)
 launches  operations of a forward and a backward pass in one block that a GPU would launch a kernel for, counted by the
@@ -49,6 +49,7 @@ LLAMA_8B: dict[str, Any] = IDS | {
     "num_attention_heads": 32,
     "num_key_value_heads": 8,
 }
+QWEN3_4B: dict[str, Any] = LLAMA_8B | {"hidden_size": 2560, "intermediate_size": 9728, "head_dim": 128}
 CONFIGS: dict[str, Callable[[], Any]] = {
     "llama": lambda: hf.LlamaConfig(**SMALL),
     "mistral": lambda: hf.MistralConfig(**SMALL),
@@ -61,6 +62,7 @@ CONFIGS: dict[str, Callable[[], Any]] = {
     "gpt-neox": lambda: hf.GPTNeoXConfig(**FULL),
     "gpt2": lambda: hf.GPT2Config(vocab_size=512, n_embd=256, n_layer=2, n_head=4, n_positions=512),
     "Llama-3.1-8B": lambda: hf.LlamaConfig(**LLAMA_8B),
+    "Qwen3-4B": lambda: hf.Qwen3Config(**QWEN3_4B),
 }
 
 
@@ -109,13 +111,15 @@ def peft(name: str) -> tuple[Any, Callable[[], Any]]:
 
 @contextmanager
 def as_it_was() -> Iterator[None]:
-    """Inputs of adapted layers are saved; of norms and MLPs only RMSNorm and gated MLPs of three layers save less."""
+    """Inputs of adapted layers and rotated queries and keys are saved; of norms and MLPs only RMSNorm and gated MLPs of
+    three layers save less."""
     from lora_cli.adapters import layer
     from lora_cli.base import recompute
 
     with (
         mock.patch.object(layer, "how_made", lambda x, how=layer.how_made: how(x.detach())),
         mock.patch.object(recompute, "is_elementwise", return_value=False),
+        mock.patch.object(recompute, "noting_rotary", return_value=None),
         mock.patch.object(recompute, "_GATED", recompute._GATED[:1]),
     ):
         yield
@@ -229,7 +233,7 @@ def section_launches() -> dict[str, dict[str, int]]:
     result = {}
     print(f"{'launches a block':16}{'apart':>10}{'joined':>10}{'PEFT':>10}{'joined/PEFT':>13}")
     with gpu_path():
-        for name in [each for each in CONFIGS if each != "Llama-3.1-8B"]:
+        for name in [each for each in CONFIGS if not each.endswith("B")]:
             counts = [launched(name, make) for make in (ours, joined, peft)]
             result[name] = dict(zip(("apart", "joined", "peft"), counts, strict=True))
             print(

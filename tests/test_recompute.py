@@ -3,6 +3,9 @@ same model, the same gradients, less kept."""
 
 from __future__ import annotations
 
+import gc
+import sys
+import weakref
 from collections.abc import Callable
 from typing import Any
 
@@ -11,6 +14,7 @@ import pytest
 import torch
 import transformers as hf
 from conftest import assert_near, with_adapter
+from test_varlen import stand_in
 from torch import Tensor, nn
 from transformers.models.gemma2.modeling_gemma2 import Gemma2RMSNorm
 from transformers.models.llama.modeling_llama import LlamaMLP, LlamaRMSNorm
@@ -21,9 +25,11 @@ from lora_cli.adapters.dropout import token_keys
 from lora_cli.adapters.layer import LoRALinear
 from lora_cli.adapters.targets import block_lists, find_targets
 from lora_cli.adapters.trained import dropout_keys, trained_modules, trained_parameters
+from lora_cli.base import attention, causal_attention, remade
 from lora_cli.base.activations import ActivationPlan, measured
 from lora_cli.base.recompute import save_only_inputs
-from lora_cli.base.remade import how_made, note_how_made
+from lora_cli.base.remade import followed, how_made, keeping_sources, note_how_made
+from lora_cli.base.rotary import noting_rotary, rotating_modules
 from lora_cli.base.surgery import forward_layers
 
 TINY: dict[str, Any] = {"vocab_size": 97, "hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 2}
@@ -37,6 +43,7 @@ MODELS: dict[
     "llama": (lambda: hf.LlamaConfig(**TINY), 2 * (2 + 1) + 1),
     "gemma2": (lambda: hf.Gemma2Config(**TINY, head_dim=8, query_pre_attn_scalar=8), 2 * (4 + 1) + 1),
     "qwen3": (lambda: hf.Qwen3Config(**TINY, head_dim=8), 2 * (4 + 1) + 1),  # norms of queries and keys as well
+    "gemma3": (lambda: hf.Gemma3TextConfig(**TINY, head_dim=8), 2 * (6 + 1) + 1),
     "granite": (lambda: hf.GraniteConfig(**TINY, residual_multiplier=0.5), 2 * (2 + 1) + 1),
     "cohere": (lambda: hf.CohereConfig(**TINY), 2 * (1 + 1) + 1),  # its norms subtract the mean: not RMSNorm
     "phi3": (lambda: hf.Phi3Config(**TINY), 2 * (2 + 1) + 1),  # gate and up are one layer
@@ -204,6 +211,131 @@ def test_a_source_that_is_changed_after_it_was_kept_is_an_error_and_no_wrong_gra
         x.mul_(2)
     with pytest.raises(RuntimeError, match="modified by an inplace operation"):
         out.sum().backward()
+
+
+# ── queries and keys ────────────────────────────────────────────────────────────────────────────────────────────
+
+ONE_HEAD_A_KEY: dict[str, Any] = TINY | {"num_key_value_heads": 4}  # or torch copies keys for SDPA on a CPU
+NORMED: dict[str, Callable[[], Any]] = {
+    "qwen3": lambda: hf.Qwen3Config(**ONE_HEAD_A_KEY, head_dim=8),
+    "gemma3": lambda: hf.Gemma3TextConfig(**ONE_HEAD_A_KEY, head_dim=8),
+    "gemma4": lambda: hf.Gemma4TextConfig(
+        **ONE_HEAD_A_KEY, head_dim=8
+    ),  # one head_dim after the other; rotates queries, then keys
+    "olmo2": lambda: hf.Olmo2Config(**ONE_HEAD_A_KEY),
+    "hunyuan": lambda: hf.HunYuanDenseV1Config(**ONE_HEAD_A_KEY, head_dim=8),  # normed after they are rotated
+}
+
+
+@pytest.fixture(params=["padded", "SDPA", "products", "varlen"])
+def attended(request: Any, monkeypatch: pytest.MonkeyPatch) -> str:
+    """How: rows beside each other, or on one row example by example, in the three ways there are."""
+    monkeypatch.setattr(causal_attention, "products_are_faster", lambda *_: request.param == "products")
+    if request.param == "varlen":
+        monkeypatch.setattr(attention, "varlen_attn", stand_in)
+        monkeypatch.setattr(attention, "varlen_fits", lambda *_: True)
+    return request.param
+
+
+def row(model: Any, attended: str) -> tuple[list[Tensor], int]:
+    """Gradients of the adapter, and bytes that all blocks keep of 40 tokens in two examples."""
+    ids = torch.arange(40) * 7 % 97
+    inputs = {"input_ids": ids.view(2, 20)}
+    if attended != "padded":
+        inputs = {"input_ids": ids[None], **attention.packed_inputs([20, 20], ids.device)}
+    with measured(blocks_of(model)) as kept:
+        logits = model(**inputs, use_cache=False).logits
+    upstream = torch.randn(logits.shape, generator=torch.Generator().manual_seed(1))
+    return list(torch.autograd.grad(logits, trained_parameters(model), upstream)), sum(kept)
+
+
+def saving_attention(monkeypatch: pytest.MonkeyPatch) -> None:
+    """It keeps queries, keys and values as torch's attention does."""
+    plain = lambda function, *inputs: function(*inputs)  # noqa: E731
+    for module in (attention, causal_attention):
+        monkeypatch.setattr(module, "keeping_sources", plain)
+
+
+@pytest.mark.parametrize("recomputed", [False, True])
+@pytest.mark.parametrize("name", NORMED)
+def test_queries_and_keys_that_are_made_again_change_no_gradient_by_a_bit(name, attended, recomputed, monkeypatch):
+    config = NORMED[name]()
+    config._attn_implementation = attention.PER_EXAMPLE
+    model = tiny(config)
+    save_only_inputs(model)
+    if recomputed:
+        ActivationPlan((True, True), (1.0, 1.0), 1.0).apply(blocks_of(model))
+    gradients, less = row(model, attended)
+    saving_attention(monkeypatch)
+    expected, kept = row(model, attended)
+    assert all(torch.equal(one, other) for one, other in zip(gradients, expected, strict=True))
+    assert all(gradient.any() for gradient in gradients), "or nothing was compared"
+    layers = [module for name, module in trained_modules(model).items() if name.endswith(("q_proj", "k_proj"))]
+    width = sum(len(layer.lora_B) for layer in layers)  # type: ignore[arg-type]
+    assert kept - less == (0 if recomputed else 40 * 4 * width)
+
+
+def test_nothing_else_holds_what_is_made_again(monkeypatch):
+    made: list[Any] = []
+
+    def watched(function: Any, *inputs: Tensor) -> Tensor:
+        made.extend(weakref.ref(each) for each in inputs[:2])
+        return remade.keeping_sources(function, *inputs)
+
+    monkeypatch.setattr(attention, "keeping_sources", watched)
+    model = tiny(NORMED["qwen3"]())
+    model.set_attn_implementation(attention.PER_EXAMPLE)
+    save_only_inputs(model)
+    gc.disable()  # whatever lives on in a cycle would stay until memory runs out
+    try:
+        loss = model(input_ids=torch.arange(40).view(2, 20), use_cache=False).logits.sum()
+        assert len(made) == 4
+        assert [each() for each in made] == [None] * 4
+        loss.backward()
+    finally:
+        gc.enable()
+
+
+def test_a_graph_that_is_kept_gives_its_gradients_twice():
+    x = torch.randn(3, 4, requires_grad=True)
+    noted = note_how_made(x.exp(), torch.exp, x)
+    out = keeping_sources(torch.sin, noted)
+    first, second = (torch.autograd.grad(out.sum(), x, retain_graph=again)[0] for again in (True, False))
+    assert torch.equal(first, second)
+    torch.testing.assert_close(first, (x.exp().cos() * x.exp()).detach())
+
+
+@pytest.mark.parametrize("view", [lambda x: x, lambda x: x.transpose(0, 1), lambda x: x[1:], lambda x: x.T[1:, ::2]])
+@pytest.mark.parametrize("make", [torch.exp, lambda x: x.T.exp().contiguous().T], ids=["in its order", "in another"])
+def test_views_of_what_is_made_again_are_made_again(view, make):
+    """The function keeps views of its input, which itself may be one, and comes back in any order in memory."""
+    x = torch.randn(4, 6, dtype=torch.float64, requires_grad=True)
+    given = view(note_how_made(x.exp(), make, x))
+    again, sources = how_made(given)
+    assert torch.equal(again(*sources), given)
+    out = keeping_sources(lambda y: y * y[:1] + y.T.sin().T, followed(torch.cos, given))
+    expected = view(x.exp()).cos()
+    expected = expected * expected[:1] + expected.T.sin().T
+    assert torch.equal(out, expected)
+    upstream = torch.randn(out.shape, dtype=torch.float64)
+    assert_near(torch.autograd.grad(out, x, upstream), torch.autograd.grad(expected, x, upstream), 1e-12)
+
+
+def test_rotations_that_depend_on_both_are_left_alone(monkeypatch):
+    code = sys.modules[hf.Qwen3ForCausalLM.__module__]
+    own = vars(code)["apply_rotary_pos_emb"]
+
+    def mixed(q: Tensor, k: Tensor, cos: Tensor, sin: Tensor) -> Any:
+        q, k = own(q, k, cos, sin)
+        return q * k.mean(), k
+
+    attentions = [*rotating_modules(tiny(NORMED["qwen3"]()))]
+    assert len(attentions) == 2
+    for each in attentions:
+        save_only_inputs(each)
+        assert bool(noting_rotary(each))
+    monkeypatch.setattr(code, "apply_rotary_pos_emb", mixed)
+    assert not any(noting_rotary(each) for each in attentions)
 
 
 # ── what is left alone ──────────────────────────────────────────────────────────────────────────────────────────

@@ -22,6 +22,7 @@ from transformers.masking_utils import sdpa_mask
 from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING
 
 from lora_cli.base.causal_attention import causal_attention
+from lora_cli.base.remade import followed, keeping_sources
 from lora_cli.base.text import largest
 
 if not {"scale", "window_size", "enable_gqa"} <= {*signature(varlen_attn).parameters}:
@@ -78,19 +79,25 @@ def per_example_attention(
 ) -> tuple[Tensor, None]:
     """Attention within each example; returns (batch, tokens, heads, head_dim), as transformers wants it."""
     if cu_seq_lens_q is None or (attention_mask is not None and not _is_window(attention_mask)):
-        return sdpa_attention_forward(module, query, key, value, attention_mask, dropout, scaling, **kwargs)
+        return _sdpa(module, query, key, value, attention_mask, dropout, scaling, **kwargs), None
     if attention_mask is not None:
         sliding_window = int(attention_mask[0, 0, 0, 0])
     if varlen_fits(query.device, query.dtype, max(query.shape[-1], value.shape[-1])):
         return _varlen(query, key, value, sliding_window, scaling, cu_seq_lens_q, kwargs["max_length_q"]), None
     one_example = len(cu_seq_lens_q) == 2 and (sliding_window is None or sliding_window >= query.shape[-2])
     if one_example and query.device.type != "cpu":  # reading where examples end would make a GPU wait
-        kwargs["is_causal"] = True
-        return sdpa_attention_forward(module, query, key, value, None, dropout, scaling, **kwargs)
+        return _sdpa(module, query, key, value, None, dropout, scaling, **kwargs | {"is_causal": True}), None
     assert dropout == 0, "the frozen path never drops"  # base/load.py switches it off
     lengths = cu_seq_lens_q.diff().tolist()
     out = causal_attention(query, key, value, lengths, sliding_window, scaling)
     return out.contiguous(), None  # as SDPA's: some models view it in another shape
+
+
+def _sdpa(module: nn.Module, query: Tensor, key: Tensor, value: Tensor, *rest: Any, **named: Any) -> Tensor:
+    def attend(query: Tensor, key: Tensor, value: Tensor) -> Tensor:
+        return sdpa_attention_forward(module, query, key, value, *rest, **named)[0]
+
+    return keeping_sources(attend, query, key, value)
 
 
 def varlen_fits(device: torch.device, dtype: torch.dtype, head_dim: int) -> bool:
@@ -145,12 +152,21 @@ def _varlen(
     """(1, tokens, heads, head_dim), without copying anything to the host, so the GPU never waits."""
     # The kernel wants one head_dim, while latent attention has narrower values: zeros beside them change nothing.
     wide = max(query.shape[-1], value.shape[-1])
-    padded = (x if x.shape[-1] == wide else F.pad(x, (0, wide - x.shape[-1])) for x in (query, key, value))
-    q, k, v = (x[0].transpose(0, 1).contiguous() for x in padded)  # (tokens, heads, head_dim)
+
+    def by_token(x: Tensor) -> Tensor:
+        """(tokens, heads, head_dim)."""
+        x = x if x.shape[-1] == wide else F.pad(x, (0, wide - x.shape[-1]))
+        return x[0].transpose(0, 1).contiguous()
+
+    q, k, v = (followed(by_token, x) for x in (query, key, value))
     back = -1 if window is None else window - 1  # the window counts the token itself
     settings: Any = {"window_size": (back, 0), "enable_gqa": query.shape[1] != key.shape[1]}
     scale = query.shape[-1] ** -0.5 if scaling is None else scaling
-    out = varlen_attn(q, k, v, ends, ends, longest, longest, scale=scale, **settings)
+
+    def attend(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+        return varlen_attn(q, k, v, ends, ends, longest, longest, scale=scale, **settings)
+
+    out = keeping_sources(attend, q, k, v)
     return out[..., : value.shape[-1]].unsqueeze(0)
 
 

@@ -6,7 +6,7 @@ tokens, matrix products take its place: there the backward pass of SDPA's kernel
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from functools import lru_cache
 from typing import Any
 
@@ -14,6 +14,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 from torch.autograd.function import once_differentiable
+
+from lora_cli.base.remade import followed, keeping_sources
 
 _SHORT = 64  # tokens; below, padding costs less than another round of operations
 _LONG = 1024  # tokens; above, SDPA is faster in bf16 too
@@ -30,15 +32,21 @@ def causal_attention(
     """
     scaling = float(query.shape[-1] ** -0.5) if scaling is None else scaling
     sizes, places, back, padding = _buckets(tuple(lengths), query.device)
-    rows = [_Take.apply(x[0].transpose(0, 1), places, back, None) for x in (query, key, value)]
-    outputs = []
-    for size, *parts in zip(sizes, *(x.split([each.numel() for each in sizes]) for x in rows), strict=True):
-        q, k, v = (x.view(*size, *x.shape[1:]) for x in parts)  # (examples, longest, heads, head_dim)
-        sees = None if window is None or window >= size[1] else _window(size[1], window, q.device)
-        products = sees is None and products_are_faster(size[1], q.dtype, q.device)
-        out = _by_products(q, k, v, scaling) if products else _by_sdpa(q, k, v, sees, scaling)
-        outputs.append(out.flatten(0, 1))
-    out = outputs[0] if len(outputs) == 1 else torch.cat(outputs)
+
+    def take(x: Tensor) -> Any:
+        return _Take.apply(x[0].transpose(0, 1), places, back, None)
+
+    def attend(*rows: Tensor) -> Tensor:
+        outputs = []
+        for size, *parts in zip(sizes, *(x.split([each.numel() for each in sizes]) for x in rows), strict=True):
+            q, k, v = (x.view(*size, *x.shape[1:]) for x in parts)  # (examples, longest, heads, head_dim)
+            sees = None if window is None or window >= size[1] else _window(size[1], window, q.device)
+            products = sees is None and products_are_faster(size[1], q.dtype, q.device)
+            out: Any = _Causal.apply(q, k, v, scaling) if products else _by_sdpa(q, k, v, sees, scaling)
+            outputs.append(out.flatten(0, 1))
+        return outputs[0] if len(outputs) == 1 else torch.cat(outputs)
+
+    out = keeping_sources(attend, *(followed(take, x) for x in (query, key, value)))
     return _Take.apply(out, back, places, padding).unsqueeze(0)
 
 
@@ -58,45 +66,58 @@ def _window(length: int, window: int, device: torch.device) -> Tensor:
     return torch.ones(length, length, dtype=torch.bool, device=device).tril_().triu_(1 - window)
 
 
-def _by_products(q: Tensor, k: Tensor, v: Tensor, scaling: float) -> Tensor:
-    """Heads that share a key come to lie together: (examples · key_heads, length · group, head_dim)."""
-    examples, length, heads, _ = q.shape
-    split = (x.view(examples, length, k.shape[2], -1, x.shape[3]).transpose(1, 2) for x in (q * scaling, k, v))
-    out: Any = _Causal.apply(*(x.reshape(examples * k.shape[2], -1, x.shape[4]) for x in split))
-    return out.view(examples, k.shape[2], length, -1, v.shape[3]).transpose(1, 2).reshape(examples, length, heads, -1)
-
-
 class _Causal(torch.autograd.Function):
-    """Keeps query (scaled), key and value, and makes the weights P again in the backward pass, block by block.
+    """Keeps query, key and value, and makes the weights P again in the backward pass, block by block.
 
-    With G the gradient of the output and D = G Vᵀ: dV = Pᵀ G, dS = P ⊙ (D - rowsum(P ⊙ D)), dQ = dS K, dK = dSᵀ Q.
+    query: (examples, length, heads, head_dim); key, value: (examples, length, key_heads, head_dim). With G the gradient
+    of the output and D = G Vᵀ: dV = Pᵀ G, dS = P ⊙ (D - rowsum(P ⊙ D)), dQ = scaling · dS K, dK = scaling · dSᵀ Q.
     Source: Dao et al. 2022, arXiv:2205.14135, appendix B.
     """
 
     @staticmethod
-    def forward(ctx: Any, query: Tensor, key: Tensor, value: Tensor) -> Tensor:  # type: ignore[override]
+    def forward(ctx: Any, query: Tensor, key: Tensor, value: Tensor, scaling: float) -> Tensor:  # type: ignore[override]
         ctx.save_for_backward(query, key, value)
-        out = query.new_empty(*query.shape[:2], value.shape[2])
-        for rows, end, weights in _blocks(query, key):
-            out[:, rows] = weights @ value[:, :end]
-        return out
+        ctx.scaling = scaling
+        q, k, v = _by_key_head(query * scaling, key, value)
+        out = q.new_empty(*q.shape[:2], v.shape[2])
+        for rows, end, weights in _blocks(q, k):
+            out[:, rows] = weights @ v[:, :end]
+        return _by_head(out, (*query.shape[:3], v.shape[2]), key.shape[2])
 
     @staticmethod
     @once_differentiable
-    def backward(ctx: Any, grad_output: Tensor) -> tuple[Tensor, ...]:  # type: ignore[override]
+    def backward(ctx: Any, grad_output: Tensor) -> tuple[Tensor | None, ...]:  # type: ignore[override]
         query, key, value = ctx.saved_tensors
-        grad_query = torch.empty_like(query)
-        dtype = (
-            torch.promote_types(key.dtype, torch.float32) if key.shape[1] > _BLOCK else key.dtype
-        )  # sums over blocks
-        grad_key, grad_value = (torch.zeros_like(x, dtype=dtype) for x in (key, value))
-        for rows, end, weights in _blocks(query, key):
-            grad = grad_output[:, rows]
-            grad_value[:, :end] += weights.mT @ grad
-            of_scores = torch.ops.aten._softmax_backward_data(grad @ value[:, :end].mT, weights, -1, weights.dtype)
-            grad_query[:, rows] = of_scores @ key[:, :end]
-            grad_key[:, :end] += of_scores.mT @ query[:, rows]
-        return grad_query, grad_key.to(key.dtype), grad_value.to(value.dtype)
+        q, k, v = _by_key_head(query * ctx.scaling, key, value)
+        (upstream,) = _by_key_head(grad_output, heads=key.shape[2])
+        grad_q = torch.empty_like(q)
+        dtype = torch.promote_types(k.dtype, torch.float32) if k.shape[1] > _BLOCK else k.dtype  # sums over blocks
+        grad_k, grad_v = (torch.zeros_like(x, dtype=dtype) for x in (k, v))
+        for rows, end, weights in _blocks(q, k):
+            grad = upstream[:, rows]
+            grad_v[:, :end] += weights.mT @ grad
+            of_scores = torch.ops.aten._softmax_backward_data(grad @ v[:, :end].mT, weights, -1, weights.dtype)
+            grad_q[:, rows] = of_scores @ k[:, :end]
+            grad_k[:, :end] += of_scores.mT @ q[:, rows]
+        grads = ((grad_q, query), (grad_k.to(k.dtype), key), (grad_v.to(v.dtype), value))
+        grad_query, grad_key, grad_value = (_by_head(grad, x.shape, key.shape[2]) for grad, x in grads)
+        return grad_query.mul_(ctx.scaling), grad_key, grad_value, None
+
+
+def _by_key_head(*tensors: Tensor, heads: int = 0) -> list[Tensor]:
+    """Heads that share a key come to lie together: (examples · key_heads, length · group, head_dim).
+
+    heads: how many keys have, if no key is among the tensors.
+    """
+    heads = heads or tensors[1].shape[2]
+    split = (x.view(*x.shape[:2], heads, -1, x.shape[3]).transpose(1, 2) for x in tensors)
+    return [x.reshape(x.shape[0] * heads, -1, x.shape[4]) for x in split]
+
+
+def _by_head(values: Tensor, shape: Sequence[int], key_heads: int) -> Tensor:
+    """The way back: (examples, length, heads, head_dim)."""
+    examples, length, heads, size = shape
+    return values.view(examples, key_heads, length, heads // key_heads, size).transpose(1, 2).reshape(shape)
 
 
 def _blocks(query: Tensor, key: Tensor) -> Iterator[tuple[slice, int, Tensor]]:

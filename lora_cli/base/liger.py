@@ -10,7 +10,6 @@ computed. By then the layer after it, which makes the product again from them, i
 from __future__ import annotations
 
 from functools import partial
-from types import FunctionType
 from typing import Any
 
 import torch
@@ -19,13 +18,13 @@ from torch.autograd.function import once_differentiable
 
 from lora_cli.base.linear import features
 from lora_cli.base.recompute import eps_of, gated_forward, is_gated, is_rms_norm, norm_forward
+from lora_cli.base.rotary import rotary_forward, rotating_modules
 from lora_cli.base.surgery import Forward, forward_layers, replace_forward
 from lora_cli.base.trials import distance, in_mode, ordinary_tokens, same_function, same_output
 from lora_cli.errors import LoraError
 
 VERSION = "0.8.5"
 DEVICES = ("cuda",)  # torch calls ROCm so, too
-_ROTARY = "apply_rotary_pos_emb"  # the function's name in the code of most architectures
 
 
 def require_liger(device: torch.device) -> None:
@@ -51,7 +50,7 @@ def use_liger(model: Any) -> dict[str, int]:
         elif names := is_gated(module):
             make, kind = _gated(module, names), "gated products"
         elif module in rotary:
-            make, kind = partial(_rotary_forward, module, _rotated), "rotary embeddings"
+            make, kind = partial(rotary_forward, module, _rotated), "rotary embeddings"
         if make is not None and not forward_layers(module):
             replace_forward(module, "kernel", make)
             replaced[kind] += 1
@@ -146,23 +145,9 @@ def _rotated(own: Forward, q: Tensor, k: Tensor, cos: Tensor, sin: Tensor, *rest
     return _Rotary.apply(q, k, cos, sin)
 
 
-def _rotary_forward(attention: nn.Module, rotate: Forward, _: Forward) -> Forward:
-    """The forward of this attention's class, with `rotate(own, …)` in place of the function that it knows by name."""
-    plain: Any = type(attention).forward
-    known = plain.__globals__ | {_ROTARY: partial(rotate, plain.__globals__[_ROTARY])}
-    made = FunctionType(plain.__code__, known, plain.__name__, plain.__defaults__, plain.__closure__)
-    made.__kwdefaults__ = plain.__kwdefaults__
-    return made.__get__(attention)
-
-
 def _tried_rotary(model: Any) -> set[nn.Module]:
     """Attentions whose rotary embedding is Liger's, tried in fp32 on what they compute of a short row of text."""
-    same: dict[nn.Module, bool] = {}
-    for module in model.modules():
-        plain: Any = type(module).forward
-        named = isinstance(plain, FunctionType) and _ROTARY in plain.__code__.co_names and _ROTARY in plain.__globals__
-        if named and "forward" not in vars(module):
-            same[module] = False
+    same = dict.fromkeys(rotating_modules(model), False)
 
     def tried(module: nn.Module, own: Forward, q: Any, k: Any, cos: Any, sin: Any, *rest: Any, **named: Any) -> Any:
         angles = cos.float(), sin.float()
@@ -174,7 +159,7 @@ def _tried_rotary(model: Any) -> set[nn.Module]:
 
     try:
         for module in same:
-            vars(module)["forward"] = _rotary_forward(module, partial(tried, module), module.forward)
+            vars(module)["forward"] = rotary_forward(module, partial(tried, module), module.forward)
         with in_mode(model, training=False), torch.no_grad():
             model(input_ids=ordinary_tokens(model, 8, 0).to(model.device)[None], use_cache=False)
     finally:

@@ -16,6 +16,7 @@ from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 
 from lora_cli.base.remade import note_how_made
+from lora_cli.base.rotary import noting_rotary, rotary_forward, rotating_modules
 from lora_cli.base.surgery import Forward, forward_layers, replace_forward
 from lora_cli.base.trials import same_again, same_gradient, same_output
 
@@ -23,6 +24,7 @@ from lora_cli.base.trials import same_again, same_gradient, same_output
 def save_only_inputs(model: nn.Module) -> int:
     """Replace the backward pass of every norm, activation and gated MLP that passes its trial; returns how many.
 
+    Where queries and keys are normed, what rotates them passes on how they are made again.
     Forward values do not change. Only for frozen modules: their weights get no gradient. A module whose forward was
     replaced before, as by a fused kernel, is left alone, and so is the activation of a gated MLP that was replaced.
     """
@@ -48,6 +50,9 @@ def save_only_inputs(model: nn.Module) -> int:
         if make is not None:
             replace_forward(module, "recomputation", make)
             replaced += 1
+    for attention in [*rotating_modules(model)]:  # after the norms of its queries and keys
+        if rotate := noting_rotary(attention):
+            replace_forward(attention, "recomputation", partial(rotary_forward, attention, rotate))
     return replaced
 
 
