@@ -77,14 +77,17 @@ def let_go(exit_code: int) -> None:
     sys.unraisablehook = sys.__unraisablehook__
 
 
-def make_temporary() -> Path:
+def make_temporary(beside: Path | None = None) -> Path:
     """A folder that only this user can open; removed when the program ends, at the latest. What processes that were
-    killed left of theirs goes now."""
-    _remove_leftovers()
-    made = Path(tempfile.mkdtemp(prefix=_PREFIX)).resolve()
-    folder = made / _FILES
+    killed left of theirs goes now.
+
+    beside: an output that will be made of it, so that both are on one disk. Raises OSError.
+    """
+    remove_leftovers(beside)
+    made = Path(tempfile.mkdtemp(prefix=_prefix(beside), dir=beside and beside.parent)).resolve()
+    handle, folder = _held(made), made / _FILES
     folder.mkdir(mode=0o700)
-    _temporary[folder] = _held(made)
+    _temporary[folder] = handle
     return folder
 
 
@@ -92,7 +95,13 @@ def remove_temporary(folder: Path) -> None:
     if folder in _temporary:
         if (handle := _temporary.pop(folder)) is not None:
             os.close(handle)
-        shutil.rmtree(folder.parent, ignore_errors=True)
+        _remove(folder.parent)
+
+
+def _remove(made: Path) -> None:
+    """The lock last: what is left after a kill in here is found again."""
+    for each in (made / _FILES, made):
+        shutil.rmtree(each, ignore_errors=True)
 
 
 @atexit.register
@@ -112,9 +121,14 @@ def _held(made: Path) -> int | None:
     return handle
 
 
-def _remove_leftovers() -> None:
+def _prefix(beside: Path | None) -> str:
+    return _PREFIX if beside is None else f".{_PREFIX}"
+
+
+def remove_leftovers(beside: Path | None = None) -> None:
     """Temporary folders of this user whose lock nobody holds, and that hold nothing else: others keep locks, too."""
-    for lock in Path(tempfile.gettempdir()).glob(f"{_PREFIX}*/{_LOCK}"):
+    place = Path(tempfile.gettempdir()) if beside is None else beside.parent
+    for lock in place.glob(f"{_prefix(beside)}*/{_LOCK}"):
         with suppress(OSError):
             if lock.parent.lstat().st_uid != os.geteuid():  # another's folder, or link
                 continue
@@ -122,7 +136,7 @@ def _remove_leftovers() -> None:
                 continue
             handle = os.open(lock, os.O_RDWR | os.O_NOFOLLOW | os.O_NONBLOCK)
             if _lock(handle):
-                shutil.rmtree(lock.parent, ignore_errors=True)
+                _remove(lock.parent)
             os.close(handle)
 
 

@@ -190,8 +190,12 @@ def from_here(text: str) -> str:
         here = os.getcwd().rstrip(os.sep)
     except OSError:  # it was removed
         return text
+    if not here:
+        return text
     start = rf"(?<![^\s'\"(=]){re.escape(here + os.sep)}(?=[^\s'\"-])"
-    return re.sub(start, "", text) if here else text
+    if _quoted(here) != here:  # what was quoted for the sake of this part alone
+        text = re.sub(rf"(?<!\S)'{start}([\w@%+=:,./-]+)'", r"\1", text, flags=re.ASCII)
+    return re.sub(start, "", text)
 
 
 def escaped(line: str) -> str:

@@ -15,6 +15,7 @@ from itertools import count
 from pathlib import Path
 from typing import Any
 
+from lora_cli.ending import make_temporary, remove_temporary
 from lora_cli.errors import DiskError, LoraError, refuse_if
 from lora_cli.foreign import Shape, is_real_folder, kind, remove_ours
 
@@ -26,6 +27,7 @@ _DISK_ERRORS: dict[int | None, tuple[str, str]] = {  # what happened, and what t
     **dict.fromkeys((errno.ENOSPC, errno.EDQUOT, errno.EFBIG), _FULL),
     **dict.fromkeys((errno.EACCES, errno.EROFS, errno.EPERM), _CLOSED),
     **dict.fromkeys((errno.ENOTDIR, errno.EEXIST), _NO_FOLDER),
+    errno.ENOTEMPTY: ("something else was written there meanwhile", "choose another output"),
     errno.EISDIR: ("there is a folder where a file is needed", "move it elsewhere, or remove it"),
     errno.ENOENT: ("the folder is no longer there", "put it back, or choose another output"),
     **{
@@ -44,9 +46,8 @@ def written_whole(folder: Path, shown: Path | None = None, *, replaces: Shape | 
     else it holds stays in it. If the block fails, nothing of it remains and what was in `folder` stays.
     Raises DiskError when the disk is full or the place cannot be written, NotOurs for a link or a file in its place.
     """
-    with disk_errors(shown or folder):
+    with disk_errors(shown or folder), _parents_made(folder):
         is_real_folder(folder)
-        folder.parent.mkdir(parents=True, exist_ok=True)
         temporary = _free_name(folder, "tmp")
         temporary.mkdir()
         try:
@@ -59,6 +60,44 @@ def written_whole(folder: Path, shown: Path | None = None, *, replaces: Shape | 
         except BaseException:
             shutil.rmtree(temporary, ignore_errors=True)  # this process made all of it
             raise
+
+
+@contextmanager
+def whole_output(place: Path) -> Iterator[Path]:
+    """As `written_whole`, for a folder that a person named: after a kill the next command that writes beside it clears
+    away what was made so far."""
+    with working_beside(place) as work:
+        with written_whole(work / place.name, place) as temporary:
+            yield temporary
+        with suppress(OSError):
+            place.rmdir()  # an empty folder gives way, and no other
+        (work / place.name).rename(place)
+        flush(place.parent)
+
+
+@contextmanager
+def working_beside(place: Path) -> Iterator[Path]:
+    """A folder beside an output for what is made on the way; nothing of it remains. Raises DiskError."""
+    with disk_errors(place), _parents_made(place):
+        work = make_temporary(place)
+        try:
+            yield work
+        finally:
+            remove_temporary(work)
+
+
+@contextmanager
+def _parents_made(place: Path) -> Iterator[None]:
+    """The folders that lead to `place`; where the block fails, those that were missing are missing again."""
+    made = [each for each in place.parents if kind(each) is None]
+    try:
+        place.parent.mkdir(parents=True, exist_ok=True)
+        yield
+    except BaseException:
+        for each in made:
+            with suppress(OSError):
+                each.rmdir()
+        raise
 
 
 def _give_usual_modes(folder: Path) -> None:

@@ -37,6 +37,7 @@ _SAFELY = getattr(os, "O_NOFOLLOW", 0) | getattr(os, "O_NONBLOCK", 0) | getattr(
 _PUT_BACK = "put back the file that was here before, or remove it"
 _MOVE = "move it elsewhere, or remove it"
 _HALF_CHARACTER = re.compile("[\ud800-\udfff]")
+_KIND = re.compile(r"(?:str|int|float|bool|none|(?:dict|list|tuple|literal|function|constrained)\b.*)")  # in a place
 
 
 class NotOurs(LoraError):
@@ -174,13 +175,19 @@ def read_json(path: Path, model: type[Model], *, fix: str, at_most: int = MOST_J
 
 
 def reason(error: Any) -> str:
-    """The first thing that a schema found wrong, on one line, and how many more."""
+    """The first thing that a schema found wrong, on one line, and how many more.
+
+    Of a value that may be one of several kinds all are tried: where one of them got furthest is the place.
+    """
     problems = error.errors(include_url=False, include_context=False, include_input=False)
-    first = problems[0]
-    place = ".".join(str(part)[:40] for part in first["loc"][:6])
-    message = _HALF_CHARACTER.sub("?", first["msg"])[:200]
-    more = f", and {len(problems) - 1} more problems" if len(problems) > 1 else ""
-    return f"{place}: {message[:1].lower()}{message[1:]}{more}" if place else f"{message}{more}"
+    places = [tuple(str(each)[:40] for each in own["loc"][:6] if not _KIND.fullmatch(str(each))) for own in problems]
+    first = max((each for each in places if each[:1] == places[0][:1]), key=len)
+    said = [own["msg"] for own, place in zip(problems, places, strict=True) if place == first]
+    message = " or ".join(dict.fromkeys(f"{each[:1].lower()}{each[1:]}" if first else each for each in said))
+    message = _HALF_CHARACTER.sub("?", message.replace(" or input should be", " or"))[:200]
+    others = len({each for each in places if each != first[: len(each)]})
+    more = f", and {others} more problem{'s' if others > 1 else ''}" if others else ""
+    return f"{'.'.join((*first, ''))[:-1]}{': ' if first else ''}{message}{more}"
 
 
 def _no_number(name: str) -> Any:

@@ -23,6 +23,7 @@ from lora_cli.base.storage.int4 import Int4Linear, dequantize, quantize
 from lora_cli.cli import app
 from lora_cli.errors import LoraError
 from lora_cli.merging.calibrate import calibrate, compensated
+from lora_cli.studies.tiny import save_tiny, tiny_llama_config
 
 CPU = torch.device("cpu")
 
@@ -67,7 +68,7 @@ def test_the_folder_is_an_ordinary_model_that_int4_holds_as_it_was_written(
     folder: Path = request.getfixturevalue(base)
     assert boundary.run(app, ["calibrate", str(folder), "--output", str(tmp_path / "moved"), "--json"]) == 0
     said = json.loads(capsys.readouterr().out)
-    assert said == {"output": str(tmp_path / "moved"), "layers": said["layers"], "group_size": 32}
+    assert said == {"output": str(tmp_path / "moved"), "layers": said["layers"], "left": [], "group_size": 32}
     moved = open_base(tmp_path / "moved")
     held = load_model(find_base(str(tmp_path / "moved")), quantization="int4", dtype=torch.float32, device=CPU)
     plain = open_base(folder)
@@ -98,6 +99,18 @@ def test_a_text_of_the_users_counts_and_what_cannot_be_is_refused(tiny_llama: Pa
     with pytest.raises(LoraError, match="inside the base model's folder"):
         calibrate(str(tiny_llama), tiny_llama / "inside")
     assert not (tmp_path / "short").exists()
+
+
+def test_layers_that_stay_as_they_were_are_told(tmp_path: Path, capsys: Any):
+    """Those whose inputs are not whole groups: of the MLP back, 96 inputs."""
+    config = tiny_llama_config()
+    config.intermediate_size = 96
+    folder = save_tiny(config, tmp_path / "base")
+    command = ["calibrate", str(folder), "--group-size", "64", "--output", str(tmp_path / "moved")]
+    assert boundary.run(app, command) == 0
+    said = capsys.readouterr().err
+    assert "2 other layers stay as they were, the first is model.layers.0.mlp.down_proj: their inputs are not" in said
+    assert "12 layers moved" in said
 
 
 def test_what_int4_could_not_hold_is_refused_and_nothing_is_left(tiny_llama: Path, tmp_path: Path):

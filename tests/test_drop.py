@@ -129,6 +129,13 @@ def test_random_rows_split_and_packed_as_the_file_without_them(run, tokenizer, s
     }
 
 
+def test_leaving_rows_out_is_no_fix_where_none_would_be_left(run, tokenizer):
+    rows = [{"prompt": 5, "completion": each} for each in range(3)]
+    with pytest.raises(LoraError) as stopped:
+        prepare(run.recipe(rows, drop=[]), tokenizer)
+    assert "drop" not in stopped.value.render()
+
+
 def test_nothing_is_dropped_that_was_not_asked_for(run, tokenizer):
     rows, problems = damaged(random.Random(3), 60)
     bad = problems["malformed"] | problems["empty"] | problems["no_target"]

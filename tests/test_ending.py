@@ -20,7 +20,9 @@ from conftest import losses, quiet_console
 from lora_cli import boundary, ending
 from lora_cli.cli import main
 from lora_cli.data.prepare import Preparation
-from lora_cli.errors import Interrupted, LoraError
+from lora_cli.errors import DiskError, Interrupted, LoraError
+from lora_cli.files import whole_output, working_beside, written_whole
+from lora_cli.merging.files import require_place
 from lora_cli.recipe import load_recipe
 from lora_cli.screen import Screen, status
 from lora_cli.training import train, writer
@@ -193,8 +195,7 @@ def test_a_merge_that_is_ended_leaves_no_half_of_it(run_recipe, monkeypatch, tmp
     with pytest.raises(SystemExit) as end:
         main()
     assert end.value.code == 143
-    left = tmp_path / "merged"
-    assert not left.exists() or not list(left.iterdir())
+    assert not (tmp_path / "merged").exists()
 
 
 def test_what_is_ignored_at_the_start_stays_ignored():
@@ -320,6 +321,67 @@ def test_what_killed_processes_left_goes_and_what_living_ones_use_stays(monkeypa
     living.communicate("\n")
     ending._remove_all()
     assert {*tmp_path.iterdir()} == foreign
+
+
+def test_what_a_killed_command_wrote_is_no_result_and_the_next_one_there_clears_it_away(tmp_path):
+    """Of the same disk, as an output takes its place by a rename; what is named otherwise stays."""
+    code = (
+        "import sys; from pathlib import Path; from lora_cli.files import whole_output\n"
+        "with whole_output(Path(sys.argv[1])) as folder: (folder / 'config.json').touch(); print(flush=True); input()"
+    )
+
+    def begin(name: str) -> subprocess.Popen[str]:
+        words = [sys.executable, "-c", code, str(tmp_path / "models" / name)]
+        process = subprocess.Popen(words, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True)
+        assert process.stdout is not None
+        process.stdout.readline()
+        return process
+
+    killed, living = begin("one"), begin("two")
+    killed.kill()
+    killed.communicate()
+    assert all(each.name.startswith(".lora-") for each in (tmp_path / "models").iterdir())
+    (tmp_path / "models" / ".lora-notes").mkdir()
+    assert len(list((tmp_path / "models").iterdir())) == 3
+    require_place(tmp_path / "models" / "one")
+    assert len(list((tmp_path / "models").iterdir())) == 2
+    living.communicate("\n")
+    assert {each.name for each in (tmp_path / "models").iterdir()} == {".lora-notes", "two"}
+    assert [each.name for each in (tmp_path / "models" / "two").iterdir()] == ["config.json"]
+
+
+def test_every_command_that_names_an_output_writes_it_so():
+    """`written_whole` is for places that have one writer, who clears up after a kill."""
+    root = Path(ending.__file__).parent
+    users = {path.parent.name for path in root.rglob("*.py") if "written_whole" in path.read_text(encoding="utf-8")}
+    assert users == {root.name, "training", "data"}  # files.py; run folders; prepared data
+
+
+@pytest.mark.parametrize("write", [whole_output, working_beside, written_whole])
+def test_a_write_that_fails_leaves_no_folders_that_were_made_for_it(write, tmp_path):
+    def fail() -> None:
+        with write(tmp_path / "was" / "a" / "b" / "model") as folder:
+            (folder / "half").touch()
+            raise RuntimeError
+
+    (tmp_path / "was").mkdir()
+    with pytest.raises(RuntimeError):
+        fail()
+    assert [each.name for each in tmp_path.rglob("*")] == ["was"]
+
+
+def test_an_output_that_another_command_wrote_meanwhile_stays(tmp_path):
+    place = tmp_path / "merged"
+
+    def both() -> None:
+        with whole_output(place) as folder:
+            (folder / "ours").touch()
+            place.mkdir()
+            (place / "theirs").touch()
+
+    with pytest.raises(DiskError, match="something else was written there meanwhile"):
+        both()
+    assert [each.name for each in tmp_path.rglob("*")] == ["merged", "theirs"]
 
 
 def test_an_interrupt_that_comes_before_the_hook_is_left_is_sent_again(monkeypatch: pytest.MonkeyPatch):

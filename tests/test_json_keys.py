@@ -100,7 +100,7 @@ FROZEN = {
     "selftest equalities": {"name", "says", "bound", "suspects", "seconds", "difference", "holds", "why"},
     "push": {"repository", "private", "files", "left_out", "card", "url"},
     "export": {"output", "to", "type", "bytes", "error", "template", "notes"},
-    "calibrate": {"output", "layers", "group_size"},
+    "calibrate": {"output", "layers", "left", "group_size"},
 }
 
 

@@ -23,7 +23,7 @@ from rich.text import Text
 from screens import Terminal
 
 from lora_cli import streams
-from lora_cli.errors import LoraError, escaped, from_here
+from lora_cli.errors import LoraError, command, escaped, from_here
 from lora_cli.screen import Screen, say_on, status, styled
 from lora_cli.streams import _Notes, _Results
 from lora_cli.training.progress import Progress
@@ -327,6 +327,13 @@ def test_paths_below_the_current_folder_are_said_as_one_writes_them_there(tmp_pa
         assert from_here(other) == other
     monkeypatch.chdir("/")
     assert from_here("/a/b") == "/a/b"
+
+
+def test_what_was_quoted_for_the_sake_of_the_current_folder_alone_is_not_quoted_without_it(monkeypatch, tmp_path):
+    (here := tmp_path / "my work").mkdir()
+    monkeypatch.chdir(here)
+    for path, said in (("runs/a", "runs/a"), ("runs/a b", "'runs/a b'"), ("-x", f"'{here}/-x'")):
+        assert from_here(command("lora", "chat", here / path)) == f"lora chat {said}"
 
 
 STEP = {"step": 1200, "loss": 0.01312, "learning_rate": 1.8e-4, "tokens_per_second": 1234.5}

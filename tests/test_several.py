@@ -186,6 +186,10 @@ def test_every_bad_row_is_named_before_a_model_is_loaded(adapters, tiny_llama, t
     for number, what in enumerate(wrong, 2):
         assert any(f"row {number}" in line and what in line for line in said.text.splitlines()), said.text
     assert "row 1:" not in said.text
+    assert (
+        f"row 9: the row is not a request: adapter.{str(adapters['one'])[:40]}: input should be a valid number"
+        in said.text
+    )
     write_rows(file, [rows[0], {"messages": [{"role": "user", "content": "one"}], "adapter": str(adapters["one"])}])
     assert "row 2: messages are for a model that is prompted through" in lora("generate", "--adapters", file).text
     write_rows(file, rows[:1])

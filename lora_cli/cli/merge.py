@@ -87,9 +87,14 @@ def calibrate(
     Writes an ordinary Hugging Face folder for base_model. Holds the model in fp32, on the CPU.
     """
     calibrating = heavy("lora_cli.merging.calibrate", output)
-    layers = calibrating.calibrate(model, output, text=text, group_size=int(group_size))
+    layers, left = calibrating.calibrate(model, output, text=text, group_size=int(group_size))
     if as_json:
-        print_json({"output": str(output), "layers": layers, "group_size": int(group_size)})
+        print_json({"output": str(output), "layers": layers, "left": left, "group_size": int(group_size)})
         return
     print_note(f"{layers} layers moved to 4-bit weights in groups of {group_size}, in {output}")
+    if left:
+        print_note(
+            f"{len(left)} other layers stay as they were, the first is {left[0]}: their inputs are not whole groups of "
+            f"{group_size}, or no token of the text came to them"
+        )
     print_note(f"next: base_model: {output} and quantization: int4 in a recipe; then lora check --compare-quantization")

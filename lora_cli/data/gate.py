@@ -40,6 +40,7 @@ class Findings:
     errors: dict[str, list[_Error]] = field(default_factory=dict)
     waived: set[str] = field(default_factory=set)  # kinds that do not stop this run, by its recipe
     drop: list[str] | None = None  # kinds whose rows the recipe leaves out; None: there is no recipe to say so
+    rows_read: int = 0  # in all, where that is known
     by_option: bool = False  # whether these are named on the command line, where the recipe is only being made
 
     def add(self, kind: str, place: RowPlace | None, error: LoraError | None = None) -> None:
@@ -137,7 +138,10 @@ class Findings:
     def drop_fix(self, kinds: Sequence[str]) -> str | None:
         """The line of a recipe that leaves out the rows of these kinds too; None where it would not help."""
         found = [kind for kind in kinds if kind in get_args(Droppable)]
-        if self.drop is None or not found:
+        every = (
+            self.rows_read and max((self.counts[kind] for kind in found), default=0) >= self.rows_read
+        )  # none would be left
+        if self.drop is None or not found or every:
             return None
         named = dict.fromkeys([*self.drop, *found])
         written = f"add --drop {','.join(named)}" if self.by_option else f"write data.drop: [{', '.join(named)}]"

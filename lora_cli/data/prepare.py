@@ -332,6 +332,7 @@ class Preparation:
             shown = str(self.tokenizer.convert_ids_to_tokens(id))
             error = LoraError(f"trained turns end in {shown}, but the model's end token is another")
             self._findings.add("stop_not_end", None, error)
+        self._findings.rows_read = self._rows
         self._findings.settle_too_long(self.data.too_long, self._rows)
 
     def _split(self, seen: _Seen) -> tuple[np.ndarray, np.ndarray]:

@@ -28,6 +28,8 @@ from lora_cli.evaluation.samples import turns_of
 from lora_cli.foreign import reason
 from lora_cli.streams import print_json, print_note, print_piece, print_result
 
+_MIX = 'write "adapter": {"runs/one": 0.7, "runs/two": 0.3}, or null for the base alone'
+
 
 class _Asked(BaseModel):
     """A row of the file; what is None goes by the command line."""
@@ -165,14 +167,15 @@ def _asked(row: Row) -> _Asked:
     try:
         found = _Asked.model_validate(row.values)
     except ValidationError as error:
-        known = ", ".join(_Asked.model_fields)
-        raise LoraError(f"the row is not a request: {reason(error)}", fix=f"a row may have {known}") from None
+        fix = f"a row may have {', '.join(_Asked.model_fields)}"
+        fix = _MIX if {each["loc"][0] for each in error.errors()} == {"adapter"} else fix
+        raise LoraError(f"the row is not a request: {reason(error)}", fix=fix) from None
     if (found.prompt is None) == (found.messages is None):
         both = "both prompt and messages" if found.messages is not None else "neither prompt nor messages"
         raise LoraError(f"the row has {both}", fix='write {"prompt": "…", "adapter": "runs/my-run"}')
     if found.adapter == {} or 0 in found.mix.values():
         what = "the weight of an adapter is 0" if found.mix else "adapter is empty"
-        raise LoraError(what, fix='write "adapter": {"runs/one": 0.7, "runs/two": 0.3}, or null for the base alone')
+        raise LoraError(what, fix=_MIX)
     return found
 
 

@@ -4,9 +4,7 @@ from __future__ import annotations
 
 import json
 import re
-import shutil
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable
 from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Any
@@ -23,7 +21,7 @@ from lora_cli.data.chat.template import chat_template
 from lora_cli.errors import CheckFailed, command, home_expanded, refuse_if
 from lora_cli.exporting import blocks, ollama
 from lora_cli.exporting.converter import convert_adapter, convert_model, require_converter, without_code
-from lora_cli.files import disk_errors, free_name, human_bytes, replacing, require_space, written_whole
+from lora_cli.files import flush, human_bytes, require_space, whole_output, working_beside
 from lora_cli.merging.files import require_outside, require_outside_adapter, require_place, trained_stops
 from lora_cli.merging.merge import merge
 from lora_cli.quantization import RULES
@@ -80,7 +78,7 @@ def export(
     )
     if named.adapter is not None:
         require_outside_adapter(place, named.adapter)
-    with _working(place) as work:
+    with working_beside(place) as work:
         if adapter is not None and to == "gguf-adapter":
             name, revision = (base, None) if base is not None else adapter.own_base()
             words = adapter.tokenizer_for(name)
@@ -159,19 +157,6 @@ def _require_options(
     )
 
 
-@contextmanager
-def _working(place: Path) -> Iterator[Path]:
-    """A folder beside the output for what is made on the way; nothing of it remains."""
-    with disk_errors(place):
-        place.parent.mkdir(parents=True, exist_ok=True)
-        work = free_name(place.with_name(f".{place.name}.work"))
-        work.mkdir()
-        try:
-            yield work
-        finally:
-            shutil.rmtree(work, ignore_errors=True)
-
-
 def _require_room(model: BaseSource, place: Path, kind: str, exact: bool) -> None:
     numbers = sum(each.size_bytes for each in stored_tensors(model.folder).values())  # 16 bits of most
     needed = numbers * _BITS[kind] / 16
@@ -219,8 +204,9 @@ def _adapter_file(converters: Path, adapter: AdapterFile, base: BaseSource, work
 
 
 def _placed(made: Path, place: Path, result: Exported) -> Exported:
-    with replacing(place) as temporary:
-        made.replace(temporary)
+    flush(made)
+    made.replace(place)
+    flush(place.parent)
     return result
 
 
@@ -242,7 +228,7 @@ def _ollama(made: Path, place: Path, result: Exported, tokenizer: Any, raw: bool
     if not raw:
         writes_bos = bool(tokenizer.bos_token) and _adds_bos(made)
         template = ollama.around(chat_template(tokenizer, None, "the model"), tokenizer.bos_token if writes_bos else "")
-    with written_whole(place) as folder:
+    with whole_output(place) as folder:
         made.replace(folder / "model.gguf")
         text = ollama.modelfile("model.gguf", template, raw=raw, stops=stops)
         (folder / "Modelfile").write_text(text, encoding="utf-8", newline="\n")

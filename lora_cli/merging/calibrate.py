@@ -21,7 +21,7 @@ from lora_cli.base.stored import stored_quantization
 from lora_cli.base.weight_files import stored_tensors, weight_files
 from lora_cli.errors import LoraError, refuse_if
 from lora_cli.evaluation.forgetting import general_text
-from lora_cli.files import require_space, written_whole
+from lora_cli.files import require_space, whole_output
 from lora_cli.merging import files
 from lora_cli.merging.names import Places
 from lora_cli.merging.tensors import SHARD_SIZE, Fresh, parse_shard_size, write_weights
@@ -29,8 +29,9 @@ from lora_cli.merging.tensors import SHARD_SIZE, Fresh, parse_shard_size, write_
 _DAMPING = 1.0  # of each input's own squares, added to them: how little a short text is believed
 
 
-def calibrate(base: str, output: Path, *, text: Path | None = None, group_size: int = 32) -> int:
-    """Write the base with the linear layers of its blocks in 4-bit numbers; returns how many layers there are.
+def calibrate(base: str, output: Path, *, text: Path | None = None, group_size: int = 32) -> tuple[int, list[str]]:
+    """Write the base with the linear layers of its blocks in 4-bit numbers; returns how many there are, and the names
+    of those that stay as they are: their inputs are not whole groups, or no token of the text came to them.
 
     text: whose tokens (the first 4,096) the layers' inputs are made of; nothing takes the built-in English prose.
     Holds the base in fp32 on the CPU. Raises LoraError, writing nothing, for a base that is stored quantized, and for a
@@ -58,12 +59,13 @@ def calibrate(base: str, output: Path, *, text: Path | None = None, group_size: 
         f"{name}.weight": Fresh(tuple(each.shape), lambda each=each: iter([each])) for name, each in chosen.items()
     }
     taken, _ = files.base_files(source.folder, code=False)
-    with written_whole(place) as temporary:
+    with whole_output(place) as temporary:
         stored = Places.of(model, stored_tensors(source.folder)).fresh(fresh)
         shard = parse_shard_size(SHARD_SIZE)
         write_weights(source, temporary, stored, dtype=None, dense=torch.float32, shard_bytes=shard)
         files.copy_files(source.folder, taken, temporary)
-    return len(chosen)
+    inside = {id(layer) for block in _blocks(model) for layer in _linear(block)}
+    return len(chosen), [name for name, each in model.named_modules() if id(each) in inside and name not in chosen]
 
 
 @torch.no_grad()
@@ -96,8 +98,7 @@ def choose_weights(model: Any, ids: Tensor, group_size: int) -> dict[str, Tensor
     products: dict[int, Tensor] = {}
     handles: dict[int, list[Any]] = {}
     for block in _blocks(model):
-        layers = [each for each in block.modules() if isinstance(each, nn.Linear) or stored_transposed(each)]
-        whole = [each for each in layers if features(each)[0] % group_size == 0]
+        whole = [each for each in _linear(block) if features(each)[0] % group_size == 0]
         hooks = [each.register_forward_pre_hook(collect) for each in whole]
         handles[id(block)] = [*hooks, block.register_forward_hook(settle, with_kwargs=True)]
     model(input_ids=ids)
@@ -110,6 +111,10 @@ def _blocks(model: nn.Module) -> list[nn.Module]:
     for child in model.children():
         found += list(child) if isinstance(child, nn.ModuleList) else _blocks(child)
     return found
+
+
+def _linear(block: nn.Module) -> list[nn.Module]:
+    return [each for each in block.modules() if isinstance(each, nn.Linear) or stored_transposed(each)]
 
 
 def compensated(weight: Tensor, products: Tensor, group_size: int) -> Tensor:

@@ -17,6 +17,7 @@ from lora_cli.adapters.card import CARD, model_card
 from lora_cli.base.source import BaseSource, require_inside
 from lora_cli.base.weight_files import weight_files
 from lora_cli.data.chat.template import chat_template
+from lora_cli.ending import remove_leftovers
 from lora_cli.errors import LoraError
 from lora_cli.merging.tensors import INDEX
 
@@ -34,7 +35,10 @@ _OWN = {_BASE_README, "merge.json"}
 
 
 def require_place(output: Path) -> Path:
-    """The absolute path of a folder to be written. Raises LoraError, before any work, where it could not take place."""
+    """The absolute path of a folder to be written. Raises LoraError, before any work, where it could not take place.
+
+    What commands that were killed left beside it goes now, as its room may be needed.
+    """
     place = Path(os.path.abspath(output))
 
     def refuse(what: str) -> LoraError:
@@ -54,6 +58,7 @@ def require_place(output: Path) -> Path:
         raise refuse(f"{parent} is a file, not a folder")
     if not os.access(parent, os.W_OK | os.X_OK):
         raise refuse(f"{parent} cannot be written")
+    remove_leftovers(place)
     return place
 
 

@@ -14,7 +14,7 @@ from functools import partial
 from pathlib import Path
 
 from lora_cli.adapters.trained import trained_modules
-from lora_cli.files import written_whole
+from lora_cli.files import whole_output
 from lora_cli.merging import files
 from lora_cli.merging.job import Merge
 from lora_cli.merging.report import MergeReport, require_same
@@ -57,7 +57,7 @@ def merge(
         changes = job.changes_of(opened if opened is not None else job.open_whole(job.onto))
     del opened  # its memory is needed for the merged model
     layers = len(trained_modules(changes[0]))
-    with written_whole(place) as temporary:
+    with whole_output(place) as temporary:
         plain = temporary if job.rounding is None else temporary / ".plain"  # no file of the base has a dot
         plain.mkdir(exist_ok=True)
         added = job.write(plain, shard_bytes, *changes)

@@ -24,7 +24,7 @@ from lora_cli.adapters.low_rank import decomposed, largest
 from lora_cli.base.source import find_base
 from lora_cli.base.weight_files import stored_tensors
 from lora_cli.errors import LoraError, refuse_if
-from lora_cli.files import write_json, written_whole
+from lora_cli.files import whole_output, write_json
 from lora_cli.merging.files import require_place
 from lora_cli.pages.render import render
 from lora_cli.screen import say_on
@@ -329,7 +329,7 @@ def _write(found: Analyzed, output: Path) -> None:
         tables=tables(found),
         pictures=shown,
     )
-    with written_whole(require_place(output)) as folder:
+    with whole_output(require_place(output)) as folder:
         for name, picture in pictures.items():
             (folder / name).write_bytes(picture)
         write_json(folder / "analysis.json", found.as_dict())

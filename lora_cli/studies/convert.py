@@ -25,7 +25,7 @@ from lora_cli.adapters.peft_config import CONFIG
 from lora_cli.base.bounds import read_object
 from lora_cli.base.tensor_files import NAMES, write_tensors
 from lora_cli.errors import LoraError, command, home_expanded, reading, refuse_if
-from lora_cli.files import written_whole
+from lora_cli.files import whole_output
 from lora_cli.merging.files import require_outside_adapter, require_place
 
 MLX = "adapters.safetensors"
@@ -65,7 +65,7 @@ def convert(source: str, output: Path, *, to: Literal["peft", "mlx"]) -> list[st
         tensors = {f"base_model.model.{name}.{key}": each for name, own in parts for key, each in own.items()}
         file, config = TENSORS, adapter.config
     template = adapter_template(folder)
-    with written_whole(place) as temporary:
+    with whole_output(place) as temporary:
         ordered = {name: tensors[name].contiguous() for name in sorted(tensors)}
         ordered = {name: each if each.dtype in NAMES else each.bfloat16() for name, each in ordered.items()}  # of fp8
         write_tensors(temporary / file, ordered, adapter.metadata.as_texts())

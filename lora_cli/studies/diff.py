@@ -22,7 +22,7 @@ from lora_cli.base.stored import stored_quantization
 from lora_cli.base.tensor_files import is_finite, read_tensor
 from lora_cli.base.weight_files import StoredTensor, stored_tensors
 from lora_cli.errors import LoraError, escaped, refuse_if
-from lora_cli.files import written_whole
+from lora_cli.files import whole_output
 from lora_cli.merging.files import require_outside, require_place
 from lora_cli.merging.names import Places
 from lora_cli.studies.made import Layer, Made, write_card
@@ -92,7 +92,7 @@ def _write(place: Path, model: Any, sources: list[BaseSource], size: str, made: 
     one, other = sources
     made_of = f"the change from {public_name(one)} to {escaped(public_name(other))}, {size}"
     own, template = (load_tokenizer(each, trust_remote_code=code).chat_template for each in sources)
-    with written_whole(place) as temporary:
+    with whole_output(place) as temporary:
         save_adapter(
             model,
             temporary,

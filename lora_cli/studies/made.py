@@ -22,7 +22,7 @@ from lora_cli.adapters.peft_config import CONFIG
 from lora_cli.base.source import BaseSource
 from lora_cli.base.tensor_files import Entry, put_bytes, write_entries
 from lora_cli.errors import LoraError, escaped, home_expanded, refuse_if
-from lora_cli.files import written_whole
+from lora_cli.files import whole_output
 from lora_cli.merging.files import require_outside_adapter, require_place
 
 _MERGE = "merge it as it is: lora merge ADAPTER --output FOLDER"
@@ -186,7 +186,7 @@ def write_made(
         for key, shape, write in (("A", (ranks[name], inputs), write_A), ("B", (outputs, ranks[name]), write_B)):
             full = f"base_model.model.{name}.lora_{key}.weight"
             entries.append(Entry(full, "F32", shape, 4 * shape[0] * shape[1], partial(write, name)))
-    with written_whole(place) as temporary:
+    with whole_output(place) as temporary:
         write_entries(temporary / TENSORS, entries, metadata)
         (temporary / CONFIG).write_text(json.dumps(config, indent=2) + "\n", encoding="utf-8")
         if template is not None:

@@ -24,6 +24,7 @@ from lora_cli.base.device import describe_device
 from lora_cli.base.linear import features, is_quantized
 from lora_cli.base.storage.int4 import quantize
 from lora_cli.data.batches import collate
+from lora_cli.ending import make_temporary
 from lora_cli.errors import CheckFailed, LoraError, reason_of
 from lora_cli.merging.merge import merge
 from lora_cli.studies import equalities, in_use
@@ -204,7 +205,7 @@ def selftest(model: str | None, doing: Callable[[str], AbstractContextManager[No
     doing: shows, within a block, what is measured. Returns what --json prints; raises CheckFailed, with that, if one
     does not hold.
     """
-    with tempfile.TemporaryDirectory(prefix="lora-selftest-") as folder:
+    with tempfile.TemporaryDirectory(dir=make_temporary()) as folder:
         place = Path(folder)
         bench = Bench(model or str(save_tiny(tiny_llama_config(), place / "model")), place)
         about = _about(bench, own=model is None)

@@ -5,13 +5,12 @@ from __future__ import annotations
 import base64
 import os
 import sys
-import tempfile
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
-from lora_cli.files import disk_errors, write_bytes
+from lora_cli.files import working_beside, write_bytes
 from lora_cli.pages.render import render
 from lora_cli.training import verdict
 from lora_cli.training.loss_picture import DARK, LIGHT, loss_picture
@@ -41,8 +40,8 @@ def no_traces(folder: Path) -> Iterator[None]:
     if "matplotlib" in sys.modules or "MPLCONFIGDIR" in os.environ:
         yield
         return
-    with disk_errors(folder), tempfile.TemporaryDirectory(prefix=".matplotlib.tmp-", dir=folder) as place:
-        os.environ["MPLCONFIGDIR"] = place
+    with working_beside(folder / "loss.png") as place:
+        os.environ["MPLCONFIGDIR"] = str(place)
         try:
             yield
         finally:
