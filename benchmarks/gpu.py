@@ -17,8 +17,9 @@ A section takes at most 8 minutes: what has not begun by then is left out, aloud
 <card>-<section>.json and a page of it, .md. Sections and cases are processes of their own, so that one that fails, or
 memory of the GPU that it keeps, is no other's concern. Models have random NF4 weights, made here from their configs;
 rank 16 on all linear layers. Rows are random words: two of 2,048 tokens a step, one of 4,096, or 16 of mixed lengths.
---tiny: the same with tiny models. A figure is only worth something beside others of the same card and driver. Peak
-memory is what torch took of the GPU.
+Everything is in the dtype that training picks for the card, bf16, or fp16 where it has none; each result names it. What
+does not fit says so, and the next case follows. --tiny: the same with tiny models. A figure is only worth something
+beside others of the same card and driver. Peak memory is what torch took of the GPU.
 """
 
 from __future__ import annotations
@@ -42,7 +43,7 @@ from pathlib import Path
 from typing import Any
 from unittest.mock import patch
 
-from train import cap_memory, measure, ours, peak_memory_bytes
+from train import cap_memory, measure, ours, peak_memory_bytes, why_failed
 from train_rows import ROOT, ROWS, Work, prepare_work, recipe_of
 
 SECONDS, LEAST = 480, 20  # of a section; of a case that is begun
@@ -82,13 +83,15 @@ def make_model(shape: str, place: Path, tiny: bool) -> Path:
     from tokenizers import Tokenizer, models, pre_tokenizers
     from transformers import AutoConfig, AutoModelForCausalLM, BitsAndBytesConfig, PreTrainedTokenizerFast
 
-    settings = SHAPES[shape] | (TINY if tiny else {})
+    from lora_cli.base.device import DTYPES
+
+    settings, dtype = SHAPES[shape] | (TINY if tiny else {}), DTYPES[card()[2]]
     config = AutoConfig.for_model(**settings, max_position_embeddings=131072, bos_token_id=0, eos_token_id=1)
     with torch.device("meta"):
         empty = AutoModelForCausalLM.from_config(config)
-    config.architectures, config.dtype = [type(empty).__name__], torch.bfloat16
+    config.architectures, config.dtype = [type(empty).__name__], dtype
     stored = {"load_in_4bit": True, "bnb_4bit_quant_type": "nf4", "bnb_4bit_use_double_quant": True}
-    config.quantization_config = BitsAndBytesConfig(**stored, bnb_4bit_compute_dtype=torch.bfloat16).to_dict()
+    config.quantization_config = BitsAndBytesConfig(**stored, bnb_4bit_compute_dtype=dtype).to_dict()
     device, making = device_name(), place / f"{shape}.part"
     config.save_pretrained(making)
     torch.manual_seed(0)
@@ -96,7 +99,7 @@ def make_model(shape: str, place: Path, tiny: bool) -> Path:
     linear.discard("lm_head.weight")
     shards: list[dict[str, Any]] = [{}]
     for name, parameter in empty.named_parameters():
-        value = torch.randn(parameter.shape, device=device, dtype=torch.bfloat16).mul_(0.02)
+        value = torch.randn(parameter.shape, device=device, dtype=dtype).mul_(0.02)
         if parameter.dim() == 1:
             value.fill_(1)
         tensors = {name: value}
@@ -134,7 +137,8 @@ def works(tiny: bool) -> dict[str, Work]:
     ROWS["full"] = partial(words, lambda _: long // 2)
     ROWS["long"] = partial(words, lambda _: long)
     ROWS["mix"] = partial(words, lambda draw: min(long // 2, max(8, round(draw.lognormvariate(5.3, 0.8) / unit))))
-    base = Work("full", STEPS, 2, device=device_name(), target_modules="all-linear", max_tokens=long)
+    more: dict[str, Any] = {"dtype": card()[2], "device": device_name()}
+    base = Work("full", STEPS, 2, target_modules="all-linear", max_tokens=long, **more)
     return {
         f"{long // 2}x2": base,
         f"{long}x1": replace(base, rows="long", rows_per_step=1),
@@ -149,13 +153,27 @@ def device_name() -> str:
 
 
 @cache
-def card() -> tuple[str, float]:
-    """Its name, and GiB of memory; asked in a process of its own, because whoever asks takes some of it."""
+def card() -> tuple[str, float, str]:
+    """Its name, GiB of memory, and the dtype that training picks; asked in a process of its own, because whoever asks
+    takes some of it. A CPU counts as a card without memory.
+    """
     if device_name() == "cpu":
-        return "cpu", 0.0
-    ask = "import torch; found = torch.cuda.get_device_properties(0); print(found.total_memory, found.name)"
-    size, name = subprocess.check_output([sys.executable, "-c", ask], text=True).split(maxsplit=1)
-    return name.strip(), int(size) / 2**30
+        return look("cpu")
+    ask = "import json, sys; sys.path.insert(0, 'benchmarks'); import gpu; print(json.dumps(gpu.look('cuda')))"
+    name, size, dtype = json.loads(subprocess.check_output([sys.executable, "-c", ask], cwd=ROOT, text=True))
+    return name, size, dtype
+
+
+def look(device: str) -> tuple[str, float, str]:
+    import torch
+
+    from lora_cli.base.device import DTYPES, pick_dtype
+
+    picked = next(name for name, dtype in DTYPES.items() if dtype == pick_dtype("auto", torch.device(device))[0])
+    if device == "cpu":
+        return "cpu", 0.0, picked
+    found = torch.cuda.get_device_properties(0)
+    return found.name, found.total_memory / 2**30, picked
 
 
 # ── sections: each yields (case, result) ────────────────────────────────────────────────────────────────────────
@@ -166,6 +184,8 @@ Cases = Iterator[tuple[str, dict[str, Any]]]
 def section_card(section: Section) -> Cases:
     import torch
     from bitsandbytes.functional import dequantize_4bit, quantize_4bit
+
+    from lora_cli.base.device import DTYPES
 
     size, device = (64 if section.tiny else 8192), device_name()
 
@@ -179,11 +199,11 @@ def section_card(section: Section) -> Cases:
         wait()
         return (time.perf_counter() - began) / 20
 
-    a = torch.randn(size, size, device=device, dtype=torch.bfloat16)
+    a = torch.randn(size, size, device=device, dtype=DTYPES[card()[2]])
     packed, state = quantize_4bit(a, compress_statistics=True, quant_type="nf4")
-    half = a.half()
-    yield "bf16 products", {"tflops": 2 * size**3 / seconds(lambda: a @ a) / 1e12}
-    yield "fp16 products", {"tflops": 2 * size**3 / seconds(lambda: half @ half) / 1e12}
+    for name in dict.fromkeys((card()[2], "fp16")):
+        of = a.to(DTYPES[name])
+        yield f"{name} products", {"tflops": 2 * size**3 / seconds(lambda of=of: of @ of) / 1e12}
     yield "copies", {"gb_per_second": 2 * a.nbytes / seconds(a.clone) / 1e9}
     yield "dequantizing", {"gb_per_second": a.nbytes / seconds(lambda: dequantize_4bit(packed, state)) / 1e9}
 
@@ -209,7 +229,8 @@ def section_peers(section: Section) -> Cases:
         with section.prepared(replace(work, model=model)) as folder:
             for side in ("lora", *sides):
                 left = section.left()
-                yield f"{name} {side}", measure(side, folder, left) if left > LEAST else LEFT_OUT
+                result = measure(side, folder, left) if left > LEAST else LEFT_OUT
+                yield f"{name} {side}", {"dtype": work.dtype} | result
 
 
 def section_fused(section: Section) -> Cases:
@@ -238,9 +259,12 @@ def section_modes(section: Section) -> Cases:
 def section_longest(section: Section) -> Cases:
     _, mode, shape = section.name.split("-", 2)
     work = replace(next(iter(works(section.tiny).values())), train={"gradient_checkpointing": mode})
-    sizes = [size for size in (8, 12, 16, 24) if size * GB < card()[1]] if not section.tiny else [8]
+    found = [size for size in (8, 12, 16, 24) if size * GB < card()[1]] if not section.tiny else [8]
+    sizes = found or [None]  # a smaller card
     for at, size in enumerate(sizes):
-        yield f"in {size} GB", section.case("longest", replace(work, most_gib=size * GB), shape, 1 / (len(sizes) - at))
+        cap = None if size is None else size * GB
+        left = 1 / (len(sizes) - at)
+        yield f"in {size or 'all'} GB", section.case("longest", replace(work, most_gib=cap), shape, left)
 
 
 def section_auto(section: Section) -> Cases:
@@ -304,9 +328,10 @@ class Section:
             if self.left() < LEAST:
                 return LEFT_OUT
             done = self.run([__file__, "--case", kind, "--out", str(folder), "--seconds", str(share * self.left())])
-        said = [line for line in done.stderr.splitlines() if line.strip()] or [f"it ended with {done.returncode}"]
         found = [line for line in done.stdout.splitlines() if line.startswith("{")]
-        return json.loads(found[-1]) if done.returncode == 0 and found else {"failed": said[-1], "log": said[-40:]}
+        ran = done.returncode == 0 and found
+        result = json.loads(found[-1]) if ran else why_failed(done.returncode, done.stderr)
+        return {"dtype": work.dtype} | result
 
 
 # ── cases: each in a process of its own ─────────────────────────────────────────────────────────────────────────
@@ -322,7 +347,7 @@ def case_steps(folder: Path, work: Work, _: float) -> dict[str, Any]:
     one_step, kept = loop.Run._one_step, []
 
     def watched(run: Any, step: int, *rest: Any) -> None:
-        kept[:] = [run.session]
+        kept[:] = [run.session, run.state.parts]
         if step != work.steps - 1:
             return one_step(run, step, *rest)
         with profile:
@@ -347,6 +372,7 @@ def case_steps(folder: Path, work: Work, _: float) -> dict[str, Any]:
         "peak_bytes": peak_memory_bytes(work.device),
         "recomputed_blocks": sum(session.activations.recomputed),
         "losses": result["losses"],
+        **({"each_micro_batch_cut_into": kept[1]} if kept[1] > 1 else {}),  # the estimate is of one that is not
     }
     for name, compute in derived.items():  # what was measured counts without them
         try:
@@ -445,6 +471,8 @@ def case_longest(folder: Path, work: Work, seconds: float) -> dict[str, Any]:
     with patch.object(loop.Run, "_steps", search), suppress(Found):
         ours(folder, work)
     least, most = found
+    if not least:
+        return {"failed": f"does not fit: not a row of {most} tokens"}
     exact = {} if most - least <= most // 64 or work.device == "cpu" else {"not_tried_from": most}
     return {"tokens": least, "peak_bytes": peak_memory_bytes(work.device)} | exact
 
@@ -461,8 +489,9 @@ def run_section(name: str, place: Path, out: Path, tiny: bool) -> None:
     limits = json.loads(path.read_text())["cases"] if (path := out / f"{slug}-card.json").exists() else {}
     whole: dict[str, Any] = {"card": card()[0], "section": name, "tiny": tiny, "versions": versions(), "cases": {}}
     for case, result in SECTIONS[name](Section(name, place, tiny)):
-        if "product_flops_per_token" in result and limits:  # the least time of a step's matrix products, over its time
-            least = result["product_flops_per_token"] / (limits["bf16 products"]["tflops"] * 1e12)
+        limit = limits.get(f"{result.get('dtype')} products")
+        if "product_flops_per_token" in result and limit:  # the least time of a step's matrix products, over its time
+            least = result["product_flops_per_token"] / (limit["tflops"] * 1e12)
             result["share_of_product_limit"] = least * result["tokens_per_second"]
         whole["cases"][case] = result
         print(f"{name}  {case}  {json.dumps({key: each for key, each in result.items() if key != 'log'})}", flush=True)

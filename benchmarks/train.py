@@ -23,6 +23,8 @@ import argparse
 import itertools
 import json
 import os
+import re
+import signal
 import statistics
 import subprocess
 import sys
@@ -167,10 +169,21 @@ def measure(name: str, folder: Path, seconds: float | None = None) -> dict[str, 
         except subprocess.TimeoutExpired:
             return {"failed": f"it was not done after {seconds:.0f} seconds"}
         log.seek(0)
-        said = [line.strip() for line in log if line.strip()]
+        said = log.read()
     if code:
-        return {"failed": (said or [f"it ended with {code} and said nothing"])[-1], "log": said[-30:]}
+        return why_failed(code, said)
     return summary(json.loads((folder / f"{name}.json").read_text()), folder, side)
+
+
+def why_failed(code: int, said: str) -> dict[str, Any]:
+    """What a process said last that is not indented, as a fix is; first of all whether memory ran out."""
+    lines = [line for line in said.splitlines() if line.strip()] or [f"it ended with {code} and said nothing"]
+    last = next((line for line in reversed(lines) if not line[0].isspace()), lines[-1].strip())
+    if code == -signal.SIGKILL:
+        last = f"does not fit: the system ended it, as where host memory runs out; it last said: {last}"
+    elif re.search("out of memory|does not fit|not enough memory", last, re.IGNORECASE):
+        last = f"does not fit: {last}"
+    return {"failed": last, "log": lines[-40:]}
 
 
 def one_side(name: str, folder: Path) -> None:

@@ -13,10 +13,12 @@ import torch
 from conftest import losses
 
 pytestmark = pytest.mark.gpu
+NO_BF16 = torch.cuda.is_available() and not torch.cuda.is_bf16_supported(including_emulation=False)
+needs_bf16 = pytest.mark.skipif(NO_BF16, reason="this GPU has no bf16")
 NO_LIGER = importlib.util.find_spec("liger_kernel") is None
 
 
-@pytest.mark.parametrize("dtype", ["bf16", "fp16"])
+@pytest.mark.parametrize("dtype", [pytest.param("bf16", marks=needs_bf16), "fp16"])
 @pytest.mark.parametrize("quantization", ["nf4", "int8", "none"])
 def test_training_on_a_gpu_follows_the_cpu(run_recipe, tmp_path, quantization, dtype):
     """fp16 goes through loss scaling. Half precision keeps three digits: four steps stay within a few hundredths."""
@@ -47,6 +49,7 @@ def test_packing_is_exact_on_a_gpu(run_recipe, tmp_path):
     assert curves[0] == pytest.approx(curves[1], abs=1e-4)
 
 
+@needs_bf16
 @pytest.mark.parametrize("window", [None, 1, 3, 64])
 @pytest.mark.parametrize("kv_heads", [1, 4])
 def test_variable_length_attention_is_attention_example_by_example(window, kv_heads, monkeypatch):
@@ -106,6 +109,7 @@ def test_auto_fits_into_what_a_process_may_take(run_recipe, tmp_path, monkeypatc
 
 
 @pytest.mark.skipif(torch.cuda.device_count() < 2, reason="NCCL wants a GPU for each process")
+@needs_bf16
 @pytest.mark.parametrize("quantization", ["nf4", "none"])
 def test_a_base_in_shares_on_two_gpus_is_the_base_on_one(run_recipe, recipe_file, tmp_path, quantization):
     """Loaded on the CPU and spread; quantized there, so that a rare weight may round to the neighbouring NF4 value."""

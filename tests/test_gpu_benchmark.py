@@ -63,6 +63,54 @@ def test_the_page_shows_what_failed_and_each_part():
     assert "a, the time by part: attention 25.0%" in page
 
 
+TURING = ("Tesla T4", 14.6, "fp16")  # compute capability 7.5
+
+
+def test_a_card_without_bf16_gets_fp16_everywhere(tmp_path, monkeypatch):
+    monkeypatch.setattr(torch.cuda, "is_bf16_supported", lambda *_, **__: False)
+    named = SimpleNamespace(name="Tesla T4", total_memory=round(14.6 * 2**30))
+    monkeypatch.setattr(torch.cuda, "get_device_properties", lambda _: named)
+    assert gpu.look("cuda") == pytest.approx(TURING)
+    monkeypatch.setattr(gpu, "card", lambda: TURING)
+    assert {work.dtype for work in gpu.works(tiny=True).values()} == {"fp16"}
+    limits = dict(gpu.section_card(gpu.Section("card", tmp_path, tiny=True)))
+    assert list(limits) == ["fp16 products", "copies", "dequantizing"]
+    folder = gpu.make_model("llama-3b", tmp_path, tiny=True)
+    config = json.loads((folder / "config.json").read_text())
+    assert (config["dtype"], config["quantization_config"]["bnb_4bit_compute_dtype"]) == ("float16", "float16")
+    assert open_base(folder, "nf4", torch.float16)(input_ids=torch.arange(3, 23)[None]).logits.isfinite().all()
+
+
+NO_ROOM = {
+    "torch.OutOfMemoryError: CUDA out of memory. Tried to allocate 1.96 GiB.": "does not fit: torch.OutOfMemoryError: ",
+    "lora_cli.errors.LoraError: error: llama-8b does not fit into the memory of cuda\n  fix: use quantization: nf4": (
+        "does not fit: lora_cli.errors.LoraError: error: llama-8b does not fit into the memory of cuda"
+    ),
+    "KeyError: 'a'": "KeyError: 'a'",
+}
+
+
+def test_what_does_not_fit_says_so_and_the_next_case_follows(tmp_path, monkeypatch):
+    said = iter(NO_ROOM)
+    failing = lambda *_: subprocess.CompletedProcess([], 1, "", f"out of memory: cut\nTraceback:\n  at\n{next(said)}\n")  # noqa: E731
+    monkeypatch.setattr(gpu.Section, "run", failing)
+    monkeypatch.setattr(gpu.Section, "model", lambda *_: gpu.make_model("llama-8b", tmp_path, tiny=True))
+    gpu.run_section("llama-8b", tmp_path, tmp_path / "results", tiny=True)
+    cases = json.loads((tmp_path / "results" / "cpu-tiny-llama-8b.json").read_text())["cases"]
+    assert list(cases) == ["64x2", "128x1", "mix"]
+    for case, expected in zip(cases.values(), NO_ROOM.values(), strict=True):
+        assert case["failed"].startswith(expected)
+        assert case["dtype"] == gpu.card()[2]
+    assert gpu.why_failed(-9, "step 1")["failed"].startswith("does not fit: the system ended it")
+
+
+def test_a_card_below_8_gb_looks_for_its_longest_row_in_all_it_has(tmp_path, monkeypatch):
+    monkeypatch.setattr(gpu, "card", lambda: ("GTX 1660", 5.8, "fp16"))
+    monkeypatch.setattr(gpu.Section, "case", lambda self, kind, work, *_: {"tokens": 1, "most": work.most_gib})
+    found = dict(gpu.section_longest(gpu.Section("longest-full-llama-3b", tmp_path, tiny=False)))
+    assert found == {"in all GB": {"tokens": 1, "most": None}}
+
+
 @pytest.mark.slow
 @pytest.mark.timeout(1500)
 def test_every_section_runs_on_a_cpu(tmp_path):
