@@ -716,7 +716,10 @@ def edit_config(**values: Any) -> Callable[[Path], Any]:
     ("values", "says"),
     [
         ({"alpha_pattern": ["q_proj"]}, "not valid: alpha_pattern: input should be an object"),
-        ({"target_modules": {"q_proj": 1}}, "not valid: target_modules.str: input should be a valid string"),
+        (
+            {"target_modules": {"q_proj": 1}},
+            "not valid: target_modules: input should be a valid string or a valid array",
+        ),
         ({"base_model_name_or_path": 3}, "not valid: base_model_name_or_path: input should be a valid string"),
         ({"lora_alpha": float("inf")}, "lora_alpha is inf, not a finite number"),
         ({"lora_alpha": None}, "lora_alpha is None, not a finite number"),
@@ -787,6 +790,44 @@ def test_a_weight_file_with_a_gap(refused_later: Any, model: Any, tiny_gpt2: Pat
     text = json.dumps(header).encode()
     folder = model({"model.safetensors": len(text).to_bytes(8, "little") + text + data[8 + length :]})
     assert "invalid offset for tensor" in refused_later(base_model=str(folder))
+
+
+@pytest.mark.parametrize(("kind", "per_number"), [("I32", 4), ("U8", 1), ("BOOL", 1), ("C64", 8), ("F4", 0.5)])
+def test_a_header_whose_numbers_are_no_real_ones(
+    lora: Any, recipe_file: Any, trained: Path, tiny_llama: Path, tmp_path: Path, kind: str, per_number: float
+):
+    """Of the same bytes: transformers would take whole numbers as weights, without a word."""
+
+    def told(file: Path, last: str) -> None:
+        content = file.read_bytes()
+        length = int.from_bytes(content[:8], "little")
+        header = json.loads(content[8 : 8 + length])
+        own = next(each for name, each in header.items() if name.endswith(last))
+        rows, size = own["shape"][0], own["data_offsets"][1] - own["data_offsets"][0]
+        own |= {"dtype": kind, "shape": [rows, int(size / per_number) // rows]}
+        text = json.dumps(header).encode()
+        file.write_bytes(len(text).to_bytes(8, "little") + text + content[8 + length :])
+
+    base, adapter = (Path(shutil.copytree(each, tmp_path / each.name)) for each in (tiny_llama, trained))
+    told(base / "model.safetensors", "q_proj.weight")
+    told(adapter / "adapter_model.safetensors", "q_proj.lora_A.weight")
+    recipe = recipe_file(base_model=str(base))
+    says = "the weights do not fill the model" if kind == "F4" else f"q_proj.weight is stored as {kind}"
+    for words in (("check", recipe), ("train", recipe), ("eval", base, "--data", tmp_path / "sums.jsonl")):
+        said = lora(*words)
+        assert said.code == 2
+        assert says in said.error or (kind == "F4" and "cannot be loaded" in said.error)
+        assert "fix: " in said.error
+    for command in ("inspect", "merge", "resize"):
+        options = {
+            "inspect": (),
+            "merge": ("--output", tmp_path / "m"),
+            "resize": ("--rank", "1", "--output", tmp_path / "m"),
+        }
+        said = lora(command, adapter, *options[command])
+        assert said.code == 2
+        assert "real numbers" in said.error or "cannot be computed with" in said.error
+        assert not (tmp_path / "m").exists()
 
 
 def test_what_the_file_system_refuses_is_no_traceback(lora: Any):

@@ -10,7 +10,7 @@ from typing import Any
 from torch import Tensor
 
 from lora_cli.adapters.kinds import PARTS, kind_of
-from lora_cli.errors import LoraError
+from lora_cli.errors import LoraError, reading
 
 # torch.compile, FSDP and activation checkpointing wrap modules and leave their names in the saved ones.
 _WRAPPERS = re.compile(r"(?:_orig_mod|_fsdp_wrapped_module|_checkpoint_wrapped_module)\.")
@@ -35,7 +35,9 @@ def by_module(
     for key, tensor in flat.items():
         plain = _WRAPPERS.sub("", key)
         plain = plain[_PREFIX.match(plain).end() :]  # type: ignore[union-attr]
-        if not tensor.is_floating_point() or not tensor.float().isfinite().all():
+        with reading(f"{key} is of a kind that cannot be computed with", path, _AGAIN):  # such as numbers of 4 bits
+            real = tensor.is_floating_point() and bool(tensor.float().isfinite().all())
+        if not real:
             raise LoraError(f"{key} holds NaN, infinity or no real numbers", where=str(path), fix=_AGAIN)
         found = _PART.fullmatch(plain)
         if found is None and "lora_" not in plain and (copy := _BASE.fullmatch(plain)):

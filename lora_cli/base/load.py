@@ -19,7 +19,7 @@ from lora_cli.base.source import BaseSource
 from lora_cli.base.storage.registry import storage_named
 from lora_cli.base.stored import require_quantization, stored_quantization
 from lora_cli.base.weight_files import stored_tensors
-from lora_cli.errors import LoraError, reading
+from lora_cli.errors import LoraError, reading, refuse_if
 
 _CHECK_CONFIG = "check config.json, or download it again"
 
@@ -42,6 +42,8 @@ def load_model(
     config = model_config(source, trust_remote_code)
     require_quantization(source, quantization, group_size)
     as_stored = source.gguf is not None or stored_quantization(source) is not None
+    if not as_stored:
+        _require_real_weights(source)
     settings = None if as_stored else storage_named(quantization).load_settings(dtype, double_quantization, group_size)
     state = None
     if source.gguf is not None:
@@ -112,6 +114,8 @@ def require_weights_fit(source: BaseSource, config: Any, skeleton: Any) -> None:
     """
     if stored_quantization(source) is not None and source.gguf is None:
         return
+    if source.gguf is None:
+        _require_real_weights(source)
     names = stored_tensors(source.folder)
     stand_ins = {name: torch.empty(each.shape, dtype=torch.float16, device="meta") for name, each in names.items()}
     with reading("the weights do not fit the configuration", source.place, "download the model again"):
@@ -188,6 +192,14 @@ def _without_dropout(config: Any) -> None:
             setattr(config, key, 0.0)
         elif hasattr(value, "model_type"):  # a configuration inside a configuration, such as MPT's attention
             _without_dropout(value)
+
+
+def _require_real_weights(source: BaseSource) -> None:
+    """Raises LoraError for whole numbers in the place of a weight: transformers would take them as they are."""
+    for name, own in stored_tensors(source.folder).items():
+        what = f"the weight {name} is stored as {own.dtype}, and not as real numbers"
+        odd = name.endswith(".weight") and not own.dtype.startswith(("F", "BF"))
+        refuse_if(odd, what, where=own.file, fix="download the model again, or name the unquantized one")
 
 
 def _require_all_weights(source: BaseSource, info: Any) -> None:
