@@ -18,12 +18,15 @@ from conftest import refusal
 from hypothesis import given
 from hypothesis import strategies as st
 from safetensors.numpy import load_file
+from test_gguf import write_gguf as real_gguf
 from transformers import AutoTokenizer
 
+from lora_cli.adapters.opened import open_model
 from lora_cli.data.chat.template import chat_template
 from lora_cli.errors import CheckFailed, LoraError
 from lora_cli.exporting import blocks, export, ollama
 from lora_cli.exporting.converter import PINS, without_code
+from lora_cli.merging.onto import kept_examples, losses_of
 
 
 def write_gguf(path: Path, tensors: dict[str, np.ndarray]) -> Path:
@@ -292,6 +295,61 @@ def test_how_the_merge_on_the_way_is_proved_can_be_chosen_and_is_said(lora, reci
     assert lora("train", recipe_file()).code == 0
     said = lora("export", tmp_path / "run", "--to", "gguf", "--proof", "replay", "--output", tmp_path / "m.gguf")
     assert (said.code, "weights; not compared" in said.text) == (0, True)
+
+
+@pytest.fixture
+def learned(run_recipe, converter, monkeypatch, request) -> Path:
+    """A run that learned much, and a converter that writes real files."""
+    monkeypatch.setattr(export, "convert_model", lambda _, folder, kind, output: real_gguf(output, folder, "F16"))
+    adapter = {"rank": 8, "alpha": 32, "target_modules": "all-linear"}
+    train = {"max_steps": 40, "learning_rate": 0.01}
+    return run_recipe(data={"validation": getattr(request, "param", None)}, adapter=adapter, train=train)[0]
+
+
+@pytest.mark.parametrize("learned", [None, 0.25], indirect=True, ids=["training rows", "held-out rows"])
+def test_what_four_bits_keep_of_a_run_is_measured_on_the_file_itself(learned, lora, tmp_path):
+    output = tmp_path / "q.gguf"
+    words = ["export", learned, "--to", "gguf", "--type", "q4_1", "--output", output]
+    said = lora(*words, "--json")
+    assert said.code == 0, said.text
+    found = json.loads(said.out)["rounding"]
+    rows = kept_examples(learned, "train" if found["rows"] == "training" else "validation")
+    assert len(rows) == found["examples"]
+    with_adapter = open_model(None, learned, device="cpu", dtype="fp32").model
+    in_file = open_model(str(output), None, device="cpu", dtype="fp32", quantization="none").model
+    for name, model in (("adapter", with_adapter), ("exported", in_file)):
+        losses, targets = losses_of(model, rows)
+        assert found["losses"][name] == pytest.approx((losses.sum() / targets.sum()).item(), rel=1e-5)
+    losses = found["losses"]
+    share = (losses["base"] - losses["exported"]) / (losses["base"] - losses["adapter"])
+    assert found["kept"]["share"] == pytest.approx(share, rel=1e-6)
+    assert 0.5 < share < 1.2
+    output.unlink()
+    unmeasured = lora(*words, "--proof", "none")
+    assert (unmeasured.code, "of what was learned" in unmeasured.text) == (0, False)
+
+
+def test_a_file_that_lost_what_was_learned_is_not_written(learned, lora, tmp_path, tiny_llama, monkeypatch):
+    """The converter gives the base's weights, as rounding to a grid that an update never leaves does."""
+    monkeypatch.setattr(export, "convert_model", lambda _, folder, kind, output: real_gguf(output, tiny_llama, "F16"))
+    output = tmp_path / "out" / "q.gguf"
+    said = lora("export", learned, "--to", "gguf", "--type", "q5_1", "--output", output)
+    assert said.code == 3, said.text
+    assert "of what was learned is left" in said.text
+    assert "use --type q8_0" in said.text
+    assert not output.parent.exists()
+
+
+def test_what_rounding_costs_is_said_to_be_unmeasured_where_it_is(lora, recipe_file, tmp_path, converter):
+    """The stand-in's file is no model."""
+    assert lora("train", recipe_file()).code == 0
+    words = ["export", tmp_path / "run", "--to", "gguf", "--type", "q4_0", "--output", tmp_path / "q.gguf"]
+    said = lora(*words)
+    assert said.code == 0, said.text
+    assert "was not measured: the file cannot be opened here" in said.text
+    (tmp_path / "q.gguf").unlink()
+    shutil.rmtree(tmp_path / "run" / "prepared")
+    assert "was not measured: no prepared rows of its run are here" in lora(*words).text
 
 
 def read_as_ollama_does(text: str) -> list[tuple[str, str]]:

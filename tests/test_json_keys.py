@@ -99,7 +99,7 @@ FROZEN = {
     "selftest": {"versions", "system", "device", "model", "ok", "equalities"},
     "selftest equalities": {"name", "says", "bound", "suspects", "seconds", "difference", "holds", "why"},
     "push": {"repository", "private", "files", "left_out", "card", "url"},
-    "export": {"output", "to", "type", "bytes", "error", "template", "notes"},
+    "export": {"output", "to", "type", "bytes", "error", "template", "notes", "rounding"},
     "calibrate": {"output", "layers", "left", "group_size"},
 }
 

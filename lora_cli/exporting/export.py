@@ -21,6 +21,7 @@ from lora_cli.data.chat.template import chat_template
 from lora_cli.errors import CheckFailed, command, home_expanded, refuse_if
 from lora_cli.exporting import blocks, ollama
 from lora_cli.exporting.converter import convert_adapter, convert_model, require_converter, without_code
+from lora_cli.exporting.rounded import measure_rounding, rounding_line
 from lora_cli.files import flush, human_bytes, require_space, whole_output, working_beside
 from lora_cli.merging.files import require_outside, require_outside_adapter, require_place, trained_stops
 from lora_cli.merging.merge import merge
@@ -33,8 +34,8 @@ _BITS = {"f32": 32, "f16": 16, "bf16": 16, "q8_0": 8.5, "q4_0": 4.5, "q4_1": 5, 
 
 @dataclass(frozen=True)
 class Exported:
-    """bytes: of the GGUF file. error: ‖W - Q‖ / ‖W‖ of matrices in blocks made here, else None. template: of a
-    Modelfile: written, raw, or left out."""
+    """bytes: of the GGUF file. error: ‖W - Q‖ / ‖W‖ of matrices in blocks made here, else None. rounding: what that
+    costs, as `measure_rounding` gives it. template: of a Modelfile: written, raw, or left out."""
 
     output: str
     to: str
@@ -43,6 +44,7 @@ class Exported:
     error: float | None = None
     template: str | None = None
     notes: list[str] = field(default_factory=list)
+    rounding: dict[str, Any] | None = None
 
     def as_dict(self) -> dict[str, Any]:
         return asdict(self)
@@ -111,12 +113,19 @@ def export(
         plain = model.folder if trust_remote_code else without_code(model.folder, work / f"{model.folder.name} plain")
         made, error = _model_file(converters, plain, work, kind, exact)
         result = Exported(str(output), to, kind, made.stat().st_size, error, notes=notes)
+        if adapter is not None and kind in BY_BLOCKS and not exact and proof in (None, "full"):
+            run = Path(home_expanded(source))
+            code = trust_remote_code
+            cost = measure_rounding(run, base, made, kind, trust_remote_code=code, say=say)
+            result = replace(result, rounding=cost)
         return _placed(made, place, result) if prompted is None else _ollama(made, place, result, *prompted)
 
 
 def result_lines(made: Exported) -> list[str]:
     error = f", rounding changes weights by {made.error:.2%} of their size" if made.error is not None else ""
     lines = [f"{made.output}: {made.type}, {human_bytes(made.bytes)}{error}"]
+    if made.rounding is not None:
+        lines.append(rounding_line(made.type, made.rounding))
     if made.template == "left out":
         lines.append(
             "the chat template cannot be written in Ollama's language: Ollama looks for one that resembles it; compare "

@@ -6,7 +6,7 @@ from collections.abc import Sequence
 from dataclasses import asdict
 from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import torch
 from torch import Tensor
@@ -22,8 +22,12 @@ _MOST_HELD_OUT = 4096  # tokens
 
 def held_out(run: Path) -> list[Example]:
     """Validation examples that a run folder keeps prepared, up to 4,096 tokens in all."""
+    return kept_examples(run, "validation")
+
+
+def kept_examples(run: Path, part: Literal["validation", "train"]) -> list[Example]:
     data, found, tokens = prepared_data(run), [], 0
-    for example in (data.validation if data is not None else None) or ():
+    for example in (getattr(data, part) if data is not None else None) or ():
         tokens += len(example.ids)
         if tokens > _MOST_HELD_OUT:
             break
