@@ -7,6 +7,7 @@ import json
 import re
 import shutil
 import signal
+from contextlib import nullcontext
 from typing import Any
 
 import pytest
@@ -143,3 +144,14 @@ def test_apart_sees_what_is_no_number_or_has_another_shape():
     assert equalities.apart([one * torch.nan], [one]) == float("inf")
     assert equalities.apart([one[:1]], [one]) == float("inf")
     assert equalities.apart([one], [one * 0]) == 4
+
+
+def test_a_model_named_from_here_is_measured_in_recipes_elsewhere_and_a_run_need_not_help(
+    tiny_llama, tmp_path, monkeypatch
+):
+    monkeypatch.chdir(tiny_llama.parent)
+    monkeypatch.setattr(selftest, "EQUALITIES", [each for each in selftest.EQUALITIES if each.name == "E7"])
+    (measured,) = selftest.selftest(tiny_llama.name, lambda _: nullcontext())["equalities"]
+    assert measured["holds"], measured["why"]
+    bench = selftest.Bench(str(tiny_llama), tmp_path)
+    assert equalities.evaluated(bench, train={"learning_rate": 1e-12}) == 0

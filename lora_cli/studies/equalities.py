@@ -11,6 +11,7 @@ import copy
 import json
 import math
 from collections.abc import Iterable, Sequence
+from contextlib import suppress
 from dataclasses import dataclass, field
 from functools import partial
 from itertools import pairwise
@@ -41,7 +42,7 @@ from lora_cli.data.example import Example
 from lora_cli.data.feed import open_feed
 from lora_cli.data.prepare import prepare
 from lora_cli.ending import signalled
-from lora_cli.errors import Interrupted, LoraError
+from lora_cli.errors import CheckFailed, Interrupted, LoraError
 from lora_cli.evaluation.loss import logit_rule, summed_loss
 from lora_cli.evaluation.perplexity import example_losses
 from lora_cli.planning.check import check
@@ -252,15 +253,12 @@ def opened_by_us(theirs: Any, folder: Path, model: Any, base: BaseSource) -> flo
 
 @dataclass
 class Bench:
-    """A model in a folder, a place for files, and a device; what is measured is opened and trained here.
-
-    runs: how many were made.
-    """
+    """A model in a folder, a place for files, and a device; what is measured is opened and trained here."""
 
     model: str
     place: Path
     device: torch.device = field(default_factory=lambda: pick_device("auto"))
-    runs: int = 0
+    runs: int = 0  # that were made
 
     @property
     def source(self) -> BaseSource:
@@ -294,7 +292,9 @@ class Bench:
         recipe = self.recipe(**settings)
         for at in range(stops + 1):
             try:
-                train(recipe, Screen(stderr=True, quiet=True), max_hours=1e-9 if at < stops else None, resume=at > 0)
+                with suppress(CheckFailed):  # so few steps need not help on rows that were held out
+                    hours = 1e-9 if at < stops else None
+                    train(recipe, Screen(stderr=True, quiet=True), max_hours=hours, resume=at > 0)
             except Interrupted:  # after one step; or by a signal, which asks for no checkpoint of what is only measured
                 if signalled():
                     raise KeyboardInterrupt from None

@@ -23,6 +23,7 @@ from lora_cli.adapters.layer import LoRALinear
 from lora_cli.base.device import describe_device
 from lora_cli.base.linear import features, is_quantized
 from lora_cli.base.storage.int4 import quantize
+from lora_cli.base.trials import require_no_leak
 from lora_cli.data.batches import collate
 from lora_cli.ending import make_temporary
 from lora_cli.errors import CheckFailed, LoraError, reason_of
@@ -114,11 +115,18 @@ def _like_peft(bench: Bench) -> float:
 
 
 def _side_by_side(bench: Bench) -> float:
-    return equalities.side_by_side(adapted(bench.open()).train(), examples(*_LENGTHS))
+    return equalities.side_by_side(_packing(bench).train(), examples(*_LENGTHS))
 
 
 def _laid_out(bench: Bench) -> float:
-    return equalities.laid_out(adapted(bench.open()), examples(*_LENGTHS))
+    return equalities.laid_out(_packing(bench), examples(*_LENGTHS))
+
+
+def _packing(bench: Bench) -> Any:
+    """The model with an adapter. Raises LoraError for one that a recipe has to say `packing: false` for."""
+    model = bench.open()
+    require_no_leak(model, bench.device)
+    return adapted(model)
 
 
 def _recomputed(bench: Bench) -> float:
@@ -207,7 +215,8 @@ def selftest(model: str | None, doing: Callable[[str], AbstractContextManager[No
     """
     with tempfile.TemporaryDirectory(dir=make_temporary()) as folder:
         place = Path(folder)
-        bench = Bench(model or str(save_tiny(tiny_llama_config(), place / "model")), place)
+        named = model and (str(Path(model).absolute()) if Path(model).is_dir() else model)  # as recipes elsewhere do
+        bench = Bench(named or str(save_tiny(tiny_llama_config(), place / "model")), place)
         about = _about(bench, own=model is None)
         measured = []
         for each in EQUALITIES:
