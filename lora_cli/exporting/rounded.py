@@ -58,7 +58,8 @@ def measure_rounding(
                 f"loss of {len(rows)} {which} rows: base {means['base']:.4f}, base + adapter {means['adapter']:.4f}, "
                 f"in {kind} {means['exported']:.4f}"
             ],
-            fix="use --type q8_0; or train with adapter.method: qa_lora and quantization: int4 (q4_1 is exact then)",
+            fix="use --type q8_0; or train with adapter.method: qa_lora and quantization: int4 (then q4_1 is exact); "
+            "--proof none writes it all the same",
         )
     return {
         "losses": means,
