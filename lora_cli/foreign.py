@@ -187,7 +187,7 @@ def reason(error: Any) -> str:
     message = _HALF_CHARACTER.sub("?", message.replace(" or input should be", " or"))[:200]
     others = len({each for each in places if each != first[: len(each)]})
     more = f", and {others} more problem{'s' if others > 1 else ''}" if others else ""
-    return f"{'.'.join((*first, ''))[:-1]}{': ' if first else ''}{message}{more}"
+    return f"{'.'.join(first)}{': ' if first else ''}{message}{more}"
 
 
 def _no_number(name: str) -> Any:

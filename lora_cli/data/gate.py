@@ -138,10 +138,9 @@ class Findings:
     def drop_fix(self, kinds: Sequence[str]) -> str | None:
         """The line of a recipe that leaves out the rows of these kinds too; None where it would not help."""
         found = [kind for kind in kinds if kind in get_args(Droppable)]
-        every = (
-            self.rows_read and max((self.counts[kind] for kind in found), default=0) >= self.rows_read
-        )  # none would be left
-        if self.drop is None or not found or every:
+        most = max((self.counts[kind] for kind in found), default=0)
+        none_left = self.rows_read and most >= self.rows_read
+        if self.drop is None or not found or none_left:
             return None
         named = dict.fromkeys([*self.drop, *found])
         written = f"add --drop {','.join(named)}" if self.by_option else f"write data.drop: [{', '.join(named)}]"
