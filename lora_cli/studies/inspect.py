@@ -189,16 +189,15 @@ def print_inspected(found: Inspected, console: Console) -> None:
     start = "".join(f"{same[0]}." for same in takewhile(lambda each: len(set(each)) == 1, parts))
     table = Table(box=None, pad_edge=False, padding=(0, 2, 0, 0), header_style="bold")
     table.add_column(f"{start}…" if start else "layer", overflow="fold")
-    for head in ("rank", "effective", "90 % in", "dead", "‖ΔW‖", "of ‖W‖" if found.base else ""):
+    dead = totals["dead_directions"]
+    heads = {"rank": True, "effective": True, "90 % in": True, "dead": dead, "‖ΔW‖": True, "of ‖W‖": found.base}
+    for head in (head for head, shown in heads.items() if shown):
         table.add_column(head, justify="right", no_wrap=True)
     for each in found.layers:
-        held = ("inert", "", "") if each.inert else (f"{each.effective_rank:.1f}", f"{each.directions_90}", "")
-        dead = f"{each.dead_directions or ''}"
-        beside = "" if each.ratio is None else f"{each.ratio:.2%}"
-        name = each.name.removeprefix(start)
-        table.add_row(
-            name, f"{each.rank}", *held[:2], dead, f"{each.norm:.3g}", beside, style="yellow" if each.inert else ""
-        )
+        held = ("inert", "") if each.inert else (f"{each.effective_rank:.1f}", f"{each.directions_90}")
+        cells = [f"{each.rank}", *held, *([f"{each.dead_directions or ''}"] if dead else []), f"{each.norm:.3g}"]
+        cells += ["" if each.ratio is None else f"{each.ratio:.2%}"] if found.base else []
+        table.add_row(each.name.removeprefix(start), *cells, style="yellow" if each.inert else "")
     console.print(table)
     say("")
     say(f"{totals['layers']} layers, {totals['parameters']:,} trained parameters, ‖ΔW‖ {totals['norm']:.3g} in all")
@@ -210,7 +209,7 @@ def print_inspected(found: Inspected, console: Console) -> None:
         largest = max(found.layers, key=lambda each: each.ratio or 0.0)
         most = f"at most {largest.ratio:.2%} in {largest.name}"
         say(f"beside the weights: {totals['ratio']:.2%} in the median layer, {most}")
-    if dead := totals["dead_directions"]:
+    if dead:
         say(f"dead directions: {dead:,} of {totals['directions']:,} (below {DEAD:g} of the largest)")
     if inert := totals["inert_layers"]:
         say(f"inert layers: {len(inert)}: {', '.join(inert[:3])}{' …' if len(inert) > 3 else ''}")
