@@ -256,17 +256,10 @@ def tables(found: Analyzed) -> list[tuple[str, list[str], list[list[str]]]]:
         for matrix, own in by_matrix(layers).items():
             numbers = [each.numbers() for each in own]
             means = {key: mean(each[key] for each in numbers) for key in numbers[0]}
-            rows.append(
-                [
-                    matrix,
-                    *(
-                        f"{means[f'{of}_{what}']:.3f}"
-                        for what in ("first", "first_in_all", "all")
-                        for of in ("A", "update", RANDOM)
-                    ),
-                ]
-            )
-        heads = ["matrix", "1 in 1: A", "ΔW", "chance", "1 in all: A", "ΔW", "chance", "all in all: A", "ΔW", "chance"]
+            for what, said in (("first", "1 in 1"), ("first_in_all", "1 in all"), ("all", "all in all")):
+                shares = (f"{means[f'{of}_{what}']:.3f}" for of in ("A", "update", RANDOM))
+                rows.append([matrix, said, *shares])
+        heads = ["matrix", "directions", "A", "ΔW", "chance"]
         made.append((f"{one} and {other}: the share of directions that they have in common", heads, rows))
     return made
 
@@ -276,7 +269,7 @@ def print_analyzed(found: Analyzed, console: Console) -> None:
     for title, heads, rows in tables(found):
         table = Table(box=None, pad_edge=False, padding=(0, 2, 0, 0), header_style="bold")
         for at, head in enumerate(heads):
-            table.add_column(head, justify="right" if at else "left")
+            table.add_column(head, justify="right" if at else "left", overflow="fold")
         for row in rows:
             table.add_row(*row)
         say(title)
