@@ -321,6 +321,16 @@ def test_views_of_what_is_made_again_are_made_again(view, make):
     assert_near(torch.autograd.grad(out, x, upstream), torch.autograd.grad(expected, x, upstream), 1e-12)
 
 
+def test_notes_on_what_a_module_returns_can_be_left_out():
+    norm = with_random_weight(LlamaRMSNorm(16))
+    save_only_inputs(norm)
+    x = torch.randn(5, 16, requires_grad=True)
+    assert remade.is_remade(norm(x)[1:])
+    remade.forget_how_made(norm)
+    assert not remade.is_remade(norm(x))
+    assert not remade.is_remade(norm(x)[1:])
+
+
 def test_rotations_that_depend_on_both_are_left_alone(monkeypatch):
     code = sys.modules[hf.Qwen3ForCausalLM.__module__]
     own = vars(code)["apply_rotary_pos_emb"]

@@ -12,8 +12,9 @@ from itertools import islice
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
+from torch.utils._pytree import tree_leaves
 
 _NOTE = "_made_again"  # on a tensor: what makes it, from which tensors, and their versions
 
@@ -41,6 +42,18 @@ def how_made(tensor: Tensor) -> tuple[Make, tuple[Tensor, ...]]:
         if make is not None and versions == _versions(noted, *sources):
             return (make if noted is tensor else _view_of(make, noted, tensor)), sources
     return _itself, (tensor.detach(),)
+
+
+def forget_how_made(module: nn.Module) -> None:
+    """What a module returns is kept itself by whoever saves it: for one whose weights are not there by then."""
+
+    def after(_module: nn.Module, _inputs: Any, output: Any) -> None:
+        for each in tree_leaves(output):
+            if isinstance(each, Tensor):
+                for noted in (each, each._base):
+                    _ = noted is not None and vars(noted).pop(_NOTE, None)
+
+    module.register_forward_hook(after)
 
 
 def is_remade(tensor: Tensor) -> bool:

@@ -10,6 +10,7 @@ from torch import nn
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import fully_shard
 
+from lora_cli.base.remade import forget_how_made
 from lora_cli.base.storage.registry import storage_of
 from lora_cli.errors import LoraError
 
@@ -42,6 +43,8 @@ def shard_base(model: Any, blocks: Sequence[nn.Module], trained: Iterable[nn.Par
     for module in model.modules():
         if (kind := storage_of(module)) is not None:
             kind.make_shardable(module, device)
+    for block in blocks:  # one that ends in a norm: the next block would make its output again, without its weights
+        forget_how_made(block)
     shares = list(blocks)
     embeddings, head = model.get_input_embeddings(), model.get_output_embeddings()
     inside_a_block = any(embeddings is module for block in blocks for module in block.modules())
