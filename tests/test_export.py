@@ -327,6 +327,7 @@ def test_what_four_bits_keep_of_a_run_is_measured_on_the_file_itself(learned, lo
     output.unlink()
     unmeasured = lora(*words, "--proof", "none")
     assert (unmeasured.code, "of what was learned" in unmeasured.text) == (0, False)
+    assert "what rounding to q4_1 costs was not measured: --proof none opens no model" in unmeasured.text
 
 
 def test_a_file_that_lost_what_was_learned_is_not_written(learned, lora, tmp_path, tiny_llama, monkeypatch):

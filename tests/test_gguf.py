@@ -339,7 +339,7 @@ def test_what_a_file_does_not_give_is_refused_with_what_to_write(files: Any, fol
     elsewhere = refusal(
         lambda: load_model(find_base(str(folder)), quantization="gguf", dtype=torch.float32, device=CPU)
     )
-    assert elsewhere.what == f"quantization: gguf keeps the blocks of a GGUF file, and {folder} is none"
+    assert elsewhere.what == f"quantization: gguf keeps the blocks of a GGUF file, and {folder} is not one"
     assert elsewhere.fix == "write quantization: nf4 or int8 or int4 or none"
     assert "architecture 'mamba'" in said("mamba", changes={"architecture": "mamba"}).what
     assert "positions are scaled (linear)" in said("scaled", changes={"scaling": "linear"}).what

@@ -106,7 +106,7 @@ def open_base(
 
 
 def base_of(adapters: Sequence[AdapterFile]) -> tuple[str, str | None]:
-    """The base model that these adapters name, and its revision. Raises LoraError if that is none, or not one."""
+    """The base model that these adapters name, and its revision. Raises LoraError if they name none, or several."""
     if not adapters:
         raise LoraError("which base model?", fix="name it with --model (or --base)")
     named = {each.folder: each.own_base() for each in adapters}

@@ -42,7 +42,7 @@ def require_quantization(source: BaseSource, quantization: str, group_size: int 
         require_kept(source.gguf, quantization, group_size)
         return
     if RULES[quantization].of_file:
-        what = f"quantization: {quantization} keeps the blocks of a GGUF file, and {source.name} is none"
+        what = f"quantization: {quantization} keeps the blocks of a GGUF file, and {source.name} is not one"
         raise LoraError(what, fix=f"write quantization: {named(lambda rules: not rules.of_file)}")
     kind = stored_quantization(source)
     if kind in (None, quantization):

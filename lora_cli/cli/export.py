@@ -30,7 +30,9 @@ def export(
     ] = None,
     proof: Annotated[
         Literal["full", "replay", "none"] | None,
-        typer.Option(help="Of an adapter: how its merge is proved, as for merge."),
+        typer.Option(
+            help="Of an adapter: how its merge is proved, as for merge, and whether what rounding costs is measured."
+        ),
     ] = None,
     base: Base = None,
     trust_remote_code: RemoteCode = False,

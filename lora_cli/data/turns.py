@@ -212,7 +212,7 @@ def said_weight(
 
 
 def _number(value: Any) -> float:
-    """What a value is as a number; NaN if it is none."""
+    """What a value is as a number; NaN if it is not one."""
     try:
         return float(value)
     except (TypeError, ValueError, OverflowError):

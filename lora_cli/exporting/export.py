@@ -113,10 +113,9 @@ def export(
         plain = model.folder if trust_remote_code else without_code(model.folder, work / f"{model.folder.name} plain")
         made, error = _model_file(converters, plain, work, kind, exact)
         result = Exported(str(output), to, kind, made.stat().st_size, error, notes=notes)
-        if adapter is not None and kind in BY_BLOCKS and not exact and proof in (None, "full"):
-            run = Path(home_expanded(source))
-            code = trust_remote_code
-            cost = measure_rounding(run, base, made, kind, trust_remote_code=code, say=say)
+        if adapter is not None and kind in BY_BLOCKS and not exact:
+            run, opens_code = Path(home_expanded(source)), trust_remote_code
+            cost = measure_rounding(run, base, made, kind, proof=proof, trust_remote_code=opens_code, say=say)
             result = replace(result, rounding=cost)
         return _placed(made, place, result) if prompted is None else _ollama(made, place, result, *prompted)
 

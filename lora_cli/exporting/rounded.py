@@ -23,7 +23,14 @@ _LEAST = 0.5  # of what was learned; a file that keeps less is not worth the tra
 
 
 def measure_rounding(
-    run: Path, base: str | None, file: Path, kind: str, *, trust_remote_code: bool, say: Callable[[str], None]
+    run: Path,
+    base: str | None,
+    file: Path,
+    kind: str,
+    *,
+    proof: str | None,
+    trust_remote_code: bool,
+    say: Callable[[str], None],
 ) -> dict[str, Any] | None:
     """Losses of base, base + adapter and the file on rows that the run keeps prepared, held-out ones if there are any,
     in nats a target token, and the share of the gain that it keeps,
@@ -33,7 +40,10 @@ def measure_rounding(
     """
     which = "held-out" if (rows := held_out(run)) else "training"
     rows = rows or kept_examples(run, "train")
-    if why := "no prepared rows of its run are here" if not rows else _why_not(file):
+    why = "no prepared rows of its run are here" if not rows else None
+    if proof not in (None, "full"):
+        why = f"--proof {proof} opens no model"
+    if why := why or _why_not(file):
         say(f"what rounding to {kind} costs was not measured: {why}")
         return None
     say(f"measuring what {kind} keeps of what was learned, on {len(rows)} {which} rows")
