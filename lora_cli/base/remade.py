@@ -61,9 +61,9 @@ def is_remade(tensor: Tensor) -> bool:
     return how_made(tensor)[0] is not _itself
 
 
-def followed(step: Make, x: Tensor, *others: Tensor) -> Tensor:
-    """step(x, *others), with a note where x has one: what makes x again, and step. step holds no x of its own."""
-    return note_followed(step(x, *others), step, x, *others)
+def followed(step: Make, x: Tensor) -> Tensor:
+    """step(x), with a note where x has one: what makes x again, and step. step holds no x of its own."""
+    return note_followed(step(x), step, x)
 
 
 def note_followed(made: Tensor, step: Make, x: Tensor, *others: Tensor) -> Tensor:

@@ -56,7 +56,7 @@ def _noted(own: Forward, *given: Any, **named: Any) -> Any:
 
 def _takes_one(own: Any) -> bool:
     """Whether it is called with queries, then with keys, and the angles."""
-    return own.__code__.co_varnames[1:3] == ("cos", "sin")
+    return isinstance(own, FunctionType) and own.__code__.co_varnames[1:3] == ("cos", "sin")
 
 
 def _one(own: Forward, x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
